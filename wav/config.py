@@ -1,0 +1,367 @@
+"""Settings: ``params.yaml`` (what changes a result) and the ``WAV_*`` environment (where and with what to run).
+
+One frozen class per section of ``params.yaml``; a stage sees only the sections that ``dvc.yaml`` lists for it
+(:data:`STAGE_SECTIONS`, :meth:`Settings.for_stage`), so that DVC's idea of what a stage depends on stays true.
+
+Run ``python -m wav.config params.yaml`` to check a file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from wav.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A frozen section of params.yaml that refuses unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSettings(Section):
+    """What a sample is: shared by every stage. Times are in environment steps (20 Hz), sizes in pixels."""
+
+    suite: str = Field("tabletop", description="task suite: tabletop, libero_spatial, libero_object, ...")
+    tasks: tuple[str, ...] = Field(("lift_red_cube", "lift_green_cube"), description="tasks of the suite; empty: all")
+    views: tuple[str, ...] = Field(("agentview", "wrist"), min_length=1, max_length=3)
+    image_height: int = Field(64, ge=16, le=512)
+    image_width: int = Field(64, ge=16, le=512)
+    render: Literal["fast", "full"] = Field("fast", description="fast: decimated visual meshes, no reflections, no MSAA")
+    state_dim: int = Field(8, ge=1)
+    action_dim: int = Field(7, ge=1)
+    control_hz: int = Field(20, ge=1)
+    memory_frames: int = Field(2, ge=1, description="memory frames, the current one included")
+    memory_horizon: int = Field(60, ge=1, description="training memories are drawn from the last this many steps")
+    future_frames: int = Field(5, ge=1, description="raw future frames: 1 + codec.temporal * k")
+    frame_stride: int = Field(3, ge=1, description="environment steps between future frames")
+    action_chunk: int = Field(15, ge=1, description="actions decoded per call")
+    text_tokens: int = Field(16, ge=4, description="instruction length in tokens, padded")
+
+
+class ModelSettings(Section):
+    """Sizes of the WAV transformer (spec: video DiT, value expert, action expert)."""
+
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    head_dim: int = Field(32, ge=2)
+    value_expert: bool = Field(True, description="false: the GE-ACT-like baseline without value and planning")
+    value_heads: int = Field(4, ge=1)
+    value_head_dim: int = Field(16, ge=2)
+    action_heads: int = Field(4, ge=1)
+    action_head_dim: int = Field(24, ge=2)
+    max_views: int = Field(3, ge=1)
+    rope_scale: tuple[float, float, float] = Field(
+        (8 / 30, 32.0, 32.0), description="RoPE position of one latent (frame seconds, pixels, pixels)"
+    )
+    init_from: str = Field("", description="weights to start from: hub id or folder of LTX-Video / GE-Base / WAV; empty: random")
+
+
+class IngestSettings(Section):
+    """Where demonstrations come from."""
+
+    source: Literal["scripted", "libero_hdf5", "lerobot"] = "scripted"
+    path: str = Field("", description="folder of the dataset (libero_hdf5, lerobot)")
+    episodes_per_task: int = Field(60, ge=1)
+    first_index: int = Field(1000, ge=1000, description="first demonstration's initial state; 0-49 are evaluation's")
+    noise: float = Field(0.15, ge=0, le=1, description="execution noise, as a share of the action range; labels stay clean")
+    detour: float = Field(0.5, ge=0, le=1, description="share of demonstrations that begin with a detour to a random pose")
+    min_length: int = Field(8, ge=2, description="shorter episodes are quarantined")
+    seed: int = 0
+
+
+class LabelRewardsSettings(Section):
+    """Table 2 and the return."""
+
+    gamma: float = Field(0.99, gt=0, le=1)
+    horizon: int = Field(0, ge=0, description="steps summed in a return; 0: data.action_chunk")
+    to_end: bool = Field(False, description="sum to the episode's end instead (falls toward success; see docs)")
+    weight: Literal["1/9", "1/16"] = "1/9"
+    arms: Literal[1, 2] = 1
+
+
+class EncodeSettings(Section):
+    """Frames to latents, instructions to embeddings."""
+
+    codec: Literal["pca", "ltx"] = "pca"
+    path: str = Field("", description="ltx: hub id or folder of the VAE")
+    patch: int = Field(16, ge=2, description="pca: pixels per latent cell (LTX: 32)")
+    temporal: int = Field(4, ge=1, description="pca: frames per latent frame (LTX: 8)")
+    channels: int = Field(48, ge=1, description="latent channels (LTX: 128)")
+    fit_frames: int = Field(4000, ge=10, description="pca: frames the bases are fitted on")
+    coordinates: bool = Field(True, description="pca: two of the channels carry the cell's position")
+    text: str = Field("builtin-small", description="builtin-small, or hub id / folder of a T5 encoder")
+    text_dim: int = Field(64, ge=8, description="builtin-small: width of the embeddings (T5-XXL: 4096)")
+    seed: int = 0
+
+
+class TrainSettings(Section):
+    """One training stage (DeepSpeed)."""
+
+    steps: int = Field(1000, ge=1)
+    batch_size: int = Field(32, ge=1, description="global batch: over all ranks and accumulation steps")
+    micro_batch_size: int = Field(0, ge=0, description="samples per rank and forward; 0: batch_size / ranks")
+    learning_rate: float = Field(1e-3, gt=0)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_steps: int = Field(100, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    weight_decay: float = Field(1e-5, ge=0)
+    clip: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.995, ge=0, lt=1)
+    caption_dropout: float = Field(0.0, ge=0, le=1)
+    memory_noise: float = Field(0.01, ge=0, le=1, description="memory frames: z <- (1-r) z + r noise, r ~ U[0, this]")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    ranks: int = Field(1, ge=1, description="processes on this node (GPUs)")
+    nodes: int = Field(1, ge=1)
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(500, ge=1)
+    keep_last: int = Field(2, ge=1)
+    log_every: int = Field(20, ge=1)
+    validation_share: float = Field(0.05, ge=0, lt=0.5, description="share of episodes held out for the validation loss")
+    seed: int = 0
+
+
+class PretrainVideoSettings(TrainSettings):
+    """Stage 1: the video DiT on future frames."""
+
+    caption_dropout: float = Field(0.06, ge=0, le=1)
+    memory_noise: float = Field(0.1, ge=0, le=1)
+
+
+class TrainValueSettings(TrainSettings):
+    """Stage 2: the value expert on frozen video features."""
+
+    value_draws: int = Field(4, ge=1, description="independent (level, noise) draws per sample and video pass")
+
+
+class TrainJointSettings(TrainSettings):
+    """Stage 3: everything, with three explicit loss weights."""
+
+    action_probability: float = Field(0.7, ge=0, le=1, description="share of samples that are action samples")
+    weight_action: float = Field(1.0, ge=0)
+    weight_value: float = Field(0.1, ge=0)
+    weight_video: float = Field(0.1, ge=0)
+    action_draws: int = Field(4, ge=1, description="independent (level, noise) draws per action sample and video pass")
+
+
+class PlannerSettings(Section):
+    """Algorithm 1. ``alpha``/``beta`` follow the paper's formula: the share of the NEW elites' statistics."""
+
+    iterations: int = Field(3, ge=0, description="K; 0: no planning")
+    video_samples: int = Field(8, ge=1, description="M")
+    value_samples: int = Field(4, ge=1, description="N")
+    video_elites: int = Field(4, ge=1, description="K1")
+    value_elites: int = Field(8, ge=1, description="K2")
+    alpha: float = Field(0.5, ge=0, le=1)
+    beta: float = Field(0.5, ge=0, le=1)
+    sigma_decay: float = Field(0.9, gt=0, le=1)
+    score: Literal["snr", "lower_bound"] = "snr"
+    lower_bound_c: float = Field(1.0, ge=0)
+    epsilon: float = Field(1e-6, gt=0)
+    denoise_steps: int = Field(10, ge=1, description="Euler steps of value and action flows")
+    video_denoise_steps: int = Field(1, ge=1)
+    warm_start: bool = False
+
+    @model_validator(mode="after")
+    def _elites(self) -> PlannerSettings:
+        if self.video_elites > self.video_samples:
+            raise ValueError(
+                f"video_elites = {self.video_elites}: must be at most video_samples = {self.video_samples}; "
+                "lower video_elites or raise video_samples"
+            )
+        if self.value_elites > self.video_samples * self.value_samples:
+            raise ValueError(
+                f"value_elites = {self.value_elites}: must be at most video_samples * value_samples = "
+                f"{self.video_samples * self.value_samples}; lower value_elites or raise the samples"
+            )
+        return self
+
+
+class EvalLiberoSettings(Section):
+    """Closed-loop evaluation (the suite evaluated is data.suite)."""
+
+    episodes_per_task: int = Field(25, ge=1, le=50)
+    conditions: tuple[Literal["planned", "unplanned", "temperature"], ...] = ("planned", "unplanned", "temperature")
+    execute_steps: int = Field(8, ge=1, description="actions executed per policy call")
+    batch_size: int = Field(8, ge=1, description="the one padded batch shape the policy is called with")
+    budget: Literal["protocol", "reference"] = "protocol"
+    swapped_episodes: int = Field(10, ge=0, le=50, description="episodes per task with another task's instruction (0: none)")
+    videos: int = Field(4, ge=0, description="episodes per condition written as mp4")
+    video_chunks: int = Field(2, ge=1, description="chunks rolled out by generate_video for the pictures")
+    seed: int = 7
+
+
+class ExportSettings(Section):
+    """The self-contained policy folder."""
+
+    name: str = Field("wav-tabletop", pattern=r"^[A-Za-z0-9._-]+$")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+#: Which sections of params.yaml each stage may read; dvc.yaml lists the same (tests/test_pipeline.py compares).
+STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
+    "ingest": ("data", "ingest"),
+    "label_rewards": ("data", "label_rewards"),
+    "encode": ("data", "encode"),
+    "pretrain_video": ("data", "model", "pretrain_video"),
+    "train_value": ("data", "model", "train_value"),
+    "train_joint": ("data", "model", "train_joint"),
+    "eval_libero": ("data", "model", "planner", "eval_libero"),
+    "export": ("data", "model", "planner", "export"),
+}
+
+
+class Settings(Section):
+    """All of params.yaml."""
+
+    data: DataSettings = DataSettings()
+    model: ModelSettings = ModelSettings()
+    ingest: IngestSettings = IngestSettings()
+    label_rewards: LabelRewardsSettings = LabelRewardsSettings()
+    encode: EncodeSettings = EncodeSettings()
+    pretrain_video: PretrainVideoSettings = PretrainVideoSettings()
+    train_value: TrainValueSettings = TrainValueSettings()
+    train_joint: TrainJointSettings = TrainJointSettings()
+    planner: PlannerSettings = PlannerSettings()
+    eval_libero: EvalLiberoSettings = EvalLiberoSettings()
+    export: ExportSettings = ExportSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        data, encode = self.data, self.encode
+        if (data.future_frames - 1) % encode.temporal:
+            raise ValueError(
+                f"data.future_frames = {data.future_frames}: must be 1 + k * encode.temporal ({encode.temporal}); "
+                f"try {1 + encode.temporal * max(1, round((data.future_frames - 1) / encode.temporal))}"
+            )
+        for name in ("image_height", "image_width"):
+            if encode.codec == "pca" and getattr(data, name) % encode.patch:
+                raise ValueError(
+                    f"data.{name} = {getattr(data, name)}: must be a multiple of encode.patch = {encode.patch}"
+                )
+        if self.eval_libero.execute_steps > data.action_chunk:
+            raise ValueError(
+                f"eval_libero.execute_steps = {self.eval_libero.execute_steps}: must be at most "
+                f"data.action_chunk = {data.action_chunk}"
+            )
+        return self
+
+    def for_stage(self, stage: str) -> Settings:
+        """This object limited to the sections ``stage`` may read; any other raises ConfigError on access."""
+        return _StageView(self, stage)  # type: ignore[return-value]
+
+
+class _StageView:
+    """Settings as one stage may see them."""
+
+    def __init__(self, settings: Settings, stage: str) -> None:
+        if stage not in STAGE_SECTIONS:
+            raise ConfigError(f"stage {stage!r}: unknown; the stages are {', '.join(STAGE_SECTIONS)}")
+        self._settings, self._stage = settings, stage
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in STAGE_SECTIONS[self._stage]:
+            raise ConfigError(
+                f"stage {self._stage} read section {name!r}, which dvc.yaml does not list for it; "
+                "add it to STAGE_SECTIONS and to the stage's params"
+            )
+        return getattr(self._settings, name)
+
+    def model_dump(self, **kwargs: Any) -> dict[str, Any]:
+        """The visible sections as plain data."""
+        return self._settings.model_dump(include=set(STAGE_SECTIONS[self._stage]), **kwargs)
+
+
+class Runtime(BaseSettings):
+    """Where and with what to run: never changes a result. Read from ``WAV_*`` environment variables."""
+
+    model_config = SettingsConfigDict(env_prefix="WAV_", frozen=True, extra="ignore")
+
+    store: str = Field("s3://wav", description="checkpoints and metrics: s3://bucket[/prefix] or file:///folder")
+    s3_endpoint: str = Field("", description="endpoint of the S3 server; empty: AWS")
+    s3_region: str = "us-east-1"
+    device: str = Field("auto", description="cpu, cuda, cuda:1; auto: cuda where there is one")
+    threads: int = Field(0, ge=0, description="torch threads of a single-process stage; 0: the machine's cores")
+    workers: int = Field(0, ge=0, description="simulator processes; 0: the machine's cores")
+    workspace: Path = Field(Path(), description="folder that holds params.yaml and the stages' outputs")
+
+
+def _known_names(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section at ``location``."""
+    current: Any = model
+    for part in location:
+        current = current.model_fields[part].annotation
+    return list(current.model_fields)
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    """First of pydantic's complaints as one sentence: field, value, remedy."""
+    first = error.errors()[0]
+    location = tuple(first["loc"])
+    field = ".".join(str(part) for part in location)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        try:
+            names = _known_names(Settings, location[:-1])
+        except (KeyError, AttributeError, TypeError):
+            names = []
+        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.0)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{source}: {field}: unknown parameter{hint}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not field:
+        return f"{source}: {message}{more}"
+    if isinstance(first["input"], dict):
+        return f"{source}: {field}: {message}{more}"
+    return f"{source}: {field} = {first['input']!r}: {message[:1].lower() + message[1:]}{more}"
+
+
+def load_settings(path: str | Path = "params.yaml") -> Settings:
+    """Read and check a parameter file.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, names an unknown parameter or holds a bad value.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such parameter file; run inside the project folder or give its path") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}); fix the file") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must hold sections such as data: and model:, found {type(raw).__name__}")
+    return parse_settings(raw, str(path))
+
+
+def parse_settings(raw: dict[str, Any], source: str = "parameters") -> Settings:
+    """Check a mapping of sections; raises ConfigError as :func:`load_settings` does."""
+    try:
+        return Settings.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from None
+
+
+def main() -> int:
+    """Check the parameter file named on the command line."""
+    path = sys.argv[1] if len(sys.argv) > 1 else "params.yaml"
+    try:
+        load_settings(path)
+    except ConfigError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"{path}: valid\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

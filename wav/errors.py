@@ -1,0 +1,35 @@
+"""The errors a user may meet: one sentence with the field or file, its value, and the remedy.
+
+Everything the library raises on bad input derives from :class:`WavError`; entry points (``wav.cli``, ``flows``)
+print its message on one line and exit with status 1, without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class WavError(Exception):
+    """Base class of errors that are the input's or the environment's fault, not the code's."""
+
+
+class ConfigError(WavError, ValueError):
+    """A parameter is unknown, out of range or inconsistent with another."""
+
+
+class DataError(WavError, ValueError):
+    """Episodes, rewards or latents are missing, truncated, inconsistent or of an unknown format."""
+
+
+class CheckpointError(WavError, ValueError):
+    """A checkpoint does not match the model, the statistics or its own manifest."""
+
+
+class StorageError(WavError, OSError):
+    """An object store or the disk refused, lost or corrupted something."""
+
+
+class ServiceError(WavError, RuntimeError):
+    """A service this machine needs (Prefect, S3, a renderer) is missing or not up."""
+
+
+class SimulationError(WavError, RuntimeError):
+    """A simulator could not be created, died or stalled."""
