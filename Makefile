@@ -1,0 +1,81 @@
+# make repro: install, start the local services, run the whole pipeline, say where to look.   make help: the rest.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help install check-system repro test check-long lint format up down status ui clean-workspace
+
+PRESET ?=
+VENV := .venv
+# The first interpreter that really runs and is new enough (a pyenv shim may exist and refuse to run).
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+# Silent tools get a line every ten seconds; output passes through unchanged.
+BEAT := $(if $(PYTHON),$(PYTHON),python3) infra/local/heartbeat.py
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PYTHONUNBUFFERED := 1
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
+	@echo 'PRESET=smoke (or another file of presets/) runs repro in workspaces/PRESET/ instead of here.'
+
+$(VENV)/bin/python:
+	@test -n '$(PYTHON)' || { echo 'Python: no python3.11 or python3.12 found; install one (sudo apt-get install python3.11 python3.11-venv) or set PYTHON=/path/to/python' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo '$(PYTHON): has no venv module; sudo apt-get install $(notdir $(PYTHON))-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+check-system: ## are the system libraries for rendering there
+	@test -n '$(PYTHON)' || { echo 'Python: no python3.11 or python3.12 found; install one (sudo apt-get install python3.11 python3.11-venv) or set PYTHON=/path/to/python' >&2; exit 1; }
+	@$(PYTHON) infra/local/system.py
+
+# torch first and alone: its wheel differs from machine to machine (CPU, CUDA), so constraints.txt does not hold it.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@$(BEAT) 'pip install torch' -- $(VENV)/bin/python -m pip install 'torch==2.13.0'
+	@$(BEAT) 'pip install wav' -- $(VENV)/bin/python -m pip install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@$(BEAT) 'pip install wav[test]' -- $(VENV)/bin/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+install: check-system $(VENV)/.installed ## the environment in .venv
+
+repro: install up ## the whole pipeline; PRESET=name: in workspaces/name with presets/name.yaml
+ifeq ($(PRESET),)
+	@$(BEAT) 'dvc repro' -- dvc repro
+	@python -m infra.local.services where .
+else
+	@$(BEAT) 'dvc repro' -- python -m infra.local.workspace $(PRESET)
+	@python -m infra.local.services where workspaces/$(PRESET)
+endif
+
+test: check-system $(VENV)/.installed-test ## what the tests need, then the tests (with the smoke pipeline)
+	@$(BEAT) 'pytest' -- python -m pytest -m 'not long'
+
+check-long: check-system $(VENV)/.installed-test ## the slow checks
+	@$(BEAT) 'pytest' -- python -m pytest -m long
+
+lint: $(VENV)/.installed-test ## ruff and mypy
+	ruff check .
+	ruff format --check .
+	mypy
+
+format: $(VENV)/.installed-test ## let ruff rewrite
+	ruff check --fix .
+	ruff format .
+
+up: $(VENV)/.installed ## local Prefect and S3 servers on 127.0.0.1 (idempotent)
+	@python -m infra.local.services up
+
+down: ## stop them (data stays in .local)
+	@test ! -x $(VENV)/bin/python || python -m infra.local.services down
+
+status: $(VENV)/.installed ## what runs
+	@python -m infra.local.services status
+
+ui: $(VENV)/.installed ## addresses of the UIs
+	@python -m infra.local.services ui
+
+clean-workspace: ## delete workspaces/PRESET
+	@test -n '$(PRESET)' || { echo 'PRESET: not set; make clean-workspace PRESET=smoke' >&2; exit 1; }
+	rm -rf workspaces/$(PRESET)
