@@ -1,0 +1,37 @@
+"""Frames <-> latents: a closed-form PCA codec (the default) and the LTX video VAE behind one protocol."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from wav.codec.base import CODEC_FILE, Codec, psnr
+from wav.codec.pca import PCACodec
+from wav.errors import DataError
+
+__all__ = ["Codec", "PCACodec", "load_codec", "psnr"]
+
+
+def load_codec(source: str | Path) -> Codec:
+    """Codec from a folder that :meth:`Codec.save` wrote, or an LTX VAE from a folder or hub id.
+
+    Raises:
+        DataError: the folder holds no readable codec. ServiceError: a hub id that is not in the local cache.
+    """
+    folder = Path(source)
+    file = folder / CODEC_FILE
+    if not file.is_file():
+        from wav.codec.ltx import LTXCodec  # imports torch and diffusers: only where needed
+
+        return LTXCodec.from_pretrained(str(source))
+    try:
+        kind = json.loads(file.read_text())["kind"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file}: not a codec description ({error}); run the encode stage again") from None
+    if kind == PCACodec.kind:
+        return PCACodec.load(folder)
+    if kind == "ltx":
+        from wav.codec.ltx import LTXCodec
+
+        return LTXCodec.load(folder)
+    raise DataError(f"{file}: codec kind {kind!r} is unknown; known are pca and ltx")
