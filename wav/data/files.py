@@ -1,0 +1,364 @@
+"""Folders that appear whole or not at all, and the manifests that say what is in them.
+
+Every stage that writes arrays (episodes, rewards, latents) writes into a temporary sibling of its output folder and
+renames it at the end, so that a run that is killed, or a disk that fills up, leaves nothing under the final name::
+
+    with atomic_folder(out) as folder:
+        write_array(folder / "values.npy", values)
+        write_manifest(folder, "wav-rewards", 1, {"episodes": store.digest})
+
+    manifest = read_manifest(out, "wav-rewards", 1, remedy="run `dvc repro label_rewards`")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from wav.errors import DataError, StorageError
+
+MANIFEST = "manifest.json"
+_HEADER_BYTES = 128
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of a folder: path relative to the folder (POSIX), size in bytes, SHA-256 in hexadecimal."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    """:func:`hashlib.file_digest` for Python 3.10."""
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def canonical_digest(data: Any) -> str:
+    """SHA-256 of plain data written as canonical JSON (sorted keys, no spaces): equal data, equal digest."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Turn a full disk (ENOSPC, EDQUOT, numpy's short writes) into StorageError naming ``path`` and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, StorageError):
+            raise
+        short_write = error.errno is None and "requested and" in str(error)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and not short_write:
+            raise
+        free = _free_bytes(Path(path))
+        raise StorageError(
+            f"{path}: the disk is full ({free / 2**20:.0f} MiB free); free some space "
+            "(`dvc gc --workspace` removes unused cache) and run again; nothing was left half-written"
+        ) from error
+
+
+def _free_bytes(path: Path) -> int:
+    """Free bytes on the disk of ``path`` or of its nearest existing parent."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def require_free_space(path: str | Path, needed: int) -> None:
+    """Refuse to start writing ``needed`` bytes under ``path`` where they cannot fit.
+
+    Raises:
+        StorageError: fewer than ``needed`` bytes are free.
+    """
+    free = _free_bytes(Path(path))
+    if free < needed:
+        raise StorageError(
+            f"{path}: needs {needed / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free; "
+            "free some space (`dvc gc --workspace` removes unused cache) and run again"
+        )
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary sibling folder that becomes ``path`` when the block ends without an error.
+
+    An existing folder at ``path`` is replaced in one step; with an error nothing changes there. Leftovers of writers
+    that died are removed first.
+
+    Raises:
+        StorageError: the disk is full.
+        DataError: ``path`` is a file.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        path = path.resolve()
+    if path.exists() and not path.is_dir():
+        raise DataError(f"{path}: is a file where a folder is to be written; remove it")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        temporary.mkdir()
+        try:
+            yield temporary
+            _sync_tree(temporary)
+            _replace_folder(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary siblings of ``path`` whose process is gone (or is this one, which holds none yet)."""
+    for old in path.parent.glob(f".{path.name}.tmp-*"):
+        pid = old.name.rpartition("-")[2]
+        if not pid.isdigit() or int(pid) == os.getpid() or not _alive(int(pid)):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    """Whether a process of this id exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Flush a file's or folder's content to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Flush every file and folder under ``folder``."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root) / name)
+        _sync(Path(root))
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """Rename ``new`` to ``path``; where ``path`` exists the two are exchanged, so that the name never vanishes."""
+    if not path.exists():
+        os.rename(new, path)
+    elif not _exchange(new, path):  # file systems without RENAME_EXCHANGE: two renames
+        old = path.with_name(f".{path.name}.tmp-old-{os.getpid()}")
+        os.rename(path, old)
+        os.rename(new, path)
+        shutil.rmtree(old)
+    _sync(path.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders with renameat2(RENAME_EXCHANGE); False where the system has no such call."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    result = renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    return bool(result == 0)
+
+
+def write_json(path: str | Path, data: Any) -> None:
+    """Write plain data as indented JSON with sorted keys, atomically (NaN is refused: it is not JSON)."""
+    path = Path(path)
+    text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        try:
+            temporary.write_text(text)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def read_json(path: str | Path, remedy: str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        DataError: it is missing or not JSON; the message ends in ``remedy``.
+    """
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise DataError(f"{path}: missing; {remedy}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); {remedy}") from None
+
+
+def file_records(folder: str | Path, exclude: Iterable[str] = (MANIFEST,)) -> tuple[FileRecord, ...]:
+    """Size and digest of every file under ``folder``, sorted by path."""
+    folder, skip = Path(folder), set(exclude)
+    paths = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return tuple(
+        FileRecord(path, (folder / path).stat().st_size, file_digest(folder / path))
+        for path in paths
+        if path not in skip
+    )
+
+
+def check_files(
+    manifest: Mapping[str, Any] | Sequence[FileRecord], folder: str | Path, *, remedy: str, digests: bool = False
+) -> None:
+    """Compare the files of ``folder`` with a manifest: sizes always, contents with ``digests``.
+
+    Raises:
+        DataError: a file is missing, truncated or (with ``digests``) changed; names it and ends in ``remedy``.
+    """
+    folder = Path(folder)
+    records = [FileRecord(**r) for r in manifest["files"]] if isinstance(manifest, Mapping) else list(manifest)
+    for record in records:
+        path = folder / record.path
+        if not path.is_file():
+            raise DataError(f"{path}: missing, though the manifest lists it; {remedy}")
+        size = path.stat().st_size
+        if size != record.bytes:
+            kind = "truncated" if size < record.bytes else "too long"
+            raise DataError(f"{path}: {kind}, {size} bytes where the manifest says {record.bytes}; {remedy}")
+        if digests and file_digest(path) != record.sha256:
+            raise DataError(f"{path}: content does not match the manifest's SHA-256 {record.sha256[:12]}; {remedy}")
+
+
+def write_manifest(folder: str | Path, name: str, version: int, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write ``manifest.json``: format name and version, ``content``, and a record of every other file in the folder."""
+    manifest = {
+        **content,
+        "format": name,
+        "version": version,
+        "files": [asdict(record) for record in file_records(folder)],
+    }
+    write_json(Path(folder) / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(folder: str | Path, name: str, version: int, *, remedy: str) -> dict[str, Any]:
+    """Read ``manifest.json`` and check the format, its version and the size of every file it lists.
+
+    Raises:
+        DataError: folder or manifest missing, another format or version, a file missing or truncated.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; {remedy}")
+    manifest = read_json(folder / MANIFEST, remedy)
+    if not isinstance(manifest, dict) or manifest.get("format") != name:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise DataError(f"{folder / MANIFEST}: format {found!r} where {name!r} is expected; {remedy}")
+    if manifest.get("version") != version:
+        raise DataError(
+            f"{folder / MANIFEST}: version {manifest.get('version')!r} of {name} where this code reads {version}; "
+            f"{remedy}"
+        )
+    check_files(manifest, folder, remedy=remedy)
+    return manifest
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Digest of a manifest, hence of everything it lists: the identity of the folder's content."""
+    return canonical_digest(dict(manifest))
+
+
+class ArrayWriter:
+    """A ``.npy`` file grown row by row with plain writes (a full disk is an error, never a SIGBUS as with memmap).
+
+    Args:
+        path: file to write.
+        row_shape: shape of one row; the file holds N of them.
+        dtype: element type.
+    """
+
+    def __init__(self, path: str | Path, row_shape: Sequence[int], dtype: DTypeLike) -> None:
+        self.path, self.row_shape, self.dtype = Path(path), tuple(int(n) for n in row_shape), np.dtype(dtype)
+        self.rows = 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self.path, "wb")  # noqa: SIM115 - closed by close(), which callers reach through `with`
+        self._file.write(self._header())
+
+    def _header(self) -> bytes:
+        """NPY 1.0 header of fixed length, so that the row count can be filled in at the end."""
+        shape = repr((self.rows, *self.row_shape))
+        fields = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
+        length = _HEADER_BYTES - 10
+        return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + fields.ljust(length - 1).encode() + b"\n"
+
+    def append(self, rows: NDArray[Any]) -> None:
+        """Add rows (n, ...)."""
+        if rows.shape[1:] != self.row_shape or rows.dtype != self.dtype:
+            raise DataError(
+                f"{self.path}: rows of {rows.dtype} {rows.shape[1:]} where the file holds {self.dtype} "
+                f"{self.row_shape}; make every episode of a store alike"
+            )
+        self._file.write(np.ascontiguousarray(rows).data)
+        self.rows += len(rows)
+
+    def close(self) -> None:
+        """Fill in the row count and close the file."""
+        if not self._file.closed:
+            self._file.seek(0)
+            self._file.write(self._header())
+            self._file.close()
+
+    def __enter__(self) -> ArrayWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def write_array(path: str | Path, array: NDArray[Any]) -> None:
+    """Write a whole array as ``.npy``."""
+    with ArrayWriter(path, array.shape[1:], array.dtype) as writer:
+        writer.append(array)
+
+
+def open_array(path: str | Path, shape: Sequence[int | None], dtype: DTypeLike, *, remedy: str) -> NDArray[Any]:
+    """Memory-map a ``.npy`` file read-only; ``None`` in ``shape`` accepts any size.
+
+    Raises:
+        DataError: not a ``.npy`` file, or of another shape or dtype; the message ends in ``remedy``.
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: not a readable .npy file ({error}); {remedy}") from None
+    fits = array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
+    if not fits or array.dtype != np.dtype(dtype):
+        raise DataError(
+            f"{path}: {array.dtype} {array.shape} where {np.dtype(dtype)} {tuple(shape)} is expected; {remedy}"
+        )
+    return np.asarray(array)
