@@ -1,0 +1,27 @@
+"""The model: video DiT, value expert and action expert in one diffusers-style transformer.
+
+Knows torch and diffusers only: no simulator, no storage, no orchestration. ``python -m pytest tests/model`` runs its
+tests, ``tests/golden`` compares it with the reference implementation.
+"""
+
+from wav.model.layers import KeyValue
+from wav.model.transformer import (
+    ActionCache,
+    ExpertOutput,
+    VideoOutput,
+    WAVOutput,
+    WAVTransformer,
+    build_model,
+)
+from wav.model.video import TextContext
+
+__all__ = [
+    "ActionCache",
+    "ExpertOutput",
+    "KeyValue",
+    "TextContext",
+    "VideoOutput",
+    "WAVOutput",
+    "WAVTransformer",
+    "build_model",
+]
