@@ -14,14 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from wav.flow_matching import euler_step, frame_timesteps, inference_sigmas, join_frames
-from wav.model.transformer import WAVTransformer
 from wav.planner import NoiseShapes
+
+if TYPE_CHECKING:
+    from wav.model.transformer import WAVTransformer
 
 NOISE_LEVEL = 1000.0  #: timestep of pure noise, at which the experts are trained to read features
 
@@ -81,7 +83,8 @@ class WAVPlannerModel:
 
         Args:
             memory: clean latents (B, V, C, Fm, h, w), oldest first, the current frame last.
-            text: instruction embeddings (B, L, Ct); text_mask: (B, L), 1 for a token.
+            text: instruction embeddings (B, L, Ct).
+            text_mask: (B, L), 1 for a token.
             history: (B, 1, Ca) = [zeros(action) | normalised state], or None.
         """
         mask = None if text_mask is None else text_mask.to(self.device)
