@@ -52,8 +52,11 @@ class Codec(Protocol):
     def decode_clips(self, latents: Latents) -> Images:
         """Latents (N, C, 1 + k, h, w) to clips (N, 1 + temporal*k, H, W, 3) uint8."""
 
-    def save(self, folder: str | Path) -> None:
-        """Write the codec so that :func:`wav.codec.load_codec` reads it back."""
+    def save(self, folder: str | Path, reference: bool = False) -> None:
+        """Write the codec so that :func:`wav.codec.load_codec` reads it back.
+
+        With ``reference``, weights that came from the hub are named (id and digest) instead of copied.
+        """
 
 
 def check_images(images: NDArray, dims: int, spatial: int, what: str) -> None:

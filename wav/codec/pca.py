@@ -32,6 +32,7 @@ from wav.seeding import numpy_generator
 
 BASIS_FILE = "basis.safetensors"
 FORMAT = 1
+_PARTS = ("mean", "encode", "decode")
 _CHUNK_VALUES = 1 << 24  # pixel values turned to float at once (64 MiB)
 _DENSE_LIMIT = 1024  # larger covariances: only the leading eigenvectors, by Lanczos
 _MAX_ROWS = 65536  # patches a basis is fitted on
@@ -41,13 +42,13 @@ _MAX_ROWS = 65536  # patches a basis is fitted on
 class Basis:
     """Affine map between a flattened patch (D pixels in [-1, 1]) and its latent (Cp content channels)."""
 
-    mean: NDArray[np.float32]  # (D,)
-    encode: NDArray[np.float32]  # (D, Cp)
-    decode: NDArray[np.float32]  # (Cp, D)
+    mean: NDArray  # (D,) float32
+    encode: NDArray  # (D, Cp) float32
+    decode: NDArray  # (Cp, D) float32
     explained: float  # share of the patches' variance kept
 
     def __post_init__(self) -> None:
-        for name in ("mean", "encode", "decode"):  # one memory layout, so that a loaded basis gives the same bits
+        for name in _PARTS:  # one memory layout, so that a loaded basis gives the same bits
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), np.float32))
 
 
@@ -67,7 +68,8 @@ def _images(patches: NDArray, group: int, patch: int) -> NDArray:
 
 def _to_float(pixels: NDArray) -> NDArray[np.float32]:
     """Pixels 0..255 as float32 in [-1, 1]."""
-    return np.multiply(pixels, np.float32(2 / 255), dtype=np.float32) - np.float32(1)
+    scaled: NDArray[np.float32] = np.multiply(pixels, np.float32(2 / 255), dtype=np.float32)
+    return scaled - np.float32(1)
 
 
 def _row_chunks(groups: Images, patch: int) -> Iterator[NDArray[np.float32]]:
@@ -229,7 +231,7 @@ class PCACodec:
         groups = self._decode(rest, self.clip, self.temporal)
         return np.concatenate([first, groups.reshape(n, -1, *first.shape[2:])], axis=1)
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, reference: bool = False) -> None:
         """Write ``codec.json`` and ``basis.safetensors`` into ``folder``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -245,13 +247,11 @@ class PCACodec:
             arrays = load_file(str(folder / BASIS_FILE))
             if header["format"] != FORMAT:
                 raise DataError(f"{folder}: codec format {header['format']} is unknown; run the encode stage again")
-            bases = {
-                name: Basis(
-                    *(arrays[f"{name}.{part}"] for part in ("mean", "encode", "decode")), header["explained"][name]
-                )
-                for name in ("image", "clip")
-            }
-            codec = cls(**bases, **{name: header[name] for name in ("patch", "temporal", "coordinates", "floor")})
+            image, clip = (
+                Basis(arrays[f"{n}.mean"], arrays[f"{n}.encode"], arrays[f"{n}.decode"], float(header["explained"][n]))
+                for n in ("image", "clip")
+            )
+            codec = cls(image, clip, header["patch"], header["temporal"], header["coordinates"], header["floor"])
         except DataError:
             raise
         except Exception as error:
@@ -303,7 +303,7 @@ class PCACodec:
         return {
             f"{name}.{part}": getattr(basis, part)
             for name, basis in (("image", self.image), ("clip", self.clip))
-            for part in ("mean", "encode", "decode")
+            for part in _PARTS
         }
 
     def _digest(self) -> str:

@@ -1,0 +1,110 @@
+"""Text: separation of instructions, padding, caches, digests, errors."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wav.errors import ConfigError, DataError, ServiceError
+from wav.text import TextEncoder, build_small
+
+RED, GREEN = "lift the red cube", "lift the green cube"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_small(tmp_path_factory.mktemp("t5"), [RED, GREEN], dim=64, seed=0)
+
+
+@pytest.fixture(scope="module")
+def encoder(folder: Path) -> TextEncoder:
+    return TextEncoder.from_pretrained(folder, tokens=16)
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_two_instructions_are_clearly_different(encoder: TextEncoder) -> None:
+    embedding, mask = encoder.encode([RED, GREEN])
+    assert mask.sum(1).tolist() == [5, 5]  # four words and the end
+    means = (embedding * mask[..., None]).sum(1) / mask.sum(1)[:, None]
+    assert cosine(means[0], means[1]) < 0.9
+    assert cosine(embedding[0, 2], embedding[1, 2]) < 0.4  # red against green
+    assert cosine(embedding[0, 3], embedding[1, 3]) > 0.5  # cube stays cube
+    assert 0.5 < embedding[mask].std() < 2
+
+
+def test_shapes_padding_and_the_empty_instruction(encoder: TextEncoder) -> None:
+    embedding, mask = encoder.encode(["", RED])
+    assert embedding.shape == (2, 16, 64)
+    assert embedding.dtype == np.float32
+    assert mask.dtype == np.bool_
+    assert mask[0].sum() == 1
+    assert (embedding[~mask] == 0).all()
+    assert np.isfinite(embedding).all()
+
+
+def test_an_embedding_does_not_depend_on_its_neighbours_or_the_padding(folder: Path, encoder: TextEncoder) -> None:
+    wide = TextEncoder.from_pretrained(folder, tokens=24)
+    np.testing.assert_allclose(wide.encode([RED])[0][0, :5], encoder.encode([GREEN, RED])[0][1, :5], atol=1e-5)
+
+
+def test_unknown_words_are_spelled_not_lost(encoder: TextEncoder) -> None:
+    embedding, mask = encoder.encode(["zap it", "zip it"])
+    assert mask[0].sum() > 3
+    assert np.abs(embedding[0] - embedding[1]).max() > 0.5
+    unknown = encoder._tokenizer.unk_token_id
+    assert unknown not in encoder._tokenizer("zap the qux, 42 Times!").input_ids
+
+
+def test_too_long_is_an_error(encoder: TextEncoder) -> None:
+    with pytest.raises(DataError, match=r"text_tokens = 16"):
+        encoder.encode([RED + " and then the green one and then the red one again and again"])
+    with pytest.raises(DataError, match="none given"):
+        encoder.encode([])
+
+
+def test_building_is_reproducible_and_seeded(tmp_path: Path, encoder: TextEncoder) -> None:
+    again = TextEncoder.from_pretrained(build_small(tmp_path / "a", [GREEN, RED], 64, 0), 16)
+    other = TextEncoder.from_pretrained(build_small(tmp_path / "b", [GREEN, RED], 64, 1), 16)
+    assert again.digest == encoder.digest != other.digest
+    np.testing.assert_array_equal(again.encode([RED])[0], encoder.encode([RED])[0])
+
+
+def test_save_keeps_the_digest(tmp_path: Path, encoder: TextEncoder) -> None:
+    encoder.save(tmp_path / "copy")
+    assert TextEncoder.from_pretrained(tmp_path / "copy", 16).digest == encoder.digest
+
+
+def test_the_cache_spares_the_model_and_is_keyed_by_the_prompt(tmp_path: Path, folder: Path) -> None:
+    first = TextEncoder.from_pretrained(folder, 16, cache=tmp_path / "cache")
+    expected = first.encode([RED, GREEN])
+    assert len(list((tmp_path / "cache").glob("*.npz"))) == 2
+    second = TextEncoder.from_pretrained(folder, 16, cache=tmp_path / "cache")
+    np.testing.assert_array_equal(second.encode([RED, GREEN])[0], expected[0])
+    assert "_model" not in second.__dict__
+    second.encode([""])
+    assert "_model" in second.__dict__
+
+
+def test_a_hub_id_that_was_not_fetched_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ServiceError, match=r"hf download nobody/t5-missing"):
+        TextEncoder.from_pretrained("nobody/t5-missing", 16)
+
+
+def test_broken_folders(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        TextEncoder.from_pretrained(tmp_path / "nothing", 16)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"config\.json"):
+        TextEncoder.from_pretrained(tmp_path / "empty", 16)
+    shutil.copytree(folder, tmp_path / "cut")
+    (tmp_path / "cut" / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="tokenizer"):
+        TextEncoder.from_pretrained(tmp_path / "cut", 16).encode([RED])
+    with pytest.raises(ConfigError, match="text_dim"):
+        build_small(tmp_path / "odd", [RED], dim=30)

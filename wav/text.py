@@ -1,0 +1,250 @@
+"""Instructions to embeddings: a frozen T5 encoder, the same code for T5-XXL and for the small one built here.
+
+:func:`build_small` writes a seeded two-layer T5 whose tokenizer knows the corpus' words as whole pieces (characters
+otherwise) and whose word embeddings are orthogonal, so that "red" and "green" stay apart without any pre-training.
+It is loaded through ``from_pretrained`` like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+import shutil
+import string
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from wav.data.files import read_json
+from wav.errors import ConfigError, DataError, ServiceError
+from wav.hub import content_digest, is_hub_id, read_reference, resolve, write_reference
+from wav.seeding import torch_generator
+
+FIELD = "encode.text"
+_SPECIAL = ("<pad>", "</s>", "<unk>")
+# Words of tabletop instructions, known to the small tokenizer whatever the corpus.
+_LEXICON = """
+a and at back basket black blue bottom bowl bottle box can cabinet close cream cube drawer drop front from grasp green
+in into left lid lift middle move mug near next of on open orange pan pick place plate pot push put rack red right
+side slide stack stove table take that the then to top tray turn under up white wine yellow
+"""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
+
+
+def _words(corpus: Sequence[str]) -> list[str]:
+    """Distinct words, the corpus' first (sorted, so that the order of tasks does not matter)."""
+    known = sorted({word for line in corpus for word in re.findall(r"[a-z0-9]+", line.lower())})
+    return known + [word for word in _LEXICON.split() if word not in known]
+
+
+def _orthogonal_rows(count: int, dim: int, seed: int) -> torch.Tensor:
+    """(count, dim) rows of norm sqrt(dim), orthogonal within each block of ``dim`` rows."""
+    generator = torch_generator(seed, "text.embedding")
+    blocks = [torch.linalg.qr(torch.randn(dim, dim, generator=generator))[0] for _ in range(-(-count // dim))]
+    rows: torch.Tensor = torch.cat(blocks)[:count] * dim**0.5
+    return rows
+
+
+def build_small(folder: str | Path, corpus: Sequence[str], dim: int = 64, seed: int = 0) -> Path:
+    """Write a small T5 encoder and its tokenizer into ``folder``.
+
+    Args:
+        folder: made if missing.
+        corpus: instructions whose words become single tokens.
+        dim: width of the embeddings Ct, a multiple of 4.
+        seed: of the weights.
+
+    Raises:
+        ConfigError: a width that four heads cannot share.
+    """
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer  # slow import
+
+    if dim % 4:
+        raise ConfigError(
+            f"encode.text_dim = {dim}: must be a multiple of 4, the small encoder's heads; use {dim // 4 * 4 + 4}"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [("\u2581" + word, -1.0) for word in _words(corpus)]
+    characters = [(c, -20.0) for c in ("\u2581", *string.ascii_letters, *string.digits, *string.punctuation)]
+    vocabulary = [(piece, 0.0) for piece in _SPECIAL] + words + characters
+    T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(folder)
+    config = T5Config(
+        vocab_size=len(vocabulary),
+        d_model=dim,
+        d_kv=dim // 4,
+        d_ff=2 * dim,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = T5EncoderModel(config)
+    generator = torch_generator(seed, "text.weights")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "shared" not in name and "embed_tokens" not in name:
+                scale = 0.5 / parameter.shape[1] ** 0.5  # layers add context; the word itself stays the larger part
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        model.shared.weight.copy_(_orthogonal_rows(len(vocabulary), dim, seed))
+    model.save_pretrained(folder)
+    return folder
+
+
+class TextEncoder:
+    """Frozen T5: instructions to (n, tokens, dim) embeddings. The model is loaded at the first prompt not cached."""
+
+    def __init__(self, folder: Path, source: str, tokens: int, device: str, dtype: str, cache: Path | None) -> None:
+        self.source, self.tokens, self.device, self.dtype, self.cache = source, tokens, device, dtype, cache
+        self._model_folder = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
+        self._tokenizer_folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+        config = read_json(self._model_folder / "config.json", f"{FIELD} must name a T5 encoder")
+        if config.get("model_type") != "t5" or "d_model" not in config:
+            raise DataError(f"{folder}: model type {config.get('model_type')!r} is no T5; set {FIELD} to a T5 encoder")
+        self.dim = int(config["d_model"])
+        self._vocabulary = int(config["vocab_size"])
+        self._memory: dict[str, tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, tokens: int, device: str = "cpu", dtype: str = "float32", cache: Path | None = None
+    ) -> TextEncoder:
+        """Open a T5 encoder.
+
+        Args:
+            source: folder (of T5, of a pipeline with text_encoder/ and tokenizer/, or of :meth:`save`) or hub id.
+            tokens: length every instruction is padded to (data.text_tokens).
+            device: where the model runs.
+            dtype: float32, or bfloat16 for the large encoders.
+            cache: folder for embeddings, keyed by digest and prompt; None keeps them in memory only.
+
+        Raises:
+            ServiceError: a hub id that was not fetched. DataError: no T5 in there, or not the recorded one.
+        """
+        source = str(source)
+        reference = read_reference(Path(source)) if Path(source).is_dir() else None
+        if reference:
+            source = reference[0]
+        folder = resolve(source, FIELD, ("text_encoder/*", "tokenizer/*") if "LTX" in source else ())
+        encoder = cls(folder, source, tokens, device, dtype, cache)
+        if reference and encoder.digest != reference[1]:
+            raise DataError(f"{source}: the weights in the hub cache are not those recorded; fetch the same revision")
+        return encoder
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights, the configuration and the tokenizer."""
+        return content_digest(self._files())
+
+    def encode(self, instructions: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Embeddings (n, tokens, dim), zero where padded, and mask (n, tokens), true on real tokens.
+
+        Each instruction is encoded alone, so its embedding does not depend on the others.
+
+        Raises:
+            DataError: an instruction longer than ``tokens``; nothing is ever cut off silently.
+        """
+        if not instructions:
+            raise DataError("instructions: none given; pass at least one")
+        rows = [self._one(instruction) for instruction in instructions]
+        return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
+
+    def save(self, folder: str | Path, reference: bool = False) -> None:
+        """Write the encoder into ``folder``; with ``reference``, weights of a hub id are named instead of copied."""
+        folder = Path(folder)
+        if reference and is_hub_id(self.source):
+            write_reference(folder, self.source, self.digest)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in self._files():
+            shutil.copyfile(file, folder / file.name)
+
+    def _files(self) -> list[Path]:
+        """Files that decide the embeddings."""
+        weights = sorted(self._model_folder.glob("*.safetensors")) or sorted(
+            self._model_folder.glob("pytorch_model*.bin")
+        )
+        if not weights:
+            raise DataError(f"{self._model_folder}: holds no weights; fetch the encoder named by {FIELD} again")
+        indices = sorted(self._model_folder.glob(f"*{weights[0].suffix}.index.json"))
+        tokenizer = [self._tokenizer_folder / name for name in _TOKENIZER_FILES]
+        return [*weights, *indices, self._model_folder / "config.json", *(f for f in tokenizer if f.is_file())]
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from transformers import T5Tokenizer
+
+        folder = self._tokenizer_folder
+        if not (folder / "tokenizer.json").is_file():
+            if not (folder / "spiece.model").is_file():
+                raise DataError(f"{folder}: holds neither tokenizer.json nor spiece.model; fetch {FIELD} again")
+            if importlib.util.find_spec("google.protobuf") is None:
+                raise ServiceError(f"{folder / 'spiece.model'}: reading it needs protobuf; run `pip install protobuf`")
+        tokenizer = T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
+        # transformers 5 may build a vocabulary of four tokens from a file it did not understand, without a word.
+        if not 16 < len(tokenizer) <= self._vocabulary:
+            raise DataError(
+                f"{folder}: the tokenizer has {len(tokenizer)} tokens, the T5 {self._vocabulary}; fetch {FIELD} again"
+            )
+        return tokenizer
+
+    @cached_property
+    def _model(self) -> Any:
+        from transformers import T5EncoderModel
+
+        try:
+            model = T5EncoderModel.from_pretrained(
+                str(self._model_folder), dtype=getattr(torch, self.dtype), local_files_only=True
+            )
+        except Exception as error:
+            raise DataError(f"{self._model_folder}: T5 does not load ({error}); fetch {FIELD} again") from error
+        return model.eval().requires_grad_(False).to(self.device)
+
+    def _one(self, instruction: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Embedding (tokens, dim) and mask (tokens,) of one instruction."""
+        if instruction in self._memory:
+            return self._memory[instruction]
+        file = self._cache_file(instruction)
+        if file is not None and file.is_file():
+            with np.load(file) as arrays:
+                found = arrays["embedding"], arrays["mask"]
+        else:
+            found = self._compute(instruction)
+            if file is not None:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                temporary = file.with_name(f".{file.name}.tmp.npz")
+                np.savez(temporary, embedding=found[0], mask=found[1])
+                temporary.replace(file)
+        self._memory[instruction] = found
+        return found
+
+    def _cache_file(self, instruction: str) -> Path | None:
+        if self.cache is None:
+            return None
+        key = hashlib.sha256(f"{self.digest}\x1f{self.dtype}\x1f{self.tokens}\x1f{instruction}".encode()).hexdigest()
+        return self.cache / f"{key}.npz"
+
+    @torch.no_grad()
+    def _compute(self, instruction: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        ids = self._tokenizer(instruction).input_ids
+        if len(ids) > self.tokens:
+            raise DataError(
+                f"instruction {instruction!r}: {len(ids)} tokens exceed data.text_tokens = {self.tokens}; "
+                "raise data.text_tokens or shorten the instruction"
+            )
+        mask = np.arange(self.tokens) < len(ids)
+        padded = torch.full((1, self.tokens), int(self._tokenizer.pad_token_id))
+        padded[0, : len(ids)] = torch.tensor(ids)
+        hidden = self._model(
+            input_ids=padded.to(self.device), attention_mask=torch.from_numpy(mask)[None].to(self.device)
+        ).last_hidden_state[0]
+        return hidden.float().cpu().numpy() * mask[:, None].astype(np.float32), mask
