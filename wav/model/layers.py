@@ -148,11 +148,15 @@ class TimeEmbedding(nn.Module):
 
 
 def timestep_waves(timestep: Tensor, channels: int = 256) -> Tensor:
-    """Sinusoidal embedding (..., channels) float32, cosines first, frequencies 10000 ** (-i / (channels / 2))."""
+    """Sinusoidal embedding (..., channels) float32, cosines first, frequencies 10000 ** (-i / (channels / 2)).
+
+    Frequencies and angles are rounded to float32 where the reference rounds; exp, cos and sin are taken in float64,
+    because at an angle of 1000 rad a library's last bit in exp already moves the result by 6e-5.
+    """
     half = channels // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
-    angle = timestep.float().unsqueeze(-1) * exponent.exp()
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+    angle = (timestep.float().unsqueeze(-1) * exponent.double().exp().float()).double()
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

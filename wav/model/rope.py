@@ -1,8 +1,8 @@
 """Rotary position tables of the three token streams (video grid, value tokens, action tokens).
 
 Angles reach 1.6e4 rad, where one float32 ulp is 1e-3 rad, so the tables are built in float32 in the reference's order
-of operations. They are kept as complex numbers: the pairwise rotation (x0, x1) -> (x0 c - x1 s, x1 c + x0 s) is then
-one multiplication.
+of operations, on the CPU whatever the device. They are kept as complex numbers: the pairwise rotation
+(x0, x1) -> (x0 c - x1 s, x1 c + x0 s) is then one multiplication.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ THETA = 10000.0
 BASE_FRAMES, BASE_PIXELS = 20, 2048
 
 
-def _frequencies(count: int, device: torch.device) -> Tensor:
+def _frequencies(count: int) -> Tensor:
     """``count`` frequencies theta ** linspace(0, 1) * pi / 2."""
     start, end = math.log(1.0, THETA), math.log(THETA, THETA)
-    return THETA ** torch.linspace(start, end, count, device=device, dtype=torch.float32) * math.pi / 2.0
+    return THETA ** torch.linspace(start, end, count, dtype=torch.float32) * math.pi / 2.0
 
 
 def _turns(angles: Tensor, dim: int) -> Tensor:
@@ -40,21 +40,21 @@ def video_rope(
     major, then (f, h, w). ``scale``: seconds, pixels and pixels of one latent.
     """
     with torch.inference_mode(False):
-        axes = [torch.arange(size, dtype=torch.float32, device=device) for size in (frames, height, width)]
+        axes = [torch.arange(size, dtype=torch.float32) for size in (frames, height, width)]
         grid = torch.stack(torch.meshgrid(*axes, indexing="ij"))
         bases = (BASE_FRAMES, BASE_PIXELS, BASE_PIXELS)
         grid = torch.stack([axis * s / base for axis, s, base in zip(grid, scale, bases, strict=True)])
         position = grid.flatten(1).transpose(0, 1).unsqueeze(-1)  # (L, 3, 1)
-        angles = _frequencies(dim // 6, device) * (position * 2 - 1)
-        return _turns(angles.transpose(-1, -2).flatten(1), dim)
+        angles = _frequencies(dim // 6) * (position * 2 - 1)
+        return _turns(angles.transpose(-1, -2).flatten(1), dim).to(device)
 
 
 @functools.lru_cache(maxsize=64)
 def token_rope(dim: int, length: int, base: int, device: torch.device) -> Tensor:
     """Table of ``length`` expert tokens, (length, dim / 2) complex64: position index / base, dim // 2 frequencies."""
     with torch.inference_mode(False):
-        position = torch.arange(length, dtype=torch.float32, device=device) / base
-        return _turns(_frequencies(dim // 2, device) * (position.unsqueeze(-1) * 2 - 1), dim)
+        position = torch.arange(length, dtype=torch.float32) / base
+        return _turns(_frequencies(dim // 2) * (position.unsqueeze(-1) * 2 - 1), dim).to(device)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

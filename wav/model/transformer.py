@@ -1,4 +1,4 @@
-"""WAVTransformer: LTX-Video's DiT over several camera views, a value expert and an action expert, as one diffusers model.
+"""WAVTransformer: LTX-Video's DiT over several camera views, a value and an action expert, as one diffusers model.
 
 Names and shapes of the state dict are those of LTX-Video, GE-Base and the WAV reference, so that their checkpoints load
 without a conversion table. Rows are samples first; candidates (planning) and draws (training) ride as extra rows or as
@@ -171,7 +171,7 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         return TextContext(states, bias, keys)
 
     def _time(self, timestep: Tensor, views: int) -> tuple[Tensor, Tensor]:
-        """temb (N, V, 1 or F, 6, D) and e (N, V, 1 or F, D); one row per frame and view, never per token."""
+        """Return temb (N, V, 1 or F, 6, D) and e (N, V, 1 or F, D); one row per frame and view, never per token."""
         if timestep.ndim == 1:
             timestep = timestep[:, None, None]
         elif timestep.ndim == 2:
