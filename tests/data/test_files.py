@@ -40,9 +40,14 @@ def test_error_leaves_the_old_content(tmp_path):
     out = tmp_path / "out"
     with files.atomic_folder(out) as folder:
         write(folder, 1.0)
-    with pytest.raises(KeyboardInterrupt), files.atomic_folder(out) as folder:
-        write(folder, 2.0)
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with files.atomic_folder(out) as folder:
+            write(folder, 2.0)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert files.read_manifest(out, "thing", 1, remedy=REMEDY)["value"] == 1.0
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -54,9 +59,11 @@ def test_without_exchange_two_renames(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), OSError("64 requested and 0 written")])
 def test_full_disk_is_one_clear_error(tmp_path, error):
-    with pytest.raises(StorageError, match=r"out: the disk is full .* free some space"):
-        with files.atomic_folder(tmp_path / "out"):
-            raise error
+    with (
+        pytest.raises(StorageError, match=r"out: the disk is full .* free some space"),
+        files.atomic_folder(tmp_path / "out"),
+    ):
+        raise error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -83,7 +90,7 @@ def test_file_in_the_way(tmp_path):
 
 
 def test_no_free_space(tmp_path):
-    with pytest.raises(StorageError, match="needs .* MiB"):
+    with pytest.raises(StorageError, match=r"needs .* MiB"):
         files.require_free_space(tmp_path / "not" / "there", 1 << 60)
 
 

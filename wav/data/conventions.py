@@ -1,0 +1,85 @@
+"""Conventions: what the pixels and numbers of a dataset mean.
+
+Written with the data, copied into checkpoints and compared before evaluation, because a picture upside down or a
+gripper of the other sign gives 0 % success without any error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from wav.data.state import STATE_LAYOUT
+from wav.errors import DataError
+
+if TYPE_CHECKING:
+    from wav.config import DataSettings
+
+#: How actions continue past an episode's end: deltas stop (zero motion), absolute targets repeat.
+DELTA_ACTIONS = "osc_pose_delta"
+ABSOLUTE_ACTIONS = "joint_absolute"
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """What an episode store's arrays mean."""
+
+    suite: str
+    views: tuple[str, ...]
+    image_height: int
+    image_width: int
+    render: str
+    """"fast" (decimated meshes, no reflections) or "full"."""
+    image_rotation: str
+    """Rotation already applied to the simulator's raw buffer: "none" or "180" (degrees)."""
+    gripper: str
+    """Sign of the gripper action."""
+    state_layout: str
+    control_hz: int
+    action: str
+    """"osc_pose_delta" or "joint_absolute"."""
+    simulator: Mapping[str, str]
+    """Distribution -> version of what made the physics and the pixels."""
+
+    @classmethod
+    def for_simulator(cls, data: DataSettings, simulator: Mapping[str, str] | None = None) -> Conventions:
+        """What the simulators of :mod:`wav.sim` produce under ``data`` (with this machine's versions by default)."""
+        if simulator is None:
+            from wav.sim.env import simulator_versions
+
+            simulator = simulator_versions()
+        return cls(
+            suite=data.suite,
+            views=tuple(data.views),
+            image_height=data.image_height,
+            image_width=data.image_width,
+            render=data.render,
+            image_rotation="180",
+            gripper="-1 open, +1 close",
+            state_layout=STATE_LAYOUT,
+            control_hz=data.control_hz,
+            action=DELTA_ACTIONS,
+            simulator=dict(simulator),
+        )
+
+    def difference(self, other: Conventions) -> list[str]:
+        """One line per field where the two differ, such as ``image_height: 64 against 128``; empty when equal."""
+        mine, theirs = asdict(self), asdict(other)
+        return [f"{name}: {mine[name]!r} against {theirs[name]!r}" for name in mine if mine[name] != theirs[name]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "views": list(self.views), "simulator": dict(self.simulator)}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], source: str = "conventions") -> Conventions:
+        """Inverse of :meth:`to_json`; DataError names a missing or unknown field of ``source``."""
+        names = {field.name for field in fields(cls)}
+        wrong = sorted(names.symmetric_difference(raw))
+        if wrong:
+            raise DataError(
+                f"{source}: conventions.{wrong[0]} is {'unknown' if wrong[0] in raw else 'missing'}; "
+                "make the folder again with this version"
+            )
+        return cls(**{**raw, "views": tuple(raw["views"]), "simulator": dict(raw["simulator"])})

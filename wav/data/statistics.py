@@ -1,0 +1,227 @@
+"""Normalisation: actions and states by quantiles to [-1, 1], values by z-score and symlog.
+
+There is no default: a key without statistics is an error, never the identity. The digest of the statistics travels
+with checkpoints, which refuse to run with others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from wav.data.files import canonical_digest, read_json, write_json
+from wav.errors import DataError
+
+Mode = Literal["quantile", "zscore_symlog"]
+Array = TypeVar("Array", NDArray[Any], torch.Tensor)
+
+#: Spans (q99 - q01, or std) below this count as constant: their scale is 1, so that a value stays near 0 and the
+#: inverse stays exact, instead of dividing by (nearly) zero. Units are the dimension's own (m, rad, action).
+CONSTANT_SPAN = 1e-4
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KeyStatistics:
+    """Statistics of one key over ``count`` rows; every tuple has one entry per dimension."""
+
+    mode: Mode
+    count: int
+    q01: tuple[float, ...]
+    q99: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    min: tuple[float, ...]
+    max: tuple[float, ...]
+
+    @property
+    def dimension(self) -> int:
+        """Number of dimensions D."""
+        return len(self.mean)
+
+    @cached_property
+    def _affine(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(centre, scale), each (D,): the linear part is (x - centre) / scale."""
+        if self.mode == "quantile":
+            low, high = np.array(self.q01), np.array(self.q99)
+            centre, scale, span = (low + high) / 2, (high - low) / 2, high - low
+        else:
+            centre, scale = np.array(self.mean), np.array(self.std)
+            span = scale
+        return centre, np.where(span < CONSTANT_SPAN, 1.0, scale)
+
+    def normalize(self, x: Array) -> Array:
+        """Normalise x (..., D): "quantile" maps [q01, q99] to [-1, 1], "zscore_symlog" is symlog((x - mean) / std)."""
+        centre, scale = self._constants(x)
+        z: Array = (x - centre) / scale
+        return z if self.mode == "quantile" else symlog(z)
+
+    def denormalize(self, y: Array) -> Array:
+        """Exact inverse of :meth:`normalize`."""
+        centre, scale = self._constants(y)
+        z: Array = y if self.mode == "quantile" else symexp(y)
+        x: Array = z * scale + centre
+        return x
+
+    def _constants(self, x: Any) -> tuple[Any, Any]:
+        """Centre and scale as the type, device and precision of ``x``."""
+        if x.shape[-1] != self.dimension:
+            raise DataError(
+                f"statistics: {x.shape[-1]} dimensions where they hold {self.dimension}; "
+                "use the statistics made with this data"
+            )
+        if isinstance(x, torch.Tensor):
+            kind = x.dtype if x.dtype.is_floating_point else torch.float32
+            first, second = (torch.as_tensor(c, dtype=kind, device=x.device) for c in self._affine)
+            return first, second
+        dtype = x.dtype if x.dtype.kind == "f" else np.dtype(np.float32)
+        return self._affine[0].astype(dtype), self._affine[1].astype(dtype)
+
+
+def symlog(x: Array) -> Array:
+    """sign(x) log(1 + |x|)."""
+    if isinstance(x, torch.Tensor):
+        return torch.sign(x) * torch.log1p(torch.abs(x))
+    return np.asarray(np.sign(x) * np.log1p(np.abs(x)))
+
+
+def symexp(x: Array) -> Array:
+    """Inverse of :func:`symlog`."""
+    if isinstance(x, torch.Tensor):
+        return torch.sign(x) * torch.expm1(torch.abs(x))
+    return np.asarray(np.sign(x) * np.expm1(np.abs(x)))
+
+
+def compute_statistics(rows: NDArray[Any], mode: Mode, name: str = "statistics") -> KeyStatistics:
+    """Statistics of rows (N, D), in double precision.
+
+    Raises:
+        DataError: there are no rows, or a value is not finite.
+    """
+    x = np.asarray(rows, dtype=np.float64)
+    if x.ndim != 2 or not len(x):
+        raise DataError(f"{name}: no rows to take statistics of (shape {x.shape}); ingest at least one episode")
+    if not np.isfinite(x).all():
+        raise DataError(f"{name}: {int((~np.isfinite(x)).sum())} values are NaN or infinite; repair the source")
+    low, high = np.quantile(x, (0.01, 0.99), axis=0)
+    columns = {"q01": low, "q99": high, "mean": x.mean(0), "std": x.std(0), "min": x.min(0), "max": x.max(0)}
+    result = KeyStatistics(mode=mode, count=len(x), **{key: tuple(map(float, c)) for key, c in columns.items()})
+    extreme = np.abs(result.normalize(np.stack([columns["min"], columns["max"]]))).max(0)
+    if mode == "quantile" and (extreme > 10).any():
+        worst = int(extreme.argmax())
+        _LOG.warning(
+            "%s: dimension %d reaches %.0f times its 1-99 %% range; rare large values dominate its loss",
+            name,
+            worst,
+            extreme[worst],
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics by key: "action", "state", "value"."""
+
+    keys: Mapping[str, KeyStatistics]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        return canonical_digest(self.to_json())
+
+    def key(self, name: str) -> KeyStatistics:
+        """Statistics of one key; DataError where there are none."""
+        if name not in self.keys:
+            raise DataError(
+                f"statistics: no key {name!r} among {', '.join(sorted(self.keys)) or 'none'}; "
+                "action and state come from ingest, value from label_rewards"
+            )
+        return self.keys[name]
+
+    def normalize_actions(self, x: Array) -> Array:
+        """Actions (..., A) to [-1, 1] by q01/q99."""
+        return self.key("action").normalize(x)
+
+    def denormalize_actions(self, y: Array) -> Array:
+        """Inverse of :meth:`normalize_actions`."""
+        return self.key("action").denormalize(y)
+
+    def normalize_state(self, x: Array) -> Array:
+        """States (..., S) to [-1, 1] by q01/q99."""
+        return self.key("state").normalize(x)
+
+    def denormalize_state(self, y: Array) -> Array:
+        """Inverse of :meth:`normalize_state`."""
+        return self.key("state").denormalize(y)
+
+    def normalize_values(self, x: Array) -> Array:
+        """Values (..., Cv): symlog of the z-score."""
+        return self.key("value").normalize(x)
+
+    def denormalize_values(self, y: Array) -> Array:
+        """Inverse of :meth:`normalize_values`."""
+        return self.key("value").denormalize(y)
+
+    def merged(self, *others: Statistics) -> Statistics:
+        """The keys of all; DataError where two hold different statistics of one key."""
+        keys = dict(self.keys)
+        for other in others:
+            for name, value in other.keys.items():
+                if keys.setdefault(name, value) != value:
+                    raise DataError(f"statistics: two different sets for key {name!r}; use those of one dataset")
+        return Statistics(keys)
+
+    def difference(self, other: Statistics) -> list[str]:
+        """One line per key and field that differ, such as ``action.q01[2]: -0.9 against -0.5``."""
+        lines = [f"{name}: present on one side only" for name in sorted(set(self.keys) ^ set(other.keys))]
+        for name in sorted(set(self.keys) & set(other.keys)):
+            mine, theirs = asdict(self.keys[name]), asdict(other.keys[name])
+            for field in (field for field in mine if mine[field] != theirs[field]):
+                a, b = mine[field], theirs[field]
+                if isinstance(a, tuple) and len(a) == len(b):
+                    i = next(i for i in range(len(a)) if a[i] != b[i])
+                    lines.append(f"{name}.{field}[{i}]: {a[i]:.6g} against {b[i]:.6g}")
+                else:
+                    lines.append(f"{name}.{field}: {a!r} against {b!r}")
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            name: {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(value).items()}
+            for name, value in self.keys.items()
+        }
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], source: str = "statistics") -> Statistics:
+        """Inverse of :meth:`to_json`; DataError names the key of ``source`` that is malformed."""
+        keys = {}
+        for name, value in raw.items():
+            try:
+                fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+                keys[name] = KeyStatistics(**fields)
+            except (TypeError, AttributeError) as error:
+                raise DataError(f"{source}: key {name!r} is malformed ({error}); make the statistics again") from None
+            if keys[name].mode not in ("quantile", "zscore_symlog"):
+                raise DataError(f"{source}: {name}.mode = {keys[name].mode!r}: unknown; make the statistics again")
+        return cls(keys)
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path, remedy: str = "run `dvc repro`") -> Statistics:
+        """Read what :meth:`save` wrote; DataError where it is missing or malformed."""
+        raw = read_json(path, remedy)
+        if not isinstance(raw, dict):
+            raise DataError(f"{path}: holds {type(raw).__name__} where statistics by key are expected; {remedy}")
+        return cls.from_json(raw, str(path))

@@ -1,0 +1,308 @@
+"""The episode store: few large memory-mapped shards, written atomically.
+
+Layout of the folder::
+
+    manifest.json            format version, conventions, episode table, size and SHA-256 of every file
+    statistics.json          normalisation statistics of label actions and states
+    quarantine.json          rejected episodes, each with its reason
+    shard-00000/images.<view>.npy (N, H, W, 3) uint8, state.npy, actions.npy[, expert_actions.npy][, joints.npy]
+
+A shard holds whole episodes that have the same fields. The concatenated frame order (shard by shard, episode by
+episode) is the row order of ``data/rewards`` and ``data/latents``.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wav.data.conventions import Conventions
+from wav.data.episode import Episode
+from wav.data.files import (
+    MANIFEST,
+    ArrayWriter,
+    atomic_folder,
+    check_files,
+    manifest_digest,
+    open_array,
+    read_json,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from wav.data.statistics import Statistics, compute_statistics
+from wav.errors import DataError
+
+__all__ = ["Conventions", "EpisodeInfo", "EpisodeStore", "EpisodeStoreWriter", "Rejection"]
+
+FORMAT, VERSION = "wav-episodes", 1
+REMEDY = "make the episodes again with `dvc repro ingest`"
+
+
+@dataclass(frozen=True)
+class EpisodeInfo:
+    """One row of the episode table. ``start`` is the first row in its shard, ``offset`` in the whole store."""
+
+    episode_id: str
+    task: str
+    instruction: str
+    shard: int
+    start: int
+    length: int
+    success: bool
+    init_index: int
+    seed: int
+    source: str
+    has_joints: bool
+    has_expert: bool
+    offset: int
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """One rejected episode."""
+
+    episode: str
+    task: str
+    reason: str
+
+
+def _fields(episode: Episode) -> dict[str, NDArray[Any]]:
+    """File stem -> rows of one episode."""
+    arrays: dict[str, NDArray[Any]] = {f"images.{view}": frames for view, frames in episode.images.items()}
+    arrays |= {"state": episode.state, "actions": episode.actions}
+    if episode.expert_actions is not None:
+        arrays["expert_actions"] = episode.expert_actions
+    if episode.joints is not None:
+        arrays["joints"] = episode.joints
+    return arrays
+
+
+class EpisodeStoreWriter:
+    """Writes a store; the folder appears under its final name when the ``with`` block ends without an error.
+
+    Args:
+        path: final folder; an existing one is replaced.
+        conventions: what the arrays mean; every episode must have its views and image size.
+        shard_bytes: a new shard begins once the current one holds this many bytes.
+    """
+
+    def __init__(self, path: str | Path, conventions: Conventions, shard_bytes: int = 256 * 2**20) -> None:
+        self.path, self.conventions, self.shard_bytes = Path(path), conventions, shard_bytes
+        self._stack = ExitStack()
+        self._table: list[dict[str, Any]] = []
+        self._rejected: list[Rejection] = []
+        self._ids: set[str] = set()
+        self._labels: list[NDArray[np.float32]] = []
+        self._states: list[NDArray[np.float32]] = []
+        self._writers: dict[str, ArrayWriter] = {}
+        self._layout: dict[str, tuple[int, ...]] = {}
+        self._shard, self._rows, self._bytes, self.frames = -1, 0, 0, 0
+
+    def __enter__(self) -> EpisodeStoreWriter:
+        self._folder = self._stack.enter_context(atomic_folder(self.path))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # whatever goes wrong while finishing must reach atomic_folder as well, which then removes everything
+        with self._stack:
+            try:
+                if error is not None:
+                    raise error
+                self._finish()
+            finally:
+                for writer in self._writers.values():
+                    writer.close()
+
+    @property
+    def count(self) -> int:
+        """Episodes written so far."""
+        return len(self._table)
+
+    def add(self, episode: Episode) -> None:
+        """Append one episode.
+
+        Raises:
+            DataError: it is malformed, duplicates an id, or does not fit the conventions.
+            StorageError: the disk is full.
+        """
+        episode.validate()
+        self._check_fit(episode)
+        arrays = _fields(episode)
+        layout = {name: rows.shape[1:] for name, rows in arrays.items()}
+        if layout != self._layout or self._bytes >= self.shard_bytes:
+            self._open_shard(arrays, layout)
+        for name, rows in arrays.items():
+            self._writers[name].append(rows)
+        info = EpisodeInfo(
+            episode_id=episode.episode_id,
+            task=episode.task,
+            instruction=episode.instruction,
+            shard=self._shard,
+            start=self._rows,
+            length=episode.length,
+            success=bool(episode.success),
+            init_index=int(episode.init_index),
+            seed=int(episode.seed),
+            source=episode.source,
+            has_joints=episode.joints is not None,
+            has_expert=episode.expert_actions is not None,
+            offset=self.frames,
+        )
+        self._table.append(asdict(info))
+        self._ids.add(episode.episode_id)
+        self._labels.append(np.array(episode.labels()))
+        self._states.append(np.array(episode.state))
+        self._rows += episode.length
+        self.frames += episode.length
+        self._bytes += sum(rows.nbytes for rows in arrays.values())
+
+    def quarantine(self, episode_id: str, task: str, reason: str) -> None:
+        """Record an episode that was not written, and why."""
+        self._rejected.append(Rejection(episode_id, task, reason))
+
+    def _check_fit(self, episode: Episode) -> None:
+        """Compare an episode with the conventions and the episodes before it."""
+        where, want = f"episode {episode.episode_id}", self.conventions
+        if episode.episode_id in self._ids:
+            raise DataError(f"{where}: is in the store already; give every episode its own id")
+        if episode.views != want.views:
+            raise DataError(f"{where}: views {episode.views} where data.views is {want.views}; record the same cameras")
+        for view, frames in episode.images.items():
+            if frames.shape[1:3] != (want.image_height, want.image_width):
+                raise DataError(
+                    f"{where}: images[{view!r}] are {frames.shape[1]}x{frames.shape[2]} where data.image_height x "
+                    f"data.image_width is {want.image_height}x{want.image_width}; resize them at the source"
+                )
+        for name, mine, kept in (("state", episode.state, self._states), ("actions", episode.actions, self._labels)):
+            if kept and mine.shape[1:] != kept[0].shape[1:]:
+                raise DataError(
+                    f"{where}: {name} has {mine.shape[1]} dimensions where earlier episodes have {kept[0].shape[1]}; "
+                    "put robots of different kinds into different stores"
+                )
+
+    def _open_shard(self, arrays: dict[str, NDArray[Any]], layout: dict[str, tuple[int, ...]]) -> None:
+        """Begin the next shard with these fields."""
+        for writer in self._writers.values():
+            writer.close()
+        self._shard, self._rows, self._bytes, self._layout = self._shard + 1, 0, 0, layout
+        folder = self._folder / f"shard-{self._shard:05d}"
+        self._writers = {n: ArrayWriter(folder / f"{n}.npy", rows.shape[1:], rows.dtype) for n, rows in arrays.items()}
+
+    def _finish(self) -> None:
+        """Write statistics, quarantine report and manifest."""
+        for writer in self._writers.values():
+            writer.close()
+        if not self._table:
+            reason = (
+                f" (first of {len(self._rejected)} rejections: {self._rejected[0].reason})" if self._rejected else ""
+            )
+            raise DataError(f"{self.path}: no episode was accepted{reason}; check the source")
+        statistics = Statistics(
+            {
+                "action": compute_statistics(np.concatenate(self._labels), "quantile", "action statistics"),
+                "state": compute_statistics(np.concatenate(self._states), "quantile", "state statistics"),
+            }
+        )
+        statistics.save(self._folder / "statistics.json")
+        write_json(self._folder / "quarantine.json", [asdict(rejection) for rejection in self._rejected])
+        content = {"conventions": self.conventions.to_json(), "frames": self.frames, "episodes": self._table}
+        write_manifest(self._folder, FORMAT, VERSION, content)
+
+
+class EpisodeStore:
+    """Read access to a store; open it with :meth:`open`. ``store[i]`` is an :class:`Episode` of zero-copy views."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path, self._manifest = path, manifest
+        self.conventions = Conventions.from_json(manifest["conventions"], str(path / MANIFEST))
+        self.episodes = tuple(EpisodeInfo(**row) for row in manifest["episodes"])
+        self.frames = int(manifest["frames"])
+        self.digest = manifest_digest(manifest)
+        self.statistics = Statistics.load(path / "statistics.json", REMEDY)
+        self.rejected = tuple(Rejection(**row) for row in read_json(path / "quarantine.json", REMEDY))
+        #: (E + 1,) first row of every episode in the concatenated frame order, and the total at the end
+        self.offsets = np.array([*(info.offset for info in self.episodes), self.frames], dtype=np.int64)
+        #: (S + 1,) first row of every shard in the same order, and the total at the end
+        self._shard_offsets = np.array(
+            [*(info.offset for info in self.episodes if info.start == 0), self.frames], dtype=np.int64
+        )
+        self._shards = [self._map_shard(index) for index in range(len(self._shard_offsets) - 1)]
+
+    @classmethod
+    def open(cls, path: str | Path) -> EpisodeStore:
+        """Open a store, checking format, version and the size of every file.
+
+        Raises:
+            DataError: something is missing, truncated or of another version; names the file and the remedy.
+        """
+        return cls(Path(path), read_manifest(path, FORMAT, VERSION, remedy=REMEDY))
+
+    def _map_shard(self, index: int) -> dict[str, NDArray[Any]]:
+        """Memory-map the files of one shard."""
+        first = next(info for info in self.episodes if info.shard == index)
+        rows = int(self._shard_offsets[index + 1] - self._shard_offsets[index])
+        want, folder = self.conventions, self.path / f"shard-{index:05d}"
+        image = (rows, want.image_height, want.image_width, 3)
+        arrays = {
+            f"images.{view}": open_array(folder / f"images.{view}.npy", image, np.uint8, remedy=REMEDY)
+            for view in want.views
+        }
+        names = ["state", "actions", *["expert_actions"] * first.has_expert, *["joints"] * first.has_joints]
+        for name in names:
+            arrays[name] = open_array(folder / f"{name}.npy", (rows, None), np.float32, remedy=REMEDY)
+        return arrays
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __getitem__(self, index: int) -> Episode:
+        info = self.episodes[index]
+        rows = {name: a[info.start : info.start + info.length] for name, a in self._shards[info.shard].items()}
+        return Episode(
+            episode_id=info.episode_id,
+            task=info.task,
+            instruction=info.instruction,
+            images={view: rows[f"images.{view}"] for view in self.conventions.views},
+            state=rows["state"],
+            joints=rows.get("joints"),
+            actions=rows["actions"],
+            expert_actions=rows.get("expert_actions"),
+            success=info.success,
+            init_index=info.init_index,
+            seed=info.seed,
+            source=info.source,
+        )
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """Distinct instructions, sorted."""
+        return tuple(sorted({info.instruction for info in self.episodes}))
+
+    def images(self, view: str, rows: NDArray[np.integer]) -> NDArray[np.uint8]:
+        """Frames (n, H, W, 3) of one view at rows (n,) of the concatenated order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        name = f"images.{view}"
+        result = np.empty((len(rows), *self._shards[0][name].shape[1:]), np.uint8)
+        shards = np.searchsorted(self._shard_offsets, rows, side="right") - 1
+        for shard in np.unique(shards):
+            here = shards == shard
+            result[here] = self._shards[shard][name][rows[here] - self._shard_offsets[shard]]
+        return result
+
+    def concatenated(self, field: Literal["state", "actions", "labels"]) -> NDArray[np.float32]:
+        """Rows (frames, D) of a field over the whole store; "labels" are the actions to learn."""
+        parts = [s.get("expert_actions", s["actions"]) if field == "labels" else s[field] for s in self._shards]
+        return np.concatenate(parts)
+
+    def verify(self) -> None:
+        """Compare every file's content with the manifest's SHA-256; DataError names the first that differs."""
+        check_files(self._manifest, self.path, remedy=REMEDY, digests=True)

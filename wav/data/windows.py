@@ -1,0 +1,353 @@
+"""Training windows: one sample per (episode e, step t), gathered from memory-mapped latents, actions and values.
+
+Every step t in [0, T - 1] of every episode is a window. It holds m memory frames (the current one and m - 1 earlier
+ones drawn from the last ``memory_horizon`` steps), the future clip, and A actions, states and values from t on. Past
+the episode's end frames, states and values repeat and the robot holds still (spec section 7, item 14).
+
+A batch is a pure function of (seed, step): :class:`BatchSampler` gives rank r its share of the global batch of a step
+and of the draws that choose its memories, so that the number of ranks changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from wav.data.conventions import ABSOLUTE_ACTIONS, DELTA_ACTIONS
+from wav.data.statistics import Statistics
+from wav.data.store import EpisodeStore
+from wav.errors import ConfigError, DataError
+from wav.seeding import numpy_generator
+
+if TYPE_CHECKING:
+    from wav.config import DataSettings
+
+Split = Literal["train", "validation"]
+
+
+class LatentSource(Protocol):
+    """What :class:`wav.data.latents.LatentStore` offers; N rows in the concatenated frame order."""
+
+    @property
+    def image(self) -> NDArray[np.float32]:
+        """(N, V, C, h, w): every frame as an image."""
+        ...
+
+    @property
+    def clip(self) -> NDArray[np.float32]:
+        """(N, V, C, Ff, h, w): the future clip of the window that starts at each frame."""
+        ...
+
+    @property
+    def text(self) -> NDArray[np.float32]:
+        """(n, L, Ct): embeddings of the instructions."""
+        ...
+
+    @property
+    def text_mask(self) -> NDArray[np.bool_]:
+        """(n, L): which tokens are real."""
+        ...
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """Instruction of every row of ``text``."""
+        ...
+
+    @property
+    def empty_text(self) -> int:
+        """Row of ``text`` that holds the empty instruction."""
+        ...
+
+
+class RewardSource(Protocol):
+    """What :class:`wav.rewards.RewardStore` offers."""
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """(N, Cv): weighted terms and, last, the return."""
+        ...
+
+    @property
+    def statistics(self) -> Statistics:
+        """Statistics with the key "value"."""
+        ...
+
+
+@dataclass(frozen=True)
+class WindowBatch:
+    """B windows as float32 tensors (``text_mask`` bool, ``episode`` and ``step`` int64)."""
+
+    memory: torch.Tensor
+    """(B, V, C, Fm, h, w), the current frame last."""
+    future: torch.Tensor
+    """(B, V, C, Ff, h, w)."""
+    text: torch.Tensor
+    """(B, L, Ct)."""
+    text_mask: torch.Tensor
+    """(B, L)."""
+    state: torch.Tensor
+    """(B, S), the current one, normalised."""
+    actions: torch.Tensor
+    """(B, A, 7 + S): normalised label actions | normalised states."""
+    values: torch.Tensor | None
+    """(B, A, Cv), normalised: weighted reward terms | return; None without rewards."""
+    episode: torch.Tensor
+    """(B,) index into the episode store."""
+    step: torch.Tensor
+    """(B,) environment step of the current frame."""
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> WindowBatch:
+        """The batch with ``change`` applied to every tensor."""
+        return replace(self, **{name: change(value) for name, value in vars(self).items() if value is not None})
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> WindowBatch:
+        """The batch on another device."""
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> WindowBatch:
+        """The batch in page-locked memory, for asynchronous copies to a GPU."""
+        return self._map(lambda value: value.pin_memory())
+
+    def rows(self, start: int, stop: int) -> WindowBatch:
+        """Rows [start, stop) as views: a micro batch."""
+        return self._map(lambda value: value[start:stop])
+
+
+class BatchSampler:
+    """Endless shuffled epochs; the state is one integer, the global step.
+
+    Args:
+        n: number of windows.
+        batch_size: global batch, over all ranks.
+        seed: of shuffling and memory draws.
+        rank: this process.
+        ranks: number of processes; must divide ``batch_size``.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
+        if n < 1:
+            raise DataError("windows: 0 in this split; ingest more episodes or lower validation_share")
+        if batch_size < 1 or batch_size % ranks:
+            raise ConfigError(
+                f"batch_size = {batch_size}: must be a positive multiple of the {ranks} ranks; change either"
+            )
+        if not 0 <= rank < ranks:
+            raise ConfigError(f"rank = {rank}: must lie in [0, {ranks}); check the launcher's environment")
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        share = batch_size // ranks
+        self._share = slice(rank * share, (rank + 1) * share)
+        self._epochs: dict[int, NDArray[np.int64]] = {}
+
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        """Permutation of one epoch; the last two are kept."""
+        if epoch not in self._epochs:
+            self._epochs = {old: order for old, order in self._epochs.items() if old == epoch - 1}
+            self._epochs[epoch] = numpy_generator(self.seed, "epoch", epoch).permutation(self.n)
+        return self._epochs[epoch]
+
+    def epoch_of(self, step: int) -> float:
+        """Epochs completed before ``step``."""
+        return step * self.batch_size / self.n
+
+    def indices(self, step: int) -> NDArray[np.int64]:
+        """(batch_size / ranks,) window indices of this rank at a global step."""
+        epochs, places = np.divmod(np.arange(self.batch_size)[self._share] + step * self.batch_size, self.n)
+        result = np.empty(len(places), np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            result[here] = self._epoch(int(epoch))[places[here]]
+        return result
+
+    def draws(self, step: int, count: int) -> NDArray[np.float64]:
+        """(batch_size / ranks, count) uniform draws in [0, 1) of this rank at a global step."""
+        return numpy_generator(self.seed, "memory", step).random((self.batch_size, count))[self._share]
+
+
+def sample_memory(step: NDArray[np.int64], horizon: int, draws: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Steps (n, k) of earlier frames for windows at steps (n,): k distinct ones of the last ``horizon``, sorted.
+
+    Where fewer than k steps went before they are drawn with replacement; at step 0 frame 0 repeats. Uniform over
+    subsets; ``draws`` (n, k) in [0, 1) are all the randomness there is.
+    """
+    count = draws.shape[1]
+    population = np.minimum(step, horizon)
+    picks = np.empty((len(step), 0), np.int64)
+    for j in range(count):
+        # the r-th step not picked yet: move r past every earlier pick, smallest first
+        pick = (draws[:, j] * np.maximum(population - j, 1)).astype(np.int64)
+        for earlier in picks.T:
+            pick += pick >= earlier
+        picks = np.sort(np.concatenate([picks, pick[:, None]], axis=1), axis=1)
+    repeated = np.sort((draws * np.maximum(population, 1)[:, None]).astype(np.int64), axis=1)
+    picks = np.where((population >= count)[:, None], picks, repeated)
+    return (step - population)[:, None] + picks
+
+
+def split_episodes(store: EpisodeStore, split: Split, validation_share: float) -> NDArray[np.int64]:
+    """Episode indices (sorted) of a split.
+
+    The held-out ``round(share * E)`` episodes (at least one for a share above 0) are spread evenly over the tasks and
+    depend on the episodes' ids alone, never on a seed: all training stages hold out the same ones.
+    """
+    if not 0.0 <= validation_share < 1.0:
+        raise ConfigError(f"validation_share = {validation_share}: must lie in [0, 1)")
+    place: dict[str, int] = {}
+    keys = []
+    ids = [(hashlib.sha256(info.episode_id.encode()).hexdigest(), i) for i, info in enumerate(store.episodes)]
+    for digest, i in sorted(ids):
+        task = store.episodes[i].task
+        place[task] = place.get(task, -1) + 1
+        keys.append((place[task], digest, i))
+    held = max(1, round(validation_share * len(store))) if validation_share else 0
+    if held >= len(store):
+        raise DataError(
+            f"{store.path}: {len(store)} episode(s) cannot be split with validation_share = {validation_share}; "
+            "ingest more episodes or set validation_share to 0"
+        )
+    order = [i for _, _, i in sorted(keys)]
+    return np.array(sorted(order[:held] if split == "validation" else order[held:]), dtype=np.int64)
+
+
+class WindowDataset:
+    """All windows of one split.
+
+    Args:
+        episodes: the store the latents and rewards were made from.
+        latents: encoded frames, clips and instructions.
+        rewards: labelled values; None where a stage needs none.
+        data: window sizes.
+        split: "train" or "validation".
+        validation_share: share of episodes held out.
+
+    Raises:
+        DataError: row counts or shapes of the three do not belong together, or an instruction is not encoded.
+    """
+
+    def __init__(
+        self,
+        episodes: EpisodeStore,
+        latents: LatentSource,
+        rewards: RewardSource | None,
+        data: DataSettings,
+        split: Split = "train",
+        validation_share: float = 0.05,
+    ) -> None:
+        self.data, self.split = data, split
+        self._check_rows(episodes, latents, rewards)
+        self.statistics = episodes.statistics.merged(*([rewards.statistics] if rewards is not None else []))
+        self._image, self._clip = latents.image, latents.clip
+        self._text, self._text_mask = np.asarray(latents.text), np.asarray(latents.text_mask)
+        self._empty = latents.empty_text
+        self._text_row = self._instruction_rows(episodes, latents)
+        self._start, self._length = episodes.offsets[:-1], np.diff(episodes.offsets)
+        labels = episodes.concatenated("labels")
+        self._actions = self.statistics.normalize_actions(labels)
+        self._states = self.statistics.normalize_state(episodes.concatenated("state"))
+        self._values = None if rewards is None else self.statistics.normalize_values(np.array(rewards.values))
+        self._hold = self.statistics.normalize_actions(self._holding(episodes, labels))
+        chosen = split_episodes(episodes, split, validation_share)
+        lengths = self._length[chosen]
+        self._episode = np.repeat(chosen, lengths)
+        self._step = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+    @staticmethod
+    def _check_rows(episodes: EpisodeStore, latents: LatentSource, rewards: RewardSource | None) -> None:
+        """Every source must have one row per frame and the store's cameras."""
+        rows = {"latents image": len(latents.image), "latents clip": len(latents.clip)}
+        if rewards is not None:
+            rows["rewards values"] = len(rewards.values)
+        for name, count in rows.items():
+            if count != episodes.frames:
+                raise DataError(
+                    f"{name}: {count} rows where {episodes.path} has {episodes.frames} frames; run `dvc repro` to make "
+                    "them from these episodes"
+                )
+        views = len(episodes.conventions.views)
+        if latents.image.shape[1] != views or latents.clip.shape[1] != views:
+            raise DataError(
+                f"latents: {latents.image.shape[1]} views where {episodes.path} has {views}; run `dvc repro encode`"
+            )
+
+    @staticmethod
+    def _instruction_rows(episodes: EpisodeStore, latents: LatentSource) -> NDArray[np.int64]:
+        """(E,) row of the text embeddings for every episode."""
+        rows = {instruction: row for row, instruction in enumerate(latents.instructions)}
+        for info in episodes.episodes:
+            if info.instruction not in rows:
+                raise DataError(
+                    f"latents: instruction {info.instruction!r} of episode {info.episode_id} is not encoded; "
+                    "run `dvc repro encode`"
+                )
+        return np.array([rows[info.instruction] for info in episodes.episodes], dtype=np.int64)
+
+    @staticmethod
+    def _holding(episodes: EpisodeStore, labels: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(E, A) action that continues every episode past its end: no motion for deltas, the gripper held."""
+        hold = labels[episodes.offsets[1:] - 1].copy()
+        kind = episodes.conventions.action
+        if kind == DELTA_ACTIONS:
+            hold[:, :-1] = 0.0
+        elif kind != ABSOLUTE_ACTIONS:
+            raise DataError(
+                f"{episodes.path}: conventions.action = {kind!r}: unknown; "
+                f"expected {DELTA_ACTIONS} or {ABSOLUTE_ACTIONS}"
+            )
+        return hold
+
+    def __len__(self) -> int:
+        return len(self._step)
+
+    @property
+    def empty_text(self) -> torch.Tensor:
+        """(L, Ct) embedding of the empty instruction, for caption dropout."""
+        return torch.from_numpy(np.array(self._text[self._empty], dtype=np.float32))
+
+    @property
+    def empty_text_mask(self) -> torch.Tensor:
+        """(L,) bool mask of the empty instruction."""
+        return torch.from_numpy(np.array(self._text_mask[self._empty], dtype=bool))
+
+    def at(self, sampler: BatchSampler, step: int) -> WindowBatch:
+        """This rank's batch of a global training step."""
+        return self.batch(sampler.indices(step), sampler.draws(step, self.data.memory_frames - 1))
+
+    def batch(self, indices: NDArray[np.integer], draws: np.random.Generator | NDArray[np.float64]) -> WindowBatch:
+        """Gather the windows at ``indices`` (B,).
+
+        Args:
+            indices: into this split's windows.
+            draws: generator, or uniform draws (B, memory_frames - 1) in [0, 1), that choose the earlier frames.
+        """
+        earlier = self.data.memory_frames - 1
+        if isinstance(draws, np.random.Generator):
+            draws = draws.random((len(indices), earlier))
+        episode, step = self._episode[indices], self._step[indices]
+        start, length = self._start[episode], self._length[episode]
+        memory = np.concatenate([sample_memory(step, self.data.memory_horizon, draws), step[:, None]], axis=1)
+        memory += start[:, None]
+        ahead = step[:, None] + np.arange(self.data.action_chunk)
+        rows = start[:, None] + np.minimum(ahead, length[:, None] - 1)
+        past = ahead >= length[:, None]
+        actions = np.where(past[..., None], self._hold[episode][:, None], self._actions[rows])
+        text_row = self._text_row[episode]
+        frames = torch.from_numpy(self._image[memory])  # (B, Fm, V, C, h, w)
+        return WindowBatch(
+            memory=frames.permute(0, 2, 3, 1, 4, 5).contiguous(),
+            future=torch.from_numpy(self._clip[start + step]),
+            text=torch.from_numpy(self._text[text_row]),
+            text_mask=torch.from_numpy(self._text_mask[text_row]),
+            state=torch.from_numpy(self._states[start + step]),
+            actions=torch.from_numpy(np.concatenate([actions, self._states[rows]], axis=-1)),
+            values=None if self._values is None else torch.from_numpy(self._values[rows]),
+            episode=torch.from_numpy(episode),
+            step=torch.from_numpy(step),
+        )
