@@ -1,0 +1,14 @@
+"""One Prefect flow per stage: ``python -m flows.<stage>`` is the command of the DVC stage of that name.
+
+A flow reads the settings, calls the library and publishes what came out; there is no mathematics here. Importing the
+package fills in the local services' addresses (``make up``), because Prefect reads its environment when it is imported.
+"""
+
+import os
+
+from wav.local import adopt_local_services
+
+adopt_local_services()
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "wav")  # the library's logging appears on the flow run

@@ -1,0 +1,109 @@
+"""Prefect artefacts: tables, pictures and a progress bar that moves, on the flow run that publishes them.
+
+Keys are ``<flow>-<name>``; a key's versions are the runs' history in the UI.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.context import FlowRunContext
+
+#: seconds between updates of a progress artefact and between log lines
+UPDATE_SECONDS, LOG_SECONDS = 2.0, 10.0
+#: pictures in one artefact: the API refuses bodies of many megabytes
+MAX_IMAGE_BYTES = 600_000
+
+
+def _key(name: str) -> str:
+    context = FlowRunContext.get()
+    prefix = f"{context.flow.name}-" if context and context.flow else ""
+    return f"{prefix}{name}".lower().replace("_", "-").replace(".", "-")
+
+
+def publish_markdown(name: str, text: str, description: str = "") -> None:
+    """Markdown on the flow run."""
+    create_markdown_artifact(text, key=_key(name), description=description or None)
+
+
+def publish_table(name: str, rows: Sequence[Mapping[str, Any]], description: str = "") -> None:
+    """A table, one row per mapping."""
+    create_table_artifact([dict(row) for row in rows], key=_key(name), description=description or None)
+
+
+def publish_numbers(name: str, numbers: Mapping[str, Any], description: str = "") -> None:
+    """A two-column table of scalars; nested mappings become dotted names."""
+    rows = [{"name": key, "value": value} for key, value in _flatten(numbers)]
+    publish_table(name, rows, description)
+
+
+def _flatten(numbers: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in numbers.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", round(value, 5) if isinstance(value, float) else str(value)
+
+
+def publish_images(name: str, images: Mapping[str, bytes | Path], description: str = "") -> None:
+    """Pictures (PNG bytes or files) inside one markdown artefact, as data URIs: no server has to hold them."""
+    parts, total = [], 0
+    for caption, image in images.items():
+        data = image.read_bytes() if isinstance(image, Path) else image
+        total += len(data)
+        if total > MAX_IMAGE_BYTES and parts:
+            parts.append(f"*{len(images) - len(parts)} more in the stage's folder under reports/*")
+            break
+        parts.append(f"**{caption}**\n\n![{caption}](data:image/png;base64,{base64.b64encode(data).decode()})")
+    publish_markdown(name, "\n\n".join(parts), description)
+
+
+class Progress:
+    """A progress artefact and a log line with the time left; call it as often as you like.
+
+    Use as a context manager: it reaches 100 only if the block ends well.
+    """
+
+    def __init__(self, what: str, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
+        self._what, self._logger = what, logger
+        self._began = self._updated = self._logged = time.monotonic()
+        self._artifact: UUID | None = None
+
+    def __enter__(self) -> Progress:
+        created = create_progress_artifact(0.0, key=_key("progress"), description=self._what)
+        self._artifact = created if isinstance(created, UUID) else None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._update(100.0, f"{self._what}: done in {time.monotonic() - self._began:.0f} s")
+
+    def __call__(self, done: int, total: int, note: str = "", log: bool = True) -> None:
+        """Report ``done`` of ``total``; ``note`` is appended (losses, successes)."""
+        now = time.monotonic()
+        if now - self._updated < UPDATE_SECONDS and done < total:
+            return
+        elapsed = now - self._began
+        left = elapsed / done * (total - done) if done else 0.0
+        text = f"{self._what}: {done}/{total}, {elapsed:.0f} s, {left:.0f} s left{f', {note}' if note else ''}"
+        self._update(100.0 * done / max(total, 1), text)
+        self._updated = now
+        if log and (now - self._logged >= LOG_SECONDS or done >= total):
+            self._logger.info(text)
+            self._logged = now
+
+    def _update(self, percent: float, text: str) -> None:
+        if self._artifact is not None:
+            update_progress_artifact(self._artifact, min(percent, 100.0), description=text)

@@ -1,0 +1,197 @@
+"""What all flows share: settings and services at the start, errors in one line, results at the end.
+
+Every flow has the same shape::
+
+    @flow(name="ingest")
+    def ingest(workspace: str = ".") -> None:
+        run = start("ingest", workspace)
+        ...                                   # call the library
+        finish(run, [run.path("reports/ingest")])
+
+    if __name__ == "__main__":
+        raise SystemExit(main(ingest))
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import resource
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
+from prefect.settings import get_current_settings
+
+from wav.config import Runtime, Settings, load_settings
+from wav.data.files import write_json
+from wav.errors import ServiceError, WavError
+from wav.storage import ObjectInfo, ObjectStore, open_store
+
+REMEDY = "run make up"
+PACKAGES = ("wav", "torch", "deepspeed", "diffusers", "transformers", "prefect", "mujoco", "robosuite")
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One run of one stage: where it reads and writes, with what settings, and where it tells about it."""
+
+    stage: str
+    workspace: Path
+    settings: Settings
+    runtime: Runtime
+    store: ObjectStore
+    flow_run: str
+    logger: logging.Logger | logging.LoggerAdapter[Any]
+    started: float
+
+    def path(self, relative: str) -> Path:
+        """A file or folder of the workspace."""
+        return self.workspace / relative
+
+    def scratch(self, relative: str) -> Path:
+        """A git-ignored folder that survives the run: resume state and caches."""
+        folder = self.workspace / ".wav" / relative
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+def _answers(url: str, attempts: int = 2) -> str:
+    """Empty if a web server answers at ``url`` (whatever its status), else why not."""
+    problem = ""
+    for _ in range(attempts):
+        try:
+            with urllib.request.urlopen(url, timeout=3):
+                return ""
+        except urllib.error.HTTPError:
+            return ""
+        except (urllib.error.URLError, OSError) as error:
+            problem = str(getattr(error, "reason", error))
+            time.sleep(0.5)
+    return problem
+
+
+def require_services(runtime: Runtime) -> None:
+    """Fail within seconds where Prefect or the object store does not answer (never start an ephemeral server).
+
+    Raises:
+        ServiceError: which server, its address, why, and the remedy.
+    """
+    api = get_current_settings().api.url
+    if not api:
+        raise ServiceError(f"Prefect server: PREFECT_API_URL is not set and no local server was started; {REMEDY}")
+    if problem := _answers(f"{api.rstrip('/')}/health"):
+        raise ServiceError(f"Prefect server at {api}: not up ({problem}); {REMEDY}")
+    if runtime.store.startswith("s3://") and runtime.s3_endpoint and (problem := _answers(runtime.s3_endpoint)):
+        raise ServiceError(f"S3 server at {runtime.s3_endpoint} (WAV_S3_ENDPOINT): not up ({problem}); {REMEDY}")
+    if runtime.store.startswith("s3://") and not runtime.s3_endpoint and not os.environ.get("AWS_ACCESS_KEY_ID"):
+        import boto3
+
+        if boto3.Session().get_credentials() is None:
+            raise ServiceError(
+                f"object store {runtime.store} (WAV_STORE): no WAV_S3_ENDPOINT and no AWS credentials; {REMEDY}, "
+                "or set AWS credentials"
+            )
+
+
+def start(stage: str, workspace: str) -> StageRun:
+    """Settings of the stage, services checked, the object store open.
+
+    Raises:
+        ConfigError: params.yaml is missing or holds a bad value.
+        ServiceError, StorageError: the object store does not answer or refuses.
+    """
+    folder, runtime = Path(workspace).resolve(), Runtime()
+    settings = load_settings(folder / "params.yaml").for_stage(stage)
+    store = open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region)
+    store.check()
+    context = FlowRunContext.get()
+    flow_run = str(context.flow_run.id) if context and context.flow_run else "local"
+    logger = get_run_logger()
+    logger.info("%s: workspace %s, objects to %s/runs/%s", stage, folder, runtime.store, flow_run)
+    return StageRun(stage, folder, settings, runtime, store, flow_run, logger, time.time())
+
+
+def step(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """A task of a stage: a bar on the flow run's timeline. Never cached: DVC decides what runs."""
+    return task(name=name, cache_policy=NO_CACHE)
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    found: list[Path] = []
+    for path in paths:
+        found += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return found
+
+
+def _peak_memory_gib() -> float:
+    """Largest resident size of this process or of any finished child, in GiB."""
+    kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return round(kib / 1024**2, 3)
+
+
+def finish(run: StageRun, results: Iterable[Path]) -> None:
+    """Write ``reports/stages/<stage>.json``, copy ``results`` (files and folders) to the store, link them in the UI.
+
+    Raises:
+        StorageError: the object store or the disk refused.
+    """
+    from flows.artifacts import publish_table
+
+    now = time.time()
+    facts = {
+        "stage": run.stage,
+        "seconds": round(now - run.started, 2),
+        "started": datetime.fromtimestamp(run.started, timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="seconds"),
+        "peak_memory_gib": _peak_memory_gib(),
+        "flow_run": run.flow_run,
+        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    record = run.path(f"reports/stages/{run.stage}.json")
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, facts)
+    uploaded: list[tuple[str, ObjectInfo]] = []
+    for path in [*_files(results), record]:
+        key = f"runs/{run.flow_run}/{path.relative_to(run.workspace).as_posix()}"
+        uploaded.append((run.store.uri(key), run.store.put_file(path, key)))
+    rows = [{"object": uri, "version": info.version or "-", "bytes": info.size} for uri, info in uploaded]
+    publish_table("objects", rows, f"{run.stage}: objects in the store")
+    run.logger.info("%s: done in %.0f s, peak memory %.2f GiB", run.stage, facts["seconds"], facts["peak_memory_gib"])
+
+
+class _OneLineErrors(logging.Filter):
+    """Drop the traceback of errors that are the input's or the environment's fault; the message says it all."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], WavError):
+            record.exc_info, record.exc_text = None, None
+        return True
+
+
+def main(stage_flow: Callable[..., Any]) -> int:
+    """Run a flow in the current folder; a :class:`WavError` is one line on stderr and status 1."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(_OneLineErrors())
+    try:
+        require_services(Runtime())
+        stage_flow(workspace=os.getcwd())
+    except WavError as error:
+        sys.stderr.write(f"{' '.join(str(error).split())}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; dvc repro continues from the last finished stage\n")
+        return 130
+    return 0

@@ -1,0 +1,82 @@
+"""Stage ``eval_libero``: closed-loop success of the joint model, planned and with its controls, and the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+from wav.policy import Policy
+from wav.rewards import RewardStore
+
+from flows.artifacts import Progress, publish_images, publish_markdown
+from flows.common import StageRun, finish, main, start, step
+from flows.policy import assemble
+from wav import evaluation
+from wav.data.store import EpisodeStore
+from wav.sim.workers import SimPool
+
+
+@step("load policy")
+def load(run: StageRun) -> Policy:
+    """The policy as it will be exported."""
+    settings = run.settings
+    return Policy.load(
+        assemble(run),
+        batch_size=settings.eval_libero.batch_size,
+        device=run.runtime.device,
+        planner=settings.planner,
+    )
+
+
+@step("roll out")
+def roll_out(run: StageRun, policy: Policy) -> dict[str, Any]:
+    """All episodes of all conditions; finished ones of an interrupted run of the same key are kept."""
+    data, settings = run.settings.data, run.settings.eval_libero
+    with (
+        Progress("episodes", run.logger) as progress,
+        SimPool(data.suite, data, workers=run.runtime.workers, slots=settings.batch_size) as pool,
+    ):
+        return evaluation.evaluate(
+            run.settings,
+            policy,
+            run.path("reports/eval"),
+            pool=pool,
+            checkpoint=policy.digest,
+            progress=lambda state: progress(state.done, state.total, state.message),
+        )
+
+
+@step("picture predictions")
+def picture(run: StageRun, policy: Policy) -> None:
+    """Predicted against real value and frames along a held-out demonstration."""
+    store = EpisodeStore.open(run.path("data/episodes"))
+    rewards = RewardStore.open(run.path("data/rewards"), store)
+    evaluation.held_out_values(policy, store, rewards, run.settings, run.path("reports/eval"))
+
+
+@step("report")
+def report(run: StageRun, metrics: dict[str, Any]) -> None:
+    """``reports/index.html`` and the same tables and pictures on the flow run."""
+    evaluation.build_report(run.workspace, run.settings)
+    publish_markdown("results", evaluation.metrics_table(metrics), f"success on {run.settings.data.suite}")
+    for kind in ("strips", "predictions"):
+        pictures = sorted(run.path(f"reports/eval/{kind}").glob("*.png"))
+        if pictures:
+            publish_images(kind, {path.stem: path for path in pictures[:6]}, f"evaluation: {kind}")
+
+
+@flow(name="eval-libero")
+def eval_libero(workspace: str = ".") -> None:
+    """Make ``reports/eval/`` and ``reports/index.html``."""
+    run = start("eval_libero", workspace)
+    policy = load(run)
+    metrics = roll_out(run, policy)
+    picture(run, policy)
+    report(run, metrics)
+    finish(
+        run, [run.path("reports/eval/metrics.json"), run.path("reports/eval/videos"), run.path("reports/index.html")]
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(eval_libero))

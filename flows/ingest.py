@@ -1,0 +1,71 @@
+"""Stage ``ingest``: demonstrations from a source into ``data/episodes/``, with statistics and a quarantine report."""
+
+from __future__ import annotations
+
+import numpy as np
+from prefect import flow
+
+from flows.artifacts import Progress, publish_images, publish_numbers, publish_table
+from flows.common import StageRun, finish, main, start, step
+from wav import plots
+from wav.data.files import write_json
+from wav.data.store import EpisodeStore
+from wav.ingest import ingest as ingest_episodes
+
+STRIP_FRAMES = 8
+
+
+@step("collect demonstrations")
+def collect(run: StageRun) -> None:
+    """Run the source into the episode store, with progress."""
+    with Progress("demonstrations", run.logger) as progress:
+
+        def callback(done: int, total: int, accepted: int) -> None:
+            progress(done, total, f"{accepted} accepted")
+
+        ingest_episodes(
+            run.settings.data,
+            run.settings.ingest,
+            run.path("data/episodes"),
+            workers=run.runtime.workers,
+            callback=callback,
+        )
+
+
+@step("describe episodes")
+def describe(run: StageRun) -> None:
+    """Numbers, the quarantine list and one strip of frames per task."""
+    store, folder = EpisodeStore.open(run.path("data/episodes")), run.path("reports/ingest")
+    metrics = {
+        "episodes": len(store.episodes),
+        "frames": store.frames,
+        "rejected": len(store.rejected),
+        "success_rate": round(float(np.mean([info.success for info in store.episodes])), 4),
+    }
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    pictures = {}
+    for task_name in sorted({info.task for info in store.episodes}):
+        index = next(i for i, info in enumerate(store.episodes) if info.task == task_name)
+        episode = store[index]
+        steps = np.linspace(0, episode.length - 1, STRIP_FRAMES).round().astype(int)
+        rows = [[images[step] for step in steps] for images in episode.images.values()]
+        labels = [f"step {step}" for step in steps]
+        pictures[task_name] = plots.image_strip(rows, labels, f"{task_name}: {episode.instruction}")
+        plots.write_png(folder / "pictures" / f"{task_name}.png", pictures[task_name])
+    write_json(folder / "metrics.json", metrics)
+    publish_numbers("metrics", metrics, "demonstrations")
+    publish_table("quarantine", store.rejected or [{"episode": "none", "reason": "-"}], "rejected episodes")
+    publish_images("frames", pictures, "one demonstration per task")
+
+
+@flow(name="ingest")
+def ingest(workspace: str = ".") -> None:
+    """Make ``data/episodes/``."""
+    run = start("ingest", workspace)
+    collect(run)
+    describe(run)
+    finish(run, [run.path("reports/ingest"), run.path("data/episodes/manifest.json")])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(ingest))

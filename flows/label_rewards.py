@@ -1,0 +1,65 @@
+"""Stage ``label_rewards``: the reward terms of Table 2 and their returns, per step, into ``data/rewards/``."""
+
+from __future__ import annotations
+
+import numpy as np
+from prefect import flow
+from wav.rewards import RewardStore, episode_rewards, label_store
+
+from flows.artifacts import Progress, publish_images, publish_numbers
+from flows.common import StageRun, finish, main, start, step
+from wav import plots
+from wav.data.files import write_json
+from wav.data.store import EpisodeStore
+
+PLOTTED_RETURNS = 20
+
+
+@step("label episodes")
+def label(run: StageRun) -> None:
+    """Terms and returns of every episode, with progress."""
+    data, settings = run.settings.data, run.settings.label_rewards
+    with Progress("reward labels", run.logger) as progress:
+        episodes = EpisodeStore.open(run.path("data/episodes"))
+        label_store(episodes, settings, data.action_chunk, run.path("data/rewards"), progress=progress)
+
+
+@step("plot rewards")
+def plot(run: StageRun) -> None:
+    """Plots of the terms (one episode per task) and of the returns over time."""
+    episodes, folder = EpisodeStore.open(run.path("data/episodes")), run.path("reports/label_rewards")
+    rewards = RewardStore.open(run.path("data/rewards"), episodes)
+    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    pictures = {}
+    for task_name in sorted({info.task for info in episodes.episodes}):
+        index = next(i for i, info in enumerate(episodes.episodes) if info.task == task_name)
+        terms = episode_rewards(episodes[index], run.settings.label_rewards, run.settings.data.views)
+        pictures[f"terms-{task_name}"] = plots.reward_terms(terms, f"weighted reward terms: {task_name}")
+    shown = range(min(PLOTTED_RETURNS, len(episodes.episodes)))
+    returns = [rewards.episode(i)[:, -1] for i in shown]
+    pictures["returns"] = plots.returns_over_time(returns, "returns along the episodes")
+    for name, image in pictures.items():
+        plots.write_png(folder / "pictures" / f"{name}.png", image)
+    values = np.asarray(rewards.values)
+    channels = [*rewards.names, "return"]
+    metrics = {
+        "steps": len(values),
+        "mean": {name: round(float(values[:, i].mean()), 6) for i, name in enumerate(channels)},
+        "std": {name: round(float(values[:, i].std()), 6) for i, name in enumerate(channels)},
+    }
+    write_json(folder / "metrics.json", metrics)
+    publish_numbers("metrics", metrics, "weighted terms and return")
+    publish_images("plots", pictures, "reward terms and returns")
+
+
+@flow(name="label-rewards")
+def label_rewards(workspace: str = ".") -> None:
+    """Make ``data/rewards/``."""
+    run = start("label_rewards", workspace)
+    label(run)
+    plot(run)
+    finish(run, [run.path("reports/label_rewards"), run.path("data/rewards/manifest.json")])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(label_rewards))

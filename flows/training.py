@@ -1,0 +1,102 @@
+"""What the three training flows share: launch the process group, follow its lines, publish the curves.
+
+The loop itself is :mod:`wav.training`; it runs in its own process group and uploads its checkpoints while it trains.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+from typing import Any
+
+from flows.artifacts import Progress, publish_images, publish_numbers, publish_table
+from flows.common import StageRun, finish, start, step
+from wav import plots
+from wav.data.files import read_json
+from wav.training.launch import launch
+from wav.training.spec import TrainPaths, make_spec
+
+STEP = re.compile(r"\bstep (\d+)/(\d+)")
+#: stage -> (folder of its output, folder of the stage it starts from)
+FOLDERS = {
+    "pretrain_video": ("models/video", None),
+    "train_value": ("models/value", "models/video"),
+    "train_joint": ("models/joint", "models/value"),
+}
+
+
+def training_paths(run: StageRun) -> TrainPaths:
+    """Inputs and outputs of the stage in its workspace."""
+    output, init = FOLDERS[run.stage]
+    return TrainPaths(
+        episodes=run.path("data/episodes"),
+        latents=run.path("data/latents"),
+        rewards=None if run.stage == "pretrain_video" else run.path("data/rewards"),
+        init=run.path(init) if init else None,
+        output=run.path(output),
+        cache=run.scratch("training"),
+    )
+
+
+@step("train")
+def train(run: StageRun) -> dict[str, Any]:
+    """Run the DeepSpeed job to its end; every line goes to the flow run's log, steps move the progress artefact."""
+    runtime = run.runtime
+    spec = make_spec(
+        run.stage,
+        run.settings,
+        training_paths(run),
+        store=runtime.store,
+        endpoint=runtime.s3_endpoint,
+        region=runtime.s3_region,
+        device=runtime.device,
+        threads=runtime.threads,
+    )
+    run.logger.info("run key %s, checkpoints at %s/%s", spec.key, runtime.store, spec.prefix)
+    with Progress(f"{run.stage} steps", run.logger) as progress:
+
+        def on_line(line: str) -> None:
+            run.logger.info(line)
+            if found := STEP.search(line):
+                progress(int(found[1]), int(found[2]), log=False)
+
+        return dict(launch(spec, on_line))
+
+
+def read_curve(path: Path) -> tuple[list[float], list[float]]:
+    """Steps and values of one dvclive table (its last column is the metric)."""
+    with path.open(newline="") as handle:
+        rows = list(csv.DictReader(handle, delimiter="\t"))
+    name = next(column for column in reversed(rows[0]) if column not in ("step", "timestamp")) if rows else ""
+    return [float(row["step"]) for row in rows], [float(row[name]) for row in rows]
+
+
+@step("publish curves")
+def publish(run: StageRun, metrics: dict[str, Any]) -> None:
+    """Metrics, curves and the checkpoint's objects on the flow run."""
+    output = run.path(FOLDERS[run.stage][0])
+    publish_numbers("metrics", metrics, f"{run.stage}: final metrics")
+    pictures = {}
+    for path in sorted((output / "plots").rglob("*.tsv")):
+        steps, values = read_curve(path)
+        if len(steps) > 1:
+            name = path.relative_to(output / "plots" / "metrics").with_suffix("").as_posix()
+            pictures[name] = plots.curves({name: values}, steps, title=f"{run.stage}: {name}", xlabel="step")
+    if pictures:
+        publish_images("curves", pictures, "training curves")
+    checkpoint = read_json(output / "checkpoint.json", f"run dvc repro {run.stage} again")
+    objects = [{name: str(value) for name, value in item.items()} for item in checkpoint.get("objects", [])]
+    if objects:
+        publish_table(
+            "checkpoint", objects, f"final checkpoint at {checkpoint.get('store')}/{checkpoint.get('prefix')}"
+        )
+
+
+def run_training(stage: str, workspace: str) -> None:
+    """The body of a training flow."""
+    run = start(stage, workspace)
+    metrics = train(run)
+    publish(run, metrics)
+    output = run.path(FOLDERS[stage][0])
+    finish(run, [output / "metrics.json", output / "checkpoint.json"])

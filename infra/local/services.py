@@ -1,0 +1,365 @@
+"""The Prefect server and the S3 server (SeaweedFS) of one machine, on 127.0.0.1.
+
+``python -m infra.local.services up | down | status | ui | where FOLDER`` (``make up``, ``make down``, ...).
+
+State lies in ``.local/`` (``WAV_LOCAL_DIR``): ``prefect/`` and ``s3/`` hold the data, ``logs/`` what they said,
+``NAME.json`` the process, ``env`` the addresses and ``credentials.env`` the generated keys. Ports come from
+:data:`PORTS`' variables. ``up`` twice is ``up`` once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from infra.local import ports
+from wav.errors import ServiceError
+from wav.local import PROJECT, local_folder, read_env
+
+HOST = "127.0.0.1"
+BUCKETS = ("wav", "wav-dvc")
+READY_SECONDS = 120.0
+STOP_SECONDS = 20.0
+#: marks the processes as this folder's, so that one that lost its pid file is still known as ours
+MARK = "WAV_LOCAL_SERVICE"
+
+
+@dataclass(frozen=True)
+class Service:
+    """One server: how it is started and when it is ready."""
+
+    name: str
+    ports: dict[str, int]
+    command: tuple[str, ...]
+    environment: dict[str, str]
+    ready: Callable[[], str]
+    """Empty when it answers for real, else what it said."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that was started here: ``started`` is the process's start time (a reused pid has another)."""
+
+    pid: int
+    started: float
+    ports: dict[str, int]
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Write atomically, readable by the owner only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w") as handle:
+        handle.write(text)
+    temporary.replace(path)
+
+
+def credentials(folder: Path) -> dict[str, str]:
+    """Access keys of the local S3 server, generated once."""
+    path = folder / "credentials.env"
+    values = read_env(path)
+    if set(values) != {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}:
+        values = {
+            "AWS_ACCESS_KEY_ID": "WAV" + secrets.token_hex(8).upper(),
+            "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(30),
+        }
+        _write_private(path, "".join(f"{name}={value}\n" for name, value in values.items()))
+    return values
+
+
+def _client(endpoint: str, keys: dict[str, str]):
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1}, s3={"addressing_style": "path"}
+    )
+    return boto3.client(
+        "s3",
+        endpoint_url=endpoint,
+        region_name="us-east-1",
+        aws_access_key_id=keys["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=keys["AWS_SECRET_ACCESS_KEY"],
+        config=config,
+    )
+
+
+def _s3_ready(endpoint: str, keys: dict[str, str]) -> str:
+    """A real round trip: after a crash the port answers seconds before the store does."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = _client(endpoint, keys)
+    try:
+        existing = {bucket["Name"] for bucket in client.list_buckets().get("Buckets", [])}
+        for bucket in BUCKETS:
+            if bucket not in existing:
+                client.create_bucket(Bucket=bucket)
+        client.put_bucket_versioning(Bucket=BUCKETS[0], VersioningConfiguration={"Status": "Enabled"})
+        # In the unversioned bucket: a probe must leave no versions behind.
+        body, key = secrets.token_bytes(32), ".ready"
+        client.put_object(Bucket=BUCKETS[1], Key=key, Body=body)
+        echo = client.get_object(Bucket=BUCKETS[1], Key=key)["Body"].read()
+        client.delete_object(Bucket=BUCKETS[1], Key=key)
+    except (BotoCoreError, ClientError) as error:
+        return " ".join(str(error).split())
+    return "" if echo == body else "it returned other bytes than were put"
+
+
+def _prefect_ready(url: str) -> str:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
+            return "" if reply.read().strip() == b"true" else "its health check is not true"
+    except (urllib.error.URLError, OSError) as error:
+        return str(error)
+
+
+def _prefect(folder: Path, chosen: dict[str, int]) -> Service:
+    url = f"http://{HOST}:{chosen['prefect']}/api"
+    command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+    command += ["--host", HOST, "--port", str(chosen["prefect"]), "--timeout-keep-alive", "5", "--log-level", "warning"]
+    environment = {
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_API_URL": url,
+        "PREFECT_UI_API_URL": url,
+        "PREFECT_SERVER_API_HOST": HOST,
+        "PREFECT_SERVER_API_PORT": str(chosen["prefect"]),
+        "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{folder / 'prefect' / 'prefect.db'}",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    return Service("prefect", {"prefect": chosen["prefect"]}, tuple(command), environment, lambda: _prefect_ready(url))
+
+
+def _s3(folder: Path, chosen: dict[str, int]) -> Service:
+    keys, endpoint = credentials(folder), f"http://{HOST}:{chosen['s3']}"
+    own = {name: port for name, port in chosen.items() if name != "prefect"}
+    weed = Path(sys.executable).with_name("weed")
+    if not weed.exists():
+        raise ServiceError(f"{weed}: the S3 server is not installed; run make install")
+    command = [str(weed), "mini", f"-dir={folder / 's3'}", f"-ip={HOST}", f"-ip.bind={HOST}"]
+    for name, port in own.items():
+        command += [f"-{name}.port={port}", f"-{name}.port.grpc={port + ports.GRPC_OFFSET}"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-webdav=false"]
+    command += ["-admin.ui=false", "-master.telemetry=false"]
+    opened = own | {f"{name} (gRPC)": port + ports.GRPC_OFFSET for name, port in own.items()}
+    return Service("s3", opened, tuple(command), dict(keys), lambda: _s3_ready(endpoint, keys))
+
+
+def services(folder: Path, chosen: dict[str, int]) -> tuple[Service, ...]:
+    """The servers of one machine, for the given ports (name -> port, as :func:`ports.from_environment` gives)."""
+    return _prefect(folder, chosen), _s3(folder, chosen)
+
+
+def _record(folder: Path, name: str) -> Running | None:
+    """What was started here under ``name``, if that very process still runs."""
+    try:
+        raw = json.loads((folder / f"{name}.json").read_text())
+        running = Running(int(raw["pid"]), float(raw["started"]), dict(raw["ports"]))
+        process = psutil.Process(running.pid)
+        same = abs(process.create_time() - running.started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return None
+    return running if same else None
+
+
+def _orphans(folder: Path, name: str) -> list[psutil.Process]:
+    """Processes that carry this folder's mark, whatever became of the pid file."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == f"{folder}:{name}":
+                found.append(process)
+    return found
+
+
+def _stop(folder: Path, name: str) -> bool:
+    """Stop the service and everything it started; true if anything ran."""
+    running, marked = _record(folder, name), _orphans(folder, name)
+    processes = marked
+    if running is not None and all(process.pid != running.pid for process in marked):
+        processes = [*marked, psutil.Process(running.pid)]
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=5)
+    (folder / f"{name}.json").unlink(missing_ok=True)
+    return bool(processes)
+
+
+def _log_tail(path: Path, lines: int = 5) -> str:
+    try:
+        return " | ".join(path.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return ""
+
+
+def _start(folder: Path, service: Service) -> Running:
+    log = folder / "logs" / f"{service.name}.log"
+    for part in (log.parent, folder / service.name):
+        part.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            service.command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            cwd=folder,
+            env=os.environ | service.environment | {MARK: f"{folder}:{service.name}"},
+        )
+    running = Running(process.pid, psutil.Process(process.pid).create_time(), service.ports)
+    _write_private(folder / f"{service.name}.json", json.dumps(asdict(running)))
+    began = spoke = time.monotonic()
+    while problem := service.ready():
+        now = time.monotonic()
+        if process.poll() is not None or now - began > READY_SECONDS:
+            code = process.poll()
+            _stop(folder, service.name)
+            how = f"stopped with status {code}" if code is not None else f"not ready after {READY_SECONDS:.0f} s"
+            raise ServiceError(
+                f"{service.name} server: {how} ({problem}; log: {_log_tail(log)}); read {log} and run make up again"
+            )
+        if now - spoke > 8:
+            sys.stdout.write(f"{service.name}: starting, {now - began:.0f} s\n")
+            sys.stdout.flush()
+            spoke = now
+        time.sleep(0.3)
+    return running
+
+
+def _write_env(folder: Path, recorded: dict[str, int], project: Path = PROJECT) -> None:
+    """Leave addresses for the flows and, for DVC, the remote's keys (both outside git)."""
+    endpoint = f"http://{HOST}:{recorded['s3']}"
+    values = {
+        "PREFECT_API_URL": f"http://{HOST}:{recorded['prefect']}/api",
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "WAV_S3_ENDPOINT": endpoint,
+    }
+    _write_private(folder / "env", "".join(f"{name}={value}\n" for name, value in values.items()))
+    if (project / ".dvc").is_dir() and folder == (project / ".local"):
+        keys = credentials(folder)
+        _write_private(
+            project / ".dvc" / "config.local",
+            "['remote \"local\"']\n"
+            f"    endpointurl = {endpoint}\n"
+            f"    access_key_id = {keys['AWS_ACCESS_KEY_ID']}\n"
+            f"    secret_access_key = {keys['AWS_SECRET_ACCESS_KEY']}\n",
+        )
+
+
+def up(folder: Path) -> None:
+    """Start what does not run, wait until it answers, write ``env``.
+
+    Raises:
+        ServiceError: a port is taken (names port, holder and variable), or a server does not come up (names its log).
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    chosen = ports.from_environment()
+    recorded: dict[str, int] = {}
+    for service in services(folder, chosen):
+        running = _record(folder, service.name)
+        if running is not None:
+            chosen |= {name: port for name, port in running.ports.items() if name in chosen}
+            current = next(s for s in services(folder, chosen) if s.name == service.name)
+            if problem := _wait_ready(current):
+                sys.stdout.write(f"{service.name}: runs but does not answer ({problem}); starting it again\n")
+                running = None
+        verb = "already up"
+        if running is None:
+            _stop(folder, service.name)
+            current = next(s for s in services(folder, chosen) if s.name == service.name)
+            ports.require_free(current.ports)
+            running, verb = _start(folder, current), "up"
+        recorded |= running.ports
+        port = running.ports[service.name]
+        sys.stdout.write(f"{service.name}: {verb} at http://{HOST}:{port} (pid {running.pid})\n")
+        sys.stdout.flush()
+    _write_env(folder, recorded)
+    if recorded["prefect"] != ports.PORTS["prefect"][1] and folder == PROJECT / ".local":
+        url = f"http://{HOST}:{recorded['prefect']}/api"
+        sys.stdout.write(f"for the prefect command in this shell: export PREFECT_API_URL={url}\n")
+
+
+def _wait_ready(service: Service, seconds: float = 10.0) -> str:
+    """Empty once the service answers, within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while (problem := service.ready()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return problem
+
+
+def down(folder: Path) -> None:
+    """Stop both servers; their data stays."""
+    for name in ("prefect", "s3"):
+        sys.stdout.write(f"{name}: {'stopped' if _stop(folder, name) else 'was not up'}\n")
+        sys.stdout.flush()
+
+
+def status(folder: Path) -> bool:
+    """Say what runs; true if both do."""
+    alive = []
+    for name in ("prefect", "s3"):
+        running = _record(folder, name)
+        alive.append(running is not None)
+        where = f"http://{HOST}:{running.ports[name]} (pid {running.pid})" if running else "not up; run make up"
+        sys.stdout.write(f"{name}: {where}\n")
+    return all(alive)
+
+
+def where(folder: Path, workspace: Path) -> None:
+    """After a run: where its results are."""
+    values = read_env(folder / "env")
+    lines = [
+        ("report", str(workspace / "reports" / "index.html")),
+        ("policy", f"{workspace / 'export'}   try: wav act {workspace / 'export'} --suite tabletop --episodes 2"),
+        ("metrics", "dvc metrics show"),
+        ("flow runs", values.get("PREFECT_API_URL", "").removesuffix("/api")),
+        ("objects", f"{values.get('WAV_S3_ENDPOINT', '')}  bucket {BUCKETS[0]}; keys in {folder / 'credentials.env'}"),
+    ]
+    for name, text in lines:
+        sys.stdout.write(f"{name:>10}  {text}\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="infra.local.services", description="local Prefect and S3 servers")
+    parser.add_argument("command", choices=("up", "down", "status", "ui", "where"))
+    parser.add_argument("workspace", nargs="?", default=".", type=Path)
+    chosen, folder = parser.parse_args(arguments), local_folder()
+    try:
+        if chosen.command == "up":
+            up(folder)
+        elif chosen.command == "down":
+            down(folder)
+        elif chosen.command == "where":
+            where(folder, chosen.workspace)
+        else:
+            return 0 if status(folder) else 1
+    except ServiceError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,85 @@
+"""A workspace for another parameter file: its own ``params.yaml``, ``dvc.yaml`` and ``dvc.lock``, the same code.
+
+``python -m infra.local.workspace PRESET`` (``make repro PRESET=smoke``) makes ``workspaces/PRESET`` and runs
+``dvc repro`` there. The project's own parameters, lock file and results are not touched. The code is linked, so DVC
+sees what runs; the DVC cache is the project's, so equal results are stored once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from wav.config import load_settings
+from wav.errors import ConfigError, WavError
+from wav.local import PROJECT
+
+#: what a stage's command and dependencies name; linked, not copied
+LINKED = ("wav", "flows")
+COPIED = ("dvc.yaml", ".dvcignore", "prefect.toml")
+
+
+def _write_if_changed(path: Path, text: str) -> None:
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+
+
+def make_workspace(preset: str, folder: Path | None = None, cache: Path | None = None) -> Path:
+    """Create or refresh the workspace of a preset; its results and lock file stay.
+
+    Args:
+        preset: name of a file in ``presets/``, without ``.yaml``.
+        folder: where, instead of ``workspaces/PRESET``.
+        cache: DVC cache, instead of the project's.
+
+    Raises:
+        ConfigError: no such preset, or it holds bad parameters.
+    """
+    source = PROJECT / "presets" / f"{preset}.yaml"
+    if not source.is_file():
+        known = ", ".join(sorted(path.stem for path in source.parent.glob("*.yaml")))
+        raise ConfigError(f"PRESET = {preset!r}: no presets/{preset}.yaml; the presets are {known}")
+    load_settings(source)
+    folder = (folder or PROJECT / "workspaces" / preset).absolute()
+    (folder / ".dvc").mkdir(parents=True, exist_ok=True)
+    note = f"# Copied from presets/{preset}.yaml by make repro PRESET={preset}: edit it there.\n"
+    _write_if_changed(folder / "params.yaml", note + source.read_text())
+    for name in COPIED:
+        _write_if_changed(folder / name, (PROJECT / name).read_text())
+    cache = (cache or PROJECT / ".dvc" / "cache").absolute()
+    text = (PROJECT / ".dvc" / "config").read_text()
+    text = text.replace("[core]\n", "[core]\n    no_scm = true\n", 1) + f"[cache]\n    dir = {cache}\n"
+    _write_if_changed(folder / ".dvc" / "config", text)
+    secrets = PROJECT / ".dvc" / "config.local"
+    if secrets.is_file() and not (folder / ".dvc" / "config.local").exists():
+        (folder / ".dvc" / "config.local").symlink_to(secrets)
+    for name in LINKED:
+        link = folder / name
+        if not link.is_symlink():
+            link.symlink_to(os.path.relpath(PROJECT / name, folder), target_is_directory=True)
+    return folder
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the workspace and run ``dvc`` in it (``repro`` unless told otherwise)."""
+    parser = argparse.ArgumentParser(prog="infra.local.workspace", description="run the pipeline with a preset")
+    parser.add_argument("preset")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("dvc", nargs="*", default=["repro"], help="dvc arguments (after --)")
+    chosen = parser.parse_args(arguments)
+    try:
+        folder = make_workspace(chosen.preset, chosen.folder, chosen.cache)
+    except WavError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.write(f"workspace {folder}\n")
+    sys.stdout.flush()
+    return subprocess.run([sys.executable, "-m", "dvc", *chosen.dvc], cwd=folder, check=False).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

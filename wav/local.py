@@ -1,0 +1,48 @@
+"""The services of this machine (``make up``): what an unconfigured process needs to find them.
+
+``make up`` leaves addresses in ``.local/env`` and generated keys in ``.local/credentials.env`` (mode 600, never
+committed). Entry points (flows, the console script) call :func:`adopt_local_services` first, so that plain
+``dvc repro`` works after ``make up`` without exporting anything. A variable that is set already always wins.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[1]
+
+#: variables that say which object store is meant; where one is set, the local one is not
+_STORE_CHOICE = ("WAV_STORE", "WAV_S3_ENDPOINT")
+
+
+def local_folder() -> Path:
+    """Where the services keep their state: ``WAV_LOCAL_DIR``, else ``.local`` of the project folder."""
+    return Path(os.environ.get("WAV_LOCAL_DIR") or PROJECT / ".local").absolute()
+
+
+def read_env(path: Path) -> dict[str, str]:
+    """``NAME=value`` lines of a file; empty where there is no file."""
+    if not path.is_file():
+        return {}
+    lines = (line.strip() for line in path.read_text().splitlines())
+    return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
+
+
+def adopt_local_services(folder: Path | None = None) -> bool:
+    """Fill unset environment variables from ``.local/env``; true where ``make up`` has left one.
+
+    The local S3 server's address and keys come together: they are taken only where neither ``WAV_STORE`` nor
+    ``WAV_S3_ENDPOINT`` names another store, and then replace ``AWS_*`` keys of other accounts in this process.
+    """
+    folder = folder or local_folder()
+    values = read_env(folder / "env")
+    endpoint = values.pop("WAV_S3_ENDPOINT", "")
+    for name, value in values.items():
+        os.environ.setdefault(name, value)
+    chosen = [os.environ.get(name, "") for name in _STORE_CHOICE]
+    if endpoint and (not any(chosen) or chosen[1] == endpoint):
+        os.environ["WAV_S3_ENDPOINT"] = endpoint
+        os.environ.update(read_env(folder / "credentials.env"))
+        os.environ.pop("AWS_SESSION_TOKEN", None)
+    return bool(values)
