@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +31,24 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, int], None]
 """(episodes tried, episodes wanted, episodes accepted)"""
 _LOG = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def _ticking(bar: tqdm, seconds: float = 5.0) -> Iterator[None]:
+    """Redraw the bar now and then: simulators take a while to start, and a silent terminal looks like a hang."""
+    stop = threading.Event()
+
+    def tick() -> None:
+        while not stop.wait(seconds):
+            bar.refresh()
+
+    thread = threading.Thread(target=tick, name="ingest-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 @dataclass(frozen=True)
@@ -79,6 +99,7 @@ def ingest(
     with (
         EpisodeStoreWriter(out, source.conventions()) as writer,
         tqdm(total=expected, desc="ingest", unit="episode", mininterval=1.0) as bar,
+        _ticking(bar),
     ):
         for outcome in source.outcomes(workers or os.cpu_count() or 1):
             tried += 1
