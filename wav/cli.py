@@ -1,0 +1,127 @@
+"""The one console script ``wav``: thin commands, each of which calls its room.
+
+``wav act EXPORT`` runs an exported policy in a simulator, ``wav doctor`` checks the machine, ``wav config check``
+checks a parameter file. Errors that are the input's fault are one line on stderr and exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from wav.config import Runtime, load_settings
+from wav.errors import WavError
+from wav.local import adopt_local_services
+
+
+def _say(line: str) -> None:
+    """One line of output."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _positive(text: str) -> int:
+    """Argument type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
+    return value
+
+
+def act(arguments: argparse.Namespace) -> int:
+    """``wav act``: a few episodes of an exported policy."""
+    from wav.evaluation.act import act_episodes
+
+    runtime = Runtime()
+    results = act_episodes(
+        arguments.export,
+        suite=arguments.suite,
+        tasks=tuple(arguments.task),
+        episodes=arguments.episodes,
+        condition=arguments.condition,
+        seed=arguments.seed,
+        execute_steps=arguments.execute_steps,
+        workers=arguments.workers or runtime.workers or len(os.sched_getaffinity(0)),
+        device=runtime.device,
+        videos=arguments.videos,
+        report=_say,
+    )
+    solved = sum(results)
+    _say(f"{arguments.suite}: {solved} of {len(results)} episodes solved ({arguments.condition})")
+    return 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """``wav doctor``: findings, one line each; status 1 if something needed is missing."""
+    from wav.doctor import Check, as_json, run_checks
+
+    found: list[Check] = []
+
+    def report(check: Check) -> None:
+        found.append(check)
+        if not arguments.json:
+            _say(check.line)
+
+    good = run_checks(Runtime(), report)
+    if arguments.json:
+        _say(as_json(found))
+    return 0 if good else 1
+
+
+def config_check(arguments: argparse.Namespace) -> int:
+    """``wav config check``: one line, status 1 if the file is not valid."""
+    load_settings(arguments.path)
+    _say(f"{arguments.path}: valid")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands; each sets ``run``."""
+    top = argparse.ArgumentParser(prog="wav", description="World-Value-Action policies: run, check, inspect")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("act", help="run an exported policy in a simulator")
+    command.add_argument("export", type=Path, help="folder that the export stage wrote")
+    command.add_argument("--suite", default="tabletop", help="task suite (default: tabletop)")
+    command.add_argument("--task", action="append", default=[], help="task, may be repeated (default: the export's)")
+    command.add_argument("--episodes", type=_positive, default=2, help="episodes in all (default: 2)")
+    command.add_argument("--condition", choices=("planned", "unplanned", "temperature"), default="planned")
+    command.add_argument("--seed", type=int, default=7, help="seed of the policy's noise (default: 7)")
+    command.add_argument("--execute-steps", type=_positive, default=8, help="actions executed per call (default: 8)")
+    command.add_argument("--workers", type=_positive, help="simulator processes (default: WAV_WORKERS or the cores)")
+    command.add_argument("--videos", type=Path, help="folder for one mp4 per episode")
+    command.set_defaults(run=act)
+
+    command = commands.add_parser("doctor", help="check renderer, versions, services and disk")
+    command.add_argument("--json", action="store_true", help="findings as JSON")
+    command.set_defaults(run=doctor)
+
+    command = commands.add_parser("config", help="parameter files")
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="check a parameter file")
+    check.add_argument("path", nargs="?", default="params.yaml")
+    check.set_defaults(run=config_check)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    adopt_local_services()
+    try:
+        return int(arguments.run(arguments))
+    except WavError as error:
+        sys.stderr.write(f"wav {arguments.command}: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"wav {arguments.command}: stopped\n")
+        return 130
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

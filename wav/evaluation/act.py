@@ -1,0 +1,118 @@
+"""A few episodes of an exported policy, one line each: what ``wav act`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from wav.config import DataSettings, EvalLiberoSettings
+from wav.data.files import read_json
+from wav.errors import CheckpointError, ConfigError
+from wav.evaluation import pictures
+from wav.evaluation.evaluate import check_start
+from wav.evaluation.protocol import EpisodeSpec
+from wav.evaluation.rollout import Pool, Rollout, Scheduler
+from wav.export import load_export
+from wav.sim.env import select_tasks
+
+#: Opens simulators: (suite, data, workers, slots) -> context manager.
+PoolFactory = Callable[[str, DataSettings, int, int], AbstractContextManager[Pool]]
+
+
+def open_pool(suite: str, data: DataSettings, workers: int, slots: int) -> AbstractContextManager[Pool]:
+    """The real simulators."""
+    from wav.sim.workers import SimPool
+
+    return SimPool(suite, data, workers=workers, slots=slots)
+
+
+def exported_data(folder: Path, suite: str, tasks: Sequence[str]) -> DataSettings:
+    """Section ``data`` of an export, with other tasks where asked for.
+
+    Raises:
+        ConfigError: the export was made for another suite.
+        CheckpointError: ``settings.json`` has no section ``data``.
+    """
+    settings = read_json(folder / "settings.json", "export the policy again (`dvc repro export`)")
+    if "data" not in settings:
+        raise CheckpointError(f"{folder / 'settings.json'}: section 'data' is missing; export the policy again")
+    data = DataSettings.model_validate(settings["data"])
+    if data.suite != suite:
+        raise ConfigError(f"--suite = {suite}: {folder} was trained on {data.suite!r}; give --suite {data.suite}")
+    return data.model_copy(update={"tasks": tuple(tasks)}) if tasks else data
+
+
+def act_episodes(
+    folder: Path,
+    *,
+    suite: str,
+    episodes: int,
+    tasks: Sequence[str] = (),
+    condition: str = "planned",
+    seed: int = 7,
+    execute_steps: int = EvalLiberoSettings().execute_steps,
+    workers: int = 1,
+    device: str = "auto",
+    videos: Path | None = None,
+    report: Callable[[str], None],
+    pool_factory: PoolFactory = open_pool,
+) -> list[bool]:
+    """Load an export and run ``episodes`` episodes, initial state by initial state over the tasks.
+
+    Args:
+        folder: the export, verified first.
+        suite: must be the export's.
+        episodes: how many in all.
+        tasks: names of the suite; empty: those of the export.
+        condition: ``planned``, ``unplanned`` or ``temperature``.
+        seed: of the policy's noise.
+        execute_steps: actions executed of each chunk, at most the chunk's length.
+        workers: simulator processes.
+        device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
+        videos: folder for one mp4 per episode, or None.
+        report: called with one line per episode as it finishes.
+        pool_factory: opens the simulators.
+
+    Returns:
+        Success of each episode, in order.
+
+    Raises:
+        WavError: a damaged export, another suite, an unknown task, other simulator versions, a broken renderer.
+    """
+    data = exported_data(folder, suite, tasks)
+    chosen = select_tasks(suite, data.tasks)
+    slots = min(episodes, 8)
+    policy = load_export(folder, batch_size=slots, device=device)
+    check_start(policy, data)
+    specs = []
+    for number in range(episodes):
+        task, index = chosen[number % len(chosen)], number // len(chosen)
+        recorded = videos is not None
+        spec = EpisodeSpec(
+            suite, task.name, index, condition, task.name, task.instruction, task.max_steps, seed, recorded
+        )
+        specs.append(spec)
+    results: dict[EpisodeSpec, bool] = {}
+
+    def finish(rollout: Rollout) -> None:
+        spec = rollout.spec
+        results[spec] = rollout.success
+        verdict = "success" if rollout.success else "failure"
+        value = f", value {rollout.values[0]:.3f} to {rollout.values[-1]:.3f}" if rollout.values else ""
+        line = f"{suite}: {spec.task} (initial state {spec.init_index}): {verdict} after {rollout.steps} steps{value}"
+        report(line)
+        if videos is not None and rollout.frames:
+            frames = [pictures.join_views(frame, data.views) for frame in rollout.frames]
+            pictures.write_mp4(Path(videos) / f"{suite}-{condition}-{spec.name}.mp4", frames, data.control_hz)
+
+    with pool_factory(suite, data, min(workers, slots), slots) as pool:
+        Scheduler(
+            pool,
+            policy,
+            execute_steps=min(execute_steps, data.action_chunk),
+            batch_size=slots,
+            with_value=policy.model.shapes.value is not None,
+            on_finish=finish,
+        ).run(specs)
+    return [results[spec] for spec in specs]

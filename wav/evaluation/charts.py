@@ -1,0 +1,123 @@
+"""Charts of the report as SVG text; matplotlib without a display, no state between calls."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+#: One colour per condition, everywhere.
+COLOURS = {"planned": "#2563eb", "unplanned": "#6b7280", "temperature": "#d97706"}
+_CYCLE = ("#2563eb", "#d97706", "#059669", "#db2777", "#6b7280", "#7c3aed")
+_INK = "#1f2937"
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty chart in the report's style; sizes in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=_INK, labelsize=8)
+    axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as SVG text, without date or random identifiers so that equal data gives equal pictures."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "wav"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def success_rates(metrics: Mapping[str, Any], conditions: Sequence[str]) -> str:
+    """Success rates with Wilson intervals, per task and overall, one colour per condition."""
+    tasks = [*metrics[conditions[0]]["tasks"], "all"]
+    figure, axes = _figure(1.6 + 1.5 * len(tasks), 2.8)
+    width = 0.8 / len(conditions)
+    for c, condition in enumerate(conditions):
+        rates = [*metrics[condition]["tasks"].values(), metrics[condition]]
+        x = np.arange(len(tasks)) + (c - (len(conditions) - 1) / 2) * width
+        mid = np.array([100 * r["success_rate"] for r in rates])
+        low = mid - [100 * r["wilson_low"] for r in rates]
+        high = np.array([100 * r["wilson_high"] for r in rates]) - mid
+        axes.bar(x, mid, 0.9 * width, color=COLOURS.get(condition, _CYCLE[c % len(_CYCLE)]), label=condition)
+        axes.errorbar(x, mid, [low.clip(0), high.clip(0)], fmt="none", ecolor=_INK, elinewidth=1, capsize=3)
+    axes.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], fontsize=8)
+    axes.set_ylim(0, 105)
+    axes.set_ylabel("success, %", fontsize=8)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return _svg(figure)
+
+
+def value_along(steps: Sequence[int], predicted: Sequence[float], real: Sequence[float]) -> str:
+    """Predicted and real return along one episode."""
+    figure, axes = _figure(5.2, 2.6)
+    if real:
+        axes.plot(steps, real, color=_INK, marker="o", markersize=3, label="real return")
+    if predicted:
+        axes.plot(steps, predicted, color=COLOURS["planned"], marker="o", markersize=3, label="predicted")
+    axes.set_xlabel("environment step", fontsize=8)
+    axes.set_ylabel("return", fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def prediction_quality(steps: Sequence[int], psnr: Sequence[float], copied: Sequence[float]) -> str:
+    """PSNR of predicted future frames beside that of repeating the current frame."""
+    figure, axes = _figure(5.2, 2.6)
+    axes.plot(steps, psnr, color=COLOURS["planned"], marker="o", markersize=3, label="predicted frames")
+    axes.plot(steps, copied, color=COLOURS["unplanned"], linestyle="--", label="current frame repeated")
+    axes.set_xlabel("environment step", fontsize=8)
+    axes.set_ylabel("PSNR, dB", fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def training_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
+    """Losses over steps: name -> (steps, values); logarithmic where all values are positive."""
+    figure, axes = _figure(5.2, 2.6)
+    for i, (name, (steps, values)) in enumerate(curves.items()):
+        colour = _CYCLE[i % len(_CYCLE)]
+        if len(values) > 60:
+            axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, _smooth(np.asarray(values, float)), color=colour, linewidth=1.3, label=name)
+        else:
+            axes.plot(steps, values, color=colour, linewidth=1.3, marker="." if len(values) < 20 else "", label=name)
+    if all(v > 0 for _, values in curves.values() for v in values):
+        axes.set_yscale("log")
+    axes.set_xlabel("step", fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Mean over a window of a twentieth of the curve, narrower at its ends."""
+    half = max(1, len(values) // 40)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    at = np.arange(len(values))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    return np.asarray((sums[high] - sums[low]) / (high - low))
+
+
+def values_by_outcome(groups: Mapping[str, Sequence[Sequence[float]]]) -> str:
+    """Predicted value per policy call: one thin line per episode, a thick mean per outcome."""
+    figure, axes = _figure(5.2, 2.6)
+    for i, (name, rows) in enumerate(groups.items()):
+        colour = ("#059669", "#dc2626")[i % 2]
+        for row in rows[:25]:
+            axes.plot(range(len(row)), row, color=colour, alpha=0.15, linewidth=0.8)
+        longest = max((len(row) for row in rows), default=0)
+        mean = [float(np.mean([row[k] for row in rows if len(row) > k])) for k in range(longest)]
+        if mean:
+            axes.plot(range(longest), mean, color=colour, linewidth=1.8, label=f"{name} ({len(rows)})")
+    axes.set_xlabel("policy call", fontsize=8)
+    axes.set_ylabel("predicted return", fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
+    return _svg(figure)

@@ -1,0 +1,308 @@
+"""Closed-loop evaluation from start checks to metrics.json.
+
+A killed evaluation is resumed without repeating finished episodes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
+from wav.data.conventions import Conventions
+from wav.data.files import write_json
+from wav.evaluation import pictures
+from wav.evaluation.protocol import (
+    EpisodeSpec,
+    build_episodes,
+    check_conventions,
+    check_statistics,
+    episode_key,
+    versions,
+)
+from wav.evaluation.records import EpisodeRecord, finished_record, record_path, summarise, write_record
+from wav.evaluation.rollout import Actor, Pool, Rollout, Scheduler
+
+log = logging.getLogger(__name__)
+
+#: Predicted-future pictures per recorded episode.
+_PREDICTIONS = 3
+
+
+class EvaluationSettings(Protocol):
+    """The sections evaluation reads: a whole ``Settings`` or the view of stage ``eval_libero``."""
+
+    @property
+    def data(self) -> DataSettings:
+        """What a sample is."""
+
+    @property
+    def planner(self) -> PlannerSettings:
+        """Algorithm 1."""
+
+    @property
+    def eval_libero(self) -> EvalLiberoSettings:
+        """Episodes, conditions, seed."""
+
+
+class EvaluatedPolicy(Actor, Protocol):
+    """``wav.policy.Policy`` as evaluation uses it."""
+
+    @property
+    def conventions(self) -> Conventions:
+        """What images, states and actions meant in training."""
+
+    @property
+    def statistics(self) -> Any:
+        """Normalisation statistics; has ``digest``."""
+
+    def decode_future(self, future: Any) -> NDArray[np.uint8]:
+        """(V, C, F, h, w) future latents as frames (V, F_raw, H, W, 3)."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of an evaluation after an episode; ``eta_seconds`` is the time left at the rate so far."""
+
+    done: int
+    total: int
+    successes: int
+    finished: int
+    eta_seconds: float
+    label: str
+
+    @property
+    def message(self) -> str:
+        """One line for a log or progress bar; successes leave the swapped probes out."""
+        share = f"{self.successes}/{self.finished} solved" if self.finished else "none solved yet"
+        return f"{self.done}/{self.total} episodes, {share}, {self.eta_seconds:.0f} s left ({self.label})"
+
+
+def check_start(
+    policy: EvaluatedPolicy,
+    data: DataSettings,
+    data_conventions: Conventions | None = None,
+    statistics_digest: str | None = None,
+) -> None:
+    """Refuse an evaluation whose simulator, data or statistics are not the ones the policy was trained with.
+
+    Args:
+        policy: the policy to run.
+        data: sets up the simulator.
+        data_conventions: of the episode store, where known; the simulator's are always compared.
+        statistics_digest: digest that the checkpoint recorded, where known.
+
+    Raises:
+        ConfigError: a convention differs; names the field and both values.
+        CheckpointError: the statistics differ.
+    """
+    check_conventions(policy.conventions, Conventions.for_simulator(data), "simulator")
+    if data_conventions is not None:
+        check_conventions(policy.conventions, data_conventions, "episode store")
+    if statistics_digest is not None:
+        check_statistics(statistics_digest, policy.statistics.digest, "policy")
+
+
+def evaluate(
+    settings: EvaluationSettings,
+    policy: EvaluatedPolicy,
+    out: Path,
+    *,
+    pool: Pool,
+    checkpoint: str,
+    data_conventions: Conventions | None = None,
+    statistics_digest: str | None = None,
+    with_value: bool = True,
+    progress: Callable[[Progress], None] | None = None,
+) -> dict[str, Any]:
+    """Run every episode that is not finished yet and write records, videos, pictures and ``metrics.json``.
+
+    Args:
+        settings: sections ``data``, ``planner``, ``eval_libero``.
+        policy: batched policy whose padded batch is ``eval_libero.batch_size``.
+        out: evaluation folder (``reports/eval``); ``metrics.json`` is written last.
+        pool: open simulators for ``data.suite``.
+        checkpoint: digest of the weights, part of every episode's key.
+        data_conventions: see :func:`check_start`.
+        statistics_digest: see :func:`check_start`.
+        with_value: ask for predicted values (False for models without value expert).
+        progress: called after every episode.
+
+    Returns:
+        The content of ``metrics.json``.
+
+    Raises:
+        ConfigError, CheckpointError: see :func:`check_start`.
+        SimulationError: a simulator kept dying.
+        StorageError: the disk is full.
+    """
+    check_start(policy, settings.data, data_conventions, statistics_digest)
+    session = _Session(settings, policy, Path(out), checkpoint, progress)
+    waiting = session.resume()
+    scheduler = Scheduler(
+        pool,
+        policy,
+        execute_steps=settings.eval_libero.execute_steps,
+        batch_size=settings.eval_libero.batch_size,
+        with_value=with_value,
+        on_finish=session.finish,
+    )
+    began = time.perf_counter()
+    scheduler.run(waiting)
+    wall = time.perf_counter() - began
+    timing = {
+        **asdict(scheduler.clock),
+        "wall_seconds": wall,
+        "episodes_run": len(waiting),
+        "episodes_resumed": len(session.episodes) - len(waiting),
+        "episodes_per_hour": 3600 * len(waiting) / wall if waiting else 0.0,
+    }
+    session.remove_stale()
+    metrics = summarise([session.records[spec] for spec in session.episodes], timing)
+    write_json(session.out / "metrics.json", metrics)
+    return metrics
+
+
+class _Session:
+    """The episodes of one evaluation, their records, and what is written when one finishes."""
+
+    def __init__(
+        self,
+        settings: EvaluationSettings,
+        policy: EvaluatedPolicy,
+        out: Path,
+        checkpoint: str,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.settings, self.policy, self.out, self.progress = settings, policy, out, progress
+        self.checkpoint, self.conventions = checkpoint, policy.conventions.to_json()
+        self.versions = versions()
+        self.episodes = build_episodes(settings.data, settings.eval_libero)
+        self.records: dict[EpisodeSpec, EpisodeRecord] = {}
+        self.began, self.resumed = time.perf_counter(), 0
+
+    def key(self, spec: EpisodeSpec) -> str:
+        """Key of the episode's record."""
+        return episode_key(
+            spec,
+            checkpoint=self.checkpoint,
+            statistics=self.policy.statistics.digest,
+            conventions=self.conventions,
+            planner=self.settings.planner,
+            settings=self.settings.eval_libero,
+        )
+
+    def video_path(self, spec: EpisodeSpec) -> Path:
+        """Video of a recorded episode."""
+        return self.out / "videos" / f"{spec.suite}-{spec.group}-{spec.name}.mp4"
+
+    def resume(self) -> list[EpisodeSpec]:
+        """Take over finished records of the same key; the episodes that are left."""
+        for spec in self.episodes:
+            record = finished_record(record_path(self.out, spec), self.key(spec))
+            if record is not None and not (spec.record and not self.video_path(spec).exists()):
+                self.records[spec] = record
+        self.resumed = len(self.records)
+        if self.resumed:
+            log.info("evaluation: %d of %d episodes are already there", self.resumed, len(self.episodes))
+        return [spec for spec in self.episodes if spec not in self.records]
+
+    def finish(self, rollout: Rollout) -> None:
+        """Pictures first, then the record that marks the episode as finished."""
+        spec = rollout.spec
+        if spec.record and rollout.frames:
+            self._pictures(rollout)
+        record = EpisodeRecord(
+            key=self.key(spec),
+            suite=spec.suite,
+            task=spec.task,
+            init_index=spec.init_index,
+            seed=spec.seed,
+            condition=spec.condition,
+            instructed=spec.instructed,
+            instruction=spec.instruction,
+            success=rollout.success,
+            successes=rollout.successes,
+            steps=rollout.steps,
+            max_steps=spec.max_steps,
+            policy_calls=rollout.calls,
+            values=rollout.values,
+            plan=rollout.plan,
+            actions_digest=rollout.actions_digest,
+            wall_seconds=round(rollout.finished - rollout.started, 3),
+            attempts=rollout.attempts,
+            versions=self.versions,
+            checkpoint=self.checkpoint,
+            statistics=self.policy.statistics.digest,
+            conventions=self.conventions,
+            render=self.settings.data.render,
+            budget=self.settings.eval_libero.budget,
+        )
+        write_record(record_path(self.out, spec), record)
+        self.records[spec] = record
+        self._report(spec)
+
+    def _report(self, spec: EpisodeSpec) -> None:
+        """Tell the caller how far the evaluation is."""
+        if self.progress is None:
+            return
+        plain = [record for record in self.records.values() if not record.swapped]
+        run = len(self.records) - self.resumed
+        left = len(self.episodes) - len(self.records)
+        eta = (time.perf_counter() - self.began) / run * left
+        solved = sum(record.success for record in plain)
+        self.progress(Progress(len(self.records), len(self.episodes), solved, len(plain), eta, spec.group))
+
+    def _pictures(self, rollout: Rollout) -> None:
+        """Video, strip and predicted-against-real frames of a recorded episode."""
+        views = self.settings.data.views
+        frames = [pictures.join_views(frame, views) for frame in rollout.frames]
+        pictures.write_mp4(self.video_path(rollout.spec), frames, self.settings.data.control_hz)
+        name = self.video_path(rollout.spec).stem
+        pictures.write_png(
+            self.out / "strips" / f"{name}.png", pictures.strip([f[views[0]] for f in rollout.frames]), 96
+        )
+        for step, future in _spread(self._complete(rollout), _PREDICTIONS):
+            predicted = self.policy.decode_future(future)
+            real = self._real(rollout, step)
+            path = self.out / "predictions" / f"{name}-step{step:03d}.png"
+            pictures.write_png(path, pictures.prediction_grid(real, predicted), 96 * 2 * len(views))
+
+    def _complete(self, rollout: Rollout) -> list[tuple[int, Any]]:
+        """Predictions whose whole future was seen before the episode ended."""
+        reach = self.settings.data.frame_stride * self.settings.data.future_frames
+        return [(step, future) for step, future in rollout.predictions if step + reach < len(rollout.frames)]
+
+    def _real(self, rollout: Rollout, step: int) -> NDArray[np.uint8]:
+        """The frames that a prediction made at ``step`` is about: (V, F, H, W, 3)."""
+        data = self.settings.data
+        at = [step + data.frame_stride * (i + 1) for i in range(data.future_frames)]
+        return np.stack([np.stack([rollout.frames[t][view] for t in at]) for view in data.views])
+
+    def remove_stale(self) -> None:
+        """Remove records and pictures of episodes that this evaluation does not ask for; make the folders."""
+        keep = {record_path(self.out, spec) for spec in self.episodes}
+        names = {self.video_path(spec).stem for spec in self.episodes if spec.record}
+        for path in (self.out / "episodes").glob("*/*.json"):
+            if path not in keep:
+                path.unlink()
+        for folder in ("videos", "strips", "predictions"):
+            (self.out / folder).mkdir(parents=True, exist_ok=True)
+            for path in (self.out / folder).glob("*.*"):
+                if path.stem.split("-step")[0] not in names and "-held-out-" not in path.name:
+                    path.unlink()
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most ``count`` items, evenly spread."""
+    if not items:
+        return []
+    chosen = np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))
+    return [items[i] for i in chosen]

@@ -1,0 +1,121 @@
+"""What the model predicts along an expert episode that training never saw, beside what really happened.
+
+The policy is called at every ``execute_steps``-th step of a held-out demonstration, as it would be while acting, but
+the expert's actions are what happened next. Written: ``values.json`` and pictures of predicted and real frames.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wav.data.episode import Episode
+from wav.data.files import write_json
+from wav.data.store import EpisodeStore
+from wav.data.windows import split_episodes
+from wav.errors import DataError
+from wav.evaluation import pictures
+from wav.evaluation.evaluate import EvaluatedPolicy, EvaluationSettings
+from wav.sim.env import Observation
+
+_ROW = "held-out"
+
+
+class Values(Protocol):
+    """Value channels of stored episodes (``wav.rewards.RewardStore``)."""
+
+    def episode(self, index: int) -> NDArray[np.float32]:
+        """(T, terms + 1): weighted terms, then the return."""
+
+
+def held_out_values(
+    policy: EvaluatedPolicy,
+    store: EpisodeStore,
+    rewards: Values | None,
+    settings: EvaluationSettings,
+    out: Path,
+    index: int | None = None,
+    chunks: int = 3,
+) -> dict[str, Any]:
+    """Walk one stored episode and write ``out/values.json`` and ``out/predictions/*-held-out-*.png``.
+
+    Args:
+        policy: the evaluated policy; the row ``"held-out"`` is used.
+        store: the demonstrations.
+        rewards: their labels; None where there is no value expert.
+        settings: sections ``data`` and ``eval_libero``.
+        out: evaluation folder.
+        index: which episode; None: one that every training stage held out
+            (for a validation share above 0).
+        chunks: how many calls are pictured, evenly spread.
+
+    Returns:
+        ``steps`` and, per call, ``predicted_value``, ``real_value`` (returns), and ``psnr`` of the predicted frames
+        beside ``psnr_copy`` (the current frame repeated): a predictor that says less than the copy has learned nothing.
+
+    Raises:
+        DataError: ``index`` is not in the store.
+    """
+    if index is None:
+        index = held_out_index(store)
+    if not 0 <= index < len(store):
+        raise DataError(f"held-out episode {index}: the store holds episodes 0..{len(store) - 1}")
+    data, episode = settings.data, store[index]
+    for old in (out / "predictions").glob(f"*-{_ROW}-*.png"):
+        old.unlink()
+    steps = list(range(0, episode.length, settings.eval_libero.execute_steps))
+    pictured = set(np.unique(np.linspace(0, len(steps) - 1, min(chunks, len(steps))).round().astype(int)).tolist())
+    policy.reset(_ROW, f"held-out/{index}", settings.eval_libero.seed)
+    predicted: list[float] = []
+    frames: list[dict[str, float]] = []
+    for call, step in enumerate(steps):
+        output = policy.act(
+            [_observation(episode, step, data.views)],
+            [_ROW],
+            condition="unplanned",
+            with_value=rewards is not None,
+            with_future=True,
+        )
+        if output.returns is not None:
+            predicted.append(float(output.returns[0][0]))
+        real = _future(episode, step, data.views, data.frame_stride, data.future_frames)
+        decoded = policy.decode_future(output.future[0])
+        current = np.stack([episode.images[view][step] for view in data.views])[:, None]
+        copied = np.broadcast_to(current, real.shape)
+        frames.append({"psnr": pictures.psnr(real, decoded), "psnr_copy": pictures.psnr(real, copied)})
+        if call in pictured:
+            path = out / "predictions" / f"{data.suite}-{_ROW}-{episode.task}-step{step:03d}.png"
+            pictures.write_png(path, pictures.prediction_grid(real, decoded), 96 * 2 * len(data.views))
+    result: dict[str, Any] = {
+        "suite": data.suite,
+        "task": episode.task,
+        "episode": episode.episode_id,
+        "steps": steps,
+        "predicted_value": predicted,
+        "real_value": [] if rewards is None else [float(v) for v in rewards.episode(index)[steps, -1]],
+        "psnr": [entry["psnr"] for entry in frames],
+        "psnr_copy": [entry["psnr_copy"] for entry in frames],
+    }
+    write_json(out / "values.json", result)
+    return result
+
+
+def held_out_index(store: EpisodeStore) -> int:
+    """The first successful episode among those that any validation share above 0 holds out, else the first of them."""
+    held = [int(i) for i in split_episodes(store, "validation", 1e-9)]
+    return next((i for i in held if store.episodes[i].success), held[0])
+
+
+def _observation(episode: Episode, step: int, views: tuple[str, ...]) -> Observation:
+    """What the policy would have seen at ``step``."""
+    images = {view: np.asarray(episode.images[view][step]) for view in views}
+    return Observation(images, np.asarray(episode.state[step]), episode.instruction)
+
+
+def _future(episode: Episode, step: int, views: tuple[str, ...], stride: int, count: int) -> NDArray[np.uint8]:
+    """The frames (V, F, H, W, 3) that followed, the last one repeated past the end as in training."""
+    at = np.minimum(step + stride * (1 + np.arange(count)), episode.length - 1)
+    return np.stack([np.asarray(episode.images[view][at]) for view in views])

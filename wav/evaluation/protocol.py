@@ -1,0 +1,159 @@
+"""What is evaluated: the list of episodes, and the checks that must pass before the first one.
+
+An episode is a pure function of its :class:`EpisodeSpec`, the seed, the checkpoint and the settings in its key
+(:func:`episode_key`): the noise depends on (seed, suite, task, initial state, call) only and is the same for every
+condition, so that conditions are compared on equal terms. Swapped probes start a task's scene with the instruction of
+another task of the same scene and ask which of the two the policy does.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import wav
+from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
+from wav.data.conventions import Conventions
+from wav.data.files import canonical_digest
+from wav.errors import CheckpointError, ConfigError
+from wav.sim.env import TaskSpec, select_tasks
+
+#: Environment steps of every suite under ``budget: reference`` (its loop counts policy calls; spec section 7.9).
+REFERENCE_BUDGET = 1000
+#: Conditions that the swapped-instruction probes run under, where they are evaluated at all.
+SWAPPED_CONDITIONS = ("planned", "unplanned")
+_PACKAGES = ("torch", "numpy", "mujoco", "robosuite")
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """One episode to run. ``instructed`` is the task whose instruction is given: ``task`` unless swapped."""
+
+    suite: str
+    task: str
+    init_index: int
+    condition: str
+    instructed: str
+    instruction: str
+    max_steps: int
+    seed: int
+    record: bool = False
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the instruction is another task's."""
+        return self.instructed != self.task
+
+    @property
+    def group(self) -> str:
+        """Folder of the record: the condition, or ``swapped-<condition>``."""
+        return f"swapped-{self.condition}" if self.swapped else self.condition
+
+    @property
+    def name(self) -> str:
+        """``<task>-<index>``: the record's file name within its group."""
+        return f"{self.task}-{self.init_index:03d}"
+
+    @property
+    def noise_name(self) -> str:
+        """What the noise may depend on besides seed and call: never the condition or the instruction."""
+        return f"{self.suite}/{self.task}/{self.init_index}"
+
+
+def _other_task(name: str, names: Sequence[str], specs: Mapping[str, TaskSpec]) -> str | None:
+    """The next evaluated task that shares the scene, or None."""
+    scene = [other for other in names if specs[other].scene == specs[name].scene]
+    return scene[(scene.index(name) + 1) % len(scene)] if len(scene) > 1 else None
+
+
+def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[EpisodeSpec, ...]:
+    """All episodes in the order they run: condition by condition, initial state by initial state, task by task.
+
+    The first ``settings.videos`` of each condition are recorded.
+
+    Raises:
+        ConfigError: ``data.tasks`` names a task that the suite lacks.
+    """
+    specs = {spec.name: spec for spec in select_tasks(data.suite, data.tasks)}
+    names = list(specs)
+
+    def episode(task: str, index: int, condition: str, instructed: str, record: bool) -> EpisodeSpec:
+        steps = REFERENCE_BUDGET if settings.budget == "reference" else specs[task].max_steps
+        sentence = specs[instructed].instruction
+        return EpisodeSpec(data.suite, task, index, condition, instructed, sentence, steps, settings.seed, record)
+
+    episodes: list[EpisodeSpec] = []
+    for condition in settings.conditions:
+        cells = [(index, task) for index in range(settings.episodes_per_task) for task in names]
+        episodes += [episode(t, i, condition, t, n < settings.videos) for n, (i, t) in enumerate(cells)]
+    for condition in SWAPPED_CONDITIONS:
+        if condition in settings.conditions:
+            cells = [(index, task) for index in range(settings.swapped_episodes) for task in names]
+            pairs = [(i, t, _other_task(t, names, specs)) for i, t in cells]
+            episodes += [episode(t, i, condition, other, False) for i, t, other in pairs if other is not None]
+    return tuple(episodes)
+
+
+def versions() -> dict[str, str]:
+    """Versions that may change a result."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {**found, "wav": wav.__version__, "python": platform.python_version(), "machine": platform.machine()}
+
+
+def episode_key(
+    spec: EpisodeSpec,
+    *,
+    checkpoint: str,
+    statistics: str,
+    conventions: Mapping[str, Any],
+    planner: PlannerSettings,
+    settings: EvalLiberoSettings,
+) -> str:
+    """Digest of everything that determines the episode's result; a finished record with this key is not repeated.
+
+    How many episodes, conditions and videos are asked for does not enter it, so asking for more keeps what is there.
+    The padded batch shape does: another shape may round differently.
+    """
+    return canonical_digest(
+        {
+            "episode": [spec.suite, spec.task, spec.init_index, spec.condition, spec.instruction, spec.max_steps],
+            "seed": spec.seed,
+            "execute_steps": settings.execute_steps,
+            "batch_size": settings.batch_size,
+            "planner": planner.model_dump(mode="json") if spec.condition != "unplanned" else planner.denoise_steps,
+            "checkpoint": checkpoint,
+            "statistics": statistics,
+            "conventions": dict(conventions),
+            "versions": versions(),
+        }
+    )
+
+
+def check_conventions(policy: Conventions, other: Conventions, name: str) -> None:
+    """Refuse to run a policy on images, states or actions that mean something else than in its training.
+
+    Raises:
+        ConfigError: names the fields that differ, with both values.
+    """
+    differences = policy.difference(other)
+    if differences:
+        raise ConfigError(
+            f"the policy's conventions differ from the {name}'s: {'; '.join(differences)}; "
+            f"evaluate with the settings the policy was trained with, or train it on data made with these"
+        )
+
+
+def check_statistics(expected: str, found: str, where: str) -> None:
+    """Refuse normalisation statistics other than the ones a checkpoint was trained with.
+
+    Raises:
+        CheckpointError: the digests differ.
+    """
+    if expected != found:
+        raise CheckpointError(
+            f"{where}: statistics digest {found[:12]} does not match the checkpoint's {expected[:12]}; "
+            "use the statistics the model was trained with, or train again on the new data"
+        )

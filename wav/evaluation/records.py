@@ -1,0 +1,189 @@
+"""One JSON file per episode, written atomically, and the metrics that are made from them.
+
+``<out>/episodes/<condition>/<task>-<index>.json`` (swapped probes under ``swapped-<condition>``). A record holds what
+is needed to run the episode again and see whether it came out the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from wav.data.files import read_json, write_json
+from wav.errors import DataError
+from wav.evaluation.intervals import paired_difference, wilson
+from wav.evaluation.protocol import EpisodeSpec
+
+_REMEDY = "remove the file to run the episode again"
+#: Pairs of conditions whose difference is reported.
+PAIRS = (("planned", "unplanned"), ("planned", "temperature"), ("temperature", "unplanned"))
+
+
+@dataclass(frozen=True)
+class EpisodeRecord:
+    """One finished episode. Times in seconds, steps in environment steps, values in units of the return.
+
+    ``successes`` says for every task of the scene whether its predicate was met; ``actions_digest`` is the SHA-256 of
+    the executed actions, (steps, 7) float32; ``plan`` holds, per policy call, what the planner's last iteration
+    reached (sigma and mean shift of the video and value noise).
+    """
+
+    key: str
+    suite: str
+    task: str
+    init_index: int
+    seed: int
+    condition: str
+    instructed: str
+    instruction: str
+    success: bool
+    successes: dict[str, bool]
+    steps: int
+    max_steps: int
+    policy_calls: int
+    values: list[float]
+    plan: dict[str, list[float]]
+    actions_digest: str
+    wall_seconds: float
+    attempts: int
+    versions: dict[str, str]
+    checkpoint: str
+    statistics: str
+    conventions: dict[str, Any]
+    render: str
+    budget: str
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the instruction was another task's."""
+        return self.instructed != self.task
+
+
+def record_path(out: Path, spec: EpisodeSpec) -> Path:
+    """Where the episode's record lies under the evaluation folder."""
+    return out / "episodes" / spec.group / f"{spec.name}.json"
+
+
+def read_record(path: Path) -> EpisodeRecord:
+    """Read one record.
+
+    Raises:
+        DataError: missing, truncated, or of other fields than this version writes.
+    """
+    value = read_json(path, _REMEDY)
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: holds a {type(value).__name__} instead of a record; {_REMEDY}")
+    expected = {field.name for field in fields(EpisodeRecord)}
+    wrong = sorted(expected ^ set(value))
+    if wrong:
+        raise DataError(f"{path}: field {wrong[0]!r} is missing or unknown; {_REMEDY}")
+    return EpisodeRecord(**value)
+
+
+def write_record(path: Path, record: EpisodeRecord) -> None:
+    """Write one record atomically, making its folder.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, asdict(record))
+
+
+def finished_record(path: Path, key: str) -> EpisodeRecord | None:
+    """The record at ``path`` if it belongs to this run; a record of another run or format is to be replaced."""
+    if not path.exists():
+        return None
+    value = read_json(path, _REMEDY)
+    return read_record(path) if isinstance(value, dict) and value.get("key") == key else None
+
+
+def _rates(records: Sequence[EpisodeRecord], tasks: Sequence[str]) -> dict[str, Any]:
+    """A condition's entry in metrics.json."""
+
+    def rate(chosen: Iterable[EpisodeRecord]) -> dict[str, Any]:
+        outcomes = [record.success for record in chosen]
+        return dict(wilson(sum(outcomes), len(outcomes)).as_dict())
+
+    by_task = {task: rate(r for r in records if r.task == task) for task in tasks}
+    steps = [record.steps for record in records if record.success]
+    mean_steps = sum(steps) / len(steps) if steps else None
+    return {**rate(records), "tasks": by_task, "mean_steps_to_success": mean_steps}
+
+
+def _swapped(records: Sequence[EpisodeRecord]) -> dict[str, Any]:
+    """How often the policy did what it was told instead of what the initial state's own task asks."""
+    instructed = sum(r.successes[r.instructed] for r in records)
+    original = sum(r.successes[r.task] and not r.successes[r.instructed] for r in records)
+    rate = wilson(instructed, len(records))
+    return {
+        "episodes": len(records),
+        "instructed": instructed,
+        "original": original,
+        "neither": len(records) - instructed - original,
+        "instructed_rate": rate.success_rate,
+        "wilson_low": rate.wilson_low,
+        "wilson_high": rate.wilson_high,
+    }
+
+
+def summarise(records: Sequence[EpisodeRecord], timing: Mapping[str, float]) -> dict[str, Any]:
+    """The content of metrics.json: a section per condition, swapped probes, paired differences, timing.
+
+    Raises:
+        DataError: no records at all.
+    """
+    if not records:
+        raise DataError("no episodes to summarise: eval_libero.conditions and episodes_per_task must ask for some")
+    plain = [record for record in records if not record.swapped]
+    tasks = list(dict.fromkeys(record.task for record in plain))
+    conditions = list(dict.fromkeys(record.condition for record in plain))
+    by_condition = {c: {(r.task, r.init_index): r for r in plain if r.condition == c} for c in conditions}
+    metrics: dict[str, Any] = {"suite": records[0].suite, "seed": records[0].seed, "checkpoint": records[0].checkpoint}
+    metrics |= {c: _rates(list(found.values()), tasks) for c, found in by_condition.items()}
+    paired = {}
+    for first, second in PAIRS:
+        if first in by_condition and second in by_condition:
+            common = sorted(by_condition[first].keys() & by_condition[second].keys())
+            a = [by_condition[first][cell].success for cell in common]
+            b = [by_condition[second][cell].success for cell in common]
+            paired[f"{first}-{second}"] = paired_difference(a, b).as_dict()
+    probes = [record for record in records if record.swapped]
+    swapped = {c: _swapped([r for r in probes if r.condition == c]) for c in dict.fromkeys(r.condition for r in probes)}
+    conventions = records[0].conventions
+    return metrics | {
+        "paired": paired,
+        "swapped": swapped,
+        "timing": dict(timing),
+        "budget": records[0].budget,
+        "versions": records[0].versions,
+        "statistics": records[0].statistics,
+        "render": records[0].render,
+        "image_size": [conventions.get("image_height"), conventions.get("image_width")],
+    }
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> str:
+    """Markdown table of success rates with 95% Wilson intervals; the suite stands in its heading row."""
+    conditions = [name for name in ("planned", "unplanned", "temperature") if name in metrics]
+    head = [f"{metrics['suite']} (success, 95% interval)", *conditions]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+
+    def cell(rate: Mapping[str, Any]) -> str:
+        return (
+            f"{100 * rate['success_rate']:.0f}% of {rate['episodes']} "
+            f"[{100 * rate['wilson_low']:.0f}, {100 * rate['wilson_high']:.0f}]"
+        )
+
+    tasks = list(metrics[conditions[0]]["tasks"]) if conditions else []
+    for task in tasks:
+        lines.append("| " + " | ".join([task, *(cell(metrics[c]["tasks"][task]) for c in conditions)]) + " |")
+    lines.append("| " + " | ".join(["**all**", *(f"**{cell(metrics[c])}**" for c in conditions)]) + " |")
+    for condition, probe in metrics.get("swapped", {}).items():
+        lines.append(
+            f"\nInstruction swapped ({condition}): went for the instructed object in {probe['instructed']} of "
+            f"{probe['episodes']} episodes, for the other one in {probe['original']}, neither in {probe['neither']}."
+        )
+    return "\n".join(lines)

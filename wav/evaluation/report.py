@@ -1,0 +1,281 @@
+"""``reports/index.html``: everything the pipeline found, in one self-contained page that needs no network.
+
+It is made from whatever lies in the workspace; a part that is not there is named on the page, never invented.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from wav.config import STAGE_SECTIONS
+from wav.data.files import disk_errors, read_json
+from wav.errors import DataError
+from wav.evaluation import charts
+from wav.evaluation.records import EpisodeRecord, read_record
+
+_CONDITIONS = ("planned", "unplanned", "temperature")
+_TRAINING = {"pretrain_video": "video", "train_value": "value", "train_joint": "joint"}
+_MIME = {".png": "image/png", ".mp4": "video/mp4", ".svg": "image/svg+xml"}
+_MAX_VIDEOS, _MAX_PICTURES = 12, 9
+#: Files beyond this size are named instead of embedded, so that the page stays a page.
+_MAX_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class Item:
+    """A picture or video with its caption; ``source`` is a data URI."""
+
+    caption: str
+    source: str
+    video: bool = False
+
+
+@dataclass
+class Page:
+    """What the template shows; ``missing`` collects what was not produced."""
+
+    suite: str
+    metrics: dict[str, Any] | None = None
+    conditions: list[str] = field(default_factory=list)
+    success_chart: Item | None = None
+    rollouts: list[Item] = field(default_factory=list)
+    strips: list[Item] = field(default_factory=list)
+    predictions: list[Item] = field(default_factory=list)
+    values: list[Item] = field(default_factory=list)
+    held_out: dict[str, Any] | None = None
+    training: list[dict[str, Any]] = field(default_factory=list)
+    pictures: dict[str, list[Item]] = field(default_factory=dict)
+    planning: list[dict[str, Any]] = field(default_factory=list)
+    timings: list[dict[str, Any]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+def build_report(workspace: Path, settings: Any = None) -> Path:
+    """Write ``<workspace>/reports/index.html`` atomically.
+
+    Args:
+        workspace: folder of the stages' outputs.
+        settings: names the suite (``settings.data.suite``) where nothing was evaluated yet; None: unknown.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        DataError: a file that is there is damaged.
+        StorageError: the disk is full.
+    """
+    workspace = Path(workspace)
+    page = collect(workspace, suite=settings.data.suite if settings is not None else "unknown suite")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("wav.evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda share: f"{100 * share:.0f}%"
+    environment.filters["duration"] = _duration
+    path = workspace / "reports" / "index.html"
+    text = environment.get_template("report.html.j2").render(page=page, conditions=_CONDITIONS)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return path
+
+
+def collect(workspace: Path, suite: str) -> Page:
+    """Read everything the page shows."""
+    page = Page(suite)
+    evaluation = workspace / "reports" / "eval"
+    if (evaluation / "metrics.json").exists():
+        page.metrics = read_json(evaluation / "metrics.json", "run `dvc repro eval_libero`")
+        page.suite = page.metrics["suite"]
+        page.conditions = [name for name in _CONDITIONS if name in page.metrics]
+        page.success_chart = _chart("success", charts.success_rates(page.metrics, page.conditions))
+        records = _records(evaluation)
+        _rollouts(page, evaluation, records)
+        _planning(page, list(records.values()))
+    else:
+        page.missing.append("closed-loop results: stage eval_libero has not run")
+    _held_out(page, evaluation)
+    for stage, name in _TRAINING.items():
+        _training(page, stage, workspace / "models" / name)
+    for stage, title in (("label_rewards", "Rewards"), ("encode", "Codec"), ("ingest", "Demonstrations")):
+        found = sorted((workspace / "reports" / stage).rglob("*.png"))
+        if found:
+            page.pictures[title] = _items(page, found[:_MAX_PICTURES])
+        else:
+            page.missing.append(f"{title.lower()} pictures: stage {stage} left none")
+    _timings(page, workspace)
+    return page
+
+
+def _uri(data: bytes, suffix: str) -> str:
+    """A data URI."""
+    return f"data:{_MIME[suffix]};base64,{base64.b64encode(data).decode()}"
+
+
+def _chart(caption: str, svg: str) -> Item:
+    """A chart as an image, so that its identifiers stay its own."""
+    return Item(caption, _uri(svg.encode(), ".svg"))
+
+
+def _items(page: Page, paths: Iterable[Path], captions: Mapping[str, str] | None = None) -> list[Item]:
+    """Files embedded; a file too large is listed as missing instead."""
+    items = []
+    for path in paths:
+        data = path.read_bytes()
+        if len(data) > _MAX_BYTES:
+            page.missing.append(f"{path.name}: {len(data) / 2**20:.0f} MiB, too large to embed; open it in reports/")
+            continue
+        caption = (captions or {}).get(path.stem, path.stem.replace("_", " "))
+        items.append(Item(caption, _uri(data, path.suffix), path.suffix == ".mp4"))
+    return items
+
+
+def _records(evaluation: Path) -> dict[str, EpisodeRecord]:
+    """``<suite>-<condition>-<task>-<index>`` -> record."""
+    records = {}
+    for path in sorted((evaluation / "episodes").glob("*/*.json")):
+        record = read_record(path)
+        records[f"{record.suite}-{path.parent.name}-{path.stem}"] = record
+    return records
+
+
+def _rollouts(page: Page, evaluation: Path, records: Mapping[str, EpisodeRecord]) -> None:
+    """Videos, strips and predictions, captioned with what came of the episode."""
+    captions = {
+        name: f"{r.suite}, {r.condition}: “{r.instruction}” (initial state {r.init_index}), "
+        f"{'solved' if r.success else 'not solved'} after {r.steps} steps"
+        for name, r in records.items()
+    }
+    videos = sorted((evaluation / "videos").glob("*.mp4"))
+    page.rollouts = _items(page, _per_condition(videos), captions)
+    strips = sorted((evaluation / "strips").glob("*.png"))
+    page.strips = _items(page, _per_condition(strips)[:6], captions)
+    if not videos and not strips:
+        page.missing.append("rollout videos: eval_libero.videos is 0")
+    pictures = sorted((evaluation / "predictions").glob("*.png"))
+    for path in pictures:
+        name, _, step = path.stem.partition("-step")
+        captions[path.stem] = f"{captions.get(name, name.replace('_', ' '))}; predicted at step {int(step or 0)}"
+    order = sorted(pictures, key=lambda path: "-held-out-" not in path.name)
+    page.predictions = _items(page, order[:_MAX_PICTURES], captions)
+    if not pictures:
+        page.missing.append("predicted frames: no recorded episode was long enough")
+
+
+def _per_condition(paths: list[Path]) -> list[Path]:
+    """At most :data:`_MAX_VIDEOS` files, shared evenly among the conditions."""
+    groups: dict[str, list[Path]] = {}
+    for path in paths:
+        groups.setdefault(next((c for c in _CONDITIONS if f"-{c}-" in path.stem), ""), []).append(path)
+    share = max(1, _MAX_VIDEOS // max(1, len(groups)))
+    return [path for condition in (*_CONDITIONS, "") for path in groups.get(condition, [])[:share]]
+
+
+def _planning(page: Page, records: list[EpisodeRecord]) -> None:
+    """What the planner did to the noise, and predicted values by outcome."""
+    for condition in page.conditions:
+        chosen = [r for r in records if r.condition == condition and not r.swapped and r.plan]
+        row: dict[str, Any] = {"condition": condition, "episodes": len(chosen)}
+        for name in ("sigma_video", "sigma_value", "shift_video", "shift_value"):
+            values = [v for r in chosen for v in r.plan.get(name, [])]
+            row[name] = sum(values) / len(values) if values else None
+        if chosen:
+            page.planning.append(row)
+    if not page.planning:
+        page.missing.append("planning diagnostics: no planned episode, or planner.iterations is 0")
+    lines = [r for r in records if r.condition == page.conditions[0] and not r.swapped and r.values]
+    if lines:
+        groups = {
+            "solved": [r.values for r in lines if r.success],
+            "not solved": [r.values for r in lines if not r.success],
+        }
+        caption = f"Predicted return at every policy call, {page.conditions[0]}, by outcome"
+        page.values.append(_chart(caption, charts.values_by_outcome(groups)))
+
+
+def _held_out(page: Page, evaluation: Path) -> None:
+    """Predicted against real value, and frame quality, along a held-out demonstration."""
+    if not (evaluation / "values.json").exists():
+        page.missing.append("value along a held-out episode: reports/eval/values.json is not there")
+        return
+    page.held_out = found = read_json(evaluation / "values.json", "run `dvc repro eval_libero`")
+    where = f"{found['suite']}, {found['task']}, held-out demonstration {found['episode']}"
+    if found["predicted_value"]:
+        svg = charts.value_along(found["steps"], found["predicted_value"], found["real_value"])
+        page.values.insert(0, _chart(f"Predicted and real return ({where})", svg))
+    svg = charts.prediction_quality(found["steps"], found["psnr"], found["psnr_copy"])
+    page.values.append(_chart(f"Predicted future frames ({where})", svg))
+
+
+def _training(page: Page, stage: str, folder: Path) -> None:
+    """Curves and closing numbers of one training stage."""
+    curves = {}
+    for path in sorted((folder / "plots").rglob("*.tsv")):
+        name = path.relative_to(folder / "plots").with_suffix("").as_posix().removeprefix("metrics/")
+        if "loss" in name:
+            curves[name] = read_curve(path)
+    curves = {name: curve for name, curve in curves.items() if curve[0]}
+    numbers = (
+        read_json(folder / "metrics.json", f"run `dvc repro {stage}`") if (folder / "metrics.json").exists() else {}
+    )
+    if not curves and not numbers:
+        page.missing.append(f"training curves of {stage}: {folder.name} has neither plots nor metrics")
+        return
+    chart = _chart(f"{stage}: losses", charts.training_curves(curves)) if curves else None
+    shown = {key: _number(value) for key, value in numbers.items() if isinstance(value, int | float)}
+    page.training.append({"stage": stage, "chart": chart, "numbers": shown})
+
+
+def read_curve(path: Path) -> tuple[list[float], list[float]]:
+    """Steps and values of a dvclive TSV; the value is its last column.
+
+    Raises:
+        DataError: a row is not numbers.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    try:
+        name = [key for key in rows[0] if key not in ("step", "timestamp")][-1] if rows else ""
+        steps = [float(row.get("step") or i) for i, row in enumerate(rows)]
+        return steps, [float(row[name]) for row in rows]
+    except (ValueError, TypeError, IndexError) as error:
+        raise DataError(f"{path}: not a curve ({error}); run the training stage again") from None
+
+
+def _timings(page: Page, workspace: Path) -> None:
+    """Seconds and peak memory per stage, in the pipeline's order."""
+    for stage in STAGE_SECTIONS:
+        path = workspace / "reports" / "stages" / f"{stage}.json"
+        if path.exists():
+            facts = read_json(path, f"run `dvc repro {stage}`")
+            page.timings.append({"stage": stage, "seconds": facts["seconds"], "memory": facts.get("peak_memory_gib")})
+    if not page.timings:
+        page.missing.append("timings: reports/stages holds no records")
+
+
+def _number(value: float) -> str:
+    """Four significant digits, whole numbers with thousands separators."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> Markup:
+    """``12 s`` or ``3 min 20 s``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return Markup(f"{minutes} min {rest} s" if minutes else f"{rest} s")

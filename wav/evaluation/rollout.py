@@ -1,0 +1,296 @@
+"""Receding-horizon rollouts: many simulators, one batched policy.
+
+Every slot of the pool hosts one live episode. Slots that wait for actions are gathered into a batch of one condition;
+the policy is called when a whole batch is ready or when no simulator is at work any more. Which episodes share a batch
+depends on timing, an episode's result does not: the policy pads to one fixed shape and draws its noise from
+(seed, episode, call) alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wav.errors import SimulationError
+from wav.evaluation.protocol import EpisodeSpec
+from wav.sim.env import Observation
+
+log = logging.getLogger(__name__)
+
+#: Crashes of one episode's simulator that stop the evaluation; a crash is never counted as the policy's failure.
+MAX_ATTEMPTS = 3
+
+Frame = Mapping[str, NDArray[np.uint8]]
+
+
+class Reply(Protocol):
+    """What a simulator answers to a reset or to a chunk of actions (``wav.sim.workers.SimReply``)."""
+
+    @property
+    def observation(self) -> Observation | None:
+        """The last observation; None after an error."""
+
+    @property
+    def success(self) -> bool:
+        """Whether the task that was reset has been solved (the chunk then stopped early)."""
+
+    @property
+    def steps_done(self) -> int:
+        """Environment steps done by this request."""
+
+    @property
+    def frames(self) -> Sequence[Frame]:
+        """While recording: the reset's frame, or one frame per step done; view -> (H, W, 3) uint8."""
+
+    @property
+    def successes(self) -> Mapping[str, bool]:
+        """For every task of the scene: solved since the reset?"""
+
+    @property
+    def error(self) -> str | None:
+        """Why the simulator died or stalled; the next reset of the slot starts a fresh one."""
+
+
+class Pool(Protocol):
+    """Simulators in their own processes (``wav.sim.workers.SimPool``)."""
+
+    @property
+    def slots(self) -> int:
+        """Episodes that may be live at once."""
+
+    def submit_reset(self, slot: int, task: str, init_index: int, record: bool = False) -> None:
+        """Start an episode on a slot."""
+
+    def submit_steps(self, slot: int, actions: NDArray[np.float32]) -> None:
+        """Execute (k, 7) actions, stopping at success."""
+
+    def wait(self) -> Sequence[tuple[int, Reply]]:
+        """Block until at least one request is answered; all that are."""
+
+
+class Output(Protocol):
+    """What the policy answers (``wav.policy.PolicyOutput``), n rows."""
+
+    @property
+    def actions(self) -> Any:
+        """(n, A, 7) in the environment's units."""
+
+    @property
+    def returns(self) -> Any:
+        """(n, A) predicted return along the chunk, or None."""
+
+    @property
+    def future(self) -> Any:
+        """(n, V, C, F, h, w) predicted future latents, or None."""
+
+    @property
+    def plan(self) -> Any:
+        """Planner diagnostics, (n, K) each: sigma_video, sigma_value, shift_video, shift_value."""
+
+
+class Actor(Protocol):
+    """What rollouts need of ``wav.policy.Policy``."""
+
+    def reset(self, row: Hashable, episode: int | str, seed: int) -> None:
+        """Start an episode on a row: memory cleared, call index 0."""
+
+    def act(
+        self,
+        observations: Sequence[Any],
+        rows: Sequence[Hashable],
+        *,
+        condition: str = "planned",
+        with_value: bool = False,
+        with_future: bool = False,
+    ) -> Output:
+        """One chunk of actions per row."""
+
+
+@dataclass
+class Rollout:
+    """One live or finished episode; arrays as in :class:`Reply` and :class:`Output`."""
+
+    spec: EpisodeSpec
+    number: int
+    slot: int
+    attempts: int = 1
+    started: float = field(default_factory=time.perf_counter)
+    finished: float = 0.0
+    observation: Observation | None = None
+    success: bool = False
+    successes: dict[str, bool] = field(default_factory=dict)
+    steps: int = 0
+    calls: int = 0
+    values: list[float] = field(default_factory=list)
+    plan: dict[str, list[float]] = field(default_factory=dict)
+    pending: NDArray[np.float32] | None = None
+    executed: list[NDArray[np.float32]] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
+    predictions: list[tuple[int, Any]] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        """Solved, out of steps, or (swapped probes) some task of the scene solved."""
+        return self.success or self.steps >= self.spec.max_steps or (self.spec.swapped and any(self.successes.values()))
+
+    @property
+    def actions_digest(self) -> str:
+        """SHA-256 of the executed actions (steps, 7) float32."""
+        return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in self.executed)).hexdigest()
+
+    def again(self) -> Rollout:
+        """The same episode from its start, after a crash."""
+        return Rollout(self.spec, self.number, self.slot, self.attempts + 1)
+
+
+@dataclass
+class Clock:
+    """Where the time went, in seconds, and how often the policy was called."""
+
+    policy_seconds: float = 0.0
+    simulation_wait_seconds: float = 0.0
+    policy_calls: int = 0
+    policy_rows: int = 0
+    environment_steps: int = 0
+
+
+class Scheduler:
+    """Runs a list of episodes over the slots of a pool.
+
+    Args:
+        pool: simulators.
+        policy: the actor; rows are named by slot.
+        execute_steps: actions executed of each chunk.
+        batch_size: rows of a policy call.
+        with_value: ask for predicted values at every call.
+        on_finish: called in this thread with each finished episode.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        policy: Actor,
+        *,
+        execute_steps: int,
+        batch_size: int,
+        with_value: bool,
+        on_finish: Callable[[Rollout], None],
+    ) -> None:
+        self.pool, self.policy, self.on_finish = pool, policy, on_finish
+        self.execute_steps, self.batch_size, self.with_value = execute_steps, batch_size, with_value
+        self.clock = Clock()
+        self._live: dict[int, Rollout] = {}
+        self._ready: dict[int, Rollout] = {}
+
+    def run(self, episodes: Sequence[EpisodeSpec]) -> None:
+        """Run every episode once.
+
+        Raises:
+            SimulationError: one episode's simulator crashed :data:`MAX_ATTEMPTS` times.
+        """
+        waiting = [(number, spec) for number, spec in enumerate(episodes)][::-1]
+        for slot in range(min(self.pool.slots, len(waiting))):
+            self._start(Rollout(waiting[-1][1], waiting.pop()[0], slot))
+        while self._live:
+            batch = self._batch()
+            if batch and (len(batch) >= self.batch_size or len(self._ready) == len(self._live)):
+                self._act(batch)
+                continue
+            began = time.perf_counter()
+            replies = self.pool.wait()
+            self.clock.simulation_wait_seconds += time.perf_counter() - began
+            for slot, reply in sorted(replies, key=lambda item: item[0]):
+                rollout = self._live[slot]
+                if not self._receive(rollout, reply):
+                    continue
+                del self._live[slot]
+                self.on_finish(rollout)
+                if waiting:
+                    number, spec = waiting.pop()
+                    self._start(Rollout(spec, number, slot))
+
+    def _start(self, rollout: Rollout) -> None:
+        """Put an episode on its slot."""
+        spec = rollout.spec
+        self._live[rollout.slot] = rollout
+        self.policy.reset(rollout.slot, spec.noise_name, spec.seed)
+        self.pool.submit_reset(rollout.slot, spec.task, spec.init_index, spec.record)
+
+    def _receive(self, rollout: Rollout, reply: Reply) -> bool:
+        """Take in one reply; True if it ended the episode."""
+        if reply.error is not None or reply.observation is None:
+            self._crashed(rollout, reply.error or "no observation")
+            return False
+        if rollout.pending is not None:
+            rollout.executed.append(rollout.pending[: reply.steps_done])
+            rollout.pending = None
+        rollout.steps += reply.steps_done
+        self.clock.environment_steps += reply.steps_done
+        rollout.successes = {t: bool(v) or rollout.successes.get(t, False) for t, v in reply.successes.items()}
+        rollout.success = rollout.successes.get(rollout.spec.instructed, bool(reply.success))
+        rollout.observation = dataclasses.replace(reply.observation, instruction=rollout.spec.instruction)
+        rollout.frames.extend(reply.frames)
+        if rollout.done:
+            rollout.finished = time.perf_counter()
+            return True
+        self._ready[rollout.slot] = rollout
+        return False
+
+    def _crashed(self, rollout: Rollout, error: str) -> None:
+        """Run the episode again, or give up after :data:`MAX_ATTEMPTS`."""
+        spec = rollout.spec
+        where = f"{spec.suite}: {spec.group}: {spec.task}, initial state {spec.init_index}"
+        if rollout.attempts >= MAX_ATTEMPTS:
+            raise SimulationError(
+                f"{where}: its simulator failed {MAX_ATTEMPTS} times at step {rollout.steps}, last with {error!r}; "
+                "run `wav doctor`, then the evaluation again: finished episodes are kept"
+            )
+        log.warning("%s: simulator failed (%s); the episode is run again", where, error)
+        self._start(rollout.again())
+
+    def _batch(self) -> list[Rollout]:
+        """The oldest ready episode and others of its condition, at most ``batch_size``."""
+        ready = sorted(self._ready.values(), key=lambda rollout: rollout.number)
+        return [r for r in ready if r.spec.condition == ready[0].spec.condition][: self.batch_size]
+
+    def _act(self, batch: list[Rollout]) -> None:
+        """One policy call; its actions go to the simulators."""
+        began = time.perf_counter()
+        recording = any(rollout.spec.record for rollout in batch)
+        output = self.policy.act(
+            [rollout.observation for rollout in batch],
+            [rollout.slot for rollout in batch],
+            condition=batch[0].spec.condition,
+            with_value=self.with_value,
+            with_future=recording,
+        )
+        self.clock.policy_seconds += time.perf_counter() - began
+        self.clock.policy_calls += 1
+        self.clock.policy_rows += len(batch)
+        for i, rollout in enumerate(batch):
+            steps = min(self.execute_steps, rollout.spec.max_steps - rollout.steps)
+            rollout.pending = np.asarray(output.actions[i], dtype=np.float32)[:steps]
+            self._note(rollout, output, i)
+            rollout.calls += 1
+            del self._ready[rollout.slot]
+            self.pool.submit_steps(rollout.slot, rollout.pending)
+
+    @staticmethod
+    def _note(rollout: Rollout, output: Output, i: int) -> None:
+        """Keep what the records and pictures show of row ``i``."""
+        if output.returns is not None:
+            rollout.values.append(float(output.returns[i][0]))
+        if rollout.spec.record and output.future is not None:
+            rollout.predictions.append((rollout.steps, output.future[i]))
+        for name in ("sigma_video", "sigma_value", "shift_video", "shift_value"):
+            reached = getattr(output.plan, name, None)
+            if reached is not None and len(reached[i]):
+                rollout.plan.setdefault(name, []).append(float(reached[i][-1]))
