@@ -7,12 +7,13 @@ It is loaded through ``from_pretrained`` like any other.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import re
 import shutil
 import string
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,23 @@ def build_small(folder: str | Path, corpus: Sequence[str], dim: int = 64, seed: 
                 scale = 0.5 / parameter.shape[1] ** 0.5  # layers add context; the word itself stays the larger part
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         model.shared.weight.copy_(_orthogonal_rows(len(vocabulary), dim, seed))
-    model.save_pretrained(folder)
+    with _quiet():
+        model.save_pretrained(folder)
     return folder
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars, which flicker for models that load at once."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class TextEncoder:
@@ -202,9 +218,10 @@ class TextEncoder:
         from transformers import T5EncoderModel
 
         try:
-            model = T5EncoderModel.from_pretrained(
-                str(self._model_folder), dtype=getattr(torch, self.dtype), local_files_only=True
-            )
+            with _quiet():
+                model = T5EncoderModel.from_pretrained(
+                    str(self._model_folder), dtype=getattr(torch, self.dtype), local_files_only=True
+                )
         except Exception as error:
             raise DataError(f"{self._model_folder}: T5 does not load ({error}); fetch {FIELD} again") from error
         return model.eval().requires_grad_(False).to(self.device)
