@@ -13,12 +13,14 @@ import torch
 from wav.codec import PCACodec
 from wav.config import DataSettings, ModelSettings, PlannerSettings
 from wav.data.conventions import Conventions
+from wav.data.files import write_json
 from wav.data.statistics import Statistics, compute_statistics
 from wav.errors import CheckpointError, ConfigError, DataError
 from wav.flow_matching import inference_sigmas
 from wav.model import build_model
 from wav.model.inference import WAVPlannerModel
 from wav.policy import CONDITIONS, Observation, Policy
+from wav.text import TextEncoder, build_small
 
 DATA = DataSettings(
     image_height=32, image_width=32, memory_frames=3, future_frames=5, frame_stride=2, action_chunk=6, text_tokens=5
@@ -340,3 +342,21 @@ def test_adapter_is_the_plain_model(make_policy: Any) -> None:
             action = action + (after - now) * model.action(action, t, layers, conditions, history)
     torch.testing.assert_close(got_value, value, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got_action, action, atol=1e-5, rtol=1e-5)
+
+
+def test_a_policy_folder_acts_like_its_parts(make_policy: Any, codec: PCACodec, tmp_path: Any) -> None:
+    build_small(tmp_path / "text_encoder", TASKS, dim=WIDTH)
+    parts = make_policy(text_encoder=TextEncoder.from_pretrained(tmp_path / "text_encoder", tokens=5), prompts={})
+    parts.model.model.save_pretrained(tmp_path / "model")
+    codec.save(tmp_path / "codec")
+    parts.statistics.save(tmp_path / "statistics.json")
+    write_json(tmp_path / "conventions.json", parts.conventions.to_json())
+    settings = {"data": DATA.model_dump(mode="json"), "planner": PLANNER.model_dump(mode="json")}
+    write_json(tmp_path / "settings.json", settings)
+    loaded = Policy.load(tmp_path, batch_size=4, device="cpu")
+    assert len(loaded.digest) == 64
+    for one, two in zip(run(parts, [0, 1]), run(loaded, [0, 1]), strict=True):
+        np.testing.assert_array_equal(one.actions, two.actions)
+    write_json(tmp_path / "settings.json", {"data": settings["data"] | {"view": 3}, "planner": {}})
+    with pytest.raises(CheckpointError, match=r"settings.json: not a policy's settings"):
+        Policy.load(tmp_path)

@@ -11,7 +11,6 @@ Ff future latent frames, A action chunk, Cv value channels (the last one is the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -326,4 +325,4 @@ def spread(history: Sequence[Iteration]) -> dict[str, Tensor]:
 
 def _size(tensor: Tensor) -> Tensor:
     """Root mean square per row (B,)."""
-    return torch.linalg.vector_norm(tensor.flatten(1), dim=1) / math.sqrt(tensor[0].numel())
+    return tensor.flatten(1).square().mean(1).sqrt()

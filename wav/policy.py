@@ -394,5 +394,5 @@ def _concatenate(parts: Sequence[PolicyOutput]) -> PolicyOutput:
         return None if arrays[0] is None else np.concatenate(arrays)
 
     summary = PlanSummary(*(joined([getattr(part.plan, f.name) for part in parts]) for f in fields(PlanSummary)))
-    names = ("actions", "returns", "future")
-    return PolicyOutput(*(joined([getattr(part, name) for part in parts]) for name in names), summary)
+    outputs = {name: joined([getattr(part, name) for part in parts]) for name in ("actions", "returns", "future")}
+    return PolicyOutput(plan=summary, **outputs)

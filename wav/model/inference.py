@@ -25,6 +25,7 @@ from wav.planner import NoiseShapes
 if TYPE_CHECKING:
     from wav.model.transformer import WAVTransformer
 
+ALIGNMENT = 64  #: bytes; where torch's own CPU allocations start
 NOISE_LEVEL = 1000.0  #: timestep of pure noise, at which the experts are trained to read features
 
 
@@ -60,7 +61,7 @@ class WAVPlannerModel:
     """
 
     def __init__(self, model: WAVTransformer, shapes: NoiseShapes) -> None:
-        self.model, self._shapes = model, shapes
+        self.model, self._shapes = aligned(model), shapes
 
     @property
     def shapes(self) -> NoiseShapes:
@@ -70,12 +71,14 @@ class WAVPlannerModel:
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
-        return next(self.model.parameters()).dtype
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
     @torch.no_grad()
     def begin(self, memory: Tensor, text: Tensor, text_mask: Tensor | None, history: Tensor | None) -> Context:
@@ -145,7 +148,8 @@ class WAVPlannerModel:
         return actions.float()
 
     def _in(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype)
+        """``tensor`` where and in what the model computes, in memory that torch aligned (see :func:`aligned`)."""
+        return tensor.to(self.device, self.dtype, copy=True)
 
     def _steps(self, steps: int, rows: torch.Size) -> Iterator[tuple[float, float, Tensor]]:
         """(sigma, next sigma, timesteps of shape ``rows``) of each Euler step."""
@@ -163,6 +167,18 @@ class WAVPlannerModel:
         """One Euler step of the future frames."""
         velocity = self._video(context, future, M, sigma, need_head=True).velocity
         return euler_step(future, velocity[:, :, :, -future.shape[3] :], sigma, after)
+
+
+def aligned(model: WAVTransformer) -> WAVTransformer:
+    """The model, with CPU parameters moved to memory that torch aligned.
+
+    Weights mapped from a file start anywhere, and the last bits of a matrix product on a CPU depend on where its
+    operands start: without this, the same weights would act differently once saved and loaded.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
+    return model
 
 
 def noise_shapes(
