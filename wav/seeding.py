@@ -7,9 +7,12 @@ what its caller names and never of how many workers ran or in which order.
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(seed: int, purpose: str, *index: int | str) -> int:
@@ -25,4 +28,6 @@ def numpy_generator(seed: int, purpose: str, *index: int | str) -> np.random.Gen
 
 def torch_generator(seed: int, purpose: str, *index: int | str) -> torch.Generator:
     """CPU torch generator for one purpose; draws are made on the CPU so that they are equal on every device."""
+    import torch  # simulator processes use the NumPy generators alone and must not pay for torch
+
     return torch.Generator(device="cpu").manual_seed(derive_seed(seed, purpose, *index))

@@ -1,0 +1,128 @@
+"""Offscreen rendering: which OpenGL backend works here, and cheap rendering for CPUs.
+
+``MUJOCO_GL`` must be set before mujoco is imported; :func:`choose_backend` tries EGL in a child process with a time
+limit and falls back to OSMesa, saying so. :func:`simplify_model` decimates visual meshes of a compiled model in place
+and turns reflections, shadows and multisampling off; collision geometry, masses and inertias are not touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+
+from wav.errors import ServiceError
+
+log = logging.getLogger(__name__)
+
+APT_LINE = "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libosmesa6"
+FAST_MAX_FACES = 400
+"""Triangles a visual mesh keeps under render: fast."""
+
+_PROBE = """
+import mujoco, numpy as np
+m = mujoco.MjModel.from_xml_string('<mujoco><worldbody><light pos="0 0 3"/><geom size="1"/></worldbody></mujoco>')
+d = mujoco.MjData(m); mujoco.mj_forward(m, d)
+r = mujoco.Renderer(m, 32, 32); r.update_scene(d); assert r.render().max() > 0
+"""
+
+
+def _probe(backend: str, timeout: float) -> str:
+    """Empty string if a frame can be rendered with ``backend`` in a child process, else what went wrong."""
+    env = {**os.environ, "MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROBE], env=env, timeout=timeout, capture_output=True, text=True, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"no frame within {timeout:.0f} s"
+    lines = done.stderr.strip().splitlines()
+    return "" if done.returncode == 0 else (lines[-1] if lines else f"exit status {done.returncode}")
+
+
+@functools.cache
+def choose_backend(timeout: float = 60.0) -> str:
+    """Set ``MUJOCO_GL`` (and PYOPENGL_PLATFORM) to a backend that renders here and return its name.
+
+    A value already set by the user is kept and not probed. Raises ServiceError naming the apt line if none works.
+    """
+    chosen = os.environ.get("MUJOCO_GL", "").lower()
+    if not chosen:
+        complaint = _probe("egl", timeout)
+        if not complaint:
+            chosen = "egl"
+        else:
+            log.warning("EGL does not render here (%s); trying OSMesa, which is slower", complaint)
+            second = _probe("osmesa", timeout)
+            if second:
+                raise ServiceError(
+                    f"no offscreen renderer: EGL: {complaint}; OSMesa: {second}; on Debian/Ubuntu: {APT_LINE}"
+                )
+            chosen = "osmesa"
+    os.environ["MUJOCO_GL"] = chosen
+    if chosen in ("egl", "osmesa"):
+        os.environ["PYOPENGL_PLATFORM"] = chosen
+    return chosen
+
+
+def simplify_model(model: Any, max_faces: int = FAST_MAX_FACES) -> None:
+    """Make ``model`` (mujoco.MjModel) cheap to draw, in place; call before a render context is created.
+
+    Untextured meshes used by visual geoms alone (contype = conaffinity = 0) keep at most ``max_faces`` triangles.
+    """
+    model.mat_reflectance[:] = 0.0
+    model.light_castshadow[:] = 0
+    model.vis.quality.offsamples = 0
+    mesh_type = 7  # mjGEOM_MESH
+    for mesh in range(model.nmesh):
+        users = [g for g in range(model.ngeom) if model.geom_type[g] == mesh_type and model.geom_dataid[g] == mesh]
+        visual = all(model.geom_contype[g] == 0 and model.geom_conaffinity[g] == 0 for g in users)
+        textured = any(model.geom_matid[g] >= 0 and (model.mat_texid[model.geom_matid[g]] >= 0).any() for g in users)
+        if users and visual and not textured and model.mesh_facenum[mesh] > max_faces:
+            _decimate_mesh(model, mesh, max_faces)
+
+
+def _decimate_mesh(model: Any, mesh: int, max_faces: int) -> None:
+    """Replace one mesh's triangles by a decimated set, inside the arrays it already owns."""
+    import fast_simplification
+
+    vertex, face = int(model.mesh_vertadr[mesh]), int(model.mesh_faceadr[mesh])
+    n_vertex, n_face = int(model.mesh_vertnum[mesh]), int(model.mesh_facenum[mesh])
+    points = np.ascontiguousarray(model.mesh_vert[vertex : vertex + n_vertex], dtype=np.float32)
+    triangles = np.ascontiguousarray(model.mesh_face[face : face + n_face], dtype=np.int32)
+    points, triangles = _weld(points, triangles)
+    new_points, new_triangles = fast_simplification.simplify(points, triangles, 1.0 - max_faces / len(triangles))
+    k_vertex, k_face = len(new_points), len(new_triangles)
+    normal = int(model.mesh_normaladr[mesh])
+    if k_face == 0 or k_vertex > n_vertex or k_face > n_face or k_vertex > int(model.mesh_normalnum[mesh]):
+        return
+    model.mesh_vert[vertex : vertex + k_vertex] = new_points
+    model.mesh_face[face : face + k_face] = new_triangles
+    model.mesh_normal[normal : normal + k_vertex] = _vertex_normals(new_points, new_triangles)
+    model.mesh_facenormal[face : face + k_face] = new_triangles
+    model.mesh_facenum[mesh] = k_face
+    model.mesh_texcoordadr[mesh] = -1
+
+
+def _weld(points: Any, triangles: Any) -> tuple[Any, Any]:
+    """Merge equal vertices so that decimation sees a connected surface."""
+    unique, inverse = np.unique(points.round(6), axis=0, return_inverse=True)
+    welded = inverse.reshape(-1)[triangles].astype(np.int32)
+    distinct = (welded[:, 0] != welded[:, 1]) & (welded[:, 1] != welded[:, 2]) & (welded[:, 0] != welded[:, 2])
+    return np.ascontiguousarray(unique, dtype=np.float32), np.ascontiguousarray(welded[distinct])
+
+
+def _vertex_normals(points: Any, triangles: Any) -> Any:
+    """Area-weighted unit normals per vertex."""
+    corners = points[triangles]
+    face_normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals = np.zeros_like(points)
+    for corner in range(3):
+        np.add.at(normals, triangles[:, corner], face_normals)
+    lengths = np.linalg.norm(normals, axis=1, keepdims=True)
+    return np.divide(normals, lengths, out=np.zeros_like(normals), where=lengths > 0)

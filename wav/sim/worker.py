@@ -1,0 +1,112 @@
+"""A simulator process, started by ``wav.sim.workers``: ``python -m wav.sim.worker FD PARENT``.
+
+Answers requests read from the socket FD until its end of file. It hosts one simulator per slot; each episode's result
+depends on its own reset alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from wav.sim.env import Observation, SimEnv, make_env
+from wav.sim.workers import SimReply
+
+if TYPE_CHECKING:
+    from wav.config import DataSettings
+
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class _Slot:
+    """One live episode."""
+
+    env: SimEnv
+    task: str = ""
+    record: bool = False
+    latched: dict[str, bool] = field(default_factory=dict)
+
+    def reset(self, task: str, index: int, record: bool) -> SimReply:
+        self.task, self.record = task, record
+        observation = self.env.reset(task, index)
+        self.latched = self.env.successes()
+        return self._reply(observation, 0, [dict(observation.images)] if record else [])
+
+    def steps(self, actions: Any) -> SimReply:
+        frames: list[dict[str, Any]] = []
+        observation: Observation | None = None
+        done = 0
+        for action in actions:
+            last = done == len(actions) - 1
+            observation = self.env.step(action, render=self.record or last)
+            done += 1
+            for name, holds in self.env.successes().items():
+                self.latched[name] = self.latched[name] or holds
+            if self.latched[self.task] and observation is None:
+                observation = self.env.observe()
+            if self.record and observation is not None:
+                frames.append(dict(observation.images))
+            if self.latched[self.task]:
+                break
+        return self._reply(observation, done, frames)
+
+    def _reply(self, observation: Observation | None, done: int, frames: list[dict[str, Any]]) -> SimReply:
+        return SimReply(observation, self.latched[self.task], done, frames, dict(self.latched))
+
+
+class _Worker:
+    """Requests to answers."""
+
+    def __init__(self) -> None:
+        self.suite = ""
+        self.data: DataSettings | None = None
+        self.slots: dict[int, _Slot] = {}
+
+    def handle(self, kind: str, payload: Any) -> Any:
+        if kind == "call":
+            function, arguments = payload
+            return function(*arguments)
+        if kind == "reset":
+            number, task, index, record = payload
+            if number not in self.slots:
+                assert self.data is not None
+                self.slots[number] = _Slot(make_env(self.suite, self.data))
+            return self.slots[number].reset(task, index, record)
+        number, actions = payload
+        return self.slots[number].steps(actions)
+
+
+def main() -> None:
+    """Serve until the parent closes its end."""
+    connection = Connection(int(sys.argv[1]))
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[2]):
+        return  # the parent died before we could ask to die with it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    worker = _Worker()
+    while True:
+        try:
+            kind, payload = connection.recv()
+        except (EOFError, OSError):
+            break
+        if kind == "open":
+            worker.suite, worker.data = payload
+            continue
+        try:
+            answer: Any = worker.handle(kind, payload)
+        except Exception as error:  # whatever went wrong belongs to the request, not to the process
+            answer = RuntimeError(f"{type(error).__name__}: {error}") if kind == "call" else str(error)
+        connection.send(answer)
+    os._exit(0)  # GL contexts need no orderly end, and a renderer's destructor may hang
+
+
+if __name__ == "__main__":
+    main()
