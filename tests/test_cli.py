@@ -1,0 +1,144 @@
+"""The console script: what it prints, how it exits, one line per error; one real episode in the simulator."""
+
+import dataclasses
+import json
+import shutil
+import socket
+
+import av
+import pytest
+
+from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
+from wav import cli, doctor
+from wav.config import Runtime
+from wav.evaluation.act import act_episodes
+from wav.export import export_policy, policy_from_stages
+from wav.sim.env import select_tasks
+
+
+@pytest.fixture(autouse=True)
+def _no_local_services(monkeypatch, tmp_path):
+    monkeypatch.setenv("WAV_LOCAL_DIR", str(tmp_path / "local"))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    stages = make_stages(folder)
+    policy = policy_from_stages(stages.joint, stages.latents, DATA, PLANNER, batch_size=2, device="cpu")
+    return export_policy(*policy, folder / "export", settings=SETTINGS, metrics=None)
+
+
+def run(capsys, *arguments):
+    status = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def one_line(error, *words):
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+
+
+def test_act_runs_real_episodes_and_says_how_they_went(exported, tmp_path, capsys, monkeypatch):
+    def short(suite, names):
+        return tuple(dataclasses.replace(spec, max_steps=26) for spec in select_tasks(suite, names))
+
+    monkeypatch.setattr("wav.evaluation.act.select_tasks", short)
+    status, out, err = run(
+        capsys, "act", exported, "--suite", "tabletop", "--episodes", 2, "--workers", 1, "--videos", tmp_path
+    )
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) == 3
+    names = sorted(line.split(" (")[0] for line in lines[:2])
+    assert names == ["tabletop: lift_green_cube", "tabletop: lift_red_cube"]
+    assert all("failure after 26 steps" in line or "success after" in line for line in lines[:2])
+    assert lines[2].startswith("tabletop: ")
+    assert lines[2].endswith("of 2 episodes solved (planned)")
+    videos = sorted(tmp_path.glob("*.mp4"))
+    assert [v.name for v in videos] == [f"tabletop-planned-lift_{c}_cube-000.mp4" for c in ("green", "red")]
+    with av.open(str(videos[0])) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 27
+
+
+def test_act_refuses_another_suite_and_unknown_tasks(exported, capsys):
+    status, out, err = run(capsys, "act", exported, "--suite", "libero_object")
+    assert (status, out) == (1, "")
+    one_line(err, "--suite = libero_object", "trained on 'tabletop'", "give --suite tabletop")
+    status, _, err = run(capsys, "act", exported, "--task", "lift_blue_cube")
+    assert status == 1
+    one_line(err, "lift_blue_cube", "did you mean")
+
+
+def test_act_refuses_a_damaged_or_missing_export(exported, tmp_path, capsys):
+    status, _, err = run(capsys, "act", tmp_path / "nothing")
+    assert status == 1
+    one_line(err, "nothing")
+    copy = shutil.copytree(exported, tmp_path / "copy")
+    (copy / "statistics.json").write_text("{}\n")
+    status, _, err = run(capsys, "act", copy)
+    assert status == 1
+    one_line(err, "statistics.json", "truncated", "export the policy again")
+
+
+def test_act_refuses_other_simulator_versions(exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("wav.sim.env.simulator_versions", lambda: {"mujoco": "9.9", "robosuite": "1.4.0"})
+    with pytest.raises(ValueError, match=r"simulator: .*mujoco.*against.*9\.9"):
+        act_episodes(exported, suite="tabletop", episodes=1, device="cpu", report=lambda line: None)
+
+
+def test_usage_errors_exit_with_two(capsys):
+    for arguments in ([], ["act"], ["act", "x", "--episodes", "0"], ["nonsense"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 2
+    assert "--episodes: 0: must be at least 1" in capsys.readouterr().err
+
+
+def test_config_check(tmp_path, capsys):
+    path = tmp_path / "params.yaml"
+    path.write_text("planner: {iterations: 2}\n")
+    assert run(capsys, "config", "check", path) == (0, f"{path}: valid\n", "")
+    path.write_text("planner: {iteration: 2}\n")
+    status, out, err = run(capsys, "config", "check", path)
+    assert (status, out) == (1, "")
+    one_line(err, "planner.iteration", "did you mean 'iterations'")
+    assert run(capsys, "config", "check", tmp_path / "none.yaml")[0] == 1
+
+
+def test_doctor_names_what_to_fix(monkeypatch, tmp_path, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{port}/api")
+    monkeypatch.setenv("WAV_STORE", "s3://wav")
+    monkeypatch.setenv("WAV_S3_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setitem(doctor.REQUIRED, "mujoco", "0.0.1")
+    monkeypatch.setattr(doctor, "check_renderer", lambda: iter([doctor.Check("renderer", True, "egl")]))
+    status, out, _ = run(capsys, "doctor")
+    assert status == 1
+    failures = [line for line in out.splitlines() if line.startswith("FAIL")]
+    assert [line.split()[1] for line in failures] == ["mujoco:", "prefect:", "store:"]
+    assert "pip install mujoco==0.0.1" in failures[0]
+    assert all("make up" in line for line in failures[1:])
+    status, out, _ = run(capsys, "doctor", "--json")
+    assert status == 1
+    assert {entry["name"] for entry in json.loads(out)} >= {"renderer", "disk", "memory", "robosuite", "torch"}
+
+
+def test_doctor_passes_a_ready_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_answers", lambda url: "")
+    monkeypatch.setattr(doctor, "check_renderer", lambda: iter([doctor.Check("renderer", True, "egl")]))
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
+    found = []
+    assert doctor.run_checks(Runtime(store=f"file://{tmp_path}", workspace=tmp_path), found.append)
+    assert {check.name for check in found if not check.ok} <= {"gpu", "memory"}
+    monkeypatch.setattr(doctor, "MIN_DISK_GIB", 1e9)
+    assert not doctor.run_checks(Runtime(store=f"file://{tmp_path}", workspace=tmp_path), found.append)
+
+
+def test_doctor_really_renders():
+    assert all(check.ok for check in doctor.check_renderer())

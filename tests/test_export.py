@@ -1,0 +1,191 @@
+"""Stage folders to a policy to an export and back: the same actions, and every mix-up refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
+from wav.data.store import EpisodeStore
+from wav.errors import CheckpointError, DataError, StorageError, WavError
+from wav.export import export_policy, load_export, policy_from_stages, verify_export
+from wav.policy import Observation
+
+METRICS = {
+    "suite": "tabletop",
+    "seed": 7,
+    "render": "fast",
+    "budget": "protocol",
+    "planned": {
+        "success_rate": 0.84,
+        "episodes": 50,
+        "wilson_low": 0.71,
+        "wilson_high": 0.92,
+        "tasks": {"lift_red_cube": {"success_rate": 0.84, "episodes": 50, "wilson_low": 0.71, "wilson_high": 0.92}},
+    },
+    "swapped": {},
+    "versions": {"torch": "2", "mujoco": "3"},
+}
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    return make_stages(tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture(scope="module")
+def policy(stages):
+    return policy_from_stages(stages.joint, stages.latents, DATA, PLANNER, batch_size=2, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def exported(policy, tmp_path_factory):
+    metrics = METRICS | {"checkpoint": policy[1].digest}
+    out = tmp_path_factory.mktemp("export") / "export"
+    return export_policy(*policy, out, settings=SETTINGS.for_stage("export"), metrics=metrics)
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "copy")
+
+
+@pytest.fixture
+def joint(stages, tmp_path):
+    return shutil.copytree(stages.joint, tmp_path / "joint")
+
+
+def chunk(policy, stages, condition="planned"):
+    episode = EpisodeStore.open(stages.episodes)[1]
+    policy.reset("row", "episode", 3)
+    actions = []
+    for step in (0, 4):
+        images = {view: np.asarray(frames[step]) for view, frames in episode.images.items()}
+        seen = Observation(images, np.asarray(episode.state[step]), "lift the green cube")
+        actions.append(policy.act([seen], ["row"], condition=condition).actions[0])
+    return np.stack(actions)
+
+
+@pytest.mark.parametrize("condition", ["planned", "unplanned", "temperature"])
+def test_export_acts_as_the_stages_do(policy, exported, stages, condition):
+    loaded = load_export(exported, batch_size=2, device="cpu")
+    np.testing.assert_array_equal(chunk(loaded, stages, condition), chunk(policy[0], stages, condition))
+
+
+def test_export_needs_nothing_else(exported, stages, policy, tmp_path):
+    moved = shutil.copytree(exported, tmp_path / "elsewhere")
+    loaded = load_export(moved, batch_size=2, device="cpu")
+    assert loaded.text_encoder.encode(["put the can in the bin"])[1].any()
+    assert str(stages.latents) not in "".join(p.read_text() for p in moved.rglob("*.json"))
+    assert loaded.conventions == policy[0].conventions
+    assert loaded.statistics.digest == policy[1].statistics
+
+
+def test_card_and_manifest_tell_the_results(exported, policy):
+    card = (exported / "README.md").read_text()
+    assert "84% of 50 [71, 92]" in card
+    assert "wav act . --suite tabletop" in card
+    assert "| gripper | -1 open, +1 close |" in card
+    assert policy[1].digest[:16] in card
+    manifest = verify_export(exported)
+    assert manifest["checkpoint"]["digest"] == policy[1].digest
+    assert {"README.md", "metrics.json", "settings.json", "statistics.json"} <= {f["path"] for f in manifest["files"]}
+    assert set(json.loads((exported / "settings.json").read_text())) == {"data", "model", "planner", "export"}
+
+
+def test_an_unevaluated_export_says_so(policy, tmp_path):
+    out = export_policy(*policy, tmp_path / "export", settings=SETTINGS, metrics=None)
+    assert "Not evaluated" in (out / "README.md").read_text()
+    assert not (out / "metrics.json").exists()
+
+
+def test_metrics_of_another_checkpoint_are_refused(policy, tmp_path):
+    with pytest.raises(CheckpointError, match=r"metrics\.checkpoint = other: .*evaluate them first"):
+        export_policy(*policy, tmp_path / "export", settings=SETTINGS, metrics=METRICS | {"checkpoint": "other"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_bfloat16_halves_the_weights(policy, exported, tmp_path):
+    half = SETTINGS.model_copy(update={"export": SETTINGS.export.model_copy(update={"dtype": "bfloat16"})})
+    out = export_policy(*policy, tmp_path / "export", settings=half, metrics=None)
+
+    def size(folder):
+        return sum(p.stat().st_size for p in (folder / "model").glob("*.safetensors"))
+
+    assert size(out) < 0.6 * size(exported)
+    assert all(p.dtype.is_floating_point and p.element_size() == 4 for p in policy[0].model.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["model/config.json", "statistics.json", "README.md", "codec"])
+def test_a_missing_part_is_named(copy, name):
+    path = copy / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(CheckpointError, match=rf"{name}.*missing.*export the policy again"):
+        load_export(copy, device="cpu")
+
+
+def test_an_altered_part_is_named(copy):
+    weights = next((copy / "model").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"{weights.name}: content does not match"):
+        load_export(copy, device="cpu")
+    weights.write_bytes(data[:-10])
+    with pytest.raises(CheckpointError, match=rf"{weights.name}: truncated"):
+        load_export(copy, device="cpu")
+
+
+def test_what_is_no_export_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="no such folder"):
+        load_export(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        load_export(tmp_path)
+
+
+def test_a_failed_export_leaves_the_old_one(policy, exported, tmp_path, monkeypatch):
+    out = shutil.copytree(exported, tmp_path / "export")
+    before = (out / "manifest.json").read_text()
+
+    def full(*_, **__):
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr("wav.export.write_manifest", full)
+    with pytest.raises(StorageError):
+        export_policy(*policy, out, settings=SETTINGS, metrics=None)
+    assert (out / "manifest.json").read_text() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+def refuse(stages, joint, match, error=CheckpointError, **changes):
+    with pytest.raises(error, match=match):
+        policy_from_stages(joint, stages.latents, DATA, PLANNER, device="cpu", **changes)
+
+
+def test_other_statistics_are_refused(stages, joint, tmp_path):
+    path = joint / "episodes_statistics.json"
+    raw = json.loads(path.read_text())
+    other = json.dumps(raw).replace('"count": 72', '"count": 73')
+    assert other != json.dumps(raw)
+    (tmp_path / "statistics.json").write_text(other)
+    match = r"statistics\.json: statistics digest \w+ does not match the checkpoint"
+    refuse(stages, joint, match, episodes_statistics=tmp_path / "statistics.json")
+    path.write_text(other)
+    refuse(stages, joint, match)
+
+
+def test_other_latents_and_weights_are_refused(stages, joint):
+    meta = json.loads((joint / "checkpoint.json").read_text())
+    (joint / "checkpoint.json").write_text(json.dumps(meta | {"latents": "0" * 64}))
+    refuse(stages, joint, r"latents: digest .* is not the 000000000000")
+    (joint / "checkpoint.json").write_text(json.dumps(meta))
+    config = joint / "model" / "config.json"
+    config.write_text(config.read_text() + " ")
+    refuse(stages, joint, r"model: digest .* of its checkpoint\.json")
+    del meta["steps"]
+    (joint / "checkpoint.json").write_text(json.dumps(meta))
+    refuse(stages, joint, r"checkpoint\.json: field 'steps' is missing")
+    (joint / "checkpoint.json").unlink()
+    refuse(stages, joint, r"checkpoint\.json: missing; run `dvc repro train_joint`", error=DataError)
+    assert issubclass(DataError, WavError)
