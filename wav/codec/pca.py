@@ -49,7 +49,7 @@ class Basis:
 
     def __post_init__(self) -> None:
         for name in _PARTS:  # one memory layout, so that a loaded basis gives the same bits
-            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), np.float32))
+            object.__setattr__(self, name, np.array(getattr(self, name), np.float32, order="C"))
 
 
 def _patches(frames: NDArray, patch: int) -> NDArray:
