@@ -4,6 +4,7 @@ Knows torch and diffusers only: no simulator, no storage, no orchestration. ``py
 tests, ``tests/golden`` compares it with the reference implementation.
 """
 
+from wav.model.build import build_model
 from wav.model.layers import KeyValue
 from wav.model.transformer import (
     ActionCache,
@@ -11,7 +12,6 @@ from wav.model.transformer import (
     VideoOutput,
     WAVOutput,
     WAVTransformer,
-    build_model,
 )
 from wav.model.video import TextContext
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wav.model.kernels import RmsNorm, rms_norm
 from wav.model.rope import rotate
 
 
@@ -38,15 +39,15 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = heads
-        self.norm_q = nn.RMSNorm(dim, eps=1e-5)
-        self.norm_k = nn.RMSNorm(dim, eps=1e-5)
+        self.norm_q = RmsNorm(dim, eps=1e-5)
+        self.norm_k = RmsNorm(dim, eps=1e-5)
         self.to_q = nn.Linear(dim, dim, bias=bias)
         self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=out_bias)])
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
 
     def keys_values(self, context: Tensor) -> KeyValue:
         """Keys and values of ``context`` (rows, L, context_dim), computed once and attended to any number of times."""
@@ -161,7 +162,7 @@ def timestep_waves(timestep: Tensor, channels: int = 256) -> Tensor:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """AdaLN: RMS(x) * (1 + scale) + shift; ``shift`` and ``scale`` broadcast against ``x``."""
-    return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], eps=eps), 1 + scale)
+    return torch.addcmul(shift, rms_norm(x, None, eps), 1 + scale)
 
 
 def modulated_head(x: Tensor, table: Tensor, e: Tensor) -> Tensor:

@@ -144,7 +144,10 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> WAVTrans
     if unknown:
         raise CheckpointError(f"{folder}/config.json: {unknown[0]}: unknown option; use the version that wrote it")
     load_state(model, folder, assign=True)
-    return model.to(dtype=dtype).eval() if dtype else model.eval()
+    if dtype is not None:
+        model.to(dtype=dtype)
+    model.eval()
+    return model
 
 
 def _compare_configs(model: WAVTransformer, config: Mapping[str, Any], folder: Path) -> None:

@@ -8,20 +8,18 @@ an extra axis and share their sample's keys and values instead of tiling them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from wav.config import DataSettings, ModelSettings
 from wav.errors import ConfigError
 from wav.model.experts import ExpertBlock, ExpertParts
 from wav.model.layers import CaptionProjection, KeyValue, TimeEmbedding, adaln_table, modulated_head
 from wav.model.rope import video_rope
 from wav.model.video import TextContext, VideoBlock, pack, unpack
-from wav.seeding import derive_seed
 
 JOINT_EVERY = 3  # layers 0, 3, 6, ... attend across views
 Rows = Tensor | slice | None
@@ -67,6 +65,16 @@ class WAVTransformer(ModelMixin, ConfigMixin):
     Raises:
         ConfigError: a size does not fit or a fixed option has another value.
     """
+
+    proj_in: nn.Linear
+    proj_out: nn.Linear
+    scale_shift_table: nn.Parameter
+    view_embed: nn.Parameter
+    view_ada: nn.Module
+    time_embed: nn.Module
+    transformer_blocks: nn.ModuleList
+    caption_projection: nn.Module
+    gradient_checkpointing: bool
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["VideoBlock", "ExpertBlock"]  # noqa: RUF012 (diffusers' own form)
@@ -167,7 +175,8 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         bias = None
         if text_mask is not None:
             bias = ((1 - text_mask.to(dtype)) * -10000.0)[:, None, None, :]
-        keys = tuple(block.attn2.keys_values(states) for block in self.transformer_blocks) if cache else None
+        blocks = cast("list[VideoBlock]", list(self.transformer_blocks))
+        keys = tuple(block.attn2.keys_values(states) for block in blocks) if cache else None
         return TextContext(states, bias, keys)
 
     def _time(self, timestep: Tensor, views: int) -> tuple[Tensor, Tensor]:
@@ -216,7 +225,7 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         scale = tuple(self.config.rope_interpolation_scale)
         rope = video_rope(h.shape[-1], frames, height, width, scale, h.device)
         features = []
-        for index, block in enumerate(self.transformer_blocks):
+        for index, block in enumerate(self.transformer_blocks.children()):
             h = self._block(block, h, temb, rope, text.layer(index), text.bias)
             features.append(h.flatten(1, 3))
         velocity = None
@@ -258,7 +267,7 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         h, temb, e = parts.embed(tokens.to(dtype), timestep, history)
         rope = parts.rope(h)
         features = []
-        for index, block in enumerate(parts.blocks):
+        for index, block in enumerate(parts.blocks.children()):
             h = self._block(block, h, temb, rope, video[index], None if value is None else value[index])
             features.append(h[:, -chunk:].reshape(*shape[:-1], -1))
         return ExpertOutput(parts.head(h[:, -chunk:], e).view(shape), tuple(features))
@@ -303,10 +312,11 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         Raises:
             ConfigError: the model has no action expert.
         """
+        video: Sequence[Tensor | KeyValue] = cast("Sequence[Tensor]", video_features)
+        value: Sequence[Tensor | KeyValue] | None = value_features
         if isinstance(video_features, ActionCache):
-            video_features, value_features = video_features  # type: ignore[assignment]
-        parts = self._expert("action")
-        return self._run_expert(parts, tokens, timestep, video_features, value_features, history).velocity
+            video, value = video_features
+        return self._run_expert(self._expert("action"), tokens, timestep, video, value, history).velocity
 
     def forward(
         self,
@@ -370,45 +380,3 @@ def _check_config(config: Any, dim: int) -> None:
             raise ConfigError(f"model config {name} = {config[name]!r}: only {wanted!r} is built; correct config.json")
     if dim < 12 or dim % 2:
         raise ConfigError(f"model.heads * model.head_dim = {dim}: must be even and at least 12; raise model.head_dim")
-
-
-def build_model(
-    model: ModelSettings,
-    data: DataSettings,
-    latent_channels: int,
-    caption_channels: int,
-    value_channels: int = 10,
-    seed: int = 0,
-) -> WAVTransformer:
-    """A transformer of the sizes in params.yaml, initialised from ``seed``.
-
-    Args:
-        model: section ``model``.
-        data: section ``data`` (action and state widths).
-        latent_channels: of the codec.
-        caption_channels: width of the text encoder.
-        value_channels: reward terms + return (10 single-arm, 17 bimanual).
-        seed: of the random initialisation.
-    """
-    channels = data.action_dim + data.state_dim
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "model.init"))
-        return WAVTransformer(
-            in_channels=latent_channels,
-            out_channels=latent_channels,
-            num_attention_heads=model.heads,
-            attention_head_dim=model.head_dim,
-            cross_attention_dim=model.heads * model.head_dim,
-            num_layers=model.layers,
-            caption_channels=caption_channels,
-            max_view=model.max_views,
-            action_in_channels=channels,
-            action_out_channels=channels,
-            action_num_attention_heads=model.action_heads,
-            action_attention_head_dim=model.action_head_dim,
-            value_expert=model.value_expert,
-            value_in_channels=value_channels,
-            value_num_attention_heads=model.value_heads,
-            value_attention_head_dim=model.value_head_dim,
-            rope_interpolation_scale=tuple(model.rope_scale),
-        )

@@ -66,4 +66,4 @@ def pack(latents: Tensor) -> Tensor:
 
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """(N, V, F, h * w, C) to (N, V, C, F, h, w)."""
-    return tokens.unflatten(3, (height, width)).permute(0, 1, 5, 2, 3, 4)
+    return tokens.view(*tokens.shape[:3], height, width, -1).permute(0, 1, 5, 2, 3, 4)
