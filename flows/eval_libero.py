@@ -5,33 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
-from wav.policy import Policy
-from wav.rewards import RewardStore
 
 from flows.artifacts import Progress, publish_images, publish_markdown
 from flows.common import StageRun, finish, main, start, step
 from flows.policy import assemble
 from wav import evaluation
 from wav.data.store import EpisodeStore
+from wav.export import Checkpoint
+from wav.policy import Policy
+from wav.rewards import RewardStore
 from wav.sim.workers import SimPool
 
 
 @step("load policy")
-def load(run: StageRun) -> Policy:
+def load(run: StageRun) -> tuple[Policy, Checkpoint]:
     """The policy as it will be exported."""
-    settings = run.settings
-    return Policy.load(
-        assemble(run),
-        batch_size=settings.eval_libero.batch_size,
-        device=run.runtime.device,
-        planner=settings.planner,
-    )
+    return assemble(run, run.settings.eval_libero.batch_size)
 
 
 @step("roll out")
-def roll_out(run: StageRun, policy: Policy) -> dict[str, Any]:
+def roll_out(run: StageRun, policy: Policy, checkpoint: Checkpoint) -> dict[str, Any]:
     """All episodes of all conditions; finished ones of an interrupted run of the same key are kept."""
     data, settings = run.settings.data, run.settings.eval_libero
+    store = EpisodeStore.open(run.path("data/episodes"))
     with (
         Progress("episodes", run.logger) as progress,
         SimPool(data.suite, data, workers=run.runtime.workers, slots=settings.batch_size) as pool,
@@ -41,7 +37,9 @@ def roll_out(run: StageRun, policy: Policy) -> dict[str, Any]:
             policy,
             run.path("reports/eval"),
             pool=pool,
-            checkpoint=policy.digest,
+            checkpoint=checkpoint.digest,
+            data_conventions=store.conventions,
+            with_value=run.settings.model.value_expert,
             progress=lambda state: progress(state.done, state.total, state.message),
         )
 
@@ -50,7 +48,7 @@ def roll_out(run: StageRun, policy: Policy) -> dict[str, Any]:
 def picture(run: StageRun, policy: Policy) -> None:
     """Predicted against real value and frames along a held-out demonstration."""
     store = EpisodeStore.open(run.path("data/episodes"))
-    rewards = RewardStore.open(run.path("data/rewards"), store)
+    rewards = RewardStore.open(run.path("data/rewards"), store) if run.settings.model.value_expert else None
     evaluation.held_out_values(policy, store, rewards, run.settings, run.path("reports/eval"))
 
 
@@ -69,8 +67,8 @@ def report(run: StageRun, metrics: dict[str, Any]) -> None:
 def eval_libero(workspace: str = ".") -> None:
     """Make ``reports/eval/`` and ``reports/index.html``."""
     run = start("eval_libero", workspace)
-    policy = load(run)
-    metrics = roll_out(run, policy)
+    policy, checkpoint = load(run)
+    metrics = roll_out(run, policy, checkpoint)
     picture(run, policy)
     report(run, metrics)
     finish(

@@ -15,7 +15,8 @@ from wav.export import export_policy, verify_export
 def write(run: StageRun) -> None:
     """Write the folder and read it back."""
     metrics = read_json(run.path("reports/eval/metrics.json"), "run dvc repro eval_libero")
-    export_policy(assemble(run), run.path("export"), settings=run.settings, metrics=metrics)
+    policy, checkpoint = assemble(run)
+    export_policy(policy, checkpoint, run.path("export"), settings=run.settings, metrics=metrics)
     verify_export(run.path("export"))
     publish_markdown("model-card", run.path("export/README.md").read_text(), "the exported policy's model card")
 

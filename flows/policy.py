@@ -1,29 +1,24 @@
-"""What evaluation and export share: the policy folder put together from the stages' outputs."""
+"""What evaluation and export share: the policy that the joint stage trained, with the encoders of its latents."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from flows.common import StageRun
-from wav.data.conventions import Conventions
-from wav.data.files import read_json
-from wav.export import assemble_policy_folder
+from wav.export import Checkpoint, policy_from_stages
+from wav.policy import Policy
 
 
-def assemble(run: StageRun) -> Path:
-    """Model, codec, text encoder, statistics and conventions in one scratch folder that ``Policy.load`` reads.
+def assemble(run: StageRun, batch_size: int = 8) -> tuple[Policy, Checkpoint]:
+    """Policy and checkpoint of the workspace.
 
     Raises:
-        DataError, CheckpointError: a part is missing or parts do not belong together.
+        DataError, CheckpointError: a part is missing, or parts do not belong together.
     """
-    joint = run.path("models/joint")
-    conventions = Conventions.from_json(read_json(joint / "conventions.json", "run dvc repro train_joint"))
-    return assemble_policy_folder(
-        run.scratch("policy") / run.stage,
-        model=joint / "model",
-        codec=run.path("data/latents/codec"),
-        text_encoder=run.path("data/latents/text_encoder"),
-        statistics=[joint / "episodes_statistics.json", joint / "rewards_statistics.json"],
-        conventions=conventions,
-        settings=run.settings,
+    settings = run.settings
+    return policy_from_stages(
+        run.path("models/joint"),
+        run.path("data/latents"),
+        settings.data,
+        settings.planner,
+        batch_size=batch_size,
+        device=run.runtime.device,
     )

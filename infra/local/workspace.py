@@ -1,8 +1,8 @@
 """A workspace for another parameter file: its own ``params.yaml``, ``dvc.yaml`` and ``dvc.lock``, the same code.
 
-``python -m infra.local.workspace PRESET`` (``make repro PRESET=smoke``) makes ``workspaces/PRESET`` and runs
-``dvc repro`` there. The project's own parameters, lock file and results are not touched. The code is linked, so DVC
-sees what runs; the DVC cache is the project's, so equal results are stored once.
+``python -m infra.local.workspace PRESET [DVC COMMAND]`` (``make repro PRESET=smoke``) makes ``workspaces/PRESET``
+and runs ``dvc repro``, or the command that follows, there. The project's own parameters, lock file and results are not
+touched. The code is linked, so DVC sees what runs; the DVC cache is the project's, so equal results are stored once.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def make_workspace(preset: str, folder: Path | None = None, cache: Path | None =
 def main(arguments: list[str] | None = None) -> int:
     """Make the workspace and run ``dvc`` in it (``repro`` unless told otherwise)."""
     parser = argparse.ArgumentParser(prog="infra.local.workspace", description="run the pipeline with a preset")
+    parser.add_argument("--folder", type=Path, help="instead of workspaces/PRESET")
+    parser.add_argument("--cache", type=Path, help="DVC cache instead of the project's")
     parser.add_argument("preset")
-    parser.add_argument("--folder", type=Path)
-    parser.add_argument("--cache", type=Path)
-    parser.add_argument("dvc", nargs="*", default=["repro"], help="dvc arguments (after --)")
+    parser.add_argument("dvc", nargs=argparse.REMAINDER, help="dvc command and arguments; repro if there are none")
     chosen = parser.parse_args(arguments)
     try:
         folder = make_workspace(chosen.preset, chosen.folder, chosen.cache)
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     sys.stdout.write(f"workspace {folder}\n")
     sys.stdout.flush()
-    return subprocess.run([sys.executable, "-m", "dvc", *chosen.dvc], cwd=folder, check=False).returncode
+    return subprocess.run([sys.executable, "-m", "dvc", *(chosen.dvc or ["repro"])], cwd=folder, check=False).returncode
 
 
 if __name__ == "__main__":
