@@ -47,22 +47,25 @@ class S3Store:
     ) -> None:
         self.bucket, self.prefix, self.endpoint = bucket, prefix, endpoint
         self.url = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
+        self._session, self._region = boto3.session.Session(), region
+        if self._session.get_credentials() is None:
+            raise StorageError(f"{self._where()}: no S3 credentials found; {CREDENTIALS_REMEDY}")
+        self._client = self._connect(attempts)
+        self._transfer = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
+
+    def _connect(self, attempts: int) -> Any:
         config = Config(
-            region_name=region,
+            region_name=self._region,
             signature_version="s3v4",
             s3={"addressing_style": "path"},
             retries={"mode": "standard", "total_max_attempts": attempts},
             connect_timeout=5,
             read_timeout=60,
         )
-        session = boto3.session.Session()
-        if session.get_credentials() is None:
-            raise StorageError(f"{self._where()}: no S3 credentials found; {CREDENTIALS_REMEDY}")
         try:
-            self._client: Any = session.client("s3", endpoint_url=endpoint or None, config=config)
+            return self._session.client("s3", endpoint_url=self.endpoint or None, config=config)
         except ValueError as error:
-            raise ConfigError(f"WAV_S3_ENDPOINT = {endpoint!r}: {error}; use http://host:port") from None
-        self._transfer = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
+            raise ConfigError(f"WAV_S3_ENDPOINT = {self.endpoint!r}: {error}; use http://host:port") from None
 
     def uri(self, key: str) -> str:
         """s3:// address of ``key``."""
@@ -71,7 +74,7 @@ class S3Store:
     def check(self) -> None:
         """Ask for the bucket, then write, read and remove a small object."""
         with self._explained(""):
-            self._client.head_bucket(Bucket=self.bucket)
+            self._connect(attempts=2).head_bucket(Bucket=self.bucket)  # a server that is down is said at once
         key = f".check/{uuid.uuid4().hex}"
         self.put_bytes(key, b"wav")
         if self.get_bytes(key) != b"wav":

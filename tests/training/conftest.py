@@ -1,0 +1,156 @@
+"""A tiny real workspace: six random episodes, encoded and labelled, and runs of the loop in forked children."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from wav.config import Settings
+from wav.data.conventions import Conventions
+from wav.data.episode import Episode
+from wav.data.latents import build_text_encoder, encode_store, fit_codec
+from wav.data.store import EpisodeStore, EpisodeStoreWriter
+from wav.rewards import label_store
+from wav.training.spec import TrainPaths, TrainSpec, make_spec
+
+TRAIN = {
+    "steps": 6,
+    "batch_size": 4,
+    "warmup_steps": 2,
+    "checkpoint_every": 3,
+    "log_every": 2,
+    "ema_decay": 0.9,
+    "validation_share": 0.2,
+}
+SECTIONS: dict[str, dict[str, Any]] = {
+    "data": {
+        "image_height": 32,
+        "image_width": 32,
+        "memory_frames": 2,
+        "memory_horizon": 8,
+        "future_frames": 5,
+        "frame_stride": 2,
+        "action_chunk": 4,
+        "text_tokens": 16,
+    },
+    "model": {
+        "layers": 2,
+        "heads": 2,
+        "head_dim": 12,
+        "value_heads": 2,
+        "value_head_dim": 8,
+        "action_heads": 2,
+        "action_head_dim": 8,
+    },
+    "encode": {"patch": 16, "channels": 6, "fit_frames": 50, "coordinates": False, "text_dim": 16},
+    "eval_libero": {"execute_steps": 2},
+    "pretrain_video": {**TRAIN, "caption_dropout": 0.5},
+    "train_value": {**TRAIN, "value_draws": 2},
+    "train_joint": {**TRAIN, "action_draws": 2, "value_draws": 2, "action_probability": 0.5},
+}
+
+
+def settings(**changes: dict[str, Any]) -> Settings:
+    """Tiny settings with some sections' parameters changed."""
+    return Settings.model_validate({name: {**raw, **changes.get(name, {})} for name, raw in SECTIONS.items()})
+
+
+def episode(index: int, data: Any) -> Episode:
+    rng = np.random.default_rng(index)
+    length = 10 + index
+    task = data.tasks[index % 2]
+    images = {v: rng.integers(0, 256, (length, data.image_height, data.image_width, 3), np.uint8) for v in data.views}
+    return Episode(
+        episode_id=f"{task}/{index}",
+        task=task,
+        instruction=task.replace("_", " "),
+        images=images,
+        state=np.cumsum(rng.normal(size=(length, 8)), 0).astype(np.float32),
+        joints=rng.normal(size=(length, 8)).astype(np.float32),
+        actions=rng.uniform(-1, 1, (length, 7)).astype(np.float32),
+        expert_actions=None,
+        success=True,
+        init_index=1000 + index,
+        seed=index,
+        source="test",
+    )
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with episodes/, latents/ and rewards/."""
+    folder, config = tmp_path_factory.mktemp("workspace"), settings()
+    with EpisodeStoreWriter(folder / "episodes", Conventions.for_simulator(config.data, {})) as writer:
+        for index in range(6):
+            writer.add(episode(index, config.data))
+    episodes = EpisodeStore.open(folder / "episodes")
+    codec = fit_codec(episodes, config.data, config.encode)
+    text = build_text_encoder(config.encode, config.data, episodes.instructions, folder / "t5")
+    encode_store(episodes, codec, text, config.data, folder / "latents")
+    label_store(episodes, config.label_rewards, config.data.action_chunk, folder / "rewards")
+    return folder
+
+
+@pytest.fixture
+def spec_of(workspace: Path, tmp_path: Path) -> Callable[..., TrainSpec]:
+    """``spec_of(stage, init=None, name="a", **sections)``: a run with its own store, cache and output under ``name``."""
+
+    def make(stage: str = "pretrain_video", init: Path | None = None, name: str = "a", **changes: Any) -> TrainSpec:
+        root = tmp_path / name
+        paths = TrainPaths(
+            episodes=workspace / "episodes",
+            latents=workspace / "latents",
+            output=root / "models" / stage,
+            cache=root / "cache",
+            rewards=None if stage == "pretrain_video" else workspace / "rewards",
+            init=init,
+        )
+        store = (root / "store").as_uri()
+        return make_spec(stage, settings(**changes), paths, store=store, device="cpu", threads=1)
+
+    return make
+
+
+def _child(spec: TrainSpec, output: Path) -> None:
+    import sys
+
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    path = output.with_suffix(".json")
+    path.write_text(spec.to_json())
+    with output.open("a", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
+        from wav.training.loop import main
+
+        sys.argv = ["loop", str(path)]
+        raise SystemExit(main())
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[[TrainSpec], Any]:
+    """Start a run in a forked child (imports are paid once); returns the process, whose ``log`` is what it printed."""
+    import deepspeed  # noqa: F401
+    import dvc.repo  # noqa: F401
+    import dvclive  # noqa: F401
+
+    import wav.training.loop  # noqa: F401
+
+    def begin(spec: TrainSpec) -> Any:
+        log = tmp_path / f"log-{len(list(tmp_path.glob('log-*')))}.txt"
+        log.touch()
+        process = multiprocessing.get_context("fork").Process(target=_child, args=(spec, log))
+        process.log = log  # type: ignore[attr-defined]
+        process.start()
+        return process
+
+    return begin

@@ -1,0 +1,200 @@
+"""DeepSpeed: process group, engine, learning rate and gradient norm.
+
+On a CPU nothing is compiled: the shared-memory collective's C++ extension is switched off and torch's own fused
+AdamW is the optimiser. One process needs no network port at all.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import HashStore
+
+from wav.config import TrainSettings
+from wav.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+_NEVER = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which logs and writes."""
+        return self.rank == 0
+
+    def broadcast(self, value: str) -> str:
+        """Rank 0's string on every rank."""
+        if self.ranks == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` holds on some rank (a collective)."""
+        if self.ranks == 1:
+            return flag
+        box = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return bool(box.item())
+
+    def mean(self, values: list[float]) -> list[float]:
+        """Element-wise mean over the ranks (a collective)."""
+        if self.ranks == 1 or not values:
+            return values
+        box = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(box)
+        mean: list[float] = (box / self.ranks).tolist()
+        return mean
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How one optimiser step's global batch is cut: ``micro`` samples x ``accumulation`` passes x ranks."""
+
+    micro: int
+    accumulation: int
+
+
+def plan_batch(settings: TrainSettings, ranks: int) -> BatchPlan:
+    """Cut ``settings.batch_size`` over the ranks; ConfigError when it does not divide."""
+    if settings.batch_size % ranks:
+        raise ConfigError(f"batch_size = {settings.batch_size}: must be a multiple of the {ranks} ranks")
+    micro = settings.micro_batch_size or settings.batch_size // ranks
+    if settings.batch_size % (micro * ranks):
+        raise ConfigError(
+            f"micro_batch_size = {micro}: batch_size {settings.batch_size} must be a multiple of "
+            f"micro_batch_size x {ranks} ranks"
+        )
+    return BatchPlan(micro, settings.batch_size // (micro * ranks))
+
+
+def resolve_device(name: str, local_rank: int) -> torch.device:
+    """``auto`` is CUDA where there is one; ConfigError for a device this machine has not."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"WAV_DEVICE = {name!r}: this machine has no CUDA device; use cpu or auto")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
+
+
+def init_world(device_name: str) -> World:
+    """Join the process group described by RANK, WORLD_SIZE and LOCAL_RANK.
+
+    A single process meets itself through an in-memory store, without a port that another program could hold.
+    """
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = resolve_device(device_name, int(os.environ["LOCAL_RANK"]))
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if ranks == 1:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend)
+    return World(rank, ranks, device)
+
+
+@contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Send what this process and its children write to the standard error stream nowhere."""
+    sys.stderr.flush()
+    kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(sink)
+
+
+def init_engine(module: nn.Module, settings: TrainSettings, plan: BatchPlan, world: World) -> DeepSpeedEngine:
+    """Wrap ``module`` for training: AdamW on what requires a gradient, ZeRO, clipping, precision from settings."""
+    with quiet_stderr():  # its import probes for libaio with the linker, which complains aloud
+        import deepspeed
+        import deepspeed.ops
+        from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    if world.device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its build needs a compiler and 85 s
+    optimizer = torch.optim.AdamW(
+        [p for p in module.parameters() if p.requires_grad],
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if world.device.type == "cpu":
+        zero["overlap_comm"] = False
+    config = {
+        "train_batch_size": settings.batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": settings.clip,
+        "bf16": {"enabled": settings.precision == "bf16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": _NEVER,
+    }
+    engine: DeepSpeedEngine
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def learning_rate(settings: TrainSettings, step: int) -> float:
+    """Learning rate of ``step`` (counted from 0): linear warm-up, then constant or a cosine down to zero."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.learning_rate
+    length = max(1, settings.steps - settings.warmup_steps)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - settings.warmup_steps) / length))
+
+
+def set_learning_rate(engine: DeepSpeedEngine, value: float) -> None:
+    """Use ``value`` for the next optimiser step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value
+
+
+def local_gradient_norm(engine: DeepSpeedEngine) -> float | None:
+    """Global gradient norm before clipping, between backward and step; None where DeepSpeed reports it afterwards."""
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        return None
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def reported_gradient_norm(engine: DeepSpeedEngine) -> float | None:
+    """Global gradient norm of the last step, where DeepSpeed keeps one (ZeRO 1-3, bf16)."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)

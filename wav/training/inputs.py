@@ -1,0 +1,145 @@
+"""Open what a training run reads, check that it belongs together, and build the model it starts from."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wav.config import DataSettings
+from wav.data.latents import LatentStore
+from wav.data.store import EpisodeStore
+from wav.data.windows import WindowDataset
+from wav.errors import CheckpointError, DataError
+from wav.model import WAVTransformer, build_model
+from wav.model.pretrained import init_from, load_model
+from wav.rewards import RewardStore
+from wav.training.spec import TrainSpec, read_checkpoint_file
+
+LOG = logging.getLogger("wav.training")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Opened stores and the two splits made of them; ``validation`` is None where nothing is held out."""
+
+    episodes: EpisodeStore
+    latents: LatentStore
+    rewards: RewardStore | None
+    train: WindowDataset
+    validation: WindowDataset | None
+
+    @property
+    def statistics(self) -> dict[str, str]:
+        """Digests of the normalisation statistics, by store."""
+        digests = {"episodes": self.episodes.statistics.digest}
+        if self.rewards is not None:
+            digests["rewards"] = self.rewards.statistics.digest
+        return digests
+
+
+def value_channels(data: DataSettings) -> int:
+    """Channels of the value expert: 7 reward terms per arm (7 actions each), 2 of the top camera, and the return."""
+    return 7 * max(1, data.action_dim // 7) + 3
+
+
+def open_inputs(spec: TrainSpec) -> Inputs:
+    """Open episodes, latents and (where the stage reads them) rewards.
+
+    Raises:
+        DataError: a store is missing, damaged or made from another one.
+        CheckpointError: the initial weights were trained on other data.
+    """
+    episodes = EpisodeStore.open(spec.paths.episodes)
+    latents = LatentStore.open(spec.paths.latents, episodes, spec.data)
+    rewards = None
+    if spec.stage != "pretrain_video" and spec.model.value_expert:
+        if spec.paths.rewards is None:
+            raise DataError(f"{spec.stage}: no rewards given; make them with `dvc repro label_rewards`")
+        rewards = RewardStore.open(spec.paths.rewards, episodes)
+        channels = rewards.values.shape[1]
+        if channels != value_channels(spec.data):
+            raise DataError(
+                f"{spec.paths.rewards}: {channels} value channels, data.action_dim = {spec.data.action_dim} means "
+                f"{value_channels(spec.data)}; set label_rewards.arms to match"
+            )
+    splits = [
+        WindowDataset(episodes, latents, rewards, spec.data, split, spec.train.validation_share)
+        for split in (("train", "validation") if spec.train.validation_share > 0 else ("train",))
+    ]
+    inputs = Inputs(episodes, latents, rewards, splits[0], splits[1] if len(splits) > 1 else None)
+    if spec.paths.init is not None:
+        check_init(spec, inputs)
+    return inputs
+
+
+def check_init(spec: TrainSpec, inputs: Inputs) -> None:
+    """Refuse initial weights that were trained with other statistics, conventions or latents."""
+    assert spec.paths.init is not None
+    trained: dict[str, Any] = read_checkpoint_file(spec.paths.init)
+    where = spec.paths.init / "checkpoint.json"
+    remedy = "train the previous stage again on these data (`dvc repro` does)"
+    for name, digest in inputs.statistics.items():
+        known = trained["statistics"].get(name)
+        if known and known != digest:
+            raise CheckpointError(
+                f"{where}: statistics of {name} have digest {known[:12]}, the data's are {digest[:12]}; {remedy}"
+            )
+    conventions = inputs.episodes.conventions.to_json()
+    for name, value in conventions.items():
+        if trained["conventions"].get(name) != value:
+            raise CheckpointError(
+                f"{where}: conventions.{name} = {trained['conventions'].get(name)!r}, the data's is {value!r}; {remedy}"
+            )
+    if trained["latents"] != inputs.latents.digest:
+        raise CheckpointError(
+            f"{where}: trained on latents {trained['latents'][:12]}, these are {inputs.latents.digest[:12]}; {remedy}"
+        )
+
+
+def initial_model(spec: TrainSpec, inputs: Inputs) -> WAVTransformer:
+    """The model a stage starts from, in float32 on the CPU.
+
+    The first stage builds it from the settings (and loads ``model.init_from``); later ones load the previous stage's.
+
+    Raises:
+        CheckpointError: the previous stage's model has other sizes than the settings say.
+    """
+    sizes = (inputs.latents.image.shape[2], inputs.latents.text.shape[-1], value_channels(spec.data))
+    if spec.paths.init is None:
+        model = build_model(spec.model, spec.data, *sizes, seed=spec.train.seed)
+        if spec.model.init_from:
+            report = init_from(model, spec.model.init_from)
+            LOG.info("started from %s (%d tensors are new)", spec.model.init_from, len(report.missing))
+        return model
+    folder = spec.paths.init / "model"
+    model = load_model(folder, torch.float32)
+    model.train()
+    with torch.device("meta"):
+        wanted = build_model(spec.model, spec.data, *sizes).config
+    for name, value in wanted.items():
+        found = model.config.get(name)
+        if not name.startswith("_") and _plain(found) != _plain(value):
+            raise CheckpointError(
+                f"{folder}: config {name} = {found!r}, the settings mean {value!r}; train the previous stage again"
+            )
+    return model
+
+
+def _plain(value: object) -> object:
+    """Tuples become lists, as JSON makes them."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def passes_through(spec: TrainSpec) -> bool:
+    """Whether the stage has nothing to train: the value stage of a model without a value expert."""
+    return spec.stage == "train_value" and not spec.model.value_expert
+
+
+def prune_work(spec: TrainSpec, keep: int = 1) -> list[Path]:
+    """Work folders of the stage's other runs beyond the newest ``keep``, which may go to free the disk."""
+    others = [p for p in spec.work.parent.glob("*") if p.is_dir() and p != spec.work]
+    return sorted(others, key=lambda p: p.stat().st_mtime)[: max(0, len(others) - keep)]

@@ -1,0 +1,294 @@
+"""One training run: ``python -m wav.training.loop SPEC.json`` (flows start it through :mod:`wav.training.launch`).
+
+The run resumes the newest complete checkpoint of its key, saves one every ``checkpoint_every`` steps and at the end,
+and may be killed at any moment. On SIGTERM it saves and exits with status 143.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from wav.errors import ConfigError, TrainingError, WavError
+from wav.storage import ObjectStore, open_store
+from wav.training.checkpoint import Checkpoints, RunState, seed_globals
+from wav.training.ema import Ema
+from wav.training.engine import (
+    World,
+    init_engine,
+    init_world,
+    learning_rate,
+    local_gradient_norm,
+    plan_batch,
+    reported_gradient_norm,
+    set_learning_rate,
+)
+from wav.training.feed import Feed, Source, validation_inputs
+from wav.training.guard import die_with_parent
+from wav.training.inputs import Inputs, initial_model, open_inputs, passes_through, prune_work
+from wav.training.launch import ERROR_MARK
+from wav.training.objectives import StageModule, StepInputs
+from wav.training.output import Metrics, collect_state, publish_model, save_model, write_output
+from wav.training.record import Progress, Recorder, Window
+from wav.training.spec import TrainSpec
+
+if TYPE_CHECKING:
+    from wav.model import WAVTransformer
+
+LOG = logging.getLogger("wav.training")
+INTERRUPTED = 128 + signal.SIGTERM
+
+
+class Trainer:
+    """State of one run on one rank."""
+
+    def __init__(self, spec: TrainSpec, world: World, inputs: Inputs, store: ObjectStore) -> None:
+        from wav.data.windows import BatchSampler
+
+        self.spec, self.settings, self.world, self.inputs = spec, spec.train, world, inputs
+        self.plan = plan_batch(self.settings, world.ranks)
+        model = initial_model(spec, inputs)
+        if self.settings.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        self.model = model
+        module = StageModule(model, self.settings, spec.data.memory_frames, spec.data.action_dim)
+        self.trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        self.parameters = sum(p.numel() for p in module.parameters())
+        self.engine = init_engine(module, self.settings, self.plan, world)
+        self.ema = Ema(self.engine.module, self.settings.ema_decay, world.rank, world.ranks)
+        sampler = BatchSampler(len(inputs.train), self.settings.batch_size, self.settings.seed, world.rank, world.ranks)
+        self.source = Source(inputs.train, sampler, self.settings, self.plan, world, model.has_value)
+        self.held_out: list[StepInputs] = []
+        if inputs.validation is not None and len(inputs.validation):
+            self.held_out = validation_inputs(
+                inputs.validation, self.settings, self.plan, model.has_value, world.device
+            )
+        self.checkpoints = Checkpoints(spec.work / "checkpoints", store, spec.prefix, self.settings.keep_last, world)
+        self.store = store
+        self.recorder = Recorder(spec.work / "live", world.is_main)
+        self.window = Window()
+        self.interrupted = False
+        self._resume()
+        self._begin = time.monotonic()
+
+    def _resume(self) -> None:
+        state = self.checkpoints.resume(self.engine, self.ema)
+        self.start = state.step if state else 0
+        self._seconds, self._waited = (state.seconds, state.waited) if state else (0.0, 0.0)
+        if state:
+            self.recorder.restore(state.rows)
+            self.window.steps = state.window
+            self._say(f"{self.spec.stage}: resumed from the checkpoint of step {state.step}")
+
+    def run(self) -> None:
+        """Train to the last step and write the output folder."""
+        self._say(
+            f"{self.spec.stage}: {self.trained / 1e6:.2f} of {self.parameters / 1e6:.2f} million parameters train on "
+            f"{len(self.inputs.train)} windows, {self.settings.steps} steps of {self.settings.batch_size}, "
+            f"{self.world.ranks} rank(s) on {self.world.device}, run {self.spec.key}"
+        )
+        signal.signal(signal.SIGTERM, self._on_signal)
+        feed = Feed(self.source, self.start, self.settings.steps)
+        progress = Progress(
+            self.spec.stage, self.settings.steps, self.settings.batch_size, self.start, self.world.is_main
+        )
+        try:
+            for step, inputs in enumerate(feed, self.start + 1):
+                self._step(step, inputs, feed, progress)
+        finally:
+            feed.close()
+        self._finish(feed.waited)
+
+    def _step(self, step: int, inputs: list[StepInputs], feed: Feed, progress: Progress) -> None:
+        """Optimiser step ``step`` (from 1), and what falls due after it: a row, validation, a checkpoint."""
+        last = step == self.settings.steps
+        record = last or step % self.settings.log_every == 0
+        stop = self.world.any(self.interrupted)
+        save = last or stop or step % self.settings.checkpoint_every == 0
+        parts, norm = self._update(step, inputs, record or save)
+        if not math.isfinite(parts["loss"]) or (norm is not None and not math.isfinite(norm)):
+            self._diverged(step, parts["loss"], norm)
+        self.window.add(parts)
+        progress.step(step, parts["loss"], feed.waited)
+        if record:
+            row = self.window.mean()
+            row = dict(zip(row, self.world.mean(list(row.values())), strict=True))
+            row |= {"learning_rate": learning_rate(self.settings, step - 1)}
+            if norm is not None:
+                row["grad_norm"] = norm
+            row["time/samples_per_second"] = progress.rate(step)
+            row["time/data_wait_share"] = feed.waited / max(1e-9, self._elapsed() - self._seconds)
+            self.recorder.add(step, row)
+        every = self.settings.validate_every or max(1, self.settings.steps // 10)
+        if self.held_out and (last or step % every == 0):
+            self.recorder.add(step, {f"validation/{name}": value for name, value in self.validate().items()})
+        if save:
+            self._save(step, feed.waited)
+        if stop and not last:
+            self._say(f"{self.spec.stage}: interrupted at step {step}, which is saved; run again to go on")
+            raise SystemExit(INTERRUPTED)
+
+    def _update(self, step: int, inputs: list[StepInputs], want_norm: bool) -> tuple[dict[str, float], float | None]:
+        """Forward, backward, optimiser and average; returns the mean losses and, if wanted, the gradient norm."""
+        set_learning_rate(self.engine, learning_rate(self.settings, step - 1))
+        passes = Window()
+        norm: float | None = None
+        for index, micro in enumerate(inputs):
+            loss, parts = self.engine(micro)
+            self.engine.backward(loss)
+            if want_norm and index == len(inputs) - 1:
+                norm = local_gradient_norm(self.engine)
+            self.engine.step()
+            values = torch.stack([loss.detach().float(), *parts.values()]).tolist()
+            passes.add(dict(zip(["loss", *parts], values, strict=True)))
+        if want_norm and norm is None:
+            norm = reported_gradient_norm(self.engine)
+        self.ema.update(step)
+        return passes.mean(), norm
+
+    def validate(self) -> dict[str, float]:
+        """Losses of the averaged weights on the held-out windows, with the same draws every time."""
+        window = Window()
+        self.engine.eval()
+        with self.ema.swapped(), torch.no_grad():
+            for inputs in self.held_out:
+                loss, parts = self.engine(inputs)
+                values = torch.stack([loss.float(), *parts.values()]).tolist()
+                window.add(dict(zip(["loss", *parts], values, strict=True)))
+        self.engine.train()
+        return window.mean()
+
+    def _save(self, step: int, waited: float) -> None:
+        state = RunState(step, self.recorder.rows, self.window.steps, self._elapsed(), self._waited + waited)
+        folder = self.checkpoints.save(self.engine, self.ema, state)
+        self._say(f"{self.spec.stage}: checkpoint of step {step} in {folder}")
+
+    def _diverged(self, step: int, loss: float, norm: float | None) -> None:
+        good = self.checkpoints.newest()
+        raise TrainingError(
+            f"{self.spec.stage}.learning_rate = {self.settings.learning_rate}: loss {loss}, gradient norm {norm} at "
+            f"step {step}, training diverged; lower it (the last good checkpoint is {good or 'none yet'})"
+        )
+
+    def _finish(self, waited: float) -> None:
+        """Average, upload and write the output folder."""
+        state = collect_state(self.model, self.ema, "model.")
+        if not self.world.is_main:
+            return
+        seconds, every = self._elapsed(), self.settings.steps * self.settings.batch_size
+        metrics: Metrics = {
+            "stage": self.spec.stage,
+            "steps": self.settings.steps,
+            "resumed_from_step": self.start,
+            "seconds": round(seconds, 3),
+            "samples_per_second": round(every / seconds, 3) if seconds else 0.0,
+            "data_wait_share": round((self._waited + waited) / seconds, 5) if seconds else 0.0,
+            "parameters": self.parameters,
+            "trainable_parameters": self.trained,
+            **peak_memory(self.world.device),
+        }
+        for name in ("loss", "loss_video", "loss_value", "loss_action", "validation/loss", "grad_norm"):
+            value = self.recorder.latest(name)
+            if value is not None:
+                metrics[name.replace("/", "_")] = value
+        self.recorder.close()
+        self.checkpoints.uploader.wait()
+        model_folder = fresh_folder(self.spec.work / "model")
+        save_model(self.model, state, model_folder)
+        uploaded = publish_model(self.spec, self.store, model_folder)
+        write_output(self.spec, self.inputs, model_folder, self.spec.work / "live" / "plots", metrics, uploaded)
+        self._say(f"{self.spec.stage}: done in {seconds:.0f} s, weights at {self.store.uri(self.spec.prefix)}/model")
+
+    def _elapsed(self) -> float:
+        """Seconds trained, over every process that worked on this run."""
+        return self._seconds + time.monotonic() - self._begin
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            LOG.info("%s", text)
+
+
+def fresh_folder(folder: Path) -> Path:
+    """An empty folder at this path."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def peak_memory(device: torch.device) -> Metrics:
+    """Peak resident memory of this process in GiB, and of the GPU where there is one."""
+    peak: Metrics = {"peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
+    if device.type == "cuda":
+        peak["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    return peak
+
+
+def pass_through(spec: TrainSpec, inputs: Inputs, store: ObjectStore) -> None:
+    """Hand the previous stage's weights on: a model without a value expert has nothing to train in this stage."""
+    LOG.info("%s: model.value_expert = false, so there is nothing to train; the weights pass unchanged", spec.stage)
+    model: WAVTransformer = initial_model(spec, inputs)
+    folder = fresh_folder(spec.work / "model")
+    save_model(model, collect_state(model, None, ""), folder)
+    parameters = sum(p.numel() for p in model.parameters())
+    metrics: Metrics = {"stage": spec.stage, "steps": 0, "trainable_parameters": 0, "parameters": parameters}
+    write_output(spec, inputs, folder, None, metrics, publish_model(spec, store, folder))
+
+
+def run(spec: TrainSpec) -> None:
+    """Run a spec on this rank; errors are those of what it reads, of the store and of training itself."""
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    seed_globals(spec.train.seed)
+    store = open_store(spec.store, spec.endpoint, spec.region)
+    if int(os.environ["RANK"]) == 0:
+        store.check()
+        spec.work.mkdir(parents=True, exist_ok=True)
+        for folder in prune_work(spec):
+            LOG.info("%s: removing the work of an older run, %s", spec.stage, folder)
+            shutil.rmtree(folder)
+    world = init_world(spec.device)
+    inputs = open_inputs(spec)
+    if passes_through(spec):
+        if world.is_main:
+            pass_through(spec, inputs, store)
+    else:
+        Trainer(spec, world, inputs, store).run()
+    if world.ranks > 1:
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> int:
+    """Entry point: the spec file is the only argument."""
+    die_with_parent()
+    logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING, force=True)
+    LOG.setLevel(logging.INFO)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    try:
+        path = Path(sys.argv[-1])
+        if len(sys.argv) < 2 or not path.is_file():
+            raise ConfigError(f"training spec {sys.argv[-1]!r}: no such file; give the JSON that make_spec describes")
+        run(TrainSpec.from_json(path.read_text()))
+    except WavError as error:
+        LOG.error("%s%s", ERROR_MARK, error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,109 @@
+"""What a run reports while it goes: progress lines, dvclive's curves, and the history that survives a restart."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+from pathlib import Path
+
+from dvclive import Live
+
+Row = dict[str, float]
+LOG = logging.getLogger("wav.training")
+PROGRESS_S = 8.0
+
+
+def duration(seconds: float) -> str:
+    """``h:mm:ss``, or ``m:ss`` below an hour."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+class Progress:
+    """A line every few seconds: step, loss, samples per second, time to go. Silent on ranks other than 0."""
+
+    def __init__(self, stage: str, steps: int, batch_size: int, start: int, speak: bool) -> None:
+        self.stage, self.steps, self.batch_size, self.speak = stage, steps, batch_size, speak
+        self._begin = self._last = time.monotonic()
+        self._start = start
+
+    def rate(self, step: int) -> float:
+        """Samples per second since this process began to train."""
+        return (step - self._start) * self.batch_size / max(1e-9, time.monotonic() - self._begin)
+
+    def step(self, step: int, loss: float, waited: float) -> None:
+        """Say where step ``step`` (of ``steps``) is, if the last line is old enough; ``waited``: seconds for data."""
+        now = time.monotonic()
+        first = step == self._start + 1
+        if not self.speak or not (first or now - self._last >= PROGRESS_S or step == self.steps):
+            return
+        self._last = now
+        elapsed = now - self._begin
+        left = (self.steps - step) * elapsed / max(1, step - self._start)
+        LOG.info(
+            "%s step %d/%d  loss %.4f  %.1f samples/s  data wait %.0f%%  ETA %s",
+            self.stage, step, self.steps, loss, self.rate(step), 100 * waited / max(1e-9, elapsed), duration(left),
+        )  # fmt: skip
+
+
+class Recorder:
+    """Rows of metrics by step, mirrored as dvclive curves in ``folder``.
+
+    Rows are part of the checkpoint; :meth:`restore` rebuilds the curves from them, so a resumed run's curves hold
+    every step once.
+    """
+
+    def __init__(self, folder: Path, enabled: bool) -> None:
+        self.folder, self.enabled = folder, enabled
+        self.rows: list[tuple[int, Row]] = []
+        if enabled:
+            shutil.rmtree(folder, ignore_errors=True)
+            self._live = Live(
+                str(folder), save_dvc_exp=False, dvcyaml=False, report=None, monitor_system=False, resume=False
+            )
+
+    def restore(self, rows: list[tuple[int, Row]]) -> None:
+        """Start from the rows of a checkpoint."""
+        for step, row in rows:
+            self.add(step, row)
+
+    def add(self, step: int, row: Row) -> None:
+        """Record metrics of ``step``; their names may hold a ``/`` (a folder of curves)."""
+        self.rows.append((step, row))
+        if self.enabled:
+            self._live.step = step
+            for name, value in row.items():
+                self._live.log_metric(name, value)
+
+    def latest(self, name: str) -> float | None:
+        """The last recorded value of a metric."""
+        return next((row[name] for _, row in reversed(self.rows) if name in row), None)
+
+    def close(self) -> None:
+        """Finish the curves."""
+        if self.enabled:
+            self._live.end()
+
+
+class Window:
+    """Losses since the last recorded row, kept as floats so that a checkpoint can hold them exactly."""
+
+    def __init__(self) -> None:
+        self.steps: list[Row] = []
+
+    def add(self, parts: Row) -> None:
+        """Losses of one step."""
+        self.steps.append(parts)
+
+    def mean(self) -> Row:
+        """Mean of every part over the steps that had it; empties the window."""
+        names = sorted({name for row in self.steps for name in row})
+        mean = {}
+        for name in names:
+            values = [row[name] for row in self.steps if name in row]
+            mean[name] = math.fsum(values) / len(values)
+        self.steps = []
+        return mean

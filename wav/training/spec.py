@@ -1,0 +1,204 @@
+"""What a training run is given, and the key that says when two runs are the same run.
+
+A run is described by one JSON file (:class:`TrainSpec`). Its ``key`` digests everything that changes the result:
+the stage's parameters, its inputs and the code. A restart resumes checkpoints of an equal key and no others.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from wav.config import (
+    STAGE_SECTIONS,
+    DataSettings,
+    ModelSettings,
+    PretrainVideoSettings,
+    TrainJointSettings,
+    TrainSettings,
+    TrainValueSettings,
+)
+from wav.data.files import canonical_digest, file_digest, read_json
+from wav.errors import ConfigError, DataError
+
+STAGES: dict[str, type[TrainSettings]] = {
+    "pretrain_video": PretrainVideoSettings,
+    "train_value": TrainValueSettings,
+    "train_joint": TrainJointSettings,
+}
+#: Parameters that change how a run is watched and kept, not what it computes: they are no part of its key.
+WATCHING = frozenset({"checkpoint_every", "keep_last", "log_every", "validate_every"})
+#: Sources below ``wav/`` whose change makes another run.
+SOURCES = ("model", "training", "data", "flow_matching.py", "seeding.py")
+CHECKPOINT_FILE = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class TrainPaths:
+    """Folders of a run.
+
+    ``init`` is the previous stage's output folder (None for the first stage), ``rewards`` may be None for the first
+    stage, ``cache`` keeps work that must survive a killed process, and ``output`` appears when the run is complete.
+    """
+
+    episodes: Path
+    latents: Path
+    output: Path
+    cache: Path
+    rewards: Path | None = None
+    init: Path | None = None
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """One training run; see :func:`make_spec`. ``inputs`` maps episodes, latents, rewards, init to their digests."""
+
+    stage: str
+    data: DataSettings
+    model: ModelSettings
+    train: TrainSettings
+    paths: TrainPaths
+    store: str
+    endpoint: str
+    region: str
+    device: str
+    threads: int
+    inputs: dict[str, str]
+    code: str
+    key: str
+
+    @property
+    def prefix(self) -> str:
+        """Where the run's checkpoints live in the store."""
+        return f"training/{self.stage}/{self.key}"
+
+    @property
+    def work(self) -> Path:
+        """Local folder of this run, which survives a killed process."""
+        return self.paths.cache / self.stage / self.key
+
+    def to_json(self) -> str:
+        """The spec as text; holds no credentials."""
+        raw = {
+            **{name: getattr(self, name) for name in ("stage", "store", "endpoint", "region", "device", "threads")},
+            **{name: getattr(self, name) for name in ("inputs", "code", "key")},
+            **{name: getattr(self, name).model_dump(mode="json") for name in ("data", "model", "train")},
+            "paths": {name: None if path is None else str(path) for name, path in asdict(self.paths).items()},
+        }
+        return json.dumps(raw, indent=1, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> TrainSpec:
+        """Read what :meth:`to_json` wrote; ConfigError when it is something else."""
+        try:
+            raw = json.loads(text)
+            paths: dict[str, Any] = {n: None if p is None else Path(p) for n, p in raw.pop("paths").items()}
+            return TrainSpec(
+                **{
+                    **raw,
+                    "data": DataSettings(**raw["data"]),
+                    "model": ModelSettings(**raw["model"]),
+                    "train": STAGES[raw["stage"]](**raw["train"]),
+                    "paths": TrainPaths(**paths),
+                }
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"training spec: {error}; write it with wav.training.spec.make_spec") from None
+
+
+class StageSettings(Protocol):
+    """The sections a training stage reads (Settings, or what ``Settings.for_stage`` gives)."""
+
+    @property
+    def data(self) -> DataSettings:
+        """Section data."""
+
+    @property
+    def model(self) -> ModelSettings:
+        """Section model."""
+
+
+def make_spec(
+    stage: str,
+    settings: StageSettings,
+    paths: TrainPaths,
+    *,
+    store: str,
+    endpoint: str = "",
+    region: str = "us-east-1",
+    device: str = "auto",
+    threads: int = 0,
+) -> TrainSpec:
+    """Describe a run of ``stage``: digest its inputs and code and derive its key.
+
+    Args:
+        stage: pretrain_video, train_value or train_joint.
+        settings: the parameters; only the sections of this stage are read.
+        paths: input and output folders; made absolute here.
+        store: url of the object store.
+        endpoint: of its S3 server; empty: AWS.
+        region: of its S3 server.
+        device: cpu, cuda, or auto.
+        threads: torch threads per process; 0: the machine's cores shared by the ranks.
+
+    Raises:
+        ConfigError: no such stage.
+        DataError: an input folder is missing or incomplete.
+    """
+    if stage not in STAGES:
+        raise ConfigError(f"training stage {stage!r}: unknown; the stages are {', '.join(STAGES)}")
+    assert set(STAGE_SECTIONS[stage]) == {"data", "model", stage}
+    train: TrainSettings = getattr(settings, stage)
+    if stage != "pretrain_video" and paths.init is None:
+        raise ConfigError(f"{stage}: paths.init is not set; give it the previous stage's output folder")
+    absolute: dict[str, Any] = {n: None if p is None else Path(p).absolute() for n, p in asdict(paths).items()}
+    paths = TrainPaths(**absolute)
+    spec = TrainSpec(
+        stage, settings.data, settings.model, train, paths, store, endpoint, region, device, threads, {}, "", ""
+    )
+    inputs, code = input_digests(paths), code_digest()
+    parameters = {
+        "data": spec.data.model_dump(mode="json"),
+        "model": spec.model.model_dump(mode="json"),
+        "train": train.model_dump(mode="json", exclude=set(WATCHING)),
+    }
+    key = canonical_digest({"stage": stage, "parameters": parameters, "inputs": inputs, "code": code})[:24]
+    return replace(spec, inputs=inputs, code=code, key=key)
+
+
+def input_digests(paths: TrainPaths) -> dict[str, str]:
+    """Digest of every input: the stores' manifests (which list their files' digests) and the initial weights."""
+    digests = {}
+    for name, stage in (("episodes", "ingest"), ("latents", "encode"), ("rewards", "label_rewards")):
+        folder: Path | None = getattr(paths, name)
+        if folder is None:
+            continue
+        manifest = folder / "manifest.json"
+        if not manifest.is_file():
+            raise DataError(f"{manifest}: missing; make it with `dvc repro {stage}`")
+        digests[name] = file_digest(manifest)
+    if paths.init is not None:
+        digests["init"] = read_checkpoint_file(paths.init)["model_digest"]
+    return digests
+
+
+def read_checkpoint_file(folder: Path) -> dict[str, str]:
+    """``checkpoint.json`` of a stage's output folder; DataError when it is missing or damaged."""
+    remedy = "train the previous stage first (`dvc repro` does)"
+    path = folder / CHECKPOINT_FILE
+    raw = read_json(path, remedy)
+    if not isinstance(raw, dict) or "model_digest" not in raw:
+        raise DataError(f"{path}: has no model_digest; {remedy}")
+    return raw
+
+
+def code_digest() -> str:
+    """Digest of the sources that decide what training computes (:data:`SOURCES`)."""
+    root = Path(__file__).resolve().parent.parent
+    files: list[Path] = []
+    for name in SOURCES:
+        path = root / name
+        files += [path] if path.suffix == ".py" else list(path.rglob("*.py"))
+    return canonical_digest({file.relative_to(root).as_posix(): file_digest(file) for file in sorted(files)})
