@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -61,6 +61,14 @@ class PlannerModel(Protocol):
         ...
 
 
+class StaleValueModel(PlannerModel, Protocol):
+    """What :attr:`Compat.stale_value` needs beyond that (:mod:`wav.model.reference`)."""
+
+    def stale_value(self, features: Any, noise: Tensor, steps: int) -> Tensor:
+        """Values (B, A, Cv) as the reference reports them beside actions."""
+        ...
+
+
 class Noise(Protocol):
     """Source of standard normal draws."""
 
@@ -104,7 +112,7 @@ class Compat:
     pooled_views: bool = False  #: elites of all views share one mean and standard deviation
     unbiased_std: bool = False  #: 1/(K-1) in the elites' and the score's standard deviation (NaN with one elite)
     normalised_returns: bool = False  #: scores on z-scored, symlogged returns
-    stale_value: bool = False  #: the value reported beside an action is one Euler step from pure noise
+    stale_value: bool = False  #: the value reported beside an action is read from pure noise's features throughout
 
 
 PAPER = Compat()
@@ -277,8 +285,10 @@ def plan(
     features = model.video_features(context, z_vid[:, None], settings.video_denoise_steps)
     values = None
     if with_value and z_val is not None:
-        steps = 1 if compat.stale_value else settings.denoise_steps
-        values = model.denoise_value(features, z_val[:, None, None], steps)[:, 0, 0]
+        if compat.stale_value:
+            values = cast(StaleValueModel, model).stale_value(features, z_val, settings.denoise_steps)
+        else:
+            values = model.denoise_value(features, z_val[:, None, None], settings.denoise_steps)[:, 0, 0]
     eps_act = noise("act.action", shapes.action)
     actions = model.denoise_action(context, features, z_val, eps_act, settings.denoise_steps)
     _check_finite(actions, history)

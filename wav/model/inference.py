@@ -136,16 +136,19 @@ class WAVPlannerModel:
         The action expert reads the value expert's features of ``value`` (B, A, Cv) as pure noise at t = 1000: the
         condition that the joint stage trains.
         """
-        value_layers = None
-        if value is not None:
-            level = torch.full(value.shape[:1], NOISE_LEVEL, device=self.device)
-            value_layers = self.model.value(self._in(value), level, features.value_keys).features
+        value_layers = None if value is None else self._value_layers(features, value)
         keys = self.model.action_cache(features.layers, value_layers)
         actions = self._in(noise)
         for sigma, after, timestep in self._steps(steps, actions.shape[:1]):
             velocity = self.model.action(actions, timestep, keys, history=context.history)
             actions = euler_step(actions, velocity, sigma, after)
         return actions.float()
+
+    def _value_layers(self, features: Features, noise: Tensor) -> tuple[Tensor, ...]:
+        """Value expert's features of pure noise (B, A, Cv) at t = 1000, per layer (B, A, d)."""
+        level = torch.full(noise.shape[:1], NOISE_LEVEL, device=self.device)
+        layers: tuple[Tensor, ...] = self.model.value(self._in(noise), level, features.value_keys).features
+        return layers
 
     def _in(self, tensor: Tensor) -> Tensor:
         """``tensor`` where and in what the model computes, in memory that torch aligned (see :func:`aligned`)."""
