@@ -14,6 +14,7 @@ from wav.evaluation.evaluate import check_start
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Pool, Rollout, Scheduler
 from wav.export import load_export
+from wav.planner import Condition
 from wav.sim.env import select_tasks
 
 #: Opens simulators: (suite, data, workers, slots) -> context manager.
@@ -49,7 +50,7 @@ def act_episodes(
     suite: str,
     episodes: int,
     tasks: Sequence[str] = (),
-    condition: str = "planned",
+    condition: Condition = "planned",
     seed: int = 7,
     execute_steps: int = EvalLiberoSettings().execute_steps,
     workers: int = 1,
@@ -90,7 +91,7 @@ def act_episodes(
         task, index = chosen[number % len(chosen)], number // len(chosen)
         recorded = videos is not None
         spec = EpisodeSpec(
-            suite, task.name, index, condition, task.name, task.instruction, task.max_steps, seed, recorded
+            suite, task.name, index, condition, task.name, task.instruction, task.max_steps, seed, number, recorded
         )
         specs.append(spec)
     results: dict[EpisodeSpec, bool] = {}

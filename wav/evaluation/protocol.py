@@ -19,27 +19,33 @@ from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
 from wav.data.conventions import Conventions
 from wav.data.files import canonical_digest
 from wav.errors import CheckpointError, ConfigError
+from wav.planner import Condition
 from wav.sim.env import TaskSpec, select_tasks
 
 #: Environment steps of every suite under ``budget: reference`` (its loop counts policy calls; spec section 7.9).
 REFERENCE_BUDGET = 1000
 #: Conditions that the swapped-instruction probes run under, where they are evaluated at all.
-SWAPPED_CONDITIONS = ("planned", "unplanned")
+SWAPPED_CONDITIONS: tuple[Condition, ...] = ("planned", "unplanned")
 _PACKAGES = ("torch", "numpy", "mujoco", "robosuite")
 
 
 @dataclass(frozen=True)
 class EpisodeSpec:
-    """One episode to run. ``instructed`` is the task whose instruction is given: ``task`` unless swapped."""
+    """One episode to run.
+
+    ``instructed`` is the task whose instruction is given: ``task`` unless swapped. ``row`` modulo the batch size is the
+    episode's place in the policy's batch: matrix products round differently from place to place.
+    """
 
     suite: str
     task: str
     init_index: int
-    condition: str
+    condition: Condition
     instructed: str
     instruction: str
     max_steps: int
     seed: int
+    row: int
     record: bool = False
 
     @property
@@ -80,10 +86,11 @@ def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[Ep
     specs = {spec.name: spec for spec in select_tasks(data.suite, data.tasks)}
     names = list(specs)
 
-    def episode(task: str, index: int, condition: str, instructed: str, record: bool) -> EpisodeSpec:
+    def episode(task: str, index: int, condition: Condition, instructed: str, record: bool) -> EpisodeSpec:
         steps = REFERENCE_BUDGET if settings.budget == "reference" else specs[task].max_steps
         sentence = specs[instructed].instruction
-        return EpisodeSpec(data.suite, task, index, condition, instructed, sentence, steps, settings.seed, record)
+        row = index * len(names) + names.index(task)
+        return EpisodeSpec(data.suite, task, index, condition, instructed, sentence, steps, settings.seed, row, record)
 
     episodes: list[EpisodeSpec] = []
     for condition in settings.conditions:
@@ -115,14 +122,14 @@ def episode_key(
     """Digest of everything that determines the episode's result; a finished record with this key is not repeated.
 
     How many episodes, conditions and videos are asked for does not enter it, so asking for more keeps what is there.
-    The padded batch shape does: another shape may round differently.
+    The padded batch shape and the place in it do: others may round differently.
     """
     return canonical_digest(
         {
             "episode": [spec.suite, spec.task, spec.init_index, spec.condition, spec.instruction, spec.max_steps],
             "seed": spec.seed,
             "execute_steps": settings.execute_steps,
-            "batch_size": settings.batch_size,
+            "batch": [settings.batch_size, spec.row % settings.batch_size],
             "planner": planner.model_dump(mode="json") if spec.condition != "unplanned" else planner.denoise_steps,
             "checkpoint": checkpoint,
             "statistics": statistics,

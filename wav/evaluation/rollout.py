@@ -1,9 +1,9 @@
 """Receding-horizon rollouts: many simulators, one batched policy.
 
 Every slot of the pool hosts one live episode. Slots that wait for actions are gathered into a batch of one condition;
-the policy is called when a whole batch is ready or when no simulator is at work any more. Which episodes share a batch
-depends on timing, an episode's result does not: the policy pads to one fixed shape and draws its noise from
-(seed, episode, call) alone.
+the policy is called when a whole batch is ready or when every live episode of the condition is. Which episodes share a
+batch depends on timing, an episode's result does not, to the last bit: the batch has one fixed shape, an episode always
+takes the same place in it, and noise comes from (seed, episode, call) alone.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from wav.errors import SimulationError
 from wav.evaluation.protocol import EpisodeSpec
+from wav.planner import Condition
 from wav.sim.env import Observation
 
 log = logging.getLogger(__name__)
 
 #: Crashes of one episode's simulator that stop the evaluation; a crash is never counted as the policy's failure.
 MAX_ATTEMPTS = 3
+_FILLER = "filler"
 
 Frame = Mapping[str, NDArray[np.uint8]]
 
@@ -104,10 +106,10 @@ class Actor(Protocol):
 
     def act(
         self,
-        observations: Sequence[Any],
+        observations: Sequence[Observation],
         rows: Sequence[Hashable],
         *,
-        condition: str = "planned",
+        condition: Condition = "planned",
         with_value: bool = False,
         with_future: bool = False,
     ) -> Output:
@@ -119,7 +121,6 @@ class Rollout:
     """One live or finished episode; arrays as in :class:`Reply` and :class:`Output`."""
 
     spec: EpisodeSpec
-    number: int
     slot: int
     attempts: int = 1
     started: float = field(default_factory=time.perf_counter)
@@ -142,13 +143,20 @@ class Rollout:
         return self.success or self.steps >= self.spec.max_steps or (self.spec.swapped and any(self.successes.values()))
 
     @property
+    def seen(self) -> Observation:
+        """The newest observation; SimulationError if there is none yet."""
+        if self.observation is None:
+            raise SimulationError(f"{self.spec.name}: was not reset; submit its reset first")
+        return self.observation
+
+    @property
     def actions_digest(self) -> str:
         """SHA-256 of the executed actions (steps, 7) float32."""
         return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in self.executed)).hexdigest()
 
     def again(self) -> Rollout:
         """The same episode from its start, after a crash."""
-        return Rollout(self.spec, self.number, self.slot, self.attempts + 1)
+        return Rollout(self.spec, self.slot, self.attempts + 1)
 
 
 @dataclass
@@ -188,7 +196,8 @@ class Scheduler:
         self.execute_steps, self.batch_size, self.with_value = execute_steps, batch_size, with_value
         self.clock = Clock()
         self._live: dict[int, Rollout] = {}
-        self._ready: dict[int, Rollout] = {}
+        self._ready: dict[int, Rollout] = {}  # in the order in which they became ready
+        self._waiting: list[EpisodeSpec] = []
 
     def run(self, episodes: Sequence[EpisodeSpec]) -> None:
         """Run every episode once.
@@ -196,26 +205,37 @@ class Scheduler:
         Raises:
             SimulationError: one episode's simulator crashed :data:`MAX_ATTEMPTS` times.
         """
-        waiting = [(number, spec) for number, spec in enumerate(episodes)][::-1]
-        for slot in range(min(self.pool.slots, len(waiting))):
-            self._start(Rollout(waiting[-1][1], waiting.pop()[0], slot))
+        self._waiting = list(episodes)
+        for slot in range(min(self.pool.slots, len(episodes))):
+            self._start(Rollout(self._next(), slot))
         while self._live:
-            batch = self._batch()
-            if batch and (len(batch) >= self.batch_size or len(self._ready) == len(self._live)):
+            if batch := self._batch():
                 self._act(batch)
                 continue
             began = time.perf_counter()
             replies = self.pool.wait()
             self.clock.simulation_wait_seconds += time.perf_counter() - began
-            for slot, reply in sorted(replies, key=lambda item: item[0]):
+            for slot, reply in replies:
                 rollout = self._live[slot]
                 if not self._receive(rollout, reply):
                     continue
                 del self._live[slot]
                 self.on_finish(rollout)
-                if waiting:
-                    number, spec = waiting.pop()
-                    self._start(Rollout(spec, number, slot))
+                if self._waiting:
+                    self._start(Rollout(self._next(), slot))
+
+    def _place(self, rollout: Rollout) -> int:
+        """Place in the batch: a property of the episode, not of the slot it happens to be on."""
+        return rollout.spec.row % self.batch_size
+
+    def _next(self) -> EpisodeSpec:
+        """The next episode of the condition in turn, if possible one whose place in the batch nobody live holds."""
+        taken = {self._place(rollout) for rollout in self._live.values()}
+        condition = self._waiting[0].condition
+        for i, spec in enumerate(self._waiting):
+            if spec.condition == condition and spec.row % self.batch_size not in taken:
+                return self._waiting.pop(i)
+        return self._waiting.pop(0)
 
     def _start(self, rollout: Rollout) -> None:
         """Put an episode on its slot."""
@@ -257,28 +277,42 @@ class Scheduler:
         self._start(rollout.again())
 
     def _batch(self) -> list[Rollout]:
-        """The oldest ready episode and others of its condition, at most ``batch_size``."""
-        ready = sorted(self._ready.values(), key=lambda rollout: rollout.number)
-        return [r for r in ready if r.spec.condition == ready[0].spec.condition][: self.batch_size]
+        """Ready episodes of one condition, one per place, those waiting longest first; empty if waiting fills it up."""
+        for condition in dict.fromkeys(rollout.spec.condition for rollout in self._ready.values()):
+            ready = [r for r in self._ready.values() if r.spec.condition == condition]
+            live = sum(r.spec.condition == condition for r in self._live.values())
+            places: dict[int, Rollout] = {}
+            for rollout in ready:
+                places.setdefault(self._place(rollout), rollout)
+            if len(places) == self.batch_size or len(ready) == live:
+                return list(places.values())
+        return []
 
     def _act(self, batch: list[Rollout]) -> None:
-        """One policy call; its actions go to the simulators."""
+        """One policy call; its actions go to the simulators. Places that nobody holds are filled with copies."""
         began = time.perf_counter()
-        recording = any(rollout.spec.record for rollout in batch)
+        places = {self._place(rollout): rollout for rollout in batch}
+        seen: list[Observation] = []
+        rows: list[Hashable] = []
+        for place in range(max(places) + 1):
+            if place not in places:
+                self.policy.reset((_FILLER, place), _FILLER, 0)
+            seen.append(places.get(place, batch[0]).seen)
+            rows.append(places[place].slot if place in places else (_FILLER, place))
         output = self.policy.act(
-            [rollout.observation for rollout in batch],
-            [rollout.slot for rollout in batch],
+            seen,
+            rows,
             condition=batch[0].spec.condition,
             with_value=self.with_value,
-            with_future=recording,
+            with_future=any(rollout.spec.record for rollout in batch),
         )
         self.clock.policy_seconds += time.perf_counter() - began
         self.clock.policy_calls += 1
         self.clock.policy_rows += len(batch)
-        for i, rollout in enumerate(batch):
+        for place, rollout in places.items():
             steps = min(self.execute_steps, rollout.spec.max_steps - rollout.steps)
-            rollout.pending = np.asarray(output.actions[i], dtype=np.float32)[:steps]
-            self._note(rollout, output, i)
+            rollout.pending = np.asarray(output.actions[place], dtype=np.float32)[:steps]
+            self._note(rollout, output, place)
             rollout.calls += 1
             del self._ready[rollout.slot]
             self.pool.submit_steps(rollout.slot, rollout.pending)
