@@ -99,7 +99,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def spec_of(workspace: Path, tmp_path: Path) -> Callable[..., TrainSpec]:
-    """``spec_of(stage, init=None, name="a", **sections)``: a run with its own store, cache and output under ``name``."""
+    """``spec_of(stage, init=None, name="a", **sections)``: a run with its own folders under ``name``."""
 
     def make(stage: str = "pretrain_video", init: Path | None = None, name: str = "a", **changes: Any) -> TrainSpec:
         root = tmp_path / name

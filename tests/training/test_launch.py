@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -85,22 +84,28 @@ def test_launch_trains_with_two_ranks(spec_of) -> None:
     assert json.loads((spec.paths.output / "metrics.json").read_text()) == metrics
 
 
-def test_launch_names_the_error(spec_of) -> None:
-    spec = spec_of(pretrain_video={"batch_size": 4, "micro_batch_size": 3})
-    with pytest.raises(TrainingError, match="pretrain_video: micro_batch_size = 3"):
-        launch(spec, lambda _: None)
-    assert not spec.paths.output.exists()
+def fake(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    monkeypatch.setattr("wav.training.launch.command", lambda path, ranks: [sys.executable, "-u", "-c", code])
 
 
-def test_launch_ends_the_run_when_the_caller_fails(spec_of) -> None:
-    spec = spec_of(pretrain_video={"steps": 5000})
+def test_launch_names_the_error(spec_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, "print('step 1'); print('ERROR: disk full; free space'); raise SystemExit(1)")
+    with pytest.raises(TrainingError, match=r"^pretrain_video: disk full; free space$"):
+        launch(spec_of(), lambda _: None)
+    fake(monkeypatch, "import os; print('last words'); os.kill(os.getpid(), 9)")
+    with pytest.raises(TrainingError, match=r"killed by SIGKILL.*resume.*last words"):
+        launch(spec_of(), lambda _: None)
+
+
+def test_launch_ends_the_run_when_the_caller_fails(spec_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake(monkeypatch, FAMILY)
+    pids: list[int] = []
 
     def fail(line: str) -> None:
-        if "step 1/" in line:
-            raise KeyboardInterrupt
+        pids.extend(int(pid) for pid in line.split())
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        launch(spec, fail)
-    mine = [p for p in psutil.process_iter(["cmdline"]) if str(spec.work) in " ".join(p.info["cmdline"] or [])]
-    assert mine == []
-    assert Path(spec.work / "spec.json").is_file()
+        launch(spec_of(), fail)
+    assert len(pids) == 2
+    assert all(gone(pid) for pid in pids)

@@ -1,0 +1,147 @@
+"""Schedules, batches, averages, uploads, and the recorder."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from wav.config import TrainSettings
+from wav.errors import CheckpointError, ConfigError, StorageError
+from wav.storage import open_store
+from wav.storage.commit import commits, seal
+from wav.training.checkpoint import Uploader
+from wav.training.ema import Ema
+from wav.training.engine import learning_rate, plan_batch
+from wav.training.record import Recorder, Window, duration
+
+
+def test_learning_rate() -> None:
+    cosine = TrainSettings(steps=110, warmup_steps=10, learning_rate=1.0)
+    assert learning_rate(cosine, 0) == pytest.approx(0.1)
+    assert learning_rate(cosine, 9) == learning_rate(cosine, 10) == 1.0
+    assert learning_rate(cosine, 60) == pytest.approx(0.5)
+    assert 0 < learning_rate(cosine, 109) < 0.001
+    constant = TrainSettings(steps=110, warmup_steps=0, learning_rate=0.3, schedule="constant")
+    assert {learning_rate(constant, step) for step in range(110)} == {0.3}
+
+
+def test_batches() -> None:
+    plan = plan_batch(TrainSettings(batch_size=32, micro_batch_size=4), 2)
+    assert (plan.micro, plan.accumulation) == (4, 4)
+    assert plan_batch(TrainSettings(batch_size=32), 2).micro == 16
+    with pytest.raises(ConfigError, match="batch_size = 33"):
+        plan_batch(TrainSettings(batch_size=33), 2)
+    with pytest.raises(ConfigError, match="micro_batch_size = 5"):
+        plan_batch(TrainSettings(batch_size=32, micro_batch_size=5), 1)
+
+
+def test_average() -> None:
+    module = nn.Linear(2, 3)
+    module.bias.requires_grad_(False)
+    ema = Ema(module, 0.5, 0, 1)
+    assert ema.names() == {"weight"}
+    before = module.weight.detach().clone()
+    with torch.no_grad():
+        module.weight.add_(1)
+    ema.update(step=100)
+    assert torch.allclose(ema.full("weight"), before + 0.5)
+    with ema.swapped():
+        assert torch.allclose(module.weight, before + 0.5)
+    assert torch.allclose(module.weight, before + 1)
+    young = Ema(module, 0.999, 0, 1)
+    young.update(step=1)
+    assert torch.allclose(young.full("weight"), module.weight)
+    with pytest.raises(CheckpointError, match="other parameters"):
+        ema.load_state_dict({"weight": torch.zeros(5)})
+
+
+def test_average_shards_cover_every_weight() -> None:
+    module = nn.Linear(7, 3)
+    shards = [Ema(module, 0.5, rank, 4).state_dict() for rank in range(4)]
+    whole = torch.cat([shard["weight"] for shard in shards])[:21].view(3, 7)
+    assert torch.equal(whole, module.weight)
+
+
+def test_window_keeps_exact_means() -> None:
+    window = Window()
+    window.add({"loss": 1.0, "loss_video": 3.0})
+    window.add({"loss": 2.0})
+    assert window.mean() == {"loss": 1.5, "loss_video": 3.0}
+    assert window.steps == []
+
+
+def test_recorder_restores_each_step_once(tmp_path: Path) -> None:
+    first = Recorder(tmp_path / "live", True)
+    for step in (2, 4, 6):
+        first.add(step, {"loss": float(step)})
+    rows = first.rows[:2]
+    second = Recorder(tmp_path / "live", True)
+    second.restore(rows)
+    second.add(6, {"loss": 60.0, "validation/loss": 1.0})
+    second.close()
+    lines = (tmp_path / "live" / "plots" / "metrics" / "loss.tsv").read_text().split()
+    assert lines == ["step", "loss", "2", "2.0", "4", "4.0", "6", "60.0"]
+    assert (tmp_path / "live" / "plots" / "metrics" / "validation" / "loss.tsv").is_file()
+    assert second.latest("loss") == 60.0
+    assert second.latest("other") is None
+
+
+def test_duration() -> None:
+    assert (duration(59.6), duration(61), duration(3671)) == ("1:00", "1:01", "1:01:11")
+
+
+class Slow:
+    """A store whose uploads wait for a gate and fail while ``down``."""
+
+    def __init__(self, store: Any) -> None:
+        self._store, self.gate, self.down = store, threading.Event(), False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def put_file(self, path: Path, key: str) -> Any:
+        self.gate.wait(10)
+        if self.down:
+            raise StorageError("the server is down")
+        return self._store.put_file(path, key)
+
+
+def checkpoint(folder: Path, step: int) -> Path:
+    path = folder / f"step-{step}"
+    path.mkdir(parents=True)
+    (path / "weights").write_text(str(step))
+    seal(path, {"step": step})
+    return path
+
+
+def test_uploads_skip_what_newer_ones_replace(tmp_path: Path) -> None:
+    store = Slow(open_store((tmp_path / "store").as_uri()))
+    uploader = Uploader(store, "run", keep_last=2)
+    folders = [checkpoint(tmp_path, step) for step in range(4)]
+    for folder in folders:
+        uploader.submit(folder)
+    assert uploader.holds(folders[3])
+    store.gate.set()
+    uploader.wait()
+    done = commits(store, "run")
+    assert done[-1] == "run/step-3"
+    assert len(done) <= 2
+
+
+def test_a_failed_upload_is_an_error_only_if_it_is_the_last(tmp_path: Path) -> None:
+    store = Slow(open_store((tmp_path / "store").as_uri()))
+    store.gate.set()
+    uploader = Uploader(store, "run", keep_last=2)
+    store.down = True
+    uploader.submit(checkpoint(tmp_path, 0))
+    with pytest.raises(StorageError, match="server is down"):
+        uploader.wait()
+    store.down = False
+    uploader.submit(checkpoint(tmp_path, 1))
+    uploader.wait()
+    assert commits(store, "run") == ["run/step-1"]

@@ -1,0 +1,62 @@
+"""Run keys: what changes a run, what does not; the spec's text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import settings
+from wav.config import Settings
+from wav.errors import ConfigError, DataError
+from wav.training.spec import TrainPaths, TrainSpec, make_spec
+
+
+def test_text_roundtrip(spec_of) -> None:
+    spec = spec_of(pretrain_video={"learning_rate": 3e-4})
+    assert TrainSpec.from_json(spec.to_json()) == spec
+    with pytest.raises(ConfigError, match="training spec"):
+        TrainSpec.from_json("{}")
+
+
+def test_key_follows_what_changes_the_result(spec_of) -> None:
+    key = spec_of().key
+    assert spec_of(name="elsewhere").key == key
+    assert spec_of(pretrain_video={"keep_last": 5, "log_every": 1, "checkpoint_every": 2}).key == key
+    assert spec_of(train_joint={"steps": 7}).key == key
+    for section, change in [
+        ("pretrain_video", {"learning_rate": 1e-4}),
+        ("pretrain_video", {"steps": 7}),
+        ("model", {"layers": 3}),
+        ("data", {"memory_horizon": 9}),
+    ]:
+        assert spec_of(**{section: change}).key != key, (section, change)
+
+
+def test_key_follows_the_inputs_and_the_code(spec_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of()
+    other = tmp_path / "latents"
+    other.mkdir()
+    (other / "manifest.json").write_text("{}")
+    make = {"store": "file:///x", "device": "cpu"}
+    assert make_spec("pretrain_video", settings(), replace(spec.paths, latents=other), **make).key != spec.key
+    monkeypatch.setattr("wav.training.spec.code_digest", lambda: "other code")
+    assert spec_of().key != spec.key
+
+
+def test_only_the_stage_s_sections_are_read(spec_of, workspace: Path, tmp_path: Path) -> None:
+    view = settings().for_stage("pretrain_video")
+    paths = TrainPaths(workspace / "episodes", workspace / "latents", tmp_path / "out", tmp_path / "cache")
+    assert make_spec("pretrain_video", view, paths, store="file:///x").key == spec_of().key
+
+
+def test_missing_inputs_are_named(tmp_path: Path, workspace: Path) -> None:
+    paths = TrainPaths(tmp_path / "none", workspace / "latents", tmp_path / "out", tmp_path / "cache")
+    with pytest.raises(DataError, match=r"none/manifest\.json: missing.*dvc repro ingest"):
+        make_spec("pretrain_video", Settings(), paths, store="file:///x")
+    with pytest.raises(ConfigError, match="previous stage"):
+        make_spec("train_value", Settings(), replace(paths, episodes=workspace / "episodes"), store="file:///x")
+    paths = replace(paths, episodes=workspace / "episodes", init=tmp_path / "models" / "video")
+    with pytest.raises(DataError, match=r"checkpoint\.json: missing"):
+        make_spec("train_value", Settings(), paths, store="file:///x")
