@@ -149,3 +149,6 @@ class FakePolicy:
 
     def decode_future(self, future):
         return np.full((2, DATA.future_frames, 16, 16, 3), 100, np.uint8)
+
+    def generate_video(self, observation, chunks, *, seed=0, episode="video"):
+        return np.full((2, 1 + chunks * DATA.future_frames, 16, 16, 3), 100, np.uint8)

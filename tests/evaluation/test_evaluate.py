@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import av
 import numpy as np
@@ -98,6 +99,20 @@ def test_only_a_changed_key_repeats_episodes(tmp_path):
     assert len(run(tmp_path, videos=0, episodes_per_task=3)[1].resets) == 6
     assert len(run(tmp_path, videos=0, checkpoint="other")[1].resets) == 26
     assert len(run(tmp_path, videos=0, seed=8)[1].resets) == 26
+
+
+def test_changed_code_repeats_episodes(tmp_path, monkeypatch):
+    run(tmp_path, videos=0)
+    monkeypatch.setattr("wav.evaluation.protocol.code_digest", lambda: "edited")
+    assert len(run(tmp_path, videos=0)[1].resets) == 26
+
+
+def test_code_digest_covers_what_decides_a_result():
+    from wav.evaluation import protocol
+
+    root = Path(protocol.__file__).parents[1]
+    assert all((root / part).exists() for part in protocol._CODE)
+    assert len(protocol.code_digest()) == 64
 
 
 def test_a_damaged_record_is_named(tmp_path):

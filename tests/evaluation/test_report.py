@@ -162,6 +162,7 @@ def test_held_out_values_align_with_the_episode(tmp_path):
     assert found["psnr_copy"][-1] > found["psnr_copy"][0]  # frames past the end repeat the last
     assert [c for c, _, _ in policy.calls] == ["unplanned"] * 5
     assert len(list((tmp_path / "eval" / "predictions").glob("tabletop-held-out-lift_red_cube-step*.png"))) == 3
+    assert (tmp_path / "eval" / "predictions" / "tabletop-held-out-lift_red_cube-imagined.png").exists()
     with pytest.raises(DataError, match=r"holds episodes 0\.\.5"):
         held_out_values(policy, EpisodeStore.open(tmp_path / "episodes"), None, settings(), tmp_path / "eval", index=6)
 

@@ -29,6 +29,7 @@ from wav.evaluation.protocol import (
 )
 from wav.evaluation.records import EpisodeRecord, finished_record, record_path, summarise, write_record
 from wav.evaluation.rollout import Actor, Pool, Rollout, Scheduler
+from wav.sim.env import Observation
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,11 @@ class EvaluatedPolicy(Actor, Protocol):
 
     def decode_future(self, future: Any) -> NDArray[np.uint8]:
         """(V, C, F, h, w) future latents as frames (V, F_raw, H, W, 3)."""
+
+    def generate_video(
+        self, observation: Observation, chunks: int, *, seed: int = 0, episode: int | str = "video"
+    ) -> NDArray[np.uint8]:
+        """(V, 1 + chunks * F_raw, H, W, 3) frames imagined from one observation, which comes first."""
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ def held_out_values(
         if call in pictured:
             path = out / "predictions" / f"{data.suite}-{_ROW}-{episode.task}-step{step:03d}.png"
             pictures.write_png(path, pictures.prediction_grid(real, decoded), 96 * 2 * len(data.views))
+    _imagine(policy, settings, episode, out)
     result: dict[str, Any] = {
         "suite": data.suite,
         "task": episode.task,
@@ -101,6 +102,16 @@ def held_out_values(
     }
     write_json(out / "values.json", result)
     return result
+
+
+def _imagine(policy: EvaluatedPolicy, settings: EvaluationSettings, episode: Episode, out: Path) -> None:
+    """Picture ``eval_libero.video_chunks`` chunks rolled out from the episode's first frame, each from the last."""
+    data, chunks = settings.data, settings.eval_libero.video_chunks
+    first = _observation(episode, 0, data.views)
+    imagined = policy.generate_video(first, chunks, seed=settings.eval_libero.seed, episode=_ROW)[:, 1:]
+    real = _future(episode, 0, data.views, data.frame_stride, imagined.shape[1])
+    path = out / "predictions" / f"{data.suite}-{_ROW}-{episode.task}-imagined.png"
+    pictures.write_png(path, pictures.prediction_grid(real, imagined), 96 * 2 * len(data.views))
 
 
 def held_out_index(store: EpisodeStore) -> int:

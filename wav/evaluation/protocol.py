@@ -8,16 +8,18 @@ another task of the same scene and ask which of the two the policy does.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import wav
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
 from wav.data.conventions import Conventions
-from wav.data.files import canonical_digest
+from wav.data.files import canonical_digest, file_digest
 from wav.errors import CheckpointError, ConfigError
 from wav.planner import Condition
 from wav.sim.env import TaskSpec, select_tasks
@@ -26,6 +28,21 @@ from wav.sim.env import TaskSpec, select_tasks
 REFERENCE_BUDGET = 1000
 #: Conditions that the swapped-instruction probes run under, where they are evaluated at all.
 SWAPPED_CONDITIONS: tuple[Condition, ...] = ("planned", "unplanned")
+#: What decides an episode's result, below the package folder: a change here makes finished records worthless.
+_CODE = (
+    "codec",
+    "model",
+    "sim",
+    "data/state.py",
+    "data/statistics.py",
+    "evaluation/protocol.py",
+    "evaluation/rollout.py",
+    "flow_matching.py",
+    "planner.py",
+    "policy.py",
+    "seeding.py",
+    "text.py",
+)
 _PACKAGES = ("torch", "numpy", "mujoco", "robosuite")
 
 
@@ -110,6 +127,14 @@ def versions() -> dict[str, str]:
     return {**found, "wav": wav.__version__, "python": platform.python_version(), "machine": platform.machine()}
 
 
+@functools.cache
+def code_digest() -> str:
+    """Digest of the source files that decide an episode's result."""
+    root = Path(wav.__file__).parent
+    files = [file for part in _CODE for file in ([root / part] if part.endswith(".py") else (root / part).glob("*.py"))]
+    return canonical_digest({file.relative_to(root).as_posix(): file_digest(file) for file in files})
+
+
 def episode_key(
     spec: EpisodeSpec,
     *,
@@ -135,6 +160,7 @@ def episode_key(
             "statistics": statistics,
             "conventions": dict(conventions),
             "versions": versions(),
+            "code": code_digest(),
         }
     )
 

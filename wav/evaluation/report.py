@@ -172,7 +172,8 @@ def _rollouts(page: Page, evaluation: Path, records: Mapping[str, EpisodeRecord]
     pictures = sorted((evaluation / "predictions").glob("*.png"))
     for path in pictures:
         name, _, step = path.stem.partition("-step")
-        captions[path.stem] = f"{captions.get(name, name.replace('_', ' '))}; predicted at step {int(step or 0)}"
+        when = f"predicted at step {int(step)}" if step else "rolled out over several chunks from the first frame"
+        captions[path.stem] = f"{captions.get(name, name.replace('_', ' '))}; {when}"
     order = sorted(pictures, key=lambda path: "-held-out-" not in path.name)
     page.predictions = _items(page, order[:_MAX_PICTURES], captions)
     if not pictures:
