@@ -281,4 +281,6 @@ def test_metrics_and_plots_are_shown(smoke: tuple[Path, dict[str, str], str]) ->
     workspace, environment, _ = smoke
     assert "success_rate" in repro(workspace, environment, "metrics", "show")
     page = Path(repro(workspace, environment, "plots", "show").strip().splitlines()[-1].removeprefix("file://"))
-    assert "loss" in page.read_text()
+    html = page.read_text()
+    assert "loss" in html
+    assert 'src="http' not in html, "the page must work without a network"

@@ -51,7 +51,8 @@ def make_workspace(preset: str, folder: Path | None = None, cache: Path | None =
         _write_if_changed(folder / name, (PROJECT / name).read_text())
     cache = (cache or PROJECT / ".dvc" / "cache").absolute()
     text = (PROJECT / ".dvc" / "config").read_text()
-    text = text.replace("[core]\n", "[core]\n    no_scm = true\n", 1) + f"[cache]\n    dir = {cache}\n"
+    text = text.replace("[core]\n", "[core]\n    no_scm = true\n", 1).replace("../infra", f"{PROJECT}/infra")
+    text += f"[cache]\n    dir = {cache}\n"
     _write_if_changed(folder / ".dvc" / "config", text)
     secrets = PROJECT / ".dvc" / "config.local"
     if secrets.is_file() and not (folder / ".dvc" / "config.local").exists():
