@@ -8,6 +8,7 @@ values, which :func:`ExpertBlock.caches` computes once for all Euler steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,11 @@ class ExpertParts:
     scale_shift_table: nn.Parameter
     proj_out: nn.Linear
     rope_base: int
+
+    @property
+    def layers(self) -> list[ExpertBlock]:
+        """The blocks, typed."""
+        return cast("list[ExpertBlock]", list(self.blocks))
 
     def embed(self, tokens: Tensor, timestep: Tensor, history: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states (N, [1 +] A, d), temb (N, 1 or 1 + A, 6, d) and e (N, 1, d).

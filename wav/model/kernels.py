@@ -18,8 +18,10 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
-        normed = x * scale.unsqueeze(-1)
-        return normed if weight is None else normed.mul_(weight)
+        normed: Tensor = x * scale.unsqueeze(-1)
+        if weight is not None:
+            normed.mul_(weight)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -39,7 +41,7 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension of ``x`` (..., dim)."""
+    """X / sqrt(mean(x^2) + eps) * weight over the last dimension of ``x`` (..., dim)."""
     if x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled():
         return _RmsNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
     return F.rms_norm(x, x.shape[-1:], weight, eps)

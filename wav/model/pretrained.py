@@ -5,6 +5,7 @@ diffusers' own ``from_pretrained`` fills missing weights with random numbers aft
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -138,11 +139,15 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> WAVTrans
             f"{folder}/config.json: _class_name = {config.get('_class_name')!r}: must be 'WAVTransformer'; "
             "give a folder that a training stage or export wrote"
         )
+    known = set(inspect.signature(WAVTransformer.__init__).parameters) - {"self"}
+    given = {name for name in config if not name.startswith("_")}
+    for kind, names in (("unknown", given - known), ("missing", known - given)):
+        if names:
+            raise CheckpointError(
+                f"{folder}/config.json: {min(names)}: {kind} option; read it with the version of wav that wrote it"
+            )
     with torch.device("meta"):
         model: WAVTransformer = WAVTransformer.from_config(config)
-    unknown = sorted(name for name in config if not name.startswith("_") and name not in model.config)
-    if unknown:
-        raise CheckpointError(f"{folder}/config.json: {unknown[0]}: unknown option; use the version that wrote it")
     load_state(model, folder, assign=True)
     if dtype is not None:
         model.to(dtype=dtype)

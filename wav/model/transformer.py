@@ -236,15 +236,15 @@ class WAVTransformer(ModelMixin, ConfigMixin):
 
     def value_cache(self, features: Sequence[Tensor]) -> tuple[KeyValue, ...]:
         """K/V of the value expert's cross-attention, from video ``features`` (B, L, D) per layer."""
-        blocks = self._expert("value").blocks
+        blocks = self._expert("value").layers
         return tuple(block.caches(f, None)[0] for block, f in zip(blocks, features, strict=True))
 
     def action_cache(self, features: Sequence[Tensor], value_features: Sequence[Tensor] | None = None) -> ActionCache:
         """K/V of the action expert's cross-attentions, from video and value features per layer."""
-        blocks = self._expert("action").blocks
-        values = [None] * len(blocks) if value_features is None else value_features
+        blocks = self._expert("action").layers
+        values: Sequence[Tensor | None] = [None] * len(blocks) if value_features is None else value_features
         pairs = [block.caches(f, v) for block, f, v in zip(blocks, features, values, strict=True)]
-        value = None if value_features is None else tuple(pair[1] for pair in pairs)
+        value = None if value_features is None else tuple(cast(KeyValue, pair[1]) for pair in pairs)
         return ActionCache(tuple(pair[0] for pair in pairs), value)
 
     def _run_expert(
