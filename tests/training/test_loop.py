@@ -230,3 +230,24 @@ def test_store_that_is_down_is_named_before_training(spec_of, start, monkeypatch
     log = finish(process)
     assert process.exitcode == 1
     assert "make up" in log.splitlines()[-1]
+
+
+def test_s3_objects_are_recorded_with_their_versions(spec_of, start, s3_server) -> None:
+    spec = replace(spec_of(), store=f"s3://{s3_server.bucket}/loop", endpoint=s3_server.endpoint)
+    log = finish(start(spec))
+    info = json.loads((spec.paths.output / "checkpoint.json").read_text())
+    store = open_store(spec.store, spec.endpoint)
+    assert info["objects"], log
+    for entry in info["objects"]:
+        assert entry["version"]
+        assert store.get_bytes(entry["key"], entry["version"])
+    assert len(commits(store, f"{spec.prefix}/checkpoints")) == 2
+    assert s3_server.secret_key not in log + spec.to_json() + json.dumps(info)
+
+
+def test_old_runs_make_room(spec_of, start) -> None:
+    for rate in (0.1, 0.2, 0.3):
+        spec = spec_of(pretrain_video={"learning_rate": rate, "steps": 1})
+        log = finish(start(spec))
+    assert "resumed" not in log
+    assert len(list((spec.paths.cache / spec.stage).iterdir())) == 2

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 from wav.errors import TrainingError
@@ -52,12 +52,14 @@ def launch(
     path = spec.work / "spec.json"
     path.write_text(spec.to_json())
     last: deque[str] = deque(maxlen=_LAST_LINES)
-    for line in run_group(command(path, ranks), environment(spec, ranks), spec.stage, heartbeat_s, grace_s):
-        last.append(line.text)
-        if line.status is None:
-            on_line(line.text)
-        elif line.status != 0:
-            raise TrainingError(_failure(spec.stage, line.status, list(last)[:-1]))
+    lines = run_group(command(path, ranks), environment(spec, ranks), spec.stage, heartbeat_s, grace_s)
+    with contextlib.closing(lines):
+        for line in lines:
+            if line.status is None:
+                last.append(line.text)
+                on_line(line.text)
+            elif line.status != 0:
+                raise TrainingError(_failure(spec.stage, line.status, list(last)))
     metrics: dict[str, float | int | str] = json.loads((spec.paths.output / "metrics.json").read_text())
     return metrics
 
@@ -92,7 +94,7 @@ class Line:
 
 def run_group(
     argv: list[str], env: dict[str, str], name: str, heartbeat_s: float = 10.0, grace_s: float = 3.0
-) -> Iterator[Line]:
+) -> Generator[Line, None, None]:
     """Run a command in its own process group; yields its lines, then one :class:`Line` with the exit status.
 
     Leaving the iteration early (an exception in the caller, ``close()``) ends the whole group: SIGTERM, then
