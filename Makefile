@@ -40,7 +40,11 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 install: check-system $(VENV)/.installed ## the environment in .venv
 
-repro: install up ## the whole pipeline; PRESET=name: in workspaces/name with presets/name.yaml
+.PHONY: check-preset
+check-preset:
+	@test -z '$(PRESET)' || { test -z '$(findstring /,$(PRESET))' && test -f 'presets/$(PRESET).yaml'; } || { echo "PRESET = '$(PRESET)': no such file in presets/; there are: $(patsubst presets/%.yaml,%,$(wildcard presets/*.yaml))" >&2; exit 1; }
+
+repro: check-preset install up ## the whole pipeline; PRESET=name: in workspaces/name with presets/name.yaml
 ifeq ($(PRESET),)
 	@$(BEAT) 'dvc repro' -- dvc repro
 	@python -m infra.local.services where .
@@ -76,6 +80,6 @@ status: $(VENV)/.installed ## what runs
 ui: $(VENV)/.installed ## addresses of the UIs
 	@python -m infra.local.services ui
 
-clean-workspace: ## delete workspaces/PRESET
+clean-workspace: check-preset ## delete workspaces/PRESET
 	@test -n '$(PRESET)' || { echo 'PRESET: not set; make clean-workspace PRESET=smoke' >&2; exit 1; }
 	rm -rf workspaces/$(PRESET)

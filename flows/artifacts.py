@@ -59,7 +59,8 @@ def _flatten(numbers: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
 
 def publish_images(name: str, images: Mapping[str, bytes | Path], description: str = "") -> None:
     """Pictures (PNG bytes or files) inside one markdown artefact, as data URIs: no server has to hold them."""
-    parts, total = [], 0
+    parts: list[str] = []
+    total = 0
     for caption, image in images.items():
         data = image.read_bytes() if isinstance(image, Path) else image
         total += len(data)

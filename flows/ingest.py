@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import numpy as np
 from prefect import flow
 
@@ -54,7 +56,8 @@ def describe(run: StageRun) -> None:
         plots.write_png(folder / "pictures" / f"{task_name}.png", pictures[task_name])
     write_json(folder / "metrics.json", metrics)
     publish_numbers("metrics", metrics, "demonstrations")
-    publish_table("quarantine", store.rejected or [{"episode": "none", "reason": "-"}], "rejected episodes")
+    rejected = [asdict(rejection) for rejection in store.rejected]
+    publish_table("quarantine", rejected or [{"episode": "none"}], "rejected episodes")
     publish_images("frames", pictures, "one demonstration per task")
 
 

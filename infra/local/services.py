@@ -22,6 +22,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -81,7 +82,7 @@ def credentials(folder: Path) -> dict[str, str]:
     return values
 
 
-def _client(endpoint: str, keys: dict[str, str]):
+def _client(endpoint: str, keys: dict[str, str]) -> Any:
     import boto3
     from botocore.config import Config
 
