@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from wav.data.episode import Episode
 from wav.data.store import EpisodeStore, EpisodeStoreWriter
 from wav.errors import DataError
 from wav.plots import spearman
-from wav.rewards import RewardStore, episode_rewards, label_store, returns, ssim, value_channels
+from wav.rewards import RewardStore, episode_rewards, label_store, mse, returns, ssim, value_channels
 
 H, W, T = 16, 24, 14
 SIMILARITIES = ("wrist_mse", "wrist_ssim", "top_mse", "top_ssim", "proximity")
@@ -100,7 +101,12 @@ def slow_terms(wrist, top, state, actions, t: int) -> list[float]:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(11, 11), (16, 24), (33, 20)])
+def skimage_ssim(image: np.ndarray, reference: np.ndarray) -> float:
+    options = {"gaussian_weights": True, "use_sample_covariance": False, "sigma": 1.5}
+    return float(structural_similarity(image, reference, channel_axis=-1, data_range=255, **options))
+
+
+@pytest.mark.parametrize("size", [(11, 11), (16, 24), (33, 20), (64, 43)])
 def test_ssim_matches_scikit_image_and_the_definition(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
     reference = rng.integers(0, 256, (*size, 3), np.uint8)
@@ -108,26 +114,38 @@ def test_ssim_matches_scikit_image_and_the_definition(size: tuple[int, int]) -> 
     images = np.clip(reference + noise, 0, 255).astype(np.uint8)
     found = ssim(images, reference)
     for image, value in zip(images, found, strict=True):
-        expected = structural_similarity(
-            image,
-            reference,
-            gaussian_weights=True,
-            use_sample_covariance=False,
-            sigma=1.5,
-            channel_axis=-1,
-            data_range=255,
-        )
-        assert value == pytest.approx(expected, abs=1e-6)
+        assert value == pytest.approx(skimage_ssim(image, reference), abs=1e-6)
     assert found[0] == pytest.approx(1)
-    assert found[2] == pytest.approx(slow_ssim(images[2], reference), abs=1e-9)
+    assert found[2] == pytest.approx(slow_ssim(images[2], reference), abs=1e-6)
     assert (np.diff(found) < 0).all()
 
 
-def test_ssim_chunks_do_not_change_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ssim_holds_where_float32_is_weakest() -> None:
+    """Flat bright areas beside black ones: the variances are small differences of large squares."""
+    reference = np.full((40, 48, 3), 250, np.uint8)
+    reference[:20] = 3
+    rng = np.random.default_rng(3)
+    images = np.clip(reference + rng.normal(0, 1, (6, 40, 48, 3)) * np.arange(6)[:, None, None, None], 0, 255)
+    images = np.concatenate([images, 255 - images]).astype(np.uint8)
+    for image, value in zip(images, ssim(images, reference), strict=True):
+        assert value == pytest.approx(skimage_ssim(image, reference), abs=1e-4)
+
+
+def test_a_frame_is_compared_alone() -> None:
     frames = reach().images["wrist"]
-    whole = ssim(frames, frames[-1])
-    monkeypatch.setattr("wav.rewards._CHUNK_BYTES", 1)
-    np.testing.assert_allclose(ssim(frames, frames[-1]), whole, atol=1e-12)
+    for measure in (ssim, mse):
+        whole = measure(frames, frames[-1])
+        alone = np.concatenate([measure(frames[t : t + 1], frames[-1]) for t in range(T)])
+        np.testing.assert_array_equal(alone, whole)
+
+
+def test_mse_is_the_mean_squared_difference() -> None:
+    rng = np.random.default_rng(4)
+    images = rng.integers(0, 256, (40, 33, 20, 3), np.uint8)
+    expected = ((images.astype(int) - images[3].astype(int)) ** 2).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(mse(images, images[3]), expected, rtol=1e-12)
+    extreme = mse(np.zeros((1, 512, 512, 3), np.uint8), np.full((512, 512, 3), 255, np.uint8))
+    assert extreme[0] == pytest.approx(255**2, rel=1e-5)
 
 
 def test_images_below_the_window_are_refused() -> None:
@@ -190,12 +208,71 @@ def test_without_joints_the_axis_angle_is_unwrapped() -> None:
     assert flipped[:, 5].max() < 1
 
 
-def test_views_must_fit_the_arms() -> None:
+def test_a_constant_episode_has_all_similarity_and_no_motion() -> None:
+    for episode, settings in (
+        (reach(), LabelRewardsSettings()),
+        (bimanual(), LabelRewardsSettings(arms=2, weight="1/16")),
+    ):
+        still = {
+            name: np.repeat(getattr(episode, name)[3:4], episode.length, axis=0)
+            for name in ("state", "joints", "actions")
+        }
+        images = {view: np.repeat(frames[3:4], episode.length, axis=0) for view, frames in episode.images.items()}
+        found = episode_rewards(replace(episode, images=images, **still), settings)
+        motion = np.array([name.endswith(("velocity", "acceleration")) for name in found.names])
+        np.testing.assert_allclose(found.terms[:, ~motion], 1, atol=1e-6)
+        assert (found.terms[:, motion] == 0).all()
+        reward = (5 if settings.arms == 1 else 8) * (1 / 9 if settings.arms == 1 else 1 / 16)
+        np.testing.assert_allclose(found.reward, reward, atol=1e-6)
+        values = value_channels(found, settings, 15)[:, -1]
+        np.testing.assert_allclose(values, reward * (1 - 0.99**15) / (1 - 0.99), rtol=1e-5)
+
+
+def test_an_episode_of_one_step_is_its_own_goal() -> None:
     episode = reach()
-    with pytest.raises(DataError, match=r"data\.views"):
+    first = {name: getattr(episode, name)[:1] for name in ("state", "joints", "actions")}
+    images = {view: frames[:1] for view, frames in episode.images.items()}
+    found = episode_rewards(replace(episode, images=images, **first), LabelRewardsSettings())
+    np.testing.assert_allclose(found.terms, [[1, 1, 1, 1, 1, 0, 0, 0, 0]], atol=1e-6)
+    assert value_channels(found, LabelRewardsSettings(), 15).shape == (1, 10)
+    assert value_channels(found, LabelRewardsSettings(to_end=True), 15)[0, 9] == pytest.approx(5 / 9)
+
+
+def test_a_missing_camera_is_named() -> None:
+    episode, settings = reach(), LabelRewardsSettings()
+    with pytest.raises(
+        DataError, match=r"data\.views = .*needs 2 wrist camera\(s\), found wrist .*label_rewards\.arms"
+    ):
         episode_rewards(episode, LabelRewardsSettings(arms=2))
-    with pytest.raises(DataError, match=r"data\.views"):
-        episode_rewards(episode, LabelRewardsSettings(), ("agentview",))
+    with pytest.raises(DataError, match=r"needs 1 wrist camera\(s\), found none"):
+        episode_rewards(episode, settings, ("agentview",))
+    with pytest.raises(DataError, match=r"needs 1 third-person camera\(s\), found none"):
+        episode_rewards(episode, settings, ("wrist",))
+    with pytest.raises(DataError, match=r"found agentview, sideview"):
+        episode_rewards(episode, settings, ("agentview", "sideview", "wrist"))
+    only = replace(episode, images={"agentview": episode.images["agentview"]})
+    with pytest.raises(DataError, match=r"episode reach/0: camera 'wrist' is missing, it has agentview"):
+        episode_rewards(only, settings, ("agentview", "wrist"))
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.99, 1.0])
+@pytest.mark.parametrize("horizon", [1, 2, 15])
+def test_returns_of_a_geometric_reward_have_a_closed_form(gamma: float, horizon: int) -> None:
+    """r_t = q^t, held at q^(T-1): v_t sums (gamma q)^i up to the last frame and gamma^i from there on."""
+    q, length = 1.1, 12
+
+    def series(ratio: float, terms: int) -> float:
+        return terms if ratio == 1 else (1 - ratio**terms) / (1 - ratio)
+
+    expected = []
+    for t in range(length):
+        moving = min(horizon, length - t)
+        held = gamma**moving * series(gamma, horizon - moving) * q ** (length - 1)
+        expected.append(q**t * series(gamma * q, moving) + held)
+    reward = q ** np.arange(length)
+    np.testing.assert_allclose(returns(reward, gamma, horizon), expected, rtol=1e-6)
+    to_end = [q**t * series(gamma * q, length - t) for t in range(length)]
+    np.testing.assert_allclose(returns(reward, gamma, None), to_end, rtol=1e-6)
 
 
 def test_returns_by_hand() -> None:
