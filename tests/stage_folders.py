@@ -13,6 +13,7 @@ from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.files import canonical_digest, file_records, write_json
 from wav.data.latents import encode_store
+from wav.data.statistics import Statistics
 from wav.data.store import EpisodeStore, EpisodeStoreWriter
 from wav.model import build_model
 from wav.rewards import label_store
@@ -54,8 +55,8 @@ def random_episode(number: int, length: int = 18) -> Episode:
     )
 
 
-def make_stages(folder: Path) -> Stages:
-    """Write all four folders under ``folder``."""
+def make_stages(folder: Path, value_expert: bool = True) -> Stages:
+    """Write all four folders under ``folder``; without value expert, as training leaves them then."""
     stages = Stages(folder / "episodes", folder / "rewards", folder / "latents", folder / "joint")
     with EpisodeStoreWriter(stages.episodes, Conventions.for_simulator(DATA)) as writer:
         for number in range(4):
@@ -67,9 +68,11 @@ def make_stages(folder: Path) -> Stages:
     text = build_small(folder / "t5", [spec.instruction for spec in task_specs(DATA.suite).values()], dim=WIDTH)
     latents = encode_store(store, codec, TextEncoder.from_pretrained(text, DATA.text_tokens), DATA, stages.latents)
     stages.joint.mkdir()
-    build_model(MODEL, DATA, CHANNELS, WIDTH).save_pretrained(stages.joint / "model")
+    model = MODEL.model_copy(update={"value_expert": value_expert})
+    build_model(model, DATA, CHANNELS, WIDTH).save_pretrained(stages.joint / "model")
     store.statistics.save(stages.joint / "episodes_statistics.json")
-    rewards.statistics.save(stages.joint / "rewards_statistics.json")
+    values = rewards.statistics if value_expert else Statistics({})
+    values.save(stages.joint / "rewards_statistics.json")
     write_json(stages.joint / "conventions.json", store.conventions.to_json())
     checkpoint = {
         "format": 1,
@@ -78,7 +81,7 @@ def make_stages(folder: Path) -> Stages:
         "steps": 3,
         "model_digest": canonical_digest({r.path: r.sha256 for r in file_records(stages.joint / "model")}),
         "latents": latents.digest,
-        "statistics": {"episodes": store.statistics.digest, "rewards": rewards.statistics.digest},
+        "statistics": {"episodes": store.statistics.digest} | ({"rewards": values.digest} if value_expert else {}),
         "inputs": {},
     }
     write_json(stages.joint / "checkpoint.json", checkpoint)

@@ -223,6 +223,7 @@ def model_card(
         parameters=sum(p.numel() for p in policy.model.model.parameters()),
         dtype=settings.export.dtype,
         planner=settings.planner.model_dump(mode="json"),
+        value_expert=policy.model.shapes.value is not None,
         table=None if metrics is None else metrics_table(metrics),
         metrics=metrics,
         version=wav.__version__,

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from wav.storage import open_store
@@ -191,6 +192,11 @@ def test_model_without_value_expert(spec_of, start) -> None:
     metrics = json.loads((joint.paths.output / "metrics.json").read_text())
     assert "loss_value" not in metrics, log
     assert {"loss_action", "loss_video"} <= set(metrics)
+    for spec, name in ((video, "video"), (value, "value"), (joint, "joint")):
+        stage = yaml.safe_load((Path(__file__).parents[2] / "dvc.yaml").read_text())["stages"][spec.stage]
+        declared = [next(iter(entry)) for entry in (*stage["outs"], *stage["metrics"])]
+        wanted = {path.split("/")[2] for path in declared if path.startswith(f"models/{name}/")}
+        assert {path.name for path in spec.paths.output.iterdir()} == wanted
 
 
 def test_bf16_zero_and_accumulation(spec_of, start) -> None:

@@ -10,7 +10,7 @@ from wav.config import DataSettings, EvalLiberoSettings
 from wav.data.files import read_json
 from wav.errors import CheckpointError, ConfigError
 from wav.evaluation import pictures
-from wav.evaluation.evaluate import check_start
+from wav.evaluation.evaluate import applicable, check_start
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Pool, Rollout, Scheduler
 from wav.export import load_export
@@ -79,13 +79,16 @@ def act_episodes(
         Success of each episode, in order.
 
     Raises:
-        WavError: a damaged export, another suite, an unknown task, other simulator versions, a broken renderer.
+        WavError: a damaged export, another suite, an unknown task, a condition that needs the value expert the export
+            lacks, other simulator versions, a broken renderer.
     """
     data = exported_data(folder, suite, tasks)
     chosen = select_tasks(suite, data.tasks)
     slots = min(episodes, 8)
     policy = load_export(folder, batch_size=slots, device=device)
     check_start(policy, data)
+    value_expert = policy.model.shapes.value is not None
+    applicable((condition,), value_expert, "--condition")
     specs = []
     for number in range(episodes):
         task, index = chosen[number % len(chosen)], number // len(chosen)
@@ -113,7 +116,7 @@ def act_episodes(
             policy,
             execute_steps=min(execute_steps, data.action_chunk),
             batch_size=slots,
-            with_value=policy.model.shapes.value is not None,
+            with_value=value_expert,
             on_finish=finish,
         ).run(specs)
     return [results[spec] for spec in specs]

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
 from wav.data.conventions import Conventions
 from wav.data.files import write_json
+from wav.errors import ConfigError
 from wav.evaluation import pictures
 from wav.evaluation.protocol import (
     EpisodeSpec,
@@ -29,6 +30,7 @@ from wav.evaluation.protocol import (
 )
 from wav.evaluation.records import EpisodeRecord, finished_record, record_path, summarise, write_record
 from wav.evaluation.rollout import Actor, Pool, Rollout, Scheduler
+from wav.planner import Condition
 from wav.sim.env import Observation
 
 log = logging.getLogger(__name__)
@@ -116,6 +118,30 @@ def check_start(
         check_statistics(statistics_digest, policy.statistics.digest, "policy")
 
 
+def applicable(
+    conditions: Sequence[Condition], value_expert: bool, field: str = "eval_libero.conditions"
+) -> tuple[tuple[Condition, ...], dict[str, str]]:
+    """The conditions that can be evaluated, and why the others cannot.
+
+    Args:
+        conditions: what is asked for.
+        value_expert: whether the model has one; nothing can be planned without.
+        field: names ``conditions`` in the error.
+
+    Raises:
+        ConfigError: none of them can be evaluated.
+    """
+    if value_expert:
+        return tuple(conditions), {}
+    if "unplanned" not in conditions:
+        raise ConfigError(
+            f"{field} = {', '.join(conditions)}: the model has no value expert (model.value_expert: false) to plan "
+            "with; ask for unplanned"
+        )
+    reason = "not applicable, the model has no value expert (model.value_expert: false) to plan with"
+    return ("unplanned",), {condition: reason for condition in conditions if condition != "unplanned"}
+
+
 def evaluate(
     settings: EvaluationSettings,
     policy: EvaluatedPolicy,
@@ -138,19 +164,23 @@ def evaluate(
         checkpoint: digest of the weights, part of every episode's key.
         data_conventions: see :func:`check_start`.
         statistics_digest: see :func:`check_start`.
-        with_value: ask for predicted values (False for models without value expert).
+        with_value: whether the model has a value expert. Without one no values are asked for, and the conditions that
+            plan are left out; ``metrics.json`` names them under ``not_applicable`` with the reason.
         progress: called after every episode.
 
     Returns:
         The content of ``metrics.json``.
 
     Raises:
-        ConfigError, CheckpointError: see :func:`check_start`.
+        ConfigError, CheckpointError: see :func:`check_start` and :func:`applicable`.
         SimulationError: a simulator kept dying.
         StorageError: the disk is full.
     """
     check_start(policy, settings.data, data_conventions, statistics_digest)
-    session = _Session(settings, policy, Path(out), checkpoint, progress)
+    conditions, left_out = applicable(settings.eval_libero.conditions, with_value)
+    for condition, reason in left_out.items():
+        log.warning("evaluation: condition %s is %s", condition, reason)
+    session = _Session(settings, policy, Path(out), checkpoint, progress, conditions)
     waiting = session.resume()
     scheduler = Scheduler(
         pool,
@@ -172,6 +202,7 @@ def evaluate(
     }
     session.remove_stale()
     metrics = summarise([session.records[spec] for spec in session.episodes], timing)
+    metrics["not_applicable"] = left_out
     write_json(session.out / "metrics.json", metrics)
     return metrics
 
@@ -186,11 +217,13 @@ class _Session:
         out: Path,
         checkpoint: str,
         progress: Callable[[Progress], None] | None,
+        conditions: tuple[Condition, ...],
     ) -> None:
         self.settings, self.policy, self.out, self.progress = settings, policy, out, progress
         self.checkpoint, self.conventions = checkpoint, policy.conventions.to_json()
         self.versions = versions()
-        self.episodes = build_episodes(settings.data, settings.eval_libero)
+        wanted = settings.eval_libero.model_copy(update={"conditions": conditions})
+        self.episodes = build_episodes(settings.data, wanted)
         self.records: dict[EpisodeSpec, EpisodeRecord] = {}
         self.began, self.resumed = time.perf_counter(), 0
 

@@ -181,6 +181,8 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     for task in tasks:
         lines.append("| " + " | ".join([task, *(cell(metrics[c]["tasks"][task]) for c in conditions)]) + " |")
     lines.append("| " + " | ".join(["**all**", *(f"**{cell(metrics[c])}**" for c in conditions)]) + " |")
+    for condition, reason in metrics.get("not_applicable", {}).items():
+        lines.append(f"\n{condition}: {reason}.")
     for condition, probe in metrics.get("swapped", {}).items():
         lines.append(
             f"\nInstruction swapped ({condition}): went for the instructed object in {probe['instructed']} of "

@@ -105,6 +105,7 @@ def collect(workspace: Path, suite: str) -> Page:
         page.metrics = read_json(evaluation / "metrics.json", "run `dvc repro eval_libero`")
         page.suite = page.metrics["suite"]
         page.conditions = [name for name in _CONDITIONS if name in page.metrics]
+        page.missing += [f"condition {name}: {why}" for name, why in page.metrics.get("not_applicable", {}).items()]
         page.success_chart = _chart("success", charts.success_rates(page.metrics, page.conditions))
         records = _records(evaluation)
         _rollouts(page, evaluation, records)

@@ -1,6 +1,7 @@
 """The output folder of a training stage: weights, metrics, curves and where everything is kept.
 
-It is assembled beside its final name and renamed at the end, so it is complete or absent.
+It is assembled beside its final name and renamed at the end, so it is complete or absent. Every stage leaves the files
+that dvc.yaml declares, also the one that has nothing to train.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from wav.data.files import atomic_folder, canonical_digest, file_records, write_json
+from wav.data.statistics import Statistics
 from wav.model import WAVTransformer
 from wav.storage.base import ObjectStore, disk_errors
 from wav.storage.commit import MANIFEST, Manifest, publish, seal
@@ -76,9 +78,12 @@ def write_output(
         shutil.move(str(model_folder), str(folder / "model"))
         if curves is not None and curves.is_dir():
             shutil.copytree(curves, folder / "plots")
+        else:
+            (folder / "plots").mkdir()
         inputs.episodes.statistics.save(folder / "episodes_statistics.json")
-        if inputs.rewards is not None:
-            inputs.rewards.statistics.save(folder / "rewards_statistics.json")
+        if spec.stage != "pretrain_video":  # without a value expert: of nothing
+            values = inputs.rewards.statistics if inputs.rewards is not None else Statistics({})
+            values.save(folder / "rewards_statistics.json")
         conventions = inputs.episodes.conventions.to_json()
         write_json(folder / "conventions.json", conventions)
         write_json(folder / "metrics.json", metrics)
