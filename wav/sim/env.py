@@ -19,6 +19,8 @@ from wav.errors import ConfigError
 if TYPE_CHECKING:
     from wav.config import DataSettings
 
+LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+
 
 @dataclass(frozen=True)
 class TaskSpec:
@@ -75,7 +77,18 @@ def task_specs(suite: str) -> dict[str, TaskSpec]:
         from wav.sim.tabletop_tasks import TASKS
 
         return dict(TASKS)
-    raise ConfigError(f"data.suite = {suite!r}: unknown suite; the suites are tabletop")
+    if suite in LIBERO_SUITES:
+        from wav.sim import libero_tasks
+
+        return libero_tasks.task_specs(suite)
+    raise _unknown(suite)
+
+
+def _unknown(suite: str) -> ConfigError:
+    names = ("tabletop", *LIBERO_SUITES)
+    near = difflib.get_close_matches(suite, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; the suites are {', '.join(names)}"
+    return ConfigError(f"data.suite = {suite!r}: unknown suite{hint}")
 
 
 def select_tasks(suite: str, names: tuple[str, ...]) -> tuple[TaskSpec, ...]:
@@ -94,11 +107,23 @@ def make_env(suite: str, data: DataSettings) -> SimEnv:
         from wav.sim.tabletop import TabletopEnv
 
         return TabletopEnv(data)
-    raise ConfigError(f"data.suite = {suite!r}: unknown suite; the suites are tabletop")
+    if suite in LIBERO_SUITES:
+        from wav.sim.libero import LiberoEnv
+
+        return LiberoEnv(data.model_copy(update={"suite": suite}))
+    raise _unknown(suite)
 
 
-def simulator_versions() -> dict[str, str]:
-    """Versions that decide physics and pixels, recorded with data and evaluations."""
+def simulator_versions(suite: str = "tabletop") -> dict[str, str]:
+    """What decides physics and pixels of ``suite``, recorded with data and evaluations: versions, LIBERO's assets.
+
+    Raises:
+        ServiceError: a LIBERO suite, and LIBERO is not ready here (:func:`wav.sim.libero_assets.bootstrap`).
+    """
     from importlib.metadata import version
 
+    if suite in LIBERO_SUITES:
+        from wav.sim import libero_assets
+
+        return libero_assets.simulator_versions()
     return {name: version(name) for name in ("mujoco", "robosuite")}
