@@ -144,6 +144,42 @@ def test_distributions_move_to_the_maximum(score: str) -> None:
     assert finals[1] > finals[0] + 0.1
 
 
+def test_every_view_keeps_its_own_statistics() -> None:
+    """Only the first view decides the score, so only its distribution moves; pooled, both would."""
+
+    def first_view(z_video: Tensor, z_value: Tensor) -> Tensor:
+        return z_video[:, :, 0].mean((2, 3, 4, 5))[..., None] + 0 * z_value.mean((3, 4))
+
+    settings = PlannerSettings(iterations=3, video_samples=64, video_elites=8, alpha=1.0)
+    for compat in (Compat(), Compat(pooled_views=True)):
+        result = plan(FakeModel(first_view), None, settings, noise(4), returns, compat=compat)
+        mean, std = (getattr(result.history[-1].video, name) for name in ("mean", "std"))
+        if compat.pooled_views:
+            assert torch.equal(mean[:, 0], mean[:, 1])
+            assert torch.equal(std[:, 0], std[:, 1])
+        else:
+            assert mean[:, 0].mean() > 0.4
+            assert mean[:, 1].mean().abs() < 0.2
+
+
+@pytest.mark.parametrize("elites", [1, 2, 5])
+def test_standard_deviation_divides_by_the_number_of_elites(elites: int) -> None:
+    """Eq. 5 with 1/K, defined for one elite too."""
+    settings = SETTINGS.model_copy(update={"iterations": 1, "alpha": 1.0, "beta": 1.0, "sigma_decay": 1.0})
+    settings = settings.model_copy(update={"video_elites": elites, "value_elites": elites})
+    model = FakeModel(bowl)
+    last = plan(model, None, settings, noise(2), returns).history[-1]
+    z_video, z_value = model.seen[0]
+    for b in range(2):
+        video = z_video[b, last.video_elites[b]]
+        value = z_value[b].flatten(0, 1)[last.value_elites[b]]
+        for after, chosen in ((last.video, video), (last.value, value)):
+            mean = sum(chosen) / elites
+            std = (sum((z - mean) ** 2 for z in chosen) / elites).sqrt()
+            torch.testing.assert_close(after.mean[b], mean)
+            torch.testing.assert_close(after.std[b], std)
+
+
 def test_one_elite_is_no_nan() -> None:
     settings = SETTINGS.model_copy(update={"video_elites": 1, "value_elites": 1})
     result = plan(FakeModel(bowl), None, settings, noise(2), returns)
@@ -226,6 +262,17 @@ def test_scores_are_on_the_given_returns() -> None:
     planned = plan(FakeModel(bowl), None, SETTINGS, noise(), lambda values: values[..., -1] + 100)
     plain = plan(FakeModel(bowl), None, SETTINGS, noise(), returns, compat=Compat(normalised_returns=True))
     torch.testing.assert_close(planned.history[0].scores, plain.history[0].scores + 100, atol=1e-2, rtol=0)
+
+
+def test_scores_by_hand() -> None:
+    trajectory = torch.tensor([1.0, 2.0, 3.0, 6.0])  # mean 3, variance (4 + 1 + 0 + 9) / 4
+    std = 3.5**0.5
+    snr = SETTINGS.model_copy(update={"epsilon": 0.5})
+    assert score_returns(trajectory, snr).item() == pytest.approx(3 / (std + 0.5))
+    for c in (0.0, 1.0, 2.5):
+        bound = SETTINGS.model_copy(update={"score": "lower_bound", "lower_bound_c": c})
+        assert score_returns(trajectory, bound).item() == pytest.approx(3 - c * std, abs=1e-6)
+        assert score_returns(trajectory + 7, bound).item() == pytest.approx(10 - c * std, abs=1e-6)
 
 
 def test_reference_tiling_credits_other_videos() -> None:
