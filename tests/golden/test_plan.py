@@ -1,49 +1,50 @@
 """Planning and acting against the reference's recorded runs (``plan_*``), with its departures switched on.
 
-The folder comes from ``WAV_GOLDEN_DIR``; every size is read from its ``meta.json`` and tensors.
+Each run is checked as its flags in ``meta.json`` say; the seven that a full set holds are skipped by name when absent.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from functools import cache
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.golden.conftest import META, Golden, known
 from wav.config import PlannerSettings
-from wav.flow_matching import inference_sigmas
 from wav.model import WAVTransformer
-from wav.model.inference import Context
+from wav.model.inference import Context, WAVPlannerModel
 from wav.model.reference import ReferencePlannerModel
 from wav.planner import REFERENCE, NoiseShapes, Plan, plan
 
-GOLDEN = Path(os.environ.get("WAV_GOLDEN_DIR", Path(__file__).parents[2] / ".." / "shared" / "golden"))
-META: dict[str, Any] = json.loads((GOLDEN / "meta.json").read_text()) if (GOLDEN / "meta.json").is_file() else {}
-PLANS: dict[str, Any] = META.get("plans", {})
-pytestmark = pytest.mark.skipif(not PLANS, reason=f"no recorded plans in {GOLDEN}; set WAV_GOLDEN_DIR")
 ATOL = 1e-4
-
-
-@cache
-def transformer() -> WAVTransformer:
-    model = WAVTransformer(**META["config"])
-    model.load_state_dict(load_file(GOLDEN / "transformer_weights.safetensors"))
-    return model.eval()
+RUNS = known(
+    META.get("plans", {}),
+    "v2_explore",
+    "v3_explore",
+    "v2_noexplore",
+    "v2_video_value_action",
+    "v2_value_only",
+    "v2_action_novalue",
+    "v2_video_only_1img",
+)
 
 
 class Run:
     """One recorded run: its tensors, its draws in call order, and the model that conditions on its observation."""
 
-    def __init__(self, name: str) -> None:
-        self.info, self.tensors = PLANS[name], load_file(GOLDEN / f"plan_{name}.safetensors")
+    def __init__(
+        self,
+        golden: Golden,
+        transformer: WAVTransformer,
+        name: str,
+        kind: type[WAVPlannerModel] = ReferencePlannerModel,
+    ) -> None:
+        self.golden = golden
+        self.info, self.tensors = golden.recorded("plans", name)
         self.draws = [self.tensors[key] for key in sorted(k for k in self.tensors if k.startswith("rand."))]
-        self.memory_frames = META["cases"][0]["n_previous"]
+        self.memory_frames = golden.meta["cases"][0]["n_previous"]
         memory = self.tensors["mid.init_latents"]
         if memory.shape[2] == 1:  # one image is every memory
             memory = memory.expand(-1, -1, self.memory_frames, -1, -1)
@@ -54,7 +55,7 @@ class Run:
         tokens = [
             tuple(self.tensors[f"out.{k}"].shape[1:]) if f"out.{k}" in self.tensors else () for k in ("value", "action")
         ]
-        self.model = ReferencePlannerModel(transformer(), NoiseShapes(self.future(self.video).shape, *tokens))
+        self.model = kind(transformer, NoiseShapes(self.future(self.video).shape, *tokens))
         self.context: Context = self.model.begin(
             memory[None],
             self.tensors["in.prompt_embeds"],
@@ -78,37 +79,54 @@ class Run:
         }
         return recorded[purpose]().reshape(1, *shape)
 
-    def plan(self) -> Plan:
-        """Our planner with the reference's settings; its alpha is the share of the OLD statistics."""
-        explored, first = self.info["explore_config"], self.tensors
+    @property
+    def settings(self) -> PlannerSettings:
+        """The reference's settings as ours; its alpha is the share of the OLD statistics."""
+        explored, planned, first = self.info["explore_config"], self.info["exploration"], self.tensors
         new = 1 - explored["alpha_smooth"]
-        settings = PlannerSettings(
-            iterations=explored["explore_steps"] if self.info["exploration"] else 0,
+        return PlannerSettings(
+            iterations=explored["explore_steps"] if planned else 0,
             video_samples=self.M,
             value_samples=self.N,
-            video_elites=len(first["it0.video_elite_idx"]) if self.info["exploration"] else 1,
-            value_elites=len(first["it0.value_elite_idx"]) if self.info["exploration"] else 1,
+            video_elites=len(first["it0.video_elite_idx"]) if planned else 1,
+            value_elites=len(first["it0.value_elite_idx"]) if planned else 1,
             alpha=new,
             beta=new,
             sigma_decay=explored["sigma_decay"],
             denoise_steps=self.steps,
         )
-        return plan(self.model, self.context, settings, self, lambda v: v[..., -1], with_value=True, compat=REFERENCE)
+
+    def plan(self) -> Plan:
+        """Our planner, as the reference."""
+        settings, last = self.settings, lambda values: values[..., -1]
+        return plan(self.model, self.context, settings, self, last, with_value=True, compat=REFERENCE)
 
 
 def close(ours: Tensor, recorded: Tensor) -> None:
     torch.testing.assert_close(ours.reshape(recorded.shape), recorded, atol=ATOL, rtol=0)
 
 
-def runs(**wanted: bool) -> list[str]:
-    """Names of the recorded runs with these flags."""
-    return [name for name, info in PLANS.items() if all(info[key] == value for key, value in wanted.items())]
+@pytest.fixture(scope="module", params=RUNS)
+def run(request: pytest.FixtureRequest, golden: Golden, transformer: WAVTransformer) -> Run:
+    return Run(golden, transformer, request.param)
 
 
-@pytest.mark.parametrize("name", runs(exploration=True))
-def test_planned(name: str) -> None:
-    run = Run(name)
+def test_recorded_run(run: Run) -> None:
+    check(run)
+
+
+def check(run: Run) -> None:
+    """All that was recorded of a run, by its flags."""
+    if run.info["exploration"]:
+        planned(run)
+    else:
+        CHECKS[tuple(run.info[f"return_{kind}"] for kind in ("video", "value", "action"))](run)
+
+
+def planned(run: Run) -> None:
+    assert (run.info["return_value"], run.info["return_action"], run.info["return_video"]) == (True, True, False)
     result, recorded = run.plan(), run.tensors
+    assert len(result.history) == run.info["explore_config"]["explore_steps"]
     for k, step in enumerate(result.history):
         close(step.values, recorded[f"it{k}.values_denoised"])
         close(step.scores, recorded[f"it{k}.value_snr"])
@@ -124,35 +142,35 @@ def test_planned(name: str) -> None:
     close(result.actions, recorded["out.action"])
     assert result.values is not None
     close(result.values, recorded["out.value"])
+    differs_without_the_switches(run)
 
 
-@pytest.mark.parametrize("name", runs(exploration=False, return_action=True, return_value=True, return_video=False))
-def test_unplanned(name: str) -> None:
-    run = Run(name)
+def differs_without_the_switches(run: Run) -> None:
+    """Guard against compat switches that do nothing: our planner must not reproduce the reference's mistakes."""
+    settings = run.settings.model_copy(update={"iterations": 1})
+    result = plan(run.model, run.context, settings, run, lambda values: values[..., -1])
+    assert not torch.allclose(result.history[0].values.flatten(0, 2), run.tensors["it0.values_denoised"], atol=1e-2)
+
+
+def unplanned(run: Run) -> None:
     result = run.plan()
     close(result.actions, run.tensors["out.action"])
     assert result.values is not None
     close(result.values, run.tensors["out.value"])
 
 
-@pytest.mark.parametrize("name", runs(return_action=True, return_value=False, return_video=False))
-def test_action_without_value(name: str) -> None:
-    run = Run(name)
+def action_without_value(run: Run) -> None:
     features = run.model.video_features(run.context, run.future(run.draws[1])[None, None], 1)
     action = run.model.denoise_action(run.context, features, None, run.draws[0], run.steps)
     close(action, run.tensors["out.action"])
 
 
-@pytest.mark.parametrize("name", runs(return_action=False, return_value=True, return_video=False))
-def test_value_alone(name: str) -> None:
-    run = Run(name)
+def value_alone(run: Run) -> None:
     features = run.model.video_features(run.context, run.future(run.draws[1])[None, None], 1)
     close(run.model.denoise_value(features, run.draws[0][None, None], run.steps), run.tensors["out.value"])
 
 
-@pytest.mark.parametrize("name", runs(return_action=True, return_value=True, return_video=True))
-def test_video_value_and_action_together(name: str) -> None:
-    run = Run(name)
+def video_value_and_action_together(run: Run) -> None:
     action, value = run.draws[0], run.draws[1]
     video = run.future(run.draws[2])[None]
     actions, future = run.model.denoise_jointly(run.context, video, value, action, run.steps)
@@ -162,34 +180,21 @@ def test_video_value_and_action_together(name: str) -> None:
     close_video(run, future)
 
 
-@pytest.mark.parametrize("name", runs(return_action=False, return_value=False, return_video=True))
-def test_video_alone(name: str) -> None:
-    run = Run(name)
+def video_alone(run: Run) -> None:
     close_video(run, run.model.denoise_video(run.context, run.future(run.draws[0])[None], run.steps))
 
 
 def close_video(run: Run, future: Tensor) -> None:
     """Decode with the recorded VAE; the recorded video may start with the input images."""
-    from diffusers import AutoencoderKLLTXVideo
-
-    vae = AutoencoderKLLTXVideo(**META["vae_config"])
-    vae.load_state_dict(load_file(GOLDEN / "vae_weights.safetensors"))
-    mean, std = (x.view(1, -1, 1, 1, 1) for x in (vae.latents_mean, vae.latents_std))
-    with torch.no_grad():
-        frames = vae.eval().decode(future[0] * std / vae.config.scaling_factor + mean, None).sample.clamp(-1, 1)
-    recorded = run.tensors["out.video"]
-    close(frames, recorded[:, :, -frames.shape[2] :])
+    frames = run.golden.vae.decode(future[0])
+    close(frames, run.tensors["out.video"][:, :, -frames.shape[2] :])
 
 
-def test_the_default_planner_differs() -> None:
-    """Guard against a compat switch that does nothing: our planner must not reproduce the reference's mistakes."""
-    names = runs(exploration=True)
-    if not names:
-        pytest.skip("no recorded run with exploration")
-    run = Run(names[0])
-    settings = PlannerSettings(
-        iterations=1, video_samples=run.M, value_samples=run.N, video_elites=2, value_elites=2, denoise_steps=run.steps
-    )
-    result = plan(run.model, run.context, settings, run, lambda v: v[..., -1])
-    assert not torch.allclose(result.history[0].values.flatten(0, 2), run.tensors["it0.values_denoised"], atol=1e-2)
-    assert len(inference_sigmas(run.steps)) == run.steps + 1
+#: By what a run without exploration returned: (video, value, action).
+CHECKS: dict[tuple[bool, bool, bool], Callable[[Run], None]] = {
+    (False, True, True): unplanned,
+    (False, False, True): action_without_value,
+    (False, True, False): value_alone,
+    (True, True, True): video_value_and_action_together,
+    (True, False, False): video_alone,
+}

@@ -19,6 +19,7 @@ from wav.flow_matching import (
     timesteps,
     training_sigmas,
 )
+from wav.model import WAVTransformer
 from wav.model.rope import token_rope, video_rope
 from wav.model.video import pack
 
@@ -30,29 +31,30 @@ def tables(golden: Golden) -> dict[str, Tensor]:
     return golden.tensors("tables")
 
 
-def test_rope_tables_of_the_full_size(golden: Golden, tables: dict[str, Tensor]) -> None:
-    seen = 0
+def test_rope_tables_of_the_full_size(golden: Golden, tables: dict[str, Tensor], transformer: WAVTransformer) -> None:
+    seen = set()
     for key in golden.meta["tables"]:
-        if video := re.fullmatch(r"video(\d+)_f(\d+)_h(\d+)_w(\d+)\.cos", key):
-            dim, *grid = map(int, video.groups())
+        if video := re.fullmatch(r"(video)(\d+)_f(\d+)_h(\d+)_w(\d+)\.cos", key):
+            dim, *grid = map(int, video.groups()[1:])
             table = video_rope(dim, *grid, tuple(golden.meta["rope_interpolation_scale"]), CPU)
         elif tokens := re.fullmatch(r"(action|value)(\d+)_L(\d+)\.cos", key):
-            base = {"action": 54, "value": 57}[tokens[1]]
-            table = token_rope(int(tokens[2]), int(tokens[3]), base, CPU)
+            table = token_rope(int(tokens[2]), int(tokens[3]), transformer.config[f"{tokens[1]}_rope_base"], CPU)
         else:
             continue
-        seen += 1
+        seen.add((video or tokens)[1])
         cos, sin = tables[key][0], tables[key.replace(".cos", ".sin")][0]
         torch.testing.assert_close(table.real.repeat_interleave(2, -1), cos, atol=1e-5, rtol=0)
         torch.testing.assert_close(table.imag.repeat_interleave(2, -1), sin, atol=1e-5, rtol=0)
-    assert seen == 3
+    assert seen == {"video", "value", "action"}
 
 
-@pytest.mark.parametrize("steps", [5, 10])
-def test_inference_levels(tables: dict[str, Tensor], steps: int) -> None:
-    sigmas = inference_sigmas(steps)
-    torch.testing.assert_close(sigmas, tables[f"sched{steps}.sigmas"], atol=1e-7, rtol=0)
-    torch.testing.assert_close(timesteps(sigmas[:-1]), tables[f"sched{steps}.timesteps"], atol=1e-4, rtol=0)
+def test_inference_levels(tables: dict[str, Tensor]) -> None:
+    recorded = [int(match[1]) for key in tables if (match := re.fullmatch(r"sched(\d+)\.sigmas", key))]
+    assert recorded
+    for steps in recorded:
+        sigmas = inference_sigmas(steps)
+        torch.testing.assert_close(sigmas, tables[f"sched{steps}.sigmas"], atol=1e-7, rtol=0)
+        torch.testing.assert_close(timesteps(sigmas[:-1]), tables[f"sched{steps}.timesteps"], atol=1e-4, rtol=0)
 
 
 def test_training_levels(tables: dict[str, Tensor]) -> None:
@@ -67,7 +69,7 @@ def test_noisy_latents(golden: Golden, tables: dict[str, Tensor], mode: str) -> 
     frames = memory.shape[-3]
     future = noise[..., frames:, :, :]
     if mode == "train":  # the reference draws one rate for the batch
-        strength = golden.meta["train"]["video_only"]["noise_to_first_frame"]
+        strength = golden.recorded("train", "video_only")[0]["noise_to_first_frame"]
         rate = strength * tables["noisebuild.train.random_random"].float().expand(len(memory))
         memory = mix_memory(memory, noise[..., :frames, :, :], rate)
     elif mode == "meanstd":  # the case's mean and standard deviation of the future noise

@@ -1,4 +1,4 @@
-"""The stages' losses: who trains, what a loss may depend on, roles, draws, caption dropout."""
+"""The stages' losses: who trains, what the model is given, what a loss may depend on and how it is counted."""
 
 from __future__ import annotations
 
@@ -10,51 +10,18 @@ import pytest
 import torch
 
 from tests.training.conftest import settings
+from tests.training.micro import CAPTION, CHANNELS, CONFIG, SIZE, inputs_of, random_batch
 from wav.data.windows import WindowBatch
 from wav.flow_matching import join_frames
 from wav.model import WAVTransformer, build_model
 from wav.model.transformer import WAVOutput
-from wav.training.objectives import (
-    Draws,
-    Roles,
-    StageModule,
-    StepInputs,
-    draw,
-    drop_captions,
-    share,
-    split_roles,
-    trainable_names,
-)
-
-SIZE, VIEWS, CHANNELS, TOKENS, CAPTION = 8, 2, 6, 5, 16
-CONFIG = settings(pretrain_video={"caption_dropout": 0.0})
-
-
-class Empty:
-    """The encoded empty instruction."""
-
-    empty_text = torch.full((TOKENS, CAPTION), 7.0)
-    empty_text_mask = torch.tensor([True] + [False] * (TOKENS - 1))
+from wav.training.draws import CLEAN, Compat, Draws, Roles, StepInputs
+from wav.training.objectives import StageModule, trainable_names
 
 
 @pytest.fixture
 def batch() -> WindowBatch:
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator)
-
-    return WindowBatch(
-        memory=normal(SIZE, VIEWS, CHANNELS, 2, 2, 2),
-        future=normal(SIZE, VIEWS, CHANNELS, 2, 2, 2),
-        text=normal(SIZE, TOKENS, CAPTION),
-        text_mask=torch.ones(SIZE, TOKENS, dtype=torch.bool),
-        state=normal(SIZE, 8),
-        actions=normal(SIZE, 4, 15),
-        values=normal(SIZE, 4, 10),
-        episode=torch.zeros(SIZE, dtype=torch.int64),
-        step=torch.arange(SIZE),
-    )
+    return random_batch()
 
 
 def build(**changes: Any) -> WAVTransformer:
@@ -66,59 +33,11 @@ def build(**changes: Any) -> WAVTransformer:
     return model
 
 
-def inputs_of(batch: WindowBatch, stage: str, has_value: bool = True, index: int = 0, **changes: Any) -> StepInputs:
-    train = getattr(CONFIG, stage).model_copy(update=changes)
-    return draw(batch, train, Empty(), has_value=has_value, index=index, name=(index, 0, 0))
-
-
 def loss_of(
-    inputs: StepInputs, stage: str, model: WAVTransformer, **changes: Any
+    inputs: StepInputs, stage: str, model: WAVTransformer, compat: Compat = CLEAN, **changes: Any
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    module = StageModule(model, getattr(CONFIG, stage).model_copy(update=changes), 2, 7)
+    module = StageModule(model, getattr(CONFIG, stage).model_copy(update=changes), 2, 7, compat)
     return module(inputs)
-
-
-def test_roles_hold_their_share_over_a_run() -> None:
-    assert sum(share(i, 1, 0.7) for i in range(1000)) == 700
-    assert sum(share(i, 32, 0.7) for i in range(100)) == 2240
-    joint = CONFIG.train_joint.model_copy(update={"action_probability": 0.7})
-    roles = [split_roles(joint, 4, i, True) for i in range(100)]
-    assert all(r.action + r.value + r.video == 4 for r in roles)
-    assert (sum(r.action for r in roles), sum(r.value for r in roles)) == (280, 60)
-    assert split_roles(joint, 4, 0, False).value == 0
-    assert split_roles(CONFIG.pretrain_video, 4, 0, True) == Roles(0, 0, 4)
-    assert split_roles(CONFIG.train_value, 4, 0, True) == Roles(0, 4, 0)
-
-
-def test_draws_are_a_pure_function_of_their_name(batch: WindowBatch) -> None:
-    a, b, c = (inputs_of(batch, "train_joint", index=i).draws for i in (0, 0, 1))
-    for name in vars(a):
-        assert torch.equal(getattr(a, name), getattr(b, name))
-    assert not torch.equal(a.future_noise, c.future_noise)
-    assert a.memory_rate.shape == (SIZE,)
-    assert a.memory_rate.max() <= CONFIG.train_joint.memory_noise
-    levels = torch.cat([a.action_level.flatten(), a.value_level.flatten(), a.video_level])
-    assert ((levels > 0) & (levels <= 1)).all()
-
-
-def test_purposes_do_not_share_noise(batch: WindowBatch) -> None:
-    draws = inputs_of(batch, "train_joint").draws
-    flat = [getattr(draws, n).flatten()[:8] for n in ("memory_noise", "future_noise", "value_noise", "action_noise")]
-    assert all(not torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i])
-
-
-def test_caption_dropout_replaces_embedding_and_mask(batch: WindowBatch) -> None:
-    drop = torch.tensor([True] + [False] * (SIZE - 1))
-    after = drop_captions(batch, drop, Empty())
-    assert torch.equal(after.text[0], Empty.empty_text)
-    assert torch.equal(after.text_mask[0], Empty.empty_text_mask)
-    assert torch.equal(after.text[1:], batch.text[1:])
-    assert torch.equal(after.text_mask[1:], batch.text_mask[1:])
-    shares = [
-        (inputs_of(batch, "pretrain_video", index=i, caption_dropout=0.25).batch.text_mask.sum(1) == 1).float().mean()
-        for i in range(100)
-    ]
-    assert torch.stack(shares).mean() == pytest.approx(0.25, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -219,6 +138,7 @@ def test_joint_value_loss_equals_the_value_stage(batch: WindowBatch) -> None:
             "memory_rate": joint.draws.memory_rate[:rows],
             "memory_noise": joint.draws.memory_noise[:rows],
             "future_noise": joint.draws.future_noise[:rows],
+            "video_label": torch.ones(rows),
             "video_level": torch.zeros(0),
         }
     )
@@ -234,3 +154,67 @@ def test_joint_without_value_expert(probability: float, batch: WindowBatch) -> N
     loss, parts = loss_of(inputs, "train_joint", model, action_probability=probability)
     assert torch.isfinite(loss)
     assert set(parts) == {0.0: {"loss_video"}, 1.0: {"loss_action"}}.get(probability, {"loss_action", "loss_video"})
+
+
+def test_what_the_experts_are_given(batch: WindowBatch) -> None:
+    """Value noise that the action reads is pure and labelled 1000, as at inference; labels are mixed at their level."""
+    model, inputs, called = build(), inputs_of(batch, "train_joint"), {}
+    model.register_forward_pre_hook(lambda _, args, kwargs: called.update(kwargs), with_kwargs=True)
+    loss_of(inputs, "train_joint", model)
+    draws, rows = inputs.draws, inputs.roles.action
+    assert torch.equal(called["value_tokens"][:rows], draws.condition_noise)
+    assert (called["value_timestep"][:rows] == 1000).all()
+    assert torch.allclose(called["value_timestep"][rows:], draws.value_level.flatten() * 1000)
+    assert torch.allclose(called["action_timestep"], draws.action_level * 1000)
+    level = draws.action_level[..., None, None]
+    noised = (1 - level) * batch.actions[:rows, None] + level * draws.action_noise
+    assert torch.allclose(called["action_tokens"], noised, atol=1e-6)
+    assert torch.equal(called["history"][:, 0, 7:], batch.state[:rows])
+    assert (called["history"][:, 0, :7] == 0).all()
+
+    value = inputs_of(batch, "train_value")
+    loss_of(value, "train_value", model)
+    level = value.draws.value_level[..., None, None]
+    noised = (1 - level) * batch.values[:, None] + level * value.draws.value_noise
+    assert torch.allclose(called["value_tokens"], noised, atol=1e-6)
+    assert torch.allclose(called["value_timestep"], value.draws.value_level * 1000)
+
+
+@pytest.mark.parametrize("stage", ["pretrain_video", "train_value", "train_joint"])
+def test_gradient_checkpointing_changes_no_number(stage: str, batch: WindowBatch) -> None:
+    inputs, results = inputs_of(batch, stage), []
+    for checkpointing in (False, True):
+        model = build()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        loss, _ = loss_of(inputs, stage, model.train())
+        loss.backward()
+        results.append((loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (plain, gradients), (again, recomputed) = results
+    assert torch.equal(plain, again)
+    assert gradients.keys() == recomputed.keys()
+    assert all(torch.equal(gradients[name], recomputed[name]) for name in gradients)
+
+
+def test_a_weight_of_zero_trains_nothing_through_its_loss(batch: WindowBatch) -> None:
+    model, inputs = build(), inputs_of(batch, "train_joint")
+    loss, parts = loss_of(inputs, "train_joint", model, weight_value=0.0, weight_video=0.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(parts["loss_action"].item())
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    assert norms["proj_out.weight"] == norms["value_proj_out.weight"] == 0
+    assert norms["action_proj_out.weight"] > 0
+    assert norms["value_blocks.0.attn1.to_q.weight"] > 0
+
+
+def test_departures_of_the_loss(batch: WindowBatch) -> None:
+    """The reference divides the future's error by the count of all frames and cuts timesteps to integers."""
+    model, inputs = build(), inputs_of(batch, "pretrain_video")
+    model.__class__ = Oracle
+    model.answer = inputs.draws.future_noise - batch.future + 2
+    loss, _ = loss_of(inputs, "pretrain_video", model, Compat(diluted_video_loss=True))
+    assert loss.item() == pytest.approx(4 * 2 / 4)  # two of four frames
+    loss_of(inputs, "pretrain_video", model.to(torch.bfloat16), Compat(integer_timesteps=True))
+    rounded = (inputs.draws.video_level.bfloat16() * 1000).long()
+    assert torch.equal(model.seen[1][:, -1].long(), rounded)
+    assert (rounded - inputs.draws.video_level * 1000).abs().max() > 0.5

@@ -14,8 +14,8 @@ import torch
 from wav.config import TrainSettings
 from wav.data.windows import BatchSampler, WindowDataset
 from wav.seeding import numpy_generator
+from wav.training.draws import SeededRandom, StepInputs, draw
 from wav.training.engine import BatchPlan, World
-from wav.training.objectives import StepInputs, draw
 
 AHEAD = 2
 VALIDATION_BATCHES = 4
@@ -39,8 +39,8 @@ class Source:
         for micro in range(self.plan.accumulation):
             rows = batch.rows(micro * size, (micro + 1) * size)
             index = step * self.plan.accumulation + micro
-            name = (step, self.world.rank, micro)
-            inputs.append(draw(rows, self.settings, self.dataset, has_value=self.has_value, index=index, name=name))
+            random = SeededRandom(self.settings.seed, step, self.world.rank, micro)
+            inputs.append(draw(rows, self.settings, self.dataset, random, has_value=self.has_value, index=index))
         return inputs
 
 
@@ -104,6 +104,7 @@ def validation_inputs(
         generator = numpy_generator(settings.seed, "validation.memory", i)
         batch = dataset.batch(indices[i::count], generator)
         quiet = settings.model_copy(update={"caption_dropout": 0.0})
-        drawn = draw(batch, quiet, dataset, has_value=has_value, index=i, name=("validation", i))
+        random = SeededRandom(settings.seed, "validation", i)
+        drawn = draw(batch, quiet, dataset, random, has_value=has_value, index=i)
         inputs.append(drawn.to(device))
     return inputs

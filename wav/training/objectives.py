@@ -4,15 +4,9 @@ Stage 1 (video): mean squared velocity error on the future frames alone. Stage 2
 frozen and sees pure noise at t = 1000, the input of inference. Stage 3 (joint): one forward in which every sample
 plays one role: *action* (video and value at t = 1000, action loss), *value* (video at t = 1000, value loss) or
 *video* (its own level, video loss).
-
-All random numbers of a forward are drawn beforehand on the CPU (:func:`draw`) from generators named by (seed,
-purpose, step, rank, micro-batch), so a run that is killed and resumed repeats exactly what it would have drawn.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass, fields, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,153 +15,19 @@ from wav.config import PretrainVideoSettings, TrainJointSettings, TrainSettings,
 from wav.data.windows import WindowBatch
 from wav.errors import ConfigError
 from wav.flow_matching import (
-    draw_sigmas,
     frame_timesteps,
     join_frames,
     masked_loss,
     mix,
     mix_memory,
+    reference_loss,
+    reference_timesteps,
+    timesteps,
     token_loss,
     velocity_target,
 )
 from wav.model import WAVTransformer
-from wav.seeding import torch_generator
-
-NOISE_TIMESTEP = 1000.0
-
-
-@dataclass(frozen=True)
-class Roles:
-    """How many samples of a micro-batch play each role; rows are ordered action, value, video."""
-
-    action: int
-    value: int
-    video: int
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Every random number of one forward. B samples, Rv and Ra draws per sample, A chunk steps.
-
-    ``memory_rate`` (B,), ``memory_noise`` (B, V, C, Fm, h, w) and ``future_noise`` (B, V, C, Ff, h, w) always;
-    ``video_level`` (video rows,); ``value_level`` (value rows, Rv), ``value_noise`` (value rows, Rv, A, Cv);
-    ``condition_noise`` (action rows, A, Cv); ``action_level`` (action rows, Ra), ``action_noise`` (.., Ra, A, Ca).
-    """
-
-    memory_rate: Tensor
-    memory_noise: Tensor
-    future_noise: Tensor
-    video_level: Tensor
-    value_level: Tensor
-    value_noise: Tensor
-    condition_noise: Tensor
-    action_level: Tensor
-    action_noise: Tensor
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """One micro-batch: windows (their captions already dropped), draws and roles."""
-
-    batch: WindowBatch
-    draws: Draws
-    roles: Roles
-
-    def to(self, device: torch.device) -> StepInputs:
-        """The same on ``device``."""
-        moved = {f.name: getattr(self.draws, f.name).to(device, non_blocking=True) for f in fields(Draws)}
-        return StepInputs(self.batch.to(device), Draws(**moved), self.roles)
-
-
-class Captions(Protocol):
-    """The encoded empty instruction, for caption dropout (a WindowDataset is one)."""
-
-    @property
-    def empty_text(self) -> Tensor:
-        """(L, Ct)."""
-
-    @property
-    def empty_text_mask(self) -> Tensor:
-        """(L,)."""
-
-
-def share(index: int, size: int, probability: float) -> int:
-    """How many of the ``size`` samples of micro-batch ``index`` fall on a role of this probability.
-
-    Running totals are rounded, so the share over a run is exact even where one micro-batch holds one sample, and
-    it is the same on every rank (which sharded gradients need).
-    """
-    return round((index + 1) * size * probability) - round(index * size * probability)
-
-
-def split_roles(settings: TrainSettings, size: int, index: int, has_value: bool) -> Roles:
-    """Roles of micro-batch ``index`` (counted over the whole run); a pure function of its arguments."""
-    if isinstance(settings, TrainJointSettings):
-        action = share(index, size, settings.action_probability)
-        rest = size - action
-        value = share(index, size, (1 - settings.action_probability) / 2) if has_value else 0
-        value = min(value, rest)
-        return Roles(action, value, rest - value)
-    if isinstance(settings, TrainValueSettings):
-        return Roles(0, size, 0)
-    return Roles(0, 0, size)
-
-
-def drop_captions(batch: WindowBatch, drop: Tensor, captions: Captions) -> WindowBatch:
-    """Replace embedding AND mask of the samples in ``drop`` (B,) by those of the empty instruction."""
-    if not bool(drop.any()):
-        return batch
-    chosen = drop.view(-1, 1)
-    mask = torch.where(chosen, captions.empty_text_mask.to(batch.text_mask.dtype), batch.text_mask)
-    text = torch.where(chosen.unsqueeze(-1), captions.empty_text.to(batch.text.dtype), batch.text)
-    return replace(batch, text=text, text_mask=mask)
-
-
-def draw(
-    batch: WindowBatch,
-    settings: TrainSettings,
-    captions: Captions,
-    *,
-    has_value: bool,
-    index: int,
-    name: tuple[int | str, ...],
-) -> StepInputs:
-    """Draw everything random of one micro-batch.
-
-    Args:
-        batch: B windows on the CPU.
-        settings: the stage's section.
-        captions: the empty instruction.
-        has_value: whether the model has a value expert.
-        index: micro-batch counter over the run (decides the roles).
-        name: what the generators are named by, besides seed and purpose: (step, rank, micro-batch).
-    """
-    size = len(batch)
-    roles = split_roles(settings, size, index, has_value)
-
-    def generator(purpose: str) -> torch.Generator:
-        return torch_generator(settings.seed, purpose, *name)
-
-    chunk, channels = batch.actions.shape[1:]
-    value_channels = batch.values.shape[-1] if batch.values is not None else 0
-    value_draws, action_draws = getattr(settings, "value_draws", 1), getattr(settings, "action_draws", 1)
-    condition = roles.action if has_value else 0
-    memory, value, action = generator("memory_noise"), generator("value_noise"), generator("action_noise")
-    draws = Draws(
-        memory_rate=torch.rand(size, generator=memory) * settings.memory_noise,
-        memory_noise=torch.randn(batch.memory.shape, generator=memory),
-        future_noise=torch.randn(batch.future.shape, generator=generator("video_noise")),
-        video_level=draw_sigmas((roles.video,), generator("video_level")),
-        value_level=draw_sigmas((roles.value, value_draws), generator("value_level")),
-        value_noise=torch.randn((roles.value, value_draws, chunk, value_channels), generator=value),
-        condition_noise=torch.randn((condition, chunk, value_channels), generator=value),
-        action_level=draw_sigmas((roles.action, action_draws), generator("action_level")),
-        action_noise=torch.randn((roles.action, action_draws, chunk, channels), generator=action),
-    )
-    if settings.caption_dropout > 0:
-        drop = torch.rand(size, generator=generator("caption_dropout")) < settings.caption_dropout
-        batch = drop_captions(batch, drop, captions)
-    return StepInputs(batch, draws, roles)
+from wav.training.draws import CLEAN, Compat, StepInputs
 
 
 def trainable_names(model: WAVTransformer, settings: TrainSettings) -> set[str]:
@@ -189,12 +49,20 @@ class StageModule(nn.Module):
     parameter-gathering hooks (ZeRO-3) see it.
     """
 
-    def __init__(self, model: WAVTransformer, settings: TrainSettings, memory_frames: int, action_dim: int) -> None:
+    def __init__(
+        self,
+        model: WAVTransformer,
+        settings: TrainSettings,
+        memory_frames: int,
+        action_dim: int,
+        compat: Compat = CLEAN,
+    ) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
         self.memory_frames = memory_frames
         self.action_dim = action_dim
+        self.compat = compat
         chosen = trainable_names(model, settings)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
@@ -215,12 +83,12 @@ class StageModule(nn.Module):
         batch, draws = inputs.batch, inputs.draws
         memory = mix_memory(batch.memory, draws.memory_noise, draws.memory_rate)
         rows, size = inputs.roles.video, len(batch)
-        level = torch.cat([draws.video_level.new_ones(size - rows), draws.video_level])
+        level = torch.cat([draws.video_label, draws.video_level])
         future = draws.future_noise
         if rows:
             noised = mix(batch.future[size - rows :], future[size - rows :], draws.video_level)
             future = torch.cat([future[: size - rows], noised])
-        timestep = frame_timesteps(self.memory_frames, future.shape[3], level * NOISE_TIMESTEP)
+        timestep = frame_timesteps(self.memory_frames, future.shape[3], self._timestep(level))
         return self._cast(join_frames(memory, future)), timestep
 
     def _video(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -242,7 +110,7 @@ class StageModule(nn.Module):
             need_video=False,
             freeze_video=True,
             value_tokens=self._cast(noised),
-            value_timestep=draws.value_level * NOISE_TIMESTEP,
+            value_timestep=self._timestep(draws.value_level),
         )
         target = velocity_target(_values(batch).unsqueeze(1), draws.value_noise)
         loss = token_loss(output.value, target).mean()
@@ -285,11 +153,11 @@ class StageModule(nn.Module):
         condition, repeats = len(draws.condition_noise), draws.value_level.shape[1]
         clean = _values(batch)[roles.action : roles.action + roles.value].unsqueeze(1)
         noised = mix(clean, draws.value_noise, draws.value_level).flatten(0, 1)
-        level = torch.cat([draws.value_level.new_ones(condition), draws.value_level.flatten()])
+        level = torch.cat([draws.condition_label, draws.value_level.flatten()])
         index = torch.arange(roles.action, roles.action + roles.value, device=noised.device).repeat_interleave(repeats)
         return {
             "value_tokens": self._cast(torch.cat([draws.condition_noise, noised])),
-            "value_timestep": level * NOISE_TIMESTEP,
+            "value_timestep": self._timestep(level),
             "value_rows": torch.cat([torch.arange(condition, device=noised.device), index]),
         }
 
@@ -302,7 +170,7 @@ class StageModule(nn.Module):
         history = torch.cat([state.new_zeros(rows, 1, self.action_dim), state], dim=-1)
         return {
             "action_tokens": self._cast(noised),
-            "action_timestep": draws.action_level * NOISE_TIMESTEP,
+            "action_timestep": self._timestep(draws.action_level),
             "action_rows": slice(0, rows),
             "action_value_rows": slice(0, rows) if self.model.has_value else None,
             "history": self._cast(history),
@@ -312,7 +180,17 @@ class StageModule(nn.Module):
         """Mean squared error over the video rows' future frames."""
         start = len(inputs.batch) - inputs.roles.video
         target = velocity_target(inputs.batch.future[start:], inputs.draws.future_noise[start:])
-        return masked_loss(velocity[start:, :, :, self.memory_frames :], target, memory_frames=0).mean()
+        velocity = velocity[start:]
+        if self.compat.diluted_video_loss:
+            memory = torch.zeros_like(velocity[:, :, :, : self.memory_frames])
+            return reference_loss(velocity, join_frames(memory, target), self.memory_frames).mean()
+        return masked_loss(velocity[:, :, :, self.memory_frames :], target, memory_frames=0).mean()
+
+    def _timestep(self, level: Tensor) -> Tensor:
+        """What the model is told about a noise level."""
+        if self.compat.integer_timesteps:
+            return reference_timesteps(level, next(self.model.parameters()).dtype).to(level)
+        return timesteps(level)
 
     def _cast(self, tensor: Tensor) -> Tensor:
         return tensor.to(next(self.model.parameters()).dtype)
