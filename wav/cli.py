@@ -1,7 +1,7 @@
 """The one console script ``wav``: thin commands, each of which calls its room.
 
 ``wav act EXPORT`` runs an exported policy in a simulator, ``wav doctor`` checks the machine, ``wav config check``
-checks a parameter file. Errors that are the input's fault are one line on stderr and exit status 1.
+checks a parameter file, ``wav storage`` lists, fetches, verifies and thins out checkpoints. Errors that are the input's fault are one line on stderr and exit status 1.
 """
 
 from __future__ import annotations
@@ -79,6 +79,92 @@ def config_check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def storage(arguments: argparse.Namespace) -> int:
+    """``wav storage ls|get|verify|gc``; status 1 where a verified object is bad."""
+    from wav.storage import commands, open_store
+    from wav.storage.commit import Retention
+
+    runtime = Runtime()
+    store = open_store(arguments.store or runtime.store, runtime.s3_endpoint, runtime.s3_region)
+    bad = False
+    if arguments.action == "get":
+        _say(commands.get(store, arguments.prefix, arguments.folder))
+        return 0
+    if arguments.action == "ls":
+        lines = commands.ls(store, arguments.prefix)
+    elif arguments.action == "verify":
+        lines = commands.verify(store, arguments.prefix)
+    else:
+        keep = Retention(arguments.keep_last, arguments.keep_best, arguments.keep_every)
+        lines = commands.gc(store, keep, arguments.prefix, arguments.older_hours * 3600, arguments.delete)
+    for line in lines:
+        bad = bad or line.startswith("BAD ")
+        _say(line)
+    return 1 if bad else 0
+
+
+def _storage_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Options of ``wav storage``."""
+    command = commands.add_parser("storage", help="checkpoints in the object store")
+    command.add_argument("--store", default="", help="s3://bucket[/prefix] or file:///folder (default: WAV_STORE)")
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    action = actions.add_parser("ls", help="complete commits, and uploads that are not complete")
+    action.add_argument("prefix", nargs="?", default="")
+    action = actions.add_parser("get", help="download a commit, verified; repeat it to go on after a broken connection")
+    action.add_argument("prefix")
+    action.add_argument("folder", type=Path)
+    action = actions.add_parser("verify", help="read a commit back and compare every digest")
+    action.add_argument("prefix")
+    action = actions.add_parser("gc", help="thin out checkpoints; says what it would remove unless --delete")
+    action.add_argument("prefix", nargs="?", default="training")
+    action.add_argument("--keep-last", type=_positive, default=2, help="newest checkpoints of each run (default: 2)")
+    action.add_argument("--keep-best", type=int, default=0, help="best ones by validation loss (default: 0)")
+    action.add_argument("--keep-every", type=int, default=0, help="those at multiples of this step (default: none)")
+    action.add_argument("--older-hours", type=float, default=24.0, help="age of unfinished uploads (default: 24)")
+    action.add_argument("--delete", action="store_true", help="remove them")
+    command.set_defaults(run=storage)
+
+
+def render(arguments: argparse.Namespace) -> int:
+    """``wav render``: the first frame of one initial state as a picture."""
+    from wav.evaluation.pictures import join_views, write_png
+    from wav.sim.env import select_tasks
+    from wav.sim.workers import SimPool
+
+    task = select_tasks(arguments.suite, tuple(arguments.task[:1]))[0]
+    size = {"image_height": arguments.size, "image_width": arguments.size, "render": arguments.render}
+    data = DataSettings.model_validate({"suite": arguments.suite, "tasks": (task.name,), **size})
+    with SimPool(arguments.suite, data, workers=1, slots=1) as pool:
+        pool.submit_reset(0, task.name, arguments.index)
+        reply = pool.wait()[0][1]
+    if reply.observation is None:
+        raise SimulationError(f"{task.name}, initial state {arguments.index}: {reply.error}")
+    write_png(arguments.out, join_views(reply.observation.images, data.views))
+    _say(f"{arguments.out}: {task.name}, initial state {arguments.index}: {task.instruction}")
+    return 0
+
+
+def replay(arguments: argparse.Namespace) -> int:
+    """``wav replay``: stored demonstrations open loop; status 1 if too few succeed again."""
+    from wav.data.store import EpisodeStore
+    from wav.evaluation.replay import replay as replay_store
+    from wav.evaluation.replay import report_path
+
+    settings, runtime = load_settings(arguments.params), Runtime()
+    report = replay_store(
+        EpisodeStore.open(arguments.store),
+        settings.data,
+        settings.ingest,
+        episodes=arguments.episodes,
+        workers=arguments.workers or runtime.workers or len(os.sched_getaffinity(0)),
+        progress=lambda o: _say(f"{o.episode_id}: {'success' if o.success else 'failure'} after {o.steps} steps"),
+    )
+    for skipped in report.not_replayed:
+        _say(f"{skipped['episode']}: not replayed: {skipped['reason']}")
+    _say(f"{report.line}; {report_path(arguments.store)}")
+    return 0 if report.passed else 1
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands; each sets ``run``."""
     top = argparse.ArgumentParser(prog="wav", description="World-Value-Action policies: run, check, inspect")
@@ -105,6 +191,8 @@ def parser() -> argparse.ArgumentParser:
     check = actions.add_parser("check", help="check a parameter file")
     check.add_argument("path", nargs="?", default="params.yaml")
     check.set_defaults(run=config_check)
+
+    _storage_parser(commands)
     return top
 
 

@@ -124,10 +124,15 @@ class TrainSettings(Section):
     nodes: int = Field(1, ge=1)
     gradient_checkpointing: bool = False
     checkpoint_every: int = Field(500, ge=1)
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(2, ge=1, description="checkpoints kept: the newest this many,")
+    keep_best: int = Field(0, ge=0, description="and the best this many by validation loss,")
+    keep_every: int = Field(0, ge=0, description="and those at multiples of this many steps (0: none)")
     log_every: int = Field(20, ge=1)
     validate_every: int = Field(0, ge=0, description="steps between validation losses; 0: a tenth of the run")
     validation_share: float = Field(0.05, ge=0, lt=0.5, description="share of episodes held out for the validation loss")
+    spike_factor: float = Field(
+        10.0, ge=0, description="stop where a recorded loss is this many times the recent rows' median; 0: never"
+    )
     seed: int = 0
 
 

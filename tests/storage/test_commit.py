@@ -9,7 +9,18 @@ import pytest
 
 from wav.errors import StorageError
 from wav.storage import ObjectStore, open_store
-from wav.storage.commit import MANIFEST, commits, discard, fetch, publish, read_manifest, retain, seal, verify
+from wav.storage.commit import (
+    MANIFEST,
+    Retention,
+    commits,
+    discard,
+    fetch,
+    publish,
+    read_manifest,
+    retain,
+    seal,
+    verify,
+)
 
 
 @pytest.fixture
@@ -122,7 +133,7 @@ def test_retention(tmp_path: Path, store: ObjectStore) -> None:
         folder = folder_of(tmp_path / str(step), str(step))
         seal(folder, {"step": step})
         publish(store, folder, f"run/step-{step}")
-    assert retain(store, "run", 2) == ["run/step-0", "run/step-1"]
+    assert retain(store, "run", Retention(2)) == ["run/step-0", "run/step-1"]
     assert commits(store, "run") == ["run/step-2", "run/step-3"]
     assert store.list("run/step-0") == []
     discard(store, "run/step-3")

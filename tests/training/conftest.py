@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable
+import socket
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +119,15 @@ def spec_of(workspace: Path, tmp_path: Path) -> Callable[..., TrainSpec]:
     return make
 
 
-def _child(spec: TrainSpec, output: Path) -> None:
+def _child(spec: TrainSpec, output: Path, rank: int, ranks: int, port: int, prepare: Callable[[], None] | None) -> None:
     import sys
 
     import torch
 
     torch.set_num_threads(1)
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    path = output.with_suffix(".json")
+    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    path = output.with_suffix(f".{rank}.json")
     path.write_text(spec.to_json())
     with output.open("a", buffering=1) as file:
         os.dup2(file.fileno(), 1)
@@ -132,25 +135,81 @@ def _child(spec: TrainSpec, output: Path) -> None:
         sys.stdout = sys.stderr = file
         from wav.training.loop import main
 
+        if prepare is not None:
+            prepare()
         sys.argv = ["loop", str(path)]
-        raise SystemExit(main())
+        try:
+            status = main()
+        except Exception:
+            traceback.print_exc()
+            status = 70
+        raise SystemExit(status)
+
+
+class Run:
+    """A run in forked children, one per rank; ``log`` is what they print together."""
+
+    def __init__(self, children: list[Any], log: Path) -> None:
+        self.children, self.log, self.pid = children, log, children[0].pid
+
+    def is_alive(self) -> bool:
+        return all(child.is_alive() for child in self.children)
+
+    @property
+    def exitcode(self) -> int | None:
+        codes: list[int | None] = [child.exitcode for child in self.children]
+        return next((code for code in codes if code), codes[0])
+
+    def join(self, seconds: float | None = None) -> None:
+        """Wait for rank 0; as torchrun does, the others end when one has failed."""
+        self.children[0].join(seconds)
+        for child in self.children[1:]:
+            if self.children[0].exitcode:
+                child.kill()
+            child.join(seconds)
+
+    def terminate(self) -> None:
+        for child in self.children:
+            child.terminate()
+
+    def kill(self) -> None:
+        for child in self.children:
+            child.kill()
+        for child in self.children:
+            child.join()
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Callable[[TrainSpec], Any]:
-    """Start a run in a forked child (imports are paid once); returns the process, whose ``log`` is what it printed."""
-    import deepspeed  # noqa: F401
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """``start(spec, prepare=None)``: a run of ``spec.train.ranks`` forked children (imports are paid once).
+
+    ``prepare`` is called in each child before it trains.
+    """
+    import deepspeed
+    import deepspeed.checkpoint.ds_to_universal  # noqa: F401
     import dvc.repo  # noqa: F401
     import dvclive  # noqa: F401
 
     import wav.training.loop  # noqa: F401
 
-    def begin(spec: TrainSpec) -> Any:
-        log = tmp_path / f"log-{len(list(tmp_path.glob('log-*')))}.txt"
-        log.touch()
-        process = multiprocessing.get_context("fork").Process(target=_child, args=(spec, log))
-        process.log = log  # type: ignore[attr-defined]
-        process.start()
-        return process
+    runs: list[Run] = []
 
-    return begin
+    def begin(spec: TrainSpec, prepare: Callable[[], None] | None = None) -> Run:
+        log = tmp_path / f"log-{len(runs)}.txt"
+        log.touch()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        ranks = spec.train.ranks
+        context = multiprocessing.get_context("fork")
+        children: list[Any] = [
+            context.Process(target=_child, args=(spec, log, rank, ranks, port, prepare)) for rank in range(ranks)
+        ]
+        for child in children:
+            child.start()
+        runs.append(Run(children, log))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        run.kill()

@@ -13,7 +13,7 @@ from torch import nn
 from wav.config import TrainSettings
 from wav.errors import CheckpointError, ConfigError, StorageError
 from wav.storage import open_store
-from wav.storage.commit import commits, seal
+from wav.storage.commit import Retention, commits, seal
 from wav.training.checkpoint import Uploader
 from wav.training.ema import Ema
 from wav.training.engine import learning_rate, plan_batch
@@ -121,7 +121,7 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 def test_uploads_skip_what_newer_ones_replace(tmp_path: Path) -> None:
     store = Slow(open_store((tmp_path / "store").as_uri()))
-    uploader = Uploader(store, "run", keep_last=2)
+    uploader = Uploader(store, "run", Retention(2))
     folders = [checkpoint(tmp_path, step) for step in range(4)]
     for folder in folders:
         uploader.submit(folder)
@@ -136,7 +136,7 @@ def test_uploads_skip_what_newer_ones_replace(tmp_path: Path) -> None:
 def test_a_failed_upload_is_an_error_only_if_it_is_the_last(tmp_path: Path) -> None:
     store = Slow(open_store((tmp_path / "store").as_uri()))
     store.gate.set()
-    uploader = Uploader(store, "run", keep_last=2)
+    uploader = Uploader(store, "run", Retention(2))
     store.down = True
     uploader.submit(checkpoint(tmp_path, 0))
     with pytest.raises(StorageError, match="server is down"):

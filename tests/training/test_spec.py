@@ -24,6 +24,8 @@ def test_key_follows_what_changes_the_result(spec_of) -> None:
     key = spec_of().key
     assert spec_of(name="elsewhere").key == key
     assert spec_of(pretrain_video={"keep_last": 5, "log_every": 1, "checkpoint_every": 2}).key == key
+    assert spec_of(pretrain_video={"keep_best": 1, "keep_every": 9, "spike_factor": 0}).key == key
+    assert spec_of(pretrain_video={"ranks": 2, "zero_stage": 2}).key == key  # a run goes on with other ranks
     assert spec_of(train_joint={"steps": 7}).key == key
     for section, change in [
         ("pretrain_video", {"learning_rate": 1e-4}),

@@ -24,10 +24,13 @@ def open_store(url: str, endpoint: str = "", region: str = "us-east-1") -> Objec
         region: S3 region.
 
     Raises:
-        ConfigError: the url is of no known kind.
+        ConfigError: the url is of no known kind, or an address holds credentials.
         StorageError: credentials are missing (S3 only; the server itself is first asked by ``check``).
     """
     parts = urlsplit(url)
+    for name, value in (("WAV_STORE", parts.netloc), ("WAV_S3_ENDPOINT", urlsplit(endpoint).netloc)):
+        if "@" in value:  # not repeated in the message: it would land in a log
+            raise ConfigError(f"{name}: holds credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
     if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
         from wav.storage.file import FileStore
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import uuid
@@ -10,11 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from wav.errors import StorageError
 
 BLOCK_BYTES = 4 << 20
+
+
+class TransferError(StorageError):
+    """A download broke off; what has arrived stays beside the target and the next attempt goes on from there."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,9 @@ class ObjectStore(Protocol):
     def purge(self, key: str) -> None:
         """Delete every version of ``key``, which frees its space."""
 
+    def abort_uploads(self, prefix: str, before: float) -> int:
+        """Give up uploads below ``prefix`` begun before a time (seconds since 1970); returns how many."""
+
 
 def file_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's content."""
@@ -112,6 +120,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def partial_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that grows over several attempts, open for appending and locked against a second downloader."""
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StorageError(f"{path}: another process downloads the same file; wait for it to end") from None
+        yield file
 
 
 def fsync_folder(folder: Path) -> None:

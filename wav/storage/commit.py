@@ -6,19 +6,21 @@ folder and its manifest last, so a prefix without a manifest is not a commit and
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from wav.errors import StorageError
-from wav.storage.base import ObjectStore, disk_errors, file_sha256, fsync_folder
+from wav.storage.base import ObjectStore, TransferError, disk_errors, file_sha256, fsync_folder
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+DOWNLOADS = 8  # files of a commit fetched side by side
 Scalar = str | int | float | bool | None
 
 
@@ -108,7 +110,7 @@ def publish(store: ObjectStore, folder: Path, prefix: str) -> Manifest:
     manifest, so that no reader sees a mixture.
     """
     manifest = read_manifest(folder)
-    remote = _remote_manifest(store, prefix)
+    remote = remote_manifest(store, prefix)
     if remote is not None:
         if [(e.path, e.sha256) for e in remote.files] == [(e.path, e.sha256) for e in manifest.files]:
             return remote
@@ -126,23 +128,42 @@ def publish(store: ObjectStore, folder: Path, prefix: str) -> Manifest:
 
 
 def fetch(store: ObjectStore, prefix: str, folder: Path) -> Manifest:
-    """Download a commit to ``folder``, each file verified; nothing appears under that name otherwise."""
-    manifest = _remote_manifest(store, prefix)
+    """Download a commit to ``folder``, each file verified; nothing appears under that name otherwise.
+
+    A download that broke off, even with its process, goes on where it stopped: what has arrived waits in a hidden
+    sibling of ``folder``, named after the manifest, so that another commit's files never mix with it.
+
+    Raises:
+        TransferError: the connection broke; call again.
+        StorageError: there is no such commit, it is damaged, or the disk is full.
+    """
+    manifest = remote_manifest(store, prefix)
     if manifest is None:
         raise StorageError(f"{store.uri(prefix)}: no manifest, so no complete commit; choose another prefix")
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
+    digest = hashlib.sha256(manifest.to_json().encode()).hexdigest()[:12]
+    temporary = folder.with_name(f".{folder.name}.{digest}.part")
+
+    def get(entry: FileEntry) -> None:
+        target = temporary / entry.path
+        if not (target.is_file() and file_sha256(target) == entry.sha256):
+            store.get_file(f"{prefix}/{entry.path}", target, entry.sha256, entry.version)
+
     try:
-        for entry in manifest.files:
-            store.get_file(f"{prefix}/{entry.path}", temporary / entry.path, entry.sha256, entry.version)
         with disk_errors(folder):
             temporary.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(DOWNLOADS) as pool:
+            list(pool.map(get, manifest.files))
+        with disk_errors(folder):
             (temporary / MANIFEST).write_text(manifest.to_json())
             if folder.exists():
                 shutil.rmtree(folder)
             temporary.rename(folder)
             fsync_folder(folder.parent)
-    finally:
+    except TransferError:
+        raise
+    except StorageError:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return manifest
 
 
@@ -164,15 +185,50 @@ def discard(store: ObjectStore, prefix: str) -> None:
         store.purge(info.key)
 
 
-def retain(store: ObjectStore, prefix: str, keep_last: int) -> list[str]:
-    """Discard all but the newest ``keep_last`` commits below ``prefix``; returns what was discarded."""
-    old = commits(store, prefix)[:-keep_last]
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest ``last``, the ``best`` by validation loss, multiples of ``every`` steps."""
+
+    last: int = 2
+    best: int = 0
+    every: int = 0
+
+    @property
+    def needs_facts(self) -> bool:
+        """Whether the choice depends on what manifests say (else on the order of names alone)."""
+        return bool(self.best or self.every)
+
+    def old(self, facts: Mapping[str, Mapping[str, Scalar]]) -> list[str]:
+        """Names that may go, of checkpoints by name (whose order is their age) with their manifests' facts."""
+        names = sorted(facts)
+        kept = set(names[-self.last :])
+        if self.every:
+            kept |= {name for name in names if int(facts[name].get("step") or 0) % self.every == 0}
+        losses = {name: facts[name].get("validation_loss") for name in names}
+        ranked = sorted((float(loss), name) for name, loss in losses.items() if isinstance(loss, int | float))
+        kept |= {name for _, name in ranked[: self.best]}
+        return [name for name in names if name not in kept]
+
+
+def retain(store: ObjectStore, prefix: str, keep: Retention) -> list[str]:
+    """Discard the commits below ``prefix`` that ``keep`` does not keep; returns what was discarded."""
+    old = superseded(store, prefix, keep)
     for commit in old:
         discard(store, commit)
     return old
 
 
-def _remote_manifest(store: ObjectStore, prefix: str) -> Manifest | None:
+def superseded(store: ObjectStore, prefix: str, keep: Retention) -> list[str]:
+    """Commits below ``prefix`` that ``keep`` does not keep."""
+    facts: dict[str, Mapping[str, Scalar]] = {}
+    for commit in commits(store, prefix):
+        manifest = remote_manifest(store, commit) if keep.needs_facts else None
+        facts[commit] = manifest.meta if manifest else {}
+    return keep.old(facts)
+
+
+def remote_manifest(store: ObjectStore, prefix: str) -> Manifest | None:
+    """Manifest of a commit in the store; None where there is none, which is to say no commit."""
     key = f"{prefix}/{MANIFEST}"
     if store.head(key) is None:
         return None

@@ -111,6 +111,15 @@ class FileStore:
         """The same as :meth:`delete`."""
         self.delete(key)
 
+    def abort_uploads(self, prefix: str, before: float) -> int:
+        """Remove temporary files that a killed writer left."""
+        base = self._path(prefix) if prefix else self.root
+        found = [path for path in base.rglob(".*.part") if path.is_file() and path.stat().st_mtime < before]
+        with disk_errors(base):
+            for path in found:
+                path.unlink(missing_ok=True)
+        return len(found)
+
     def _path(self, key: str) -> Path:
         return self.root / check_key(key)
 

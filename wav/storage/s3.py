@@ -7,11 +7,13 @@ request that the server verifies; the whole file's SHA-256 travels as object met
 from __future__ import annotations
 
 import hashlib
+import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import boto3
 from boto3.exceptions import S3UploadFailedError
@@ -22,12 +24,27 @@ from botocore.exceptions import (
     ClientError,
     ConnectTimeoutError,
     EndpointConnectionError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
 )
+from urllib3.exceptions import HTTPError
 
 from wav.errors import ConfigError, StorageError
-from wav.storage.base import Infos, ObjectInfo, atomic_path, check_key, disk_errors, file_sha256, verify_digest
+from wav.storage.base import (
+    BLOCK_BYTES,
+    Infos,
+    ObjectInfo,
+    TransferError,
+    check_key,
+    disk_errors,
+    file_sha256,
+    fsync_folder,
+    partial_file,
+    verify_digest,
+)
 
 PART_BYTES = 64 << 20
 MISSING = {"404", "NoSuchKey", "NotFound", "NoSuchVersion"}
@@ -50,6 +67,7 @@ class S3Store:
         self._session, self._region = boto3.session.Session(), region
         if self._session.get_credentials() is None:
             raise StorageError(f"{self._where()}: no S3 credentials found; {CREDENTIALS_REMEDY}")
+        self._attempts = attempts
         self._client = self._connect(attempts)
         self._transfer = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
 
@@ -111,25 +129,86 @@ class S3Store:
         return info
 
     def get_file(self, key: str, path: Path, sha256: str = "", version: str = "") -> ObjectInfo:
-        """Download to ``path`` through a temporary sibling, verified against ``sha256`` or the stored digest."""
+        """Download to ``path``, verified against ``sha256`` or the stored digest.
+
+        Bytes arrive in a hidden sibling. A download that broke off, even with its process, goes on where it stopped;
+        content that differs from its digest is fetched once more, then refused.
+        """
         info = self._head(key, version)
         if info is None:
             raise StorageError(f"{self.uri(key)}: no such object; check the key or upload it first")
-        extra = {"VersionId": info.version} if info.version else {}
-        with disk_errors(path), atomic_path(path) as temporary:
-            with self._explained(key):
-                self._client.download_file(
-                    self.bucket, self._key(key), str(temporary), ExtraArgs=extra, Config=self._transfer
-                )
-            verify_digest(self.uri(key), file_sha256(temporary), sha256 or info.sha256)
+        expected = sha256 or info.sha256
+        identity = hashlib.sha256(f"{self.uri(key)} {info.version} {info.etag}".encode()).hexdigest()[:12]
+        part = path.with_name(f".{path.name}.{identity}.part")
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial_file(part) as file:
+                try:
+                    self._download(info, file)
+                    if expected and file_sha256(part) != expected:
+                        file.truncate(0)
+                        self._download(info, file)
+                    verify_digest(self.uri(key), file_sha256(part), expected)
+                except TransferError:
+                    raise
+                except BaseException:
+                    part.unlink(missing_ok=True)
+                    raise
+                os.fsync(file.fileno())
+                part.replace(path)
+            fsync_folder(path.parent)
         return info
+
+    def _download(self, info: ObjectInfo, file: BinaryIO) -> None:
+        """Append what ``file`` lacks of the object; gives up after as many attempts without a new byte as set."""
+        failures = 0
+        while (have := file.seek(0, os.SEEK_END)) < info.size:
+            try:
+                with self._explained(info.key):
+                    self._append(info, file, have)
+            except TransferError:
+                failures = 0 if file.seek(0, os.SEEK_END) > have else failures + 1
+                if failures >= self._attempts:
+                    raise
+                time.sleep(min(5.0, 0.1 * 2**failures))
+        if have > info.size:
+            raise StorageError(f"{self.uri(info.key)}: sent more than its {info.size} bytes; fetch it again")
+
+    def _append(self, info: ObjectInfo, file: BinaryIO, start: int) -> None:
+        """One request for the bytes from ``start`` on; TransferError when fewer arrive."""
+        extra = {"VersionId": info.version} if info.version else {"IfMatch": info.etag}
+        extra |= {"Range": f"bytes={start}-"} if start else {}
+        reply = self._client.get_object(Bucket=self.bucket, Key=self._key(info.key), **extra)
+        body = reply["Body"]
+        try:
+            while block := body.read(BLOCK_BYTES):
+                file.write(block)
+        except FlexibleChecksumError:
+            return  # the whole file is compared with its own digest, which says it better
+        except (BotoCoreError, HTTPError, ConnectionError, TimeoutError) as error:
+            raise self._broken(info, file, error) from error
+        finally:
+            file.flush()
+            body.close()
+        if file.tell() < info.size:
+            raise self._broken(info, file, None)
+
+    def _broken(self, info: ObjectInfo, file: BinaryIO, error: Exception | None) -> TransferError:
+        cause = f" ({' '.join(str(error).split())[:200]})" if error else ""
+        return TransferError(
+            f"{self.uri(info.key)}: the connection broke after {file.tell()} of {info.size} bytes{cause}; "
+            "run it again to go on from there"
+        )
 
     def get_bytes(self, key: str, version: str = "") -> bytes:
         """Content of a small object."""
         extra = {"VersionId": version} if version else {}
         with self._explained(key):
             reply = self._client.get_object(Bucket=self.bucket, Key=self._key(key), **extra)
-            data: bytes = reply["Body"].read()
+            try:
+                data: bytes = reply["Body"].read()
+            except (BotoCoreError, HTTPError, ConnectionError, TimeoutError) as error:
+                raise TransferError(f"{self.uri(key)}: the connection broke ({error}); try again") from error
         verify_digest(self.uri(key), hashlib.sha256(data).hexdigest(), reply.get("Metadata", {}).get("sha256", ""))
         return data
 
@@ -171,6 +250,19 @@ class S3Store:
                 self._client.delete_object(Bucket=self.bucket, Key=self._key(key), VersionId=info.version)
         if self.head(key) is not None:
             self.delete(key)
+
+    def abort_uploads(self, prefix: str, before: float) -> int:
+        """Abort multipart uploads that a killed writer left; the server frees their parts."""
+        count = 0
+        start = self._key(prefix) if prefix else self._root()
+        with self._explained(prefix):
+            for page in self._client.get_paginator("list_multipart_uploads").paginate(Bucket=self.bucket, Prefix=start):
+                for item in page.get("Uploads", []):
+                    if item["Initiated"].timestamp() < before:
+                        name = {"Bucket": self.bucket, "Key": item["Key"], "UploadId": item["UploadId"]}
+                        self._client.abort_multipart_upload(**name)
+                        count += 1
+        return count
 
     def _all_versions(self, key: str) -> Versions:
         full, found = self._key(key), []
@@ -245,6 +337,9 @@ class S3Store:
             raise StorageError(f"{where}: S3 credentials are missing or incomplete; {CREDENTIALS_REMEDY}") from None
         except ClientError as error:
             raise StorageError(f"{where}: {_cause(error, bool(key))}") from error
+        except (HTTPClientError, IncompleteReadError) as error:
+            text = " ".join(str(error).split())
+            raise TransferError(f"{where}: {text}; check the network and try again") from error
         except S3UploadFailedError as error:
             cause = error.__context__
             text = _cause(cause, True) if isinstance(cause, ClientError) else f"upload failed ({error}); try again"

@@ -6,10 +6,13 @@ states, and a manifest written last (:mod:`wav.storage.commit`). Without a manif
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import random
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +25,10 @@ from wav.data.files import require_free_space
 from wav.errors import CheckpointError, StorageError
 from wav.seeding import derive_seed
 from wav.storage.base import ObjectStore, disk_errors
-from wav.storage.commit import MANIFEST, commits, fetch, publish, read_manifest, retain, seal, verify
+from wav.storage.commit import MANIFEST, Retention, commits, fetch, publish, read_manifest, retain, seal, verify
 from wav.training.ema import Ema
 from wav.training.engine import World
+from wav.training.universal import Layout, convert, needs_conversion
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -50,11 +54,38 @@ class RunState:
     waited: float
 
 
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint to go on from: its folder, how it is cut, and its universal form where this run needs that."""
+
+    folder: Path
+    layout: Layout
+    universal: Path | None
+
+    @staticmethod
+    def from_text(text: str) -> Found | None:
+        """Inverse of :attr:`text`; None for no checkpoint."""
+        if not text:
+            return None
+        raw = json.loads(text)
+        return Found(Path(raw["folder"]), Layout(**raw["layout"]), Path(raw["universal"]) if raw["universal"] else None)
+
+    @property
+    def text(self) -> str:
+        """For the other ranks."""
+        universal = str(self.universal) if self.universal else ""
+        return json.dumps({"folder": str(self.folder), "layout": vars(self.layout), "universal": universal})
+
+
+class NotSavedError(StorageError):
+    """No checkpoint was written, for a reason that every rank knows: the run can go on without it."""
+
+
 class Uploader:
     """Uploads sealed checkpoint folders in a thread; while one is on its way only the newest other one waits."""
 
-    def __init__(self, store: ObjectStore, prefix: str, keep_last: int) -> None:
-        self.store, self.prefix, self.keep_last = store, prefix, keep_last
+    def __init__(self, store: ObjectStore, prefix: str, keep: Retention) -> None:
+        self.store, self.prefix, self.keep = store, prefix, keep
         self.busy: Path | None = None
         self.error: StorageError | None = None
         self._next: Path | None = None
@@ -89,36 +120,58 @@ class Uploader:
                     return
             try:
                 publish(self.store, self.busy, f"{self.prefix}/{self.busy.name}")
-                retain(self.store, self.prefix, self.keep_last)
+                retain(self.store, self.prefix, self.keep)
                 self.error = None
             except StorageError as error:  # training goes on; the next checkpoint tries again, the last one counts
                 self.error = error
                 LOG.warning("checkpoint %s stays local for now: %s", self.busy.name, error)
+            except Exception as error:  # an upload must not end unseen, nor the thread with the queue still full
+                self.error = StorageError(f"{self.busy}: upload failed ({error!r}); this is a bug, please report it")
+                LOG.exception("checkpoint %s stays local for now", self.busy.name)
 
 
 class Checkpoints:
     """The checkpoints of one run (one key)."""
 
-    def __init__(self, folder: Path, store: ObjectStore, prefix: str, keep_last: int, world: World) -> None:
+    def __init__(
+        self, folder: Path, store: ObjectStore, prefix: str, keep: Retention, world: World, layout: Layout
+    ) -> None:
         self.folder, self.store, self.prefix = folder, store, f"{prefix}/checkpoints"
-        self.keep_last, self.world = keep_last, world
-        self.uploader = Uploader(store, self.prefix, keep_last)
+        self.keep, self.world, self.layout = keep, world, layout
+        self.uploader = Uploader(store, self.prefix, keep)
 
-    def save(self, engine: DeepSpeedEngine, ema: Ema, state: RunState) -> Path:
+    def save(self, engine: DeepSpeedEngine, ema: Ema, state: RunState, facts: dict[str, float] | None = None) -> Path:
         """Write a checkpoint (every rank calls it) and queue its upload; returns its folder.
 
+        Args:
+            engine: whose state is kept.
+            ema: its average.
+            state: the run's.
+            facts: numbers for the manifest (``validation_loss`` decides which checkpoint is the best).
+
         Raises:
-            StorageError: the disk is full or refuses; no incomplete checkpoint stays.
+            NotSavedError: the disk is full, and every rank knows.
+            StorageError: the disk refused one of several ranks. No incomplete checkpoint stays in either case.
         """
         final = self.folder / f"step-{state.step:08d}"
         part = self.folder / f".{final.name}.part"
-        if self.world.is_main:
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+
+        def prepare() -> None:
             with disk_errors(self.folder):
                 shutil.rmtree(part, ignore_errors=True)
                 part.mkdir(parents=True)
-            trained = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
             require_free_space(self.folder, trained * BYTES_PER_PARAMETER // self.world.ranks)
-        self._barrier()
+
+        def complete() -> None:
+            seal(part, {"step": state.step, **self.layout.meta(), **(facts or {})})
+            with disk_errors(final):
+                shutil.rmtree(final, ignore_errors=True)
+                part.rename(final)
+            self._prune()
+            self.uploader.submit(final)
+
+        self._on_main(prepare, part)
         try:
             with disk_errors(part):
                 engine.save_checkpoint(str(part), tag=TAG, save_latest=False)
@@ -126,45 +179,77 @@ class Checkpoints:
                     {"ema": ema.state_dict(), "random": random_states(), "run": vars(state)},
                     part / f"rank-{self.world.rank:05d}.pt",
                 )
-        except RuntimeError as error:  # torch reports a full disk from its zip writer like this
-            raise StorageError(
-                f"{part}: could not be written ({_first_line(error)}); check the disk's space"
-            ) from error
+        except (StorageError, RuntimeError) as error:  # torch reports a full disk from its zip writer as RuntimeError
+            known = isinstance(error, StorageError)
+            text = str(error) if known else f"{part}: could not be written ({_first_line(error)}); free disk space"
+            if self.world.ranks > 1:
+                raise StorageError(text) from error  # the others wait for this rank: the group has to end
+            shutil.rmtree(part, ignore_errors=True)
+            raise NotSavedError(text) from error
         self._barrier()
-        if self.world.is_main:
-            seal(part, {"step": state.step, "ranks": self.world.ranks})
-            with disk_errors(final):
-                shutil.rmtree(final, ignore_errors=True)
-                part.rename(final)
-            self._prune()
-            self.uploader.submit(final)
-        self._barrier()
+        self._on_main(complete, part)
         return final
 
-    def resume(self, engine: DeepSpeedEngine, ema: Ema) -> RunState | None:
-        """Load the newest complete checkpoint, local ones first, then the store's; None when there is none."""
-        found = self.world.broadcast(str(self._find() or "") if self.world.is_main else "")
-        if not found:
-            return None
-        folder = Path(found)
-        ranks = read_manifest(folder).meta["ranks"]
-        if ranks != self.world.ranks:
-            raise CheckpointError(
-                f"{folder}: was written by {ranks} ranks, this run has {self.world.ranks}; "
-                "run with as many, or delete the folder to start anew"
-            )
-        engine.load_checkpoint(str(folder), tag=TAG)
-        # our own file, verified against its manifest; it holds plain containers, numbers and tensors only
-        saved: dict[str, Any] = torch.load(
-            folder / f"rank-{self.world.rank:05d}.pt", map_location="cpu", weights_only=True
-        )
-        ema.load_state_dict(saved["ema"])
-        restore_random_states(saved["random"])
-        return RunState(**saved["run"])
+    def _on_main(self, action: Callable[[], None], part: Path) -> None:
+        """Rank 0 does it; where it fails every rank raises NotSavedError, and ``part`` goes."""
+        problem = ""
+        if self.world.is_main:
+            try:
+                action()
+            except StorageError as error:
+                problem = str(error)
+                shutil.rmtree(part, ignore_errors=True)
+        if problem := self.world.broadcast(problem):
+            raise NotSavedError(problem)
 
-    def newest(self) -> Path | None:
-        """The newest complete local checkpoint, by name."""
-        complete = self._local()
+    def find(self) -> Found | None:
+        """The newest complete checkpoint, local ones first, then the store's; None when there is none.
+
+        A collective. Where it was written by another layout, its universal form is made beside it.
+
+        Raises:
+            CheckpointError: it can neither be loaded nor converted.
+        """
+        text = ""
+        if self.world.is_main and (folder := self._find()) is not None:
+            saved = Layout.of(read_manifest(folder).meta)
+            universal = None
+            if needs_conversion(saved, self.layout, folder):
+                universal = self.folder / f".{folder.name}.universal"
+                convert(folder / TAG, universal / TAG)
+            text = Found(folder, saved, universal).text
+        return Found.from_text(self.world.broadcast(text))
+
+    def resume(self, found: Found, engine: DeepSpeedEngine, ema: Ema) -> RunState:
+        """Load what :meth:`find` found (every rank calls it).
+
+        Raises:
+            CheckpointError: DeepSpeed does not find its files in it.
+        """
+        loaded, _ = engine.load_checkpoint(str(found.universal or found.folder), tag=TAG)
+        if loaded is None:
+            raise CheckpointError(f"{found.folder}: holds no engine state; delete the folder and run again")
+        if found.layout.ranks == self.world.ranks:
+            saved = _rank_file(found.folder, self.world.rank)
+            ema.load_state_dict(saved["ema"])
+            state = RunState(**saved["run"])
+        else:
+            files = [_rank_file(found.folder, rank) for rank in range(found.layout.ranks)]
+            ema.load_shards([file["ema"] for file in files])
+            saved = files[self.world.rank % found.layout.ranks]
+            windows = [file["run"]["window"] for file in files]
+            state = RunState(**{**files[0]["run"], "window": mean_window(windows)})
+        restore_random_states(saved["random"])
+        self._barrier()
+        if self.world.is_main:
+            if found.universal is not None:
+                shutil.rmtree(found.universal, ignore_errors=True)
+            self.uploader.submit(found.folder)  # it may never have left this machine; costs one request if it has
+        return state
+
+    def newest(self, step: int | None = None) -> Path | None:
+        """The newest complete local checkpoint (of ``step`` or before), by name."""
+        complete = [p for p in self._local() if step is None or p.name <= f"step-{step:08d}"]
         return complete[-1] if complete else None
 
     def _local(self) -> list[Path]:
@@ -191,13 +276,33 @@ class Checkpoints:
         return None
 
     def _prune(self) -> None:
-        for folder in self._local()[: -self.keep_last]:
-            if not self.uploader.holds(folder):
-                shutil.rmtree(folder)
+        facts = {folder.name: read_manifest(folder).meta for folder in self._local()}
+        for name in self.keep.old(facts):
+            if not self.uploader.holds(self.folder / name):
+                shutil.rmtree(self.folder / name)
 
     def _barrier(self) -> None:
         if self.world.ranks > 1:
             dist.barrier()
+
+
+def _rank_file(folder: Path, rank: int) -> dict[str, Any]:
+    """One rank's average, random states and run state (mapped, read as far as it is used).
+
+    Our own file, verified against its manifest; it holds plain containers, numbers and tensors only.
+    """
+    path = folder / f"rank-{rank:05d}.pt"
+    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return saved
+
+
+def mean_window(windows: list[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """Losses since the last row, averaged over the ranks that saw them."""
+    return [
+        {name: math.fsum(row[name] for row in rows if name in row) / sum(name in row for row in rows) for name in names}
+        for rows in zip(*windows, strict=True)
+        for names in [sorted({name for row in rows for name in row})]
+    ]
 
 
 def seed_globals(seed: int) -> None:

@@ -45,6 +45,19 @@ class Ema:
         for name, shard in self._shards.items():
             shard.copy_(state[name])
 
+    def load_shards(self, states: list[dict[str, Tensor]]) -> None:
+        """Restore from the slices of all ranks of a run that had another number of them, in rank order."""
+        names = self._shards.keys()
+        if any(state.keys() != names for state in states):
+            raise CheckpointError(
+                "the checkpoint's average is of other parameters; delete the checkpoint to start anew"
+            )
+        for name, shard in self._shards.items():
+            whole = torch.cat([state[name] for state in states])[: self._shapes[name].numel()]
+            part = whole[self.rank * shard.numel() : (self.rank + 1) * shard.numel()]
+            shard.zero_()
+            shard[: part.numel()].copy_(part)
+
     def names(self) -> set[str]:
         """Names of the averaged parameters."""
         return set(self._shards)
@@ -57,17 +70,26 @@ class Ema:
     def swapped(self) -> Iterator[None]:
         """Inside the block the module holds the averaged weights (for validation)."""
         with torch.no_grad():
-            kept = {n: self._storage(p).clone() for n, p in self._parameters.items()}
+            kept = {n: [t.clone() for t in self._places(p)] for n, p in self._parameters.items()}
             for name, parameter in self._parameters.items():
-                partitioned = hasattr(parameter, "ds_tensor")
-                new = self._shards[name] if partitioned else self.full(name)
-                self._storage(parameter).copy_(new)
+                for place in self._places(parameter):
+                    whole = place.shape == self._shapes[name]
+                    place.copy_(self.full(name) if whole else self._shards[name])
         try:
             yield
         finally:
             with torch.no_grad():
                 for name, parameter in self._parameters.items():
-                    self._storage(parameter).copy_(kept[name])
+                    for place, old in zip(self._places(parameter), kept[name], strict=True):
+                        place.copy_(old)
+
+    def _places(self, parameter: nn.Parameter) -> list[Tensor]:
+        """Where a parameter's values are: its data, or its partition and, while it is gathered, its data (ZeRO-3)."""
+        if not hasattr(parameter, "ds_tensor"):
+            return [parameter.data]
+        partition: Tensor = parameter.ds_tensor
+        gathered = parameter.data.shape == getattr(parameter, "ds_shape", None)
+        return [partition, parameter.data] if gathered else [partition]
 
     @staticmethod
     def _storage(parameter: nn.Parameter) -> Tensor:

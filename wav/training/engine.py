@@ -134,8 +134,13 @@ def quiet_stderr() -> Iterator[None]:
         os.close(sink)
 
 
-def init_engine(module: nn.Module, settings: TrainSettings, plan: BatchPlan, world: World) -> DeepSpeedEngine:
-    """Wrap ``module`` for training: AdamW on what requires a gradient, ZeRO, clipping, precision from settings."""
+def init_engine(
+    module: nn.Module, settings: TrainSettings, plan: BatchPlan, world: World, universal: bool = False
+) -> DeepSpeedEngine:
+    """Wrap ``module`` for training: AdamW on what requires a gradient, ZeRO, clipping, precision from settings.
+
+    ``universal``: the checkpoint that will be loaded is in DeepSpeed's universal layout (:mod:`.universal`).
+    """
     with quiet_stderr():  # its import probes for libaio with the linker, which complains aloud
         import deepspeed
         import deepspeed.ops
@@ -165,6 +170,8 @@ def init_engine(module: nn.Module, settings: TrainSettings, plan: BatchPlan, wor
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": _NEVER,
     }
+    if universal:
+        config["checkpoint"] = {"load_universal": True}
     engine: DeepSpeedEngine
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine

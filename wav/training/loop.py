@@ -23,7 +23,9 @@ import torch.distributed as dist
 
 from wav.errors import ConfigError, TrainingError, WavError
 from wav.storage import ObjectStore, open_store
-from wav.training.checkpoint import Checkpoints, RunState, seed_globals
+from wav.storage.commit import Retention
+from wav.training.checkpoint import BYTES_PER_PARAMETER, Checkpoints, Found, NotSavedError, RunState, seed_globals
+from wav.training.draws import StepInputs
 from wav.training.ema import Ema
 from wav.training.engine import (
     World,
@@ -39,10 +41,19 @@ from wav.training.feed import Feed, Source, validation_inputs
 from wav.training.guard import die_with_parent
 from wav.training.inputs import Inputs, initial_model, open_inputs, passes_through, prune_work
 from wav.training.launch import ERROR_MARK
-from wav.training.objectives import StageModule, StepInputs
+from wav.training.objectives import StageModule
 from wav.training.output import Metrics, collect_state, publish_model, save_model, write_output
 from wav.training.record import Progress, Recorder, Window
 from wav.training.spec import TrainSpec
+from wav.training.universal import Layout
+from wav.training.watch import (
+    is_spike,
+    operations_per_sample,
+    peak_operations,
+    preflight,
+    tokens_per_sample,
+    usual_loss,
+)
 
 if TYPE_CHECKING:
     from wav.model import WAVTransformer
@@ -66,7 +77,15 @@ class Trainer:
         module = StageModule(model, self.settings, spec.data.memory_frames, spec.data.action_dim)
         self.trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         self.parameters = sum(p.numel() for p in module.parameters())
-        self.engine = init_engine(module, self.settings, self.plan, world)
+        layout = Layout(world.ranks, self.settings.zero_stage, self.settings.precision)
+        if world.is_main:
+            preflight(spec, module, layout, world.device, BYTES_PER_PARAMETER)
+        self.tokens = tokens_per_sample(spec, inputs)
+        self.operations = operations_per_sample(spec, inputs, module)
+        keep = Retention(self.settings.keep_last, self.settings.keep_best, self.settings.keep_every)
+        self.checkpoints = Checkpoints(spec.work / "checkpoints", store, spec.prefix, keep, world, layout)
+        found = self.checkpoints.find()
+        self.engine = init_engine(module, self.settings, self.plan, world, found is not None and bool(found.universal))
         self.ema = Ema(self.engine.module, self.settings.ema_decay, world.rank, world.ranks)
         sampler = BatchSampler(len(inputs.train), self.settings.batch_size, self.settings.seed, world.rank, world.ranks)
         self.source = Source(inputs.train, sampler, self.settings, self.plan, world, model.has_value)
@@ -75,16 +94,15 @@ class Trainer:
             self.held_out = validation_inputs(
                 inputs.validation, self.settings, self.plan, model.has_value, world.device
             )
-        self.checkpoints = Checkpoints(spec.work / "checkpoints", store, spec.prefix, self.settings.keep_last, world)
         self.store = store
         self.recorder = Recorder(spec.work / "live", world.is_main)
         self.window = Window()
         self.interrupted = False
-        self._resume()
+        self._resume(found)
         self._begin = time.monotonic()
 
-    def _resume(self) -> None:
-        state = self.checkpoints.resume(self.engine, self.ema)
+    def _resume(self, found: Found | None) -> None:
+        state = self.checkpoints.resume(found, self.engine, self.ema) if found else None
         self.start = state.step if state else 0
         self._seconds, self._waited = (state.seconds, state.waited) if state else (0.0, 0.0)
         if state:
@@ -125,6 +143,8 @@ class Trainer:
         if record:
             row = self.window.mean()
             row = dict(zip(row, self.world.mean(list(row.values())), strict=True))
+            if is_spike(self.recorder.rows, row["loss"], self.settings.spike_factor):
+                self._spiked(step, row["loss"])
             row |= {"learning_rate": learning_rate(self.settings, step - 1)}
             if norm is not None:
                 row["grad_norm"] = norm
@@ -135,7 +155,7 @@ class Trainer:
         if self.held_out and (last or step % every == 0):
             self.recorder.add(step, {f"validation/{name}": value for name, value in self.validate().items()})
         if save:
-            self._save(step, feed.waited)
+            self._save(step, feed.waited, needed=last or stop)
         if stop and not last:
             self._say(f"{self.spec.stage}: interrupted at step {step}, which is saved; run again to go on")
             raise SystemExit(INTERRUPTED)
@@ -170,9 +190,18 @@ class Trainer:
         self.engine.train()
         return window.mean()
 
-    def _save(self, step: int, waited: float) -> None:
+    def _save(self, step: int, waited: float, needed: bool) -> None:
+        """Write a checkpoint; one that is not ``needed`` may fail (a full disk), the next one tries again."""
         state = RunState(step, self.recorder.rows, self.window.steps, self._elapsed(), self._waited + waited)
-        folder = self.checkpoints.save(self.engine, self.ema, state)
+        loss = self.recorder.latest("validation/loss")
+        facts = {} if loss is None else {"validation_loss": loss}
+        try:
+            folder = self.checkpoints.save(self.engine, self.ema, state, facts)
+        except NotSavedError as error:
+            if needed:
+                raise
+            self._say(f"WARNING: {self.spec.stage}: no checkpoint of step {step}, training goes on: {error}")
+            return
         self._say(f"{self.spec.stage}: checkpoint of step {step} in {folder}")
 
     def _diverged(self, step: int, loss: float, norm: float | None) -> None:
@@ -180,6 +209,15 @@ class Trainer:
         raise TrainingError(
             f"{self.spec.stage}.learning_rate = {self.settings.learning_rate}: loss {loss}, gradient norm {norm} at "
             f"step {step}, training diverged; lower it (the last good checkpoint is {good or 'none yet'})"
+        )
+
+    def _spiked(self, step: int, loss: float) -> None:
+        steps = [recorded for recorded, row in self.recorder.rows if "loss" in row]
+        good = self.checkpoints.newest(steps[-1])
+        raise TrainingError(
+            f"{self.spec.stage}.spike_factor = {self.settings.spike_factor}: loss {loss:.4g} at step {step} is more "
+            f"than that many times the recent {usual_loss(self.recorder.rows):.4g}; lower learning_rate, or raise "
+            f"spike_factor to go on (the last good checkpoint is {good or 'none yet'}; newer ones are suspect)"
         )
 
     def _finish(self, waited: float) -> None:
@@ -194,11 +232,15 @@ class Trainer:
             "resumed_from_step": self.start,
             "seconds": round(seconds, 3),
             "samples_per_second": round(every / seconds, 3) if seconds else 0.0,
+            "tokens_per_second": round(every * self.tokens / seconds, 1) if seconds else 0.0,
             "data_wait_share": round((self._waited + waited) / seconds, 5) if seconds else 0.0,
             "parameters": self.parameters,
             "trainable_parameters": self.trained,
             **peak_memory(self.world.device),
         }
+        peak = peak_operations(self.world.device, self.settings)
+        if peak is not None and seconds:
+            metrics["mfu"] = round(every * self.operations / seconds / (peak * self.world.ranks), 5)
         for name in ("loss", "loss_video", "loss_value", "loss_action", "validation/loss", "grad_norm"):
             value = self.recorder.latest(name)
             if value is not None:

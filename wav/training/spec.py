@@ -29,7 +29,13 @@ STAGES: dict[str, type[TrainSettings]] = {
     "train_joint": TrainJointSettings,
 }
 #: Parameters that change how a run is watched and kept, not what it computes: they are no part of its key.
-WATCHING = frozenset({"checkpoint_every", "keep_last", "log_every", "validate_every"})
+WATCHING = frozenset(
+    {"checkpoint_every", "keep_last", "keep_best", "keep_every", "log_every", "validate_every", "spike_factor"}
+)
+#: How the work is spread. No part of the key either: a run goes on with other ranks or another ZeRO stage
+#: (:mod:`wav.training.universal`), and a finished run is not repeated because a machine has more GPUs. Each rank draws
+#: its own noise, so runs on one and on two ranks from the start are two equally good samples, not bit-equal.
+LAYOUT = frozenset({"ranks", "nodes", "zero_stage"})
 #: Sources below ``wav/`` whose change makes another run.
 SOURCES = ("model", "training", "data", "flow_matching.py", "seeding.py")
 CHECKPOINT_FILE = "checkpoint.json"
@@ -162,7 +168,7 @@ def make_spec(
     parameters = {
         "data": spec.data.model_dump(mode="json"),
         "model": spec.model.model_dump(mode="json"),
-        "train": train.model_dump(mode="json", exclude=set(WATCHING)),
+        "train": train.model_dump(mode="json", exclude=set(WATCHING | LAYOUT)),
     }
     key = canonical_digest({"stage": stage, "parameters": parameters, "inputs": inputs, "code": code})[:24]
     return replace(spec, inputs=inputs, code=code, key=key)

@@ -1,0 +1,152 @@
+"""Room before a run, a stop at a loss spike, the numbers of speed."""
+
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.training.test_loop import finish
+from wav.errors import StorageError, TrainingError
+from wav.storage.commit import commits
+from wav.training.universal import Layout
+from wav.training.watch import is_spike, peak_operations, preflight, state_bytes, usual_loss
+
+ONE = Layout(1, 0, "fp32")
+CPU = torch.device("cpu")
+
+
+def test_spike() -> None:
+    rows = [(step, {"loss": 1.0 + step / 100}) for step in range(6)] + [(6, {"validation/loss": 99.0})]
+    assert usual_loss(rows[:4]) is None
+    assert usual_loss(rows) == pytest.approx(1.025)
+    assert is_spike(rows, 11.0, 10.0)
+    assert not is_spike(rows, 10.0, 10.0)
+    assert not is_spike(rows, 1e9, 0.0)
+    assert not is_spike(rows[:4], 1e9, 10.0)
+
+
+def test_memory_is_cut_as_zero_cuts_it() -> None:
+    assert state_bytes(1000, 800, ONE) == 4000 + 3200 + 6400 + 3200
+    assert state_bytes(1000, 800, Layout(4, 1, "fp32")) == 4000 + 3200 + 1600 + 800
+    assert state_bytes(1000, 800, Layout(4, 2, "bf16")) == 2000 + 400 + 2400 + 800
+    assert state_bytes(1000, 800, Layout(4, 3, "bf16")) == 500 + 400 + 2400 + 800
+
+
+def test_preflight(spec_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, module = spec_of(), nn.Linear(1000, 1000)
+    spec.work.mkdir(parents=True)
+    preflight(spec, module, ONE, CPU, 24)
+    memory = namedtuple("memory", "available")
+    monkeypatch.setattr("wav.training.watch.psutil.virtual_memory", lambda: memory(20_000_000))
+    with pytest.raises(TrainingError, match=r"pretrain_video: 1 million parameters.*smaller model"):
+        preflight(spec, module, ONE, CPU, 24)
+    asked: list[int] = []
+
+    def full(path: Path, needed: int) -> None:
+        asked.append(needed)
+        raise StorageError("disk")
+
+    monkeypatch.setattr("wav.training.watch.require_free_space", full)
+    with pytest.raises(StorageError):
+        preflight(spec, module, ONE, CPU, 24)
+    trained = 1_001_000
+    assert asked == [3 * trained * 24 + 8 * trained]  # two checkpoints kept, a third while it is written; weights twice
+
+
+def test_peak_is_known_for_some_gpus(monkeypatch: pytest.MonkeyPatch, spec_of) -> None:
+    bf16 = spec_of(pretrain_video={"precision": "bf16"}).train
+    assert peak_operations(CPU, bf16) is None
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA A100-SXM4-80GB")
+    assert peak_operations(torch.device("cuda", 0), bf16) == 312e12
+    assert peak_operations(torch.device("cuda", 0), spec_of().train) is None
+
+
+def test_a_spike_stops_the_run_and_names_the_checkpoint_before_it(spec_of, start) -> None:
+    """From step 8 on the loss is 1000 times what it was; the checkpoint of step 8 is not the last good one."""
+
+    def spoil() -> None:
+        from wav.training.loop import Trainer
+
+        update = Trainer._update
+
+        def spoiled(trainer: Trainer, step: int, inputs: Any, want_norm: bool) -> Any:
+            parts, norm = update(trainer, step, inputs, want_norm)
+            return {name: value * (1000 if step >= 8 else 1) for name, value in parts.items()}, norm
+
+        Trainer._update = spoiled  # type: ignore[method-assign]
+
+    few = {"steps": 9, "log_every": 1, "checkpoint_every": 1, "validate_every": 9}
+    spec = spec_of(pretrain_video=few)
+    process = start(spec, spoil)
+    log = finish(process)
+    assert process.exitcode == 1, log
+    error = log.splitlines()[-1]
+    assert error.startswith("ERROR: pretrain_video.spike_factor = 10.0: loss")
+    assert "at step 8" in error
+    assert "last good checkpoint is" in error
+    assert "step-00000007" in error
+
+
+def test_full_disk_skips_a_checkpoint_but_not_the_last(spec_of, start) -> None:
+    """Training goes on without the checkpoint of step 3; nothing half-written is left; metrics say how fast it was."""
+
+    def fill() -> None:
+        from wav.training import checkpoint
+
+        check, calls = checkpoint.require_free_space, []
+
+        def full(path: Path, needed: int) -> None:
+            calls.append(path)
+            if len(calls) == 1:
+                raise StorageError(f"{path}: no room")
+            check(path, needed)
+
+        checkpoint.require_free_space = full  # type: ignore[assignment]
+
+    spec = spec_of()
+    log = finish(start(spec, fill))
+    assert "WARNING: pretrain_video: no checkpoint of step 3, training goes on" in log
+    assert [path.name for path in (spec.work / "checkpoints").iterdir()] == ["step-00000006"]
+    metrics = json.loads((spec.paths.output / "metrics.json").read_text())
+    tokens = metrics["tokens_per_second"] / metrics["samples_per_second"]
+    assert tokens == pytest.approx(2 * (2 + 2) * 2 * 2, rel=0.01)  # views x (memory + future) x 2 x 2 cells
+    assert metrics["grad_norm"] > 0
+    assert "mfu" not in metrics  # nobody knows a CPU's peak
+
+
+def test_training_goes_on_while_the_store_fails(spec_of, start, s3_server, tmp_path: Path) -> None:
+    """Uploads fail for a while; the run ends well, and every commit that is visible verifies."""
+    from tests.storage.fault_proxy import FaultProxy
+    from wav.storage import open_store
+    from wav.storage.commands import verify
+
+    with FaultProxy(s3_server.endpoint) as proxy:
+        fault = proxy.arm("bad_key", method="PUT", path="step-00000002", times=-1)
+        for kind in ("reset", "slow_down", "error500"):
+            proxy.arm(kind, method="PUT", path="step-00000006")
+        spec = replace(
+            spec_of(pretrain_video={"checkpoint_every": 2}),
+            store=f"s3://{s3_server.bucket}/{tmp_path.name}",
+            endpoint=proxy.endpoint,
+        )
+        log = finish(start(spec))
+    assert spec.paths.output.is_dir(), log
+    if fault.hits:  # a newer checkpoint may have taken its place in the queue
+        assert "step-00000002 stays local for now" in log
+        assert "AWS_ACCESS_KEY_ID" in log
+    assert s3_server.secret_key not in log
+    store = open_store(spec.store, s3_server.endpoint)
+    visible = commits(store, f"{spec.prefix}/checkpoints")
+    assert visible[-1].endswith("step-00000006")
+    assert not any(name.endswith("step-00000002") for name in visible)
+    for name in visible:
+        assert all(line.startswith("good ") for line in verify(store, name))
+    for path in spec.work.rglob("*"):
+        assert not path.is_file() or s3_server.secret_key.encode() not in path.read_bytes(), path

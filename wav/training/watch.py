@@ -1,0 +1,118 @@
+"""What keeps a long run from being wasted: room for it before it starts, its speed, and a stop when the loss jumps."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from torch import nn
+
+from wav.config import TrainSettings
+from wav.data.files import require_free_space
+from wav.errors import TrainingError
+from wav.storage.commit import Retention
+from wav.training.record import Row
+from wav.training.universal import Layout
+
+if TYPE_CHECKING:
+    from wav.training.inputs import Inputs
+    from wav.training.spec import TrainSpec
+
+#: Dense bf16 peak of a GPU in operations per second, by a part of its name (vendors' data sheets).
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+HISTORY, YOUNG = 10, 5
+
+
+def usual_loss(rows: Sequence[tuple[int, Row]]) -> float | None:
+    """Median loss of the last recorded rows; None while there are too few to say."""
+    losses = [row["loss"] for _, row in rows if "loss" in row][-HISTORY:]
+    return statistics.median(losses) if len(losses) >= YOUNG else None
+
+
+def is_spike(rows: Sequence[tuple[int, Row]], loss: float, factor: float) -> bool:
+    """Whether ``loss`` is more than ``factor`` times the usual one (never where ``factor`` is 0)."""
+    usual = usual_loss(rows)
+    return bool(factor) and usual is not None and usual > 0 and loss > factor * usual
+
+
+def preflight(spec: TrainSpec, module: nn.Module, layout: Layout, device: torch.device, checkpoint_bytes: int) -> None:
+    """Refuse a run that cannot finish on this machine: disk for its checkpoints and weights, memory for its state.
+
+    The estimate counts what is certain: weights, gradients, two moments and the average, cut as ZeRO cuts them;
+    activations are not in it.
+
+    Args:
+        spec: the run.
+        module: what is trained, on the CPU, before DeepSpeed has it.
+        layout: ranks and ZeRO stage.
+        device: where it trains.
+        checkpoint_bytes: bytes of a checkpoint per trained parameter.
+
+    Raises:
+        StorageError: the disk has too little room.
+        TrainingError: the memory has too little room.
+    """
+    every = sum(p.numel() for p in module.parameters())
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    keep = Retention(spec.train.keep_last, spec.train.keep_best, spec.train.keep_every)
+    kept = min(keep.last + keep.best + 1, 1 + spec.train.steps // spec.train.checkpoint_every)
+    if keep.every:
+        kept += spec.train.steps // keep.every
+    present = len(list((spec.work / "checkpoints").glob("step-*")))
+    require_free_space(spec.work, max(1, kept - present) * trained * checkpoint_bytes + 2 * 4 * every)
+    needed = state_bytes(every, trained, layout)
+    local = 1
+    if device.type == "cuda":
+        free, where = torch.cuda.mem_get_info(device)[0], f"GPU {device.index}"
+    else:
+        free, where = psutil.virtual_memory().available, "this machine"
+        local = layout.ranks  # ranks of this machine share it
+    if needed * local > free:
+        raise TrainingError(
+            f"{spec.stage}: {trained / 1e6:.0f} million parameters on {layout.text} need {needed * local / 2**30:.1f} "
+            f"GiB besides activations, {where} has {free / 2**30:.1f} GiB free; use more ranks with a higher "
+            "zero_stage, or a smaller model"
+        )
+
+
+def state_bytes(parameters: int, trained: int, layout: Layout) -> int:
+    """Bytes that a rank holds between steps: weights, gradients, moments, average (and bf16's master weights)."""
+    weight = 2 if layout.precision == "bf16" else 4
+    weights = parameters * weight // (layout.ranks if layout.partitioned else 1)
+    gradients = trained * weight // (layout.ranks if layout.zero_stage >= 2 else 1)
+    moments = trained * (8 if weight == 4 else 12) // (layout.ranks if layout.zero_stage >= 1 else 1)
+    return weights + gradients + moments + 4 * trained // layout.ranks
+
+
+def tokens_per_sample(spec: TrainSpec, inputs: Inputs) -> int:
+    """Video tokens of a sample: views x latent frames (memory and future) x cells."""
+    _, views, _, height, width = inputs.latents.image.shape
+    frames = spec.data.memory_frames + inputs.latents.clip.shape[3]
+    return int(views * frames * height * width)
+
+
+def operations_per_sample(spec: TrainSpec, inputs: Inputs, module: nn.Module) -> float:
+    """Operations of a training sample by the 6 N D rule (2 forward, 4 backward where trained), attention left out.
+
+    The video transformer sees every video token once, an expert its action tokens once per draw.
+    """
+    tokens = {"video": float(tokens_per_sample(spec, inputs))}
+    for expert in ("value", "action"):
+        tokens[expert] = float(spec.data.action_chunk * getattr(spec.train, f"{expert}_draws", 0))
+    total = 0.0
+    for name, parameter in module.named_parameters():
+        plain = name.removeprefix("model.")
+        kind = next((expert for expert in ("value", "action") if plain.startswith(f"{expert}_")), "video")
+        total += (6 if parameter.requires_grad else 2) * parameter.numel() * tokens[kind]
+    return total
+
+
+def peak_operations(device: torch.device, settings: TrainSettings) -> float | None:
+    """Known peak of the device for the run's precision; None for CPUs, fp32 and GPUs not in the table."""
+    if device.type != "cuda" or settings.precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
