@@ -1,7 +1,8 @@
 """The one console script ``wav``: thin commands, each of which calls its room.
 
 ``wav act EXPORT`` runs an exported policy in a simulator, ``wav doctor`` checks the machine, ``wav config check``
-checks a parameter file, ``wav storage`` lists, fetches, verifies and thins out checkpoints. Errors that are the input's fault are one line on stderr and exit status 1.
+checks a parameter file, ``wav storage`` lists, fetches, verifies and thins out checkpoints. Errors that are the
+input's fault are one line on stderr and exit status 1.
 """
 
 from __future__ import annotations
@@ -123,46 +124,6 @@ def _storage_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser
     action.add_argument("--older-hours", type=float, default=24.0, help="age of unfinished uploads (default: 24)")
     action.add_argument("--delete", action="store_true", help="remove them")
     command.set_defaults(run=storage)
-
-
-def render(arguments: argparse.Namespace) -> int:
-    """``wav render``: the first frame of one initial state as a picture."""
-    from wav.evaluation.pictures import join_views, write_png
-    from wav.sim.env import select_tasks
-    from wav.sim.workers import SimPool
-
-    task = select_tasks(arguments.suite, tuple(arguments.task[:1]))[0]
-    size = {"image_height": arguments.size, "image_width": arguments.size, "render": arguments.render}
-    data = DataSettings.model_validate({"suite": arguments.suite, "tasks": (task.name,), **size})
-    with SimPool(arguments.suite, data, workers=1, slots=1) as pool:
-        pool.submit_reset(0, task.name, arguments.index)
-        reply = pool.wait()[0][1]
-    if reply.observation is None:
-        raise SimulationError(f"{task.name}, initial state {arguments.index}: {reply.error}")
-    write_png(arguments.out, join_views(reply.observation.images, data.views))
-    _say(f"{arguments.out}: {task.name}, initial state {arguments.index}: {task.instruction}")
-    return 0
-
-
-def replay(arguments: argparse.Namespace) -> int:
-    """``wav replay``: stored demonstrations open loop; status 1 if too few succeed again."""
-    from wav.data.store import EpisodeStore
-    from wav.evaluation.replay import replay as replay_store
-    from wav.evaluation.replay import report_path
-
-    settings, runtime = load_settings(arguments.params), Runtime()
-    report = replay_store(
-        EpisodeStore.open(arguments.store),
-        settings.data,
-        settings.ingest,
-        episodes=arguments.episodes,
-        workers=arguments.workers or runtime.workers or len(os.sched_getaffinity(0)),
-        progress=lambda o: _say(f"{o.episode_id}: {'success' if o.success else 'failure'} after {o.steps} steps"),
-    )
-    for skipped in report.not_replayed:
-        _say(f"{skipped['episode']}: not replayed: {skipped['reason']}")
-    _say(f"{report.line}; {report_path(arguments.store)}")
-    return 0 if report.passed else 1
 
 
 def parser() -> argparse.ArgumentParser:
