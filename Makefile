@@ -1,7 +1,7 @@
 # make repro: install, start the local services, run the whole pipeline, say where to look.   make help: the rest.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install check-system repro test check-long lint format up down status ui clean-workspace
+.PHONY: help install check-system repro test check-long lint format up down status ui deploy worker clean-workspace
 
 PRESET ?=
 VENV := .venv
@@ -79,6 +79,12 @@ status: $(VENV)/.installed ## what runs
 
 ui: $(VENV)/.installed ## addresses of the UIs
 	@python -m infra.local.services ui
+
+deploy: $(VENV)/.installed ## work pool, queue, automation and deployments on the Prefect server (idempotent)
+	@python -m infra.deploy
+
+worker: $(VENV)/.installed ## run deployments here until Ctrl-C (infra/systemd/ for a server)
+	@python -m infra.deploy worker
 
 clean-workspace: check-preset ## delete workspaces/PRESET
 	@test -n '$(PRESET)' || { echo 'PRESET: not set; make clean-workspace PRESET=smoke' >&2; exit 1; }

@@ -12,3 +12,5 @@ adopt_local_services()
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", "wav")  # the library's logging appears on the flow run
+# The plugin is for the command line (wav/prefect_plugin.py); Prefect runs plugins in an event loop at every import.
+os.environ.setdefault("PREFECT_PLUGINS_ENABLED", "false")

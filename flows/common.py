@@ -28,12 +28,14 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.settings import get_current_settings
 
+from flows.provenance import hash_table, parent_run, run_url
 from wav.config import Runtime, Settings, load_settings
 from wav.data.files import write_json
 from wav.errors import ServiceError, WavError
@@ -120,7 +122,23 @@ def start(stage: str, workspace: str) -> StageRun:
     flow_run = str(context.flow_run.id) if context and context.flow_run else "local"
     logger = get_run_logger()
     logger.info("%s: workspace %s, objects to %s/runs/%s", stage, folder, runtime.store, flow_run)
+    _tell_parent(flow_run)
     return StageRun(stage, folder, settings, runtime, store, flow_run, logger, time.time())
+
+
+def _tell_parent(flow_run: str) -> None:
+    """Link and tag the run that started this one (retrain), which Prefect does not know of across ``dvc repro``."""
+    parent = parent_run()
+    if not parent or flow_run in ("local", parent):
+        return
+    from prefect.client.orchestration import get_client
+
+    from flows.artifacts import publish_markdown
+
+    publish_markdown("parent", f"Started by [retrain {parent}]({run_url(parent, get_current_settings().api.url)})")
+    with get_client(sync_client=True) as client:
+        tags = set(client.read_flow_run(UUID(flow_run)).tags) | {f"retrain:{parent}"}
+        client.update_flow_run(UUID(flow_run), tags=sorted(tags))
 
 
 def step(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -169,6 +187,7 @@ def finish(run: StageRun, results: Iterable[Path]) -> None:
         uploaded.append((run.store.uri(key), run.store.put_file(path, key)))
     rows = [{"object": uri, "version": info.version or "-", "bytes": info.size} for uri, info in uploaded]
     publish_table("objects", rows, f"{run.stage}: objects in the store")
+    publish_table("dvc", hash_table(run.stage, run.workspace), f"{run.stage}: DVC hashes of inputs and outputs")
     run.logger.info("%s: done in %.0f s, peak memory %.2f GiB", run.stage, facts["seconds"], facts["peak_memory_gib"])
 
 
@@ -181,10 +200,24 @@ class _OneLineErrors(logging.Filter):
         return True
 
 
+def one_line_errors() -> None:
+    """Log a :class:`WavError` of a flow without its traceback, from now on."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _OneLineErrors) for known in logger.filters):
+            logger.addFilter(_OneLineErrors())
+
+
+def run_folder(workspace: str) -> Path:
+    """``runs/<flow-run-id>/`` of the flow run that calls: the workspace of a deployment's run."""
+    context = FlowRunContext.get()
+    name = str(context.flow_run.id) if context and context.flow_run else f"local-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path(workspace).resolve() / "runs" / name
+
+
 def main(stage_flow: Callable[..., Any]) -> int:
     """Run a flow in the current folder; a :class:`WavError` is one line on stderr and status 1."""
-    for name in ("prefect.flow_runs", "prefect.task_runs"):
-        logging.getLogger(name).addFilter(_OneLineErrors())
+    one_line_errors()
     try:
         require_services(Runtime())
         stage_flow(workspace=os.getcwd())

@@ -1,0 +1,197 @@
+"""Deployment ``eval-libero``: evaluate any checkpoint, with other tasks, episodes or planner settings if wanted.
+
+The stage of that name (``flows/eval_libero.py``) belongs to DVC; this run writes to ``runs/<flow-run-id>/`` and to the
+object store. ``python -m flows.eval_run`` is the same without a worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from flows import eval_libero as stage
+from flows.artifacts import Progress
+from flows.common import StageRun, finish, one_line_errors, require_services, run_folder, start, step
+from flows.isolation import isolate, prepare
+from wav import evaluation
+from wav.config import Runtime, load_settings, parse_settings
+from wav.data.files import read_json
+from wav.errors import CheckpointError, ConfigError, WavError
+from wav.export import load_export, verify_export
+from wav.policy import Policy
+from wav.promotion import download_policy, read_champion
+from wav.sim.workers import SimPool
+from wav.storage import ObjectStore, open_store
+
+Changes = dict[str, dict[str, Any]]
+
+
+def find_checkpoint(text: str, workspace: Path, store: ObjectStore) -> Path:
+    """The folder that parameter ``checkpoint`` means, downloaded where it lies in the object store.
+
+    Args:
+        text: a folder (an export, or a ``train_joint`` output); ``champion`` or ``champion:NAME``; or the address of
+            an export in the store, such as ``s3://wav/runs/<flow-run-id>/export``.
+        workspace: relative folders start here; downloads are kept below its ``.wav/policies``.
+        store: the object store.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+        StorageError: the store refused, or an object is damaged.
+    """
+    kept = workspace / ".wav" / "policies"
+    if text == "champion" or text.startswith("champion:"):
+        name = text.partition(":")[2] or load_settings(workspace / "params.yaml").data.suite
+        found = read_champion(store, name)
+        if found is None:
+            raise CheckpointError(f"checkpoint = {text!r}: {store.url} has no champion {name!r}; run retrain first")
+        return download_policy(store, found[0], kept / found[0].policy)
+    if "://" in text:
+        prefix = text.rstrip("/").removeprefix(store.url.rstrip("/") + "/")
+        objects = [] if "://" in prefix else store.list(prefix + "/")
+        if not objects:
+            raise CheckpointError(f"checkpoint = {text!r}: no such export in {store.url}; give one of its addresses")
+        folder = kept / hashlib.sha256(text.encode()).hexdigest()[:32]
+        for info in objects:
+            store.get_file(info.key, folder / info.key[len(prefix) + 1 :])
+        return folder
+    folder = (workspace / text).resolve()
+    if not (folder / "settings.json").is_file() and not (folder / "checkpoint.json").is_file():
+        raise CheckpointError(f"checkpoint = {text!r}: {folder} is neither an export nor a train_joint output")
+    return folder
+
+
+def wanted_changes(
+    suite: str,
+    tasks: list[str] | None,
+    episodes: int,
+    conditions: list[str] | None,
+    planner: dict[str, Any] | None,
+    seed: int | None,
+) -> Changes:
+    """The flow's parameters as changes of ``params.yaml``; what was not given is left out."""
+    data = {"suite": suite or None, "tasks": tasks}
+    protocol = {"episodes_per_task": episodes or None, "conditions": conditions, "seed": seed}
+    sections = {"data": data, "eval_libero": protocol, "planner": planner or {}}
+    return {name: {key: v for key, v in values.items() if v is not None} for name, values in sections.items()}
+
+
+def prepare_export(export: Path, workspace: Path, folder: Path, changes: Changes) -> None:
+    """The run's folder for an exported policy: its own settings, the workspace's protocol, then the changes.
+
+    Raises:
+        ConfigError: another suite than the policy's, or a bad value.
+    """
+    own = read_json(export / "settings.json", "export the policy again (`dvc repro export`)")
+    asked = changes.get("data", {}).get("suite")
+    if asked and asked != own["data"]["suite"]:
+        raise ConfigError(f"suite = {asked!r}: {export} was trained on {own['data']['suite']!r}; leave suite out")
+    raw = {name: dict(own[name]) for name in ("data", "model", "planner")}
+    raw["eval_libero"] = load_settings(workspace / "params.yaml").eval_libero.model_dump(mode="json")
+    for section, values in changes.items():
+        raw[section] |= values
+    prepare("eval_libero", workspace, folder, parse_settings(raw, f"settings of {export} with the run's parameters"))
+
+
+@step("roll out")
+def roll_out(run: StageRun, policy: Policy, digest: str) -> dict[str, Any]:
+    """All episodes of an exported policy; finished ones of an interrupted run are kept."""
+    data, settings = run.settings.data, run.settings.eval_libero
+    with (
+        Progress("episodes", run.logger) as progress,
+        SimPool(data.suite, data, workers=run.runtime.workers, slots=settings.batch_size) as pool,
+    ):
+        return evaluation.evaluate(
+            run.settings,
+            policy,
+            run.path("reports/eval"),
+            pool=pool,
+            checkpoint=digest,
+            with_value=policy.model.shapes.value is not None,
+            progress=lambda state: progress(state.done, state.total, state.message),
+        )
+
+
+def evaluate_export(export: Path, folder: Path) -> None:
+    """Evaluate an exported policy in the run's folder."""
+    run = start("eval_libero", str(folder))
+    digest = str(verify_export(export)["checkpoint"]["digest"])
+    policy = load_export(
+        export,
+        batch_size=run.settings.eval_libero.batch_size,
+        device=run.runtime.device,
+        planner=run.settings.planner,
+    )
+    metrics = roll_out(run, policy, digest)
+    stage.report(run, metrics)
+    results = [run.path("reports/eval") / name for name in ("metrics.json", "episodes", "videos")]
+    finish(run, [*results, run.path("reports/index.html")])
+
+
+@flow(name="eval-libero")
+def eval_libero(
+    checkpoint: str = "",
+    suite: str = "",
+    tasks: list[str] | None = None,
+    episodes: int = 0,
+    conditions: list[str] | None = None,
+    planner: dict[str, Any] | None = None,
+    seed: int | None = None,
+    out: str = "",
+) -> str:
+    """Evaluate a policy in closed loop; returns the folder of the results.
+
+    Args:
+        checkpoint: see :func:`find_checkpoint`; empty: the project's joint model.
+        suite: must be the one the policy was trained on; empty: that one.
+        tasks: names of the suite's tasks; none: those of the policy's settings.
+        episodes: per task; 0: as ``params.yaml`` says.
+        conditions: of planned, unplanned, temperature; none: as ``params.yaml`` says.
+        planner: values of section ``planner`` that differ, such as ``{"iterations": 0}``.
+        seed: of the policy's noise; none: as ``params.yaml`` says.
+        out: folder of the results; empty: ``runs/<flow-run-id>/``.
+    """
+    one_line_errors()
+    runtime = Runtime()
+    require_services(runtime)
+    workspace = Path(runtime.workspace).resolve()
+    folder = Path(out).resolve() if out else run_folder(str(workspace))
+    changes = wanted_changes(suite, tasks, episodes, conditions, planner, seed)
+    instead: dict[str, Path] = {}
+    if checkpoint:
+        found = find_checkpoint(
+            checkpoint, workspace, open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region)
+        )
+        if (found / "settings.json").is_file():
+            prepare_export(found, workspace, folder, changes)
+            evaluate_export(found, folder)
+            return str(folder)
+        instead = {"models/joint": found}
+    isolate("eval_libero", workspace, folder, changes, instead)
+    stage.eval_libero.fn(workspace=str(folder))
+    return str(folder)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Evaluate in the current folder; what retrain uses for the champion."""
+    parser = argparse.ArgumentParser(prog="flows.eval_run", description="evaluate a checkpoint")
+    parser.add_argument("--checkpoint", default="", help="folder, champion, or s3:// address of an export")
+    parser.add_argument("--task", action="append", dest="tasks", help="a task; may be given several times")
+    parser.add_argument("--episodes", type=int, default=0, help="episodes per task")
+    parser.add_argument("--condition", action="append", dest="conditions")
+    parser.add_argument("--out", default="", help="folder of the results")
+    try:
+        eval_libero(**vars(parser.parse_args(arguments)))
+    except WavError as error:
+        sys.stderr.write(f"{' '.join(str(error).split())}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

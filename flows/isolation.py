@@ -1,0 +1,102 @@
+"""A workspace for one run of one stage: its inputs linked, its outputs its own, so that DVC's are never written over.
+
+``runs/<flow-run-id>/`` holds ``params.yaml`` (the workspace's, with the run's changes), links to what ``dvc.yaml``
+lists as the stage's data, ``run.json`` (where the inputs came from) and what the run makes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from wav.config import Settings, parse_settings
+from wav.data.files import read_json, write_json
+from wav.errors import DataError
+from wav.local import PROJECT
+
+RUN_FILE = "run.json"
+CODE = ("wav/", "flows/")
+
+
+def stage_table(workspace: Path) -> dict[str, Any]:
+    """Stages of the workspace's ``dvc.yaml`` (the project's, where it has none of its own)."""
+    path = workspace / "dvc.yaml"
+    raw = yaml.safe_load((path if path.is_file() else PROJECT / "dvc.yaml").read_text())
+    return dict(raw["stages"])
+
+
+def data_inputs(stage: str, workspace: Path) -> list[str]:
+    """Paths that a stage reads, code left out."""
+    return [path for path in stage_table(workspace)[stage].get("deps", []) if not path.startswith(CODE)]
+
+
+def outputs(stage: str, workspace: Path) -> list[str]:
+    """Paths that a stage makes, metrics included."""
+    entry = stage_table(workspace)[stage]
+    items = [*entry.get("outs", []), *entry.get("metrics", [])]
+    return [next(iter(item)) if isinstance(item, dict) else item for item in items]
+
+
+def changed_settings(params: Path, changes: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """Settings of a parameter file with some values of some sections replaced.
+
+    Raises:
+        ConfigError: an unknown or bad value; names the field.
+    """
+    raw = yaml.safe_load(params.read_text())
+    for section, values in changes.items():
+        raw[section] = {**(raw.get(section) or {}), **values}
+    return parse_settings(raw, f"{params} with the run's parameters")
+
+
+def prepare(stage: str, workspace: Path, folder: Path, settings: Settings) -> Path:
+    """Make ``folder`` with its ``params.yaml`` and ``run.json``; what a run made there before stays."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+    write_json(folder / RUN_FILE, {"stage": stage, "workspace": str(workspace)})
+    return folder
+
+
+def isolate(
+    stage: str,
+    workspace: Path,
+    folder: Path,
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    instead: Mapping[str, Path] | None = None,
+) -> Path:
+    """Make ``folder`` a workspace in which ``stage`` reads the inputs of ``workspace``.
+
+    Args:
+        stage: name in ``dvc.yaml``.
+        workspace: whose inputs and parameters are used.
+        folder: made where it is missing; links and parameters are refreshed.
+        changes: section -> parameter -> value that differ from ``workspace/params.yaml``.
+        instead: input folder -> folder that takes its place (``models/joint`` -> another checkpoint).
+
+    Raises:
+        ConfigError: a bad parameter.
+        DataError: an input is missing.
+    """
+    prepare(stage, workspace, folder, changed_settings(workspace / "params.yaml", changes or {}))
+    for path in data_inputs(stage, workspace):
+        source = workspace / path
+        for original, other in (instead or {}).items():
+            if path == original or path.startswith(original + "/"):
+                source = other / path[len(original) :].lstrip("/")
+        if not source.exists():
+            raise DataError(f"{source}: {stage} needs it; run `dvc pull` or `dvc repro` in {workspace} first")
+        link = folder / path
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to(source.resolve(), target_is_directory=source.is_dir())
+    return folder
+
+
+def source_workspace(folder: Path) -> Path:
+    """The workspace whose inputs an isolated run reads; any other folder is its own."""
+    if not (folder / RUN_FILE).is_file():
+        return folder
+    return Path(read_json(folder / RUN_FILE, "start the run again")["workspace"])

@@ -1,0 +1,140 @@
+"""What the Prefect server must know of this project: ``make deploy``. Doing it twice is doing it once.
+
+A process work pool ``gpu`` that runs one flow at a time, its queue, the automation that marks runs as crashed whose
+worker died (their heartbeats stop), and the deployments of ``prefect.yaml``. ``python -m infra.deploy worker`` starts
+a worker of the pool in the project folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from datetime import timedelta
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import ObjectNotFound
+from prefect.workers.process import ProcessWorker
+
+from flows.common import require_services
+from wav.config import Runtime
+from wav.errors import ServiceError, WavError
+from wav.local import PROJECT
+
+POOL = QUEUE = "gpu"
+AUTOMATION = "wav: crash runs whose worker died"
+#: flow runs beat every minute (prefect.toml); this many silent seconds mean that nobody runs them any more
+SILENT_SECONDS = 300
+
+
+def make_pool(client: SyncPrefectClient) -> None:
+    """The pool with one slot, and its queue."""
+    try:
+        pool = client.read_work_pool(POOL)
+        if pool.type != "process":
+            raise ServiceError(f"work pool {POOL}: is of type {pool.type}, not process; delete it or rename it")
+        client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=1))
+    except ObjectNotFound:
+        client.create_work_pool(
+            WorkPoolCreate(
+                name=POOL,
+                type="process",
+                description="The GPU server: one flow at a time.",
+                concurrency_limit=1,
+                base_job_template=ProcessWorker.get_default_base_job_template(),
+            )
+        )
+    try:
+        queue = client.read_work_queue_by_name(QUEUE, work_pool_name=POOL)
+        client.update_work_queue(queue.id, concurrency_limit=1)
+    except ObjectNotFound:
+        client.create_work_queue(QUEUE, description="wav", concurrency_limit=1, work_pool_name=POOL)
+
+
+def automation() -> AutomationCore:
+    """Crash a flow run that has beaten and then is silent without having ended."""
+    ended = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+    return AutomationCore(
+        name=AUTOMATION,
+        description="A run that stops sending heartbeats has lost its worker (killed, rebooted, out of memory).",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *ended},
+            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=SILENT_SECONDS),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message=f"No heartbeat for {SILENT_SECONDS} s: the worker died. Start the run again; it resumes.",
+            )
+        ],
+    )
+
+
+def make_automation(client: SyncPrefectClient) -> None:
+    """Create the automation, or bring the one of its name up to date; more of the same name are removed."""
+    known = client.read_automations_by_name(AUTOMATION)
+    for extra in known[1:]:
+        client.delete_automation(extra.id)
+    if known:
+        client.update_automation(known[0].id, automation())
+    else:
+        client.create_automation(automation())
+
+
+def make_deployments() -> None:
+    """``prefect deploy --all``; its output is shown only where it fails."""
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = " ".join((done.stdout + done.stderr).split())[-600:]
+        raise ServiceError(f"prefect deploy --all: failed; correct prefect.yaml: {said}")
+
+
+def deploy() -> None:
+    """Everything, in the order in which it needs each other."""
+    require_services(Runtime())
+    with get_client(sync_client=True) as client:
+        make_pool(client)
+        make_automation(client)
+        make_deployments()
+        names = sorted(deployment.name for deployment in client.read_deployments(limit=100))
+    sys.stdout.write(f"work pool {POOL}: one flow at a time, queue {QUEUE}\nautomation: {AUTOMATION}\n")
+    sys.stdout.write(f"deployments: {', '.join(names)}\nstart a worker: make worker\n")
+
+
+def worker() -> int:
+    """A worker of the pool, in the project folder, with this process's environment; replaces this process."""
+    require_services(Runtime())
+    os.chdir(PROJECT)
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--work-queue", QUEUE]
+    os.execv(sys.executable, [*command, "--limit", "1"])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="infra.deploy", description="register deployments, or run a worker")
+    parser.add_argument("command", nargs="?", choices=("deploy", "worker"), default="deploy")
+    try:
+        if parser.parse_args(arguments).command == "worker":
+            return worker()
+        deploy()
+    except WavError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

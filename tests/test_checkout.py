@@ -1,0 +1,127 @@
+"""The retrain's checkout: own branch, dirt refused, own results kept, only dvc.lock and metrics committed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.checkout import Checkout
+from wav.errors import ConfigError, ServiceError
+
+DVC = """
+stages:
+  train:
+    cmd: "true"
+    outs: [{models/x: {persist: true}}, {reports/stages/train.json: {cache: false}}]
+    metrics: [{reports/metrics.json: {cache: false}}]
+"""
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=t", "-c", "user.email=t@t", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    folder = tmp_path / "project"
+    (folder / ".dvc").mkdir(parents=True)
+    (folder / "dvc.yaml").write_text(DVC)
+    (folder / ".dvc" / "config").write_text("[core]\n    remote = local\n")
+    (folder / ".gitignore").write_text(
+        "/models/\nconfig.local\n"
+    )
+    git(folder, "init", "-q", "-b", "main")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "first")
+    return folder
+
+
+@pytest.fixture
+def checkout(project: Path, tmp_path: Path) -> Checkout:
+    return Checkout(project, tmp_path / "checkout", dict(os.environ), lambda line: None)
+
+
+def results(folder: Path, text: str) -> None:
+    for name in ("dvc.lock", "reports/metrics.json", "reports/stages/train.json", "models/x"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def test_only_the_lock_and_metrics_are_committed_on_a_branch_of_the_day(checkout: Checkout, project: Path) -> None:
+    assert checkout.prepare("HEAD", "2026-01-04") == "retrain/2026-01-04"
+    checkout.configure_dvc("http://127.0.0.1:1")
+    results(checkout.folder, "1")
+    assert checkout.commit("first retrain")
+    changed = git(checkout.folder, "diff", "--name-only", "main", "retrain/2026-01-04").splitlines()
+    assert sorted(changed) == ["dvc.lock", "reports/metrics.json", "reports/stages/train.json"]
+    assert checkout.commit("again") == "", "nothing changed: no commit"
+    assert git(project, "branch", "--list", "retrain/*") == "", "the project's repository is not touched"
+    assert "secret" not in (checkout.folder / ".dvc" / "config.local").read_text()
+
+
+def test_the_next_retrain_has_the_results_and_the_new_code(checkout: Checkout, project: Path) -> None:
+    checkout.prepare("HEAD", "2026-01-04")
+    results(checkout.folder, "1")
+    checkout.commit("first retrain")
+    results(checkout.folder, "half a retrain that failed")
+    (project / "code.py").write_text("x = 1\n")
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "second")
+    assert checkout.prepare("HEAD", "2026-01-11") == "retrain/2026-01-11"
+    assert (checkout.folder / "code.py").is_file()
+    assert (checkout.folder / "dvc.lock").read_text() == "half a retrain that failed"
+    assert checkout.dirt() == []
+
+
+def test_two_retrains_of_a_day_keep_each_others_commits(checkout: Checkout, project: Path) -> None:
+    checkout.prepare("HEAD", "2026-01-04")
+    results(checkout.folder, "1")
+    first = checkout.commit("first")
+    assert checkout.prepare("HEAD", "2026-01-04") == "retrain/2026-01-04"
+    assert git(checkout.folder, "rev-parse", "HEAD") == first, "the same base: the branch grows"
+    git(project, "commit", "-qm", "more", "--allow-empty")
+    assert checkout.prepare("main", "2026-01-04") == "retrain/2026-01-04-2"
+    assert git(checkout.folder, "rev-parse", "retrain/2026-01-04") == first
+
+
+def test_a_dirty_checkout_is_refused(checkout: Checkout) -> None:
+    checkout.prepare("HEAD", "2026-01-04")
+    (checkout.folder / "dvc.yaml").write_text(DVC + "# edited\n")
+    with pytest.raises(ConfigError, match=r"checkout: dvc\.yaml and 0 more files differ"):
+        checkout.prepare("HEAD", "2026-01-11")
+    git(checkout.folder, "checkout", "-q", "dvc.yaml")
+    (checkout.folder / "notes.txt").write_text("?")
+    with pytest.raises(ConfigError, match=r"notes\.txt"):
+        checkout.prepare("HEAD", "2026-01-11")
+
+
+def test_an_unknown_base_and_a_busy_checkout_are_named(checkout: Checkout) -> None:
+    with pytest.raises(ServiceError, match="rev-parse"):
+        checkout.prepare("no-such-branch", "2026-01-04")
+    with checkout.locked(), pytest.raises(ServiceError, match="another retrain"), checkout.locked():
+        pass
+
+
+def test_commands_run_in_the_checkout_and_end_with_it(checkout: Checkout, tmp_path: Path) -> None:
+    checkout.prepare("HEAD", "2026-01-04")
+    said: list[str] = []
+    checkout.follow(said.append)
+    done = checkout.run("pwd", "/bin/sh", "-c", "pwd; exit 3")
+    assert (done.status, said) == (3, [str(checkout.folder)])
+
+    def cancel(line: str) -> None:
+        raise KeyboardInterrupt
+
+    checkout.follow(cancel)
+    began, alive = time.monotonic(), tmp_path / "alive"
+    with pytest.raises(KeyboardInterrupt):
+        checkout.run("sleep", "/bin/sh", "-c", f"(sleep 6; touch {alive}) & echo started; wait")
+    assert time.monotonic() - began < 5
+    time.sleep(max(0.0, 6.5 - (time.monotonic() - began)))
+    assert not alive.exists(), "a grandchild outlived the command"

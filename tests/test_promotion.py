@@ -1,0 +1,113 @@
+"""Promotion: the rule, same episodes only, identities that see what matters, and one winner of two retrains."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.stage_folders import SETTINGS
+from wav import promotion
+from wav.errors import CheckpointError, DataError, StorageError
+from wav.promotion import Champion, Outcomes
+from wav.storage import open_store
+
+
+def outcomes(*values: int) -> Outcomes:
+    return {f"lift/{i:03d}": bool(value) for i, value in enumerate(values)}
+
+
+CHAMPION = Champion("p1", "c1", "e1", outcomes(1, 0), (), "abc", "run", "2026-01-01T00:00:00+00:00")
+
+
+def test_the_first_policy_becomes_champion() -> None:
+    assert promotion.judge(outcomes(0, 0), None, 0.1).promote
+
+
+@pytest.mark.parametrize(
+    ("candidate", "champion", "margin", "promote"),
+    [
+        ([1] * 20, [1] * 20, 0.0, True),  # the same outcomes are not worse by any margin
+        ([1] * 20, [0] * 20, 0.0, True),
+        ([0] * 20, [1] * 20, 0.5, False),
+        ([1] * 18 + [0] * 2, [1] * 20, 0.1, False),  # 10 points down: the interval reaches further
+        ([1] * 18 + [0] * 2, [1] * 20, 0.3, True),
+    ],
+)
+def test_the_interval_decides(candidate: list[int], champion: list[int], margin: float, promote: bool) -> None:
+    verdict = promotion.judge(outcomes(*candidate), outcomes(*champion), margin)
+    assert verdict.promote is promote, verdict.reason
+    assert verdict.difference is not None
+    assert verdict.difference.episodes == 20
+
+
+def test_other_episodes_are_not_compared() -> None:
+    with pytest.raises(DataError, match=r"lift/002.*evaluate the champion again"):
+        promotion.compare(outcomes(1, 1, 1), outcomes(1, 1))
+
+
+def test_the_evaluation_identity_sees_code_simulator_and_protocol_but_not_the_planner() -> None:
+    versions = {"mujoco": "3.3.2"}
+    same = promotion.evaluation_identity(SETTINGS, "code", versions)
+    planner = SETTINGS.model_copy(update={"planner": SETTINGS.planner.model_copy(update={"iterations": 2})})
+    assert promotion.evaluation_identity(planner, "code", versions) == same
+    protocol = SETTINGS.eval_libero.model_copy(update={"episodes_per_task": 3})
+    others = [
+        promotion.evaluation_identity(SETTINGS, "other code", versions),
+        promotion.evaluation_identity(SETTINGS, "code", {"mujoco": "3.3.3"}),
+        promotion.evaluation_identity(SETTINGS.model_copy(update={"eval_libero": protocol}), "code", versions),
+    ]
+    assert same not in others
+
+
+def test_a_policy_is_its_weights_and_settings_not_its_scores(tmp_path: Path) -> None:
+    def export(name: str, digest: str, iterations: int, score: float) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = {"data": {}, "model": {}, "planner": {"iterations": iterations}, "export": {}}
+        (folder / "settings.json").write_text(json.dumps(settings))
+        (folder / "manifest.json").write_text(json.dumps({"checkpoint": {"digest": digest}, "dtype": "float32"}))
+        (folder / "metrics.json").write_text(json.dumps(score))
+        return folder
+
+    first = promotion.policy_identity(export("a", "1", 1, 0.5))
+    assert promotion.policy_identity(export("b", "1", 1, 0.9)) == first
+    assert promotion.policy_identity(export("c", "2", 1, 0.5)) != first
+    assert promotion.policy_identity(export("d", "1", 2, 0.5)) != first
+    (tmp_path / "a" / "settings.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="incomplete"):
+        promotion.policy_identity(tmp_path / "a")
+
+
+def test_two_retrains_cannot_both_win(tmp_path: Path) -> None:
+    store = open_store(tmp_path.as_uri())
+    assert promotion.read_champion(store, "x") is None
+    assert promotion.crown(store, "x", CHAMPION, None) is not None
+    assert promotion.crown(store, "x", replace(CHAMPION, policy="p2"), None) is None, "both found no champion"
+    read = promotion.read_champion(store, "x")
+    assert read is not None
+    assert read[0] == CHAMPION
+    assert promotion.crown(store, "x", replace(CHAMPION, policy="p2"), read[1]) is not None
+    assert promotion.crown(store, "x", replace(CHAMPION, policy="p3"), read[1]) is None, "both read the same champion"
+    last = promotion.read_champion(store, "x")
+    assert last is not None
+    assert last[0].policy == "p2"
+
+
+def test_a_promoted_policy_comes_back_whole_and_a_damaged_pointer_is_named(tmp_path: Path) -> None:
+    store, export = open_store((tmp_path / "store").as_uri()), tmp_path / "export"
+    (export / "model").mkdir(parents=True)
+    (export / "model" / "weights").write_bytes(b"w" * 100)
+    (export / "manifest.json").write_text("{}")
+    files = promotion.upload_policy(store, export, "policies/p1/export")
+    promotion.crown(store, "x", replace(CHAMPION, files=files), None)
+    read = promotion.read_champion(store, "x")
+    assert read is not None
+    back = promotion.download_policy(store, read[0], tmp_path / "back")
+    assert (back / "model" / "weights").read_bytes() == b"w" * 100
+    assert (back / "manifest.json").read_text() == "{}"
+    store.put_bytes(promotion.pointer_key("x"), b"{")
+    with pytest.raises(StorageError, match=r"champions/x.json.*restore an older version"):
+        promotion.read_champion(store, "x")

@@ -1,0 +1,75 @@
+"""Prefect's plugin hook: ``prefect deployment run NAME`` in the project folder, where Prefect itself wants FLOW/NAME.
+
+Prefect calls :func:`setup_environment` at every ``import prefect`` where ``prefect.toml`` switches plugins on. The hook
+looks at the command line and does nothing unless it is ``prefect deployment run``; there it completes a bare name that
+the folder's ``prefect.yaml`` defines (each deployment here has the name of its flow) and, unless told otherwise, uses
+the server that ``make up`` started. Whatever goes wrong, the command line stays as it was typed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from prefect.plugins import HookContext, SetupResult, register_hook
+
+PREFECT_PLUGIN_API_REQUIRES = ">=0.1,<1"
+
+#: options of the command line that take no value
+_FLAGS = {"--watch", "--no-watch", "--help", "-h", "--prompt", "--no-prompt"}
+
+
+def name_place(argv: Sequence[str]) -> int | None:
+    """Place in ``argv`` of the NAME of ``prefect [options] deployment run [options] NAME``; None: another command.
+
+    ``argv`` is ``sys.argv``, the program first.
+    """
+    if not argv or not (Path(argv[0]).name == "prefect" or argv[0].endswith(os.path.join("prefect", "__main__.py"))):
+        return None
+    words: list[int] = []
+    place = 1
+    while place < len(argv) and len(words) < 3:
+        token = argv[place]
+        if token in ("--", "--id") or token.startswith("--id="):
+            return None
+        if token.startswith("-"):
+            place += 1 if token in _FLAGS or "=" in token else 2
+            continue
+        words.append(place)
+        place += 1
+    if len(words) < 3 or argv[words[0]] not in ("deployment", "deployments") or argv[words[1]] != "run":
+        return None
+    return words[2]
+
+
+def deployment_names(folder: Path) -> set[str]:
+    """Names of the deployments of ``folder``'s ``prefect.yaml``."""
+    import yaml
+
+    raw = yaml.safe_load((folder / "prefect.yaml").read_text())
+    return {str(entry["name"]) for entry in raw["deployments"]}
+
+
+@register_hook
+def setup_environment(*, ctx: HookContext) -> SetupResult | None:  # pluggy refuses a positional ctx
+    """Complete a bare deployment name in ``sys.argv``; the environment for it, or None for every other command."""
+    try:
+        place = name_place(sys.argv)
+        if place is None:
+            return None
+        name = sys.argv[place]
+        if name.rpartition("/")[2] not in deployment_names(Path.cwd()):
+            return None
+        if "/" not in name:
+            sys.argv[place] = f"{name}/{name}"
+        from wav.local import local_folder, read_env
+
+        url = read_env(local_folder() / "env").get("PREFECT_API_URL", "")
+        if not url or os.environ.get("PREFECT_API_URL"):
+            return None
+        return SetupResult(env={"PREFECT_API_URL": url}, note="local server of make up")
+    except Exception:  # a convenience must never stand in the way of the command itself
+        ctx.logger_factory("wav.prefect_plugin").debug("deployment name left alone", exc_info=True)
+        return None
