@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import socket
+from pathlib import Path
 
 import av
 import pytest
@@ -14,6 +16,8 @@ from wav.config import Runtime
 from wav.evaluation.act import act_episodes
 from wav.export import export_policy, policy_from_stages
 from wav.sim.env import select_tasks
+
+PRESETS = Path(__file__).resolve().parents[1] / "presets"
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +111,45 @@ def test_config_check(tmp_path, capsys):
     assert (status, out) == (1, "")
     one_line(err, "planner.iteration", "did you mean 'iterations'")
     assert run(capsys, "config", "check", tmp_path / "none.yaml")[0] == 1
+
+
+def test_summary_of_the_paper_size(capsys):
+    status, out, err = run(capsys, "summary", PRESETS / "libero.yaml")
+    assert (status, err) == (0, "")
+    for line in (
+        r"video +28 layers, 32 heads x 64 = 2048 wide, 128 channels",
+        r"video +1,948,569,728",
+        r"value +163,792,394",
+        r"action +193,243,663",
+        r"total +2,305,605,785",
+        r"pretrain_video +2\.7 +5\.41 +2\.7 +10\.8 +48\.4",
+        r"search, K=3 M=30 N=5 +285",
+        r"search as the reference computes it +1,158",
+        r"train_joint +2 +4\.29 +0\.537 +3\.22 +1\.07 .* 16 bf16",
+    ):
+        assert re.search(line, out), line
+    status, out, _ = run(capsys, "summary", PRESETS / "libero.yaml", "--json", "--gpus", "4")
+    numbers = json.loads(out)
+    assert status == 0
+    assert numbers["parameters"]["total"] == 2_305_605_785
+    assert numbers["stages"]["train_joint"]["micro_batch"] == 32
+    assert numbers["plan"]["total"] == numbers["plan"]["search"] + numbers["plan"]["act"]
+
+
+def test_summary_of_any_parameter_file(tmp_path, capsys):
+    for name in (PRESETS.parent / "params.yaml", PRESETS / "smoke.yaml", PRESETS / "piper.yaml"):
+        status, out, err = run(capsys, "summary", name, "--gpus", "1")
+        assert (status, err) == (0, "")
+        assert "memory per GPU of 1" in out
+    path = tmp_path / "params.yaml"
+    path.write_text("model: {value_expert: false}\n")
+    status, out, _ = run(capsys, "summary", path, "--gpus", "2")
+    assert status == 0
+    assert re.search(r"value +none", out)
+    assert "train_value" not in out
+    status, out, err = run(capsys, "summary", path, "--gpus", "5")
+    assert (status, out) == (1, "")
+    one_line(err, "pretrain_video.batch_size = 32", "5 GPUs", "--gpus")
 
 
 def test_doctor_names_what_to_fix(monkeypatch, tmp_path, capsys):

@@ -8,6 +8,7 @@ input's fault are one line on stderr and exit status 1.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -126,6 +127,19 @@ def _storage_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser
     command.set_defaults(run=storage)
 
 
+def summary(arguments: argparse.Namespace) -> int:
+    """``wav summary``: sizes, parameters, operations and memory of a parameter file."""
+    from wav.summary import lines, summarise
+
+    settings = load_settings(arguments.path)
+    if arguments.json:
+        _say(json.dumps(summarise(settings, arguments.gpus), indent=1))
+        return 0
+    for line in (str(arguments.path), *lines(settings, arguments.gpus)):
+        _say(line)
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands; each sets ``run``."""
     top = argparse.ArgumentParser(prog="wav", description="World-Value-Action policies: run, check, inspect")
@@ -146,6 +160,12 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("doctor", help="check renderer, versions, services and disk")
     command.add_argument("--json", action="store_true", help="findings as JSON")
     command.set_defaults(run=doctor)
+
+    command = commands.add_parser("summary", help="layers, parameters, operations and memory of a parameter file")
+    command.add_argument("path", nargs="?", default="params.yaml", help="parameter file (default: params.yaml)")
+    command.add_argument("--gpus", type=_positive, default=8, help="GPUs that ZeRO shards over (default: 8)")
+    command.add_argument("--json", action="store_true", help="the numbers as JSON (operations, bytes)")
+    command.set_defaults(run=summary)
 
     command = commands.add_parser("config", help="parameter files")
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")

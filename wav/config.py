@@ -34,7 +34,9 @@ class DataSettings(Section):
     views: tuple[str, ...] = Field(("agentview", "wrist"), min_length=1, max_length=3)
     image_height: int = Field(64, ge=16, le=512)
     image_width: int = Field(64, ge=16, le=512)
-    render: Literal["fast", "full"] = Field("fast", description="fast: decimated visual meshes, no reflections, no MSAA")
+    render: Literal["fast", "full"] = Field(
+        "fast", description="fast: decimated visual meshes, no reflections, no MSAA"
+    )
     state_dim: int = Field(8, ge=1)
     action_dim: int = Field(7, ge=1)
     control_hz: int = Field(20, ge=1)
@@ -61,7 +63,9 @@ class ModelSettings(Section):
     rope_scale: tuple[float, float, float] = Field(
         (8 / 30, 32.0, 32.0), description="RoPE position of one latent (frame seconds, pixels, pixels)"
     )
-    init_from: str = Field("", description="weights to start from: hub id or folder of LTX-Video / GE-Base / WAV; empty: random")
+    init_from: str = Field(
+        "", description="weights to start from: hub id, folder or file of LTX-Video / GE-Base / WAV; empty: random"
+    )
 
 
 class IngestSettings(Section):
@@ -71,8 +75,12 @@ class IngestSettings(Section):
     path: str = Field("", description="folder of the dataset (libero_hdf5, lerobot)")
     episodes_per_task: int = Field(60, ge=1)
     first_index: int = Field(1000, ge=1000, description="first demonstration's initial state; 0-49 are evaluation's")
-    noise: float = Field(0.15, ge=0, le=1, description="execution noise, as a share of the action range; labels stay clean")
-    detour: float = Field(0.5, ge=0, le=1, description="share of demonstrations that begin with a detour to a random pose")
+    noise: float = Field(
+        0.15, ge=0, le=1, description="execution noise, as a share of the action range; labels stay clean"
+    )
+    detour: float = Field(
+        0.5, ge=0, le=1, description="share of demonstrations that begin with a detour to a random pose"
+    )
     min_length: int = Field(8, ge=2, description="shorter episodes are quarantined")
     seed: int = 0
 
@@ -129,7 +137,9 @@ class TrainSettings(Section):
     keep_every: int = Field(0, ge=0, description="and those at multiples of this many steps (0: none)")
     log_every: int = Field(20, ge=1)
     validate_every: int = Field(0, ge=0, description="steps between validation losses; 0: a tenth of the run")
-    validation_share: float = Field(0.05, ge=0, lt=0.5, description="share of episodes held out for the validation loss")
+    validation_share: float = Field(
+        0.05, ge=0, lt=0.5, description="share of episodes held out for the validation loss"
+    )
     spike_factor: float = Field(
         10.0, ge=0, description="stop where a recorded loss is this many times the recent rows' median; 0: never"
     )
@@ -201,7 +211,9 @@ class EvalLiberoSettings(Section):
     execute_steps: int = Field(8, ge=1, description="actions executed per policy call")
     batch_size: int = Field(8, ge=1, description="the one padded batch shape the policy is called with")
     budget: Literal["protocol", "reference"] = "protocol"
-    swapped_episodes: int = Field(10, ge=0, le=50, description="episodes per task with another task's instruction (0: none)")
+    swapped_episodes: int = Field(
+        10, ge=0, le=50, description="episodes per task with another task's instruction (0: none)"
+    )
     videos: int = Field(4, ge=0, description="episodes per condition written as mp4")
     video_chunks: int = Field(2, ge=1, description="chunks rolled out by generate_video for the pictures")
     seed: int = 7
@@ -251,10 +263,15 @@ class Settings(Section):
                 f"try {1 + encode.temporal * max(1, round((data.future_frames - 1) / encode.temporal))}"
             )
         for name in ("image_height", "image_width"):
-            if encode.codec == "pca" and getattr(data, name) % encode.patch:
+            if getattr(data, name) % encode.patch:
                 raise ValueError(
                     f"data.{name} = {getattr(data, name)}: must be a multiple of encode.patch = {encode.patch}"
                 )
+        if len(data.views) > self.model.max_views:
+            raise ValueError(
+                f"data.views = {list(data.views)}: {len(data.views)} views, model.max_views = {self.model.max_views}; "
+                "name fewer views or raise model.max_views"
+            )
         if self.eval_libero.execute_steps > data.action_chunk:
             raise ValueError(
                 f"eval_libero.execute_steps = {self.eval_libero.execute_steps}: must be at most "

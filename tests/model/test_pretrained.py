@@ -11,10 +11,11 @@ from diffusers import LTXVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from tests.model.conftest import B, F, H, Inputs, V, W, small
-from wav.errors import CheckpointError
+from wav.errors import CheckpointError, ServiceError
 from wav.model import WAVTransformer
 from wav.model.pretrained import WEIGHTS, init_from, load_model, load_state, read_weights
 from wav.model.video import pack
+from wav.model.weights import locate, weights_digest
 
 
 @pytest.fixture
@@ -144,3 +145,210 @@ def test_stock_ltx_weights_compute_what_stock_computes(inputs: Inputs, tmp_path:
             return_dict=False,
         )[0]
     torch.testing.assert_close(pack(got).reshape(B * V, F * H * W, -1), expected, atol=5e-6, rtol=1e-5)
+
+
+def stock_model() -> LTXVideoTransformer3DModel:
+    """Diffusers' own LTX-Video of the small model's sizes."""
+    sizes = ("in_channels", "out_channels", "num_attention_heads", "attention_head_dim", "num_layers")
+    config = small().config
+    torch.manual_seed(1)
+    return LTXVideoTransformer3DModel(
+        **{name: config[name] for name in (*sizes, "cross_attention_dim", "caption_channels")}
+    ).eval()
+
+
+def stock_velocity(stock: LTXVideoTransformer3DModel, inputs: Inputs) -> torch.Tensor:
+    """Tokens (B, F * H * W, C) of the first view alone, computed by diffusers."""
+    with torch.no_grad():
+        tokens: torch.Tensor = stock(
+            hidden_states=pack(inputs.latents[:, :1]).flatten(0, 1).flatten(1, 2),
+            encoder_hidden_states=inputs.text,
+            timestep=inputs.timestep.repeat_interleave(H * W, 1),
+            encoder_attention_mask=inputs.text_mask,
+            num_frames=F,
+            height=H,
+            width=W,
+            rope_interpolation_scale=tuple(small().config.rope_interpolation_scale),
+            return_dict=False,
+        )[0]
+    return tokens
+
+
+@pytest.mark.parametrize("layout", ["one file", "shards", "shards without index", "pipeline", "file alone"])
+def test_ltx_video_in_every_layout_computes_what_stock_computes(layout: str, inputs: Inputs, tmp_path: Path) -> None:
+    stock, target = stock_model(), small()
+    folder = tmp_path / "transformer" if layout == "pipeline" else tmp_path
+    stock.save_pretrained(folder, max_shard_size="20KB" if "shards" in layout else "1GB")
+    if layout == "shards without index":
+        next(folder.glob("*.index.json")).unlink()
+    if layout == "pipeline":
+        (tmp_path / "ltx-video-2b-v0.9.safetensors").write_bytes(b"the original release lies beside it on the hub")
+    source = tmp_path / WEIGHTS if layout == "file alone" else tmp_path
+    report = init_from(target, source)
+    assert len(report.loaded) == len(stock.state_dict())
+    assert not target.view_embed.any()
+    assert not any(p.any() for p in target.view_ada.parameters())
+    with torch.no_grad():
+        got = target.video(inputs.latents[:, :1], inputs.timestep, inputs.text, inputs.text_mask).velocity
+    torch.testing.assert_close(pack(got).reshape(B, F * H * W, -1), stock_velocity(stock, inputs), atol=5e-6, rtol=1e-5)
+
+
+def test_a_missing_shard_or_tensor_is_named(tmp_path: Path) -> None:
+    stock_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    index = next(tmp_path.glob("*.index.json"))
+    raw = json.loads(index.read_text())
+    index.write_text(
+        json.dumps({**raw, "weight_map": {**raw["weight_map"], "lost.weight": min(raw["weight_map"].values())}})
+    )
+    with pytest.raises(CheckpointError, match=r"00001-of-\d+.safetensors: lacks lost.weight, which the index promises"):
+        init_from(small(), tmp_path)
+    index.unlink()
+    shard = sorted(tmp_path.glob("*.safetensors"))[-1]
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(CheckpointError, match=f"{shard.name}: no such weights"):
+        init_from(small(), tmp_path)
+    shard.write_bytes(content)
+    tensors = load_file(shard)
+    save_file({**tensors, "proj_in.bias": torch.zeros(16)}, shard)
+    with pytest.raises(CheckpointError, match=r"proj_in\.bias is in another shard too"):
+        init_from(small(), tmp_path)
+
+
+def video_weights(model: WAVTransformer) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in model.state_dict().items() if not n.startswith(("value_", "action_"))}
+
+
+def test_ge_base_is_one_file_without_configuration(model: WAVTransformer, inputs: Inputs, tmp_path: Path) -> None:
+    save_file({n: t.bfloat16() for n, t in video_weights(model).items()}, tmp_path / "GE_base_fast.safetensors")
+    for source in (tmp_path, tmp_path / "GE_base_fast.safetensors"):
+        target = small(layers=4)
+        before = target.value_proj_in.weight.clone()
+        report = init_from(target, source)
+        assert set(report.loaded) == set(video_weights(model))
+        assert all(name.startswith(("value_", "action_")) for name in report.missing)
+        assert torch.equal(target.view_embed, model.view_embed.bfloat16().float())
+        assert torch.equal(target.value_proj_in.weight, before)
+    save_file({"a": torch.zeros(1)}, tmp_path / "GE_sim.safetensors")
+    with pytest.raises(CheckpointError, match=r"GE_base_fast.safetensors, GE_sim.safetensors; name one"):
+        init_from(small(), tmp_path)
+
+
+STAGES = {"video": {}, "value": {"value_expert": True}, "action": {"value_expert": True, "action_expert": True}}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_reference_checkpoints_of_every_stage(stage: str, tmp_path: Path) -> None:
+    """The reference's own class bears the stock class's name and leaves the experts' sizes out of its config.json."""
+    source = small()
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.1)
+    experts = [name.removesuffix("_expert") for name in STAGES[stage]]
+    names = [n for n in source.state_dict() if n.split("_")[0] not in {"value", "action"} - set(experts)]
+    options = dict(stock_model().config)
+    config = {n: v for n, v in options.items() if not n.startswith("_")}
+    config |= {"_class_name": "LTXVideoTransformer3DModel", "_diffusers_version": "0.32.0"}
+    config |= {"use_view_embed": True, "max_view": 3, "action_expert": False, "value_expert": False} | STAGES[stage]
+    folder = tmp_path / "step_30000"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({name: source.state_dict()[name].contiguous() for name in names}, folder / WEIGHTS)
+    for where in (folder, folder / WEIGHTS):
+        target = small()
+        before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+        report = init_from(target, where)
+        assert set(report.loaded) == set(names)
+        assert not report.extra
+        for name, tensor in target.state_dict().items():
+            assert torch.equal(tensor, source.state_dict()[name] if name in names else before[name]), name
+    with pytest.raises(CheckpointError, match=r"num_attention_heads = 2, this model has 4"):
+        init_from(small(heads=4, head_dim=4), folder / WEIGHTS)
+
+
+def test_half_an_expert_is_refused(model: WAVTransformer, tmp_path: Path) -> None:
+    for lost in ("value_proj_out.bias", "action_blocks.2.attn3.to_q.weight", "view_ada.1.bias"):
+        state = {name: tensor for name, tensor in model.state_dict().items() if name != lost}
+        save_file(state, tmp_path / "half.safetensors")
+        with pytest.raises(CheckpointError, match=rf"half.safetensors: parameters 1 missing \({lost}\)"):
+            init_from(small(), tmp_path)
+        report = init_from(small(), tmp_path, expected_missing=[lost])
+        assert report.missing == (lost,)
+
+
+def test_what_this_model_cannot_hold_is_said(
+    model: WAVTransformer, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = init_from(small(value_expert=False), folder)
+    assert report.extra
+    assert all(name.startswith("value_") or ".attn3." in name for name in report.extra)
+    assert f"{len(report.extra)} unused" in caplog.text
+    save_file({**model.state_dict(), "action_state": torch.zeros(1, 1, 15)}, tmp_path / "act.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 unexpected \(action_state\)"):
+        init_from(small(), tmp_path / "act.safetensors")
+    assert init_from(small(), tmp_path / "act.safetensors", expected_extra=["action_state"]).extra == ("action_state",)
+    save_file({f"model.diffusion_model.{n}": t for n, t in model.state_dict().items()}, tmp_path / "ltx.safetensors")
+    with pytest.raises(CheckpointError, match=r"original release.*transformer/"):
+        init_from(small(), tmp_path / "ltx.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "novelty": 1}))
+    with pytest.raises(CheckpointError, match="novelty = 1: this model has no such option"):
+        init_from(small(), folder)
+
+
+def test_our_own_outputs(model: WAVTransformer, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "models" / "joint" / "model")
+    report = init_from(small(), tmp_path / "models" / "joint")
+    assert not report.missing
+    assert not report.extra
+    digest = weights_digest(tmp_path / "models" / "joint")
+    assert digest == weights_digest(tmp_path / "models" / "joint" / "model")
+    small(layers=3).save_pretrained(tmp_path / "models" / "joint" / "model")
+    assert weights_digest(tmp_path / "models" / "joint") != digest
+
+
+def test_paths_that_hold_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"empty/config.json: no such file, nor weights"):
+        locate(tmp_path / "empty")
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(CheckpointError, match=r"must be a \.safetensors file"):
+        locate(tmp_path / "weights.bin")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty local hub cache, as huggingface_hub lays it out."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def cached(hub: Path, name: str) -> Path:
+    """Snapshot folder of a cached repository."""
+    repository, commit = hub / f"models--{name.replace('/', '--')}", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    return snapshot
+
+
+def test_hub_ids_come_from_the_local_cache(hub: Path, model: WAVTransformer) -> None:
+    stock_model().save_pretrained(cached(hub, "Lightricks/LTX-Video") / "transformer")
+    assert init_from(small(), "Lightricks/LTX-Video").loaded
+    snapshot = cached(hub, "agibot-world/Genie-Envisioner")
+    for name in ("GE_base_fast_v0.1", "GE_base_slow_v0.1"):
+        save_file(video_weights(model), snapshot / f"{name}.safetensors")
+    assert init_from(small(), "agibot-world/Genie-Envisioner/GE_base_fast_v0.1.safetensors").loaded
+    with pytest.raises(CheckpointError, match=r"holds GE_base_fast_v0.1.safetensors, .*; name one of these files"):
+        init_from(small(), "agibot-world/Genie-Envisioner")
+
+
+def test_offline_the_error_holds_the_command(hub: Path) -> None:
+    with pytest.raises(ServiceError, match=r'`hf download Lightricks/LTX-Video --include "transformer/\*"`'):
+        init_from(small(), "Lightricks/LTX-Video")
+    (cached(hub, "Lightricks/LTX-Video") / "vae").mkdir()  # fetched, but another part of it
+    with pytest.raises(ServiceError, match=r'without it; .*`hf download Lightricks/LTX-Video --include "trans'):
+        init_from(small(), "Lightricks/LTX-Video")
+    with pytest.raises(ServiceError, match=r'`hf download owner/name --include "step/base.safetensors"`'):
+        init_from(small(), "owner/name/step/base.safetensors")

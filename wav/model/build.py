@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from wav.config import DataSettings, ModelSettings
+from wav.config import DataSettings, ModelSettings, Settings
 from wav.model.transformer import WAVTransformer
 from wav.seeding import derive_seed
+
+
+def value_channels(data: DataSettings) -> int:
+    """Channels of the value expert: 7 reward terms per arm (7 actions each), 2 of the top camera, and the return."""
+    return 7 * max(1, data.action_dim // 7) + 3
+
+
+def build_from_settings(settings: Settings, seed: int = 0) -> WAVTransformer:
+    """The transformer that a whole parameter file means: channels from sections ``encode`` and ``data``.
+
+    Under ``torch.device("meta")`` it has every shape and no memory.
+    """
+    channels = (settings.encode.channels, settings.encode.text_dim, value_channels(settings.data))
+    return build_model(settings.model, settings.data, *channels, seed=seed)
 
 
 def build_model(

@@ -1,32 +1,33 @@
 """Weights into a WAVTransformer: every name and shape that does not match is named, and refused unless expected.
 
 diffusers' own ``from_pretrained`` fills missing weights with random numbers after a warning; loading here does not.
+:func:`load_model` opens a model of this project whole, :func:`init_from` starts one from the field's weights: stock
+LTX-Video, GE-Base, the WAV reference's three stages, or an export. All carry the same parameter names.
 """
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from wav.errors import CheckpointError
 from wav.model.transformer import WAVTransformer
+from wav.model.weights import FIELD, WEIGHTS, config_beside, locate, read_config, read_weights
+
+__all__ = ["WEIGHTS", "LoadReport", "init_from", "load_model", "load_state", "read_config", "read_weights"]
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 VIEW_PARAMETERS = (r"view_embed$", r"view_ada\.")
-EXPERTS = (r"value_", r"action_")
+EXPERTS = ("value", "action")
 ATTN3 = r"action_blocks\.\d+\.attn3\."
 
 
@@ -37,45 +38,6 @@ class LoadReport:
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     extra: tuple[str, ...]
-
-
-def read_weights(folder: str | Path) -> dict[str, Tensor]:
-    """All tensors of a diffusers model folder, sharded or not.
-
-    Raises:
-        CheckpointError: a file is missing or unreadable.
-    """
-    folder = Path(folder)
-    index = folder / f"{WEIGHTS}.index.json"
-    names = [WEIGHTS]
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    state: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: no such weights; give the folder that save_pretrained wrote, whole")
-        try:
-            state.update(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: not readable as safetensors ({error}); fetch it again") from None
-    return state
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """``config.json`` of a diffusers model folder.
-
-    Raises:
-        CheckpointError: it is missing or not JSON.
-    """
-    path = Path(folder) / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; give a local model folder with config.json") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch it again") from None
-    return config
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -93,6 +55,7 @@ def load_state(
     expected_missing: Sequence[str] = (),
     expected_extra: Sequence[str] = (),
     assign: bool = False,
+    where: str = "",
 ) -> LoadReport:
     """Copy weights into ``model`` by name.
 
@@ -102,11 +65,12 @@ def load_state(
         expected_missing: regular expressions (from the name's start) of parameters that may keep their initialisation.
         expected_extra: the same for tensors of the source that may go unused.
         assign: take the source's tensors as they are (for a model on the meta device) instead of copying.
+        where: what the error calls a state dict.
 
     Raises:
         CheckpointError: any other name is missing or extra, or a shape differs; nothing was changed then.
     """
-    where = str(source) if isinstance(source, (str, Path)) else "state dict"
+    where = str(source) if isinstance(source, (str, Path)) else where or "state dict"
     state = read_weights(source) if isinstance(source, (str, Path)) else dict(source)
     own = model.state_dict()
     missing = sorted(set(own) - set(state))
@@ -155,54 +119,87 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> WAVTrans
     return model
 
 
-def _compare_configs(model: WAVTransformer, config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse options that change what weights mean without changing their shapes, such as the number of heads."""
+def _known_class(config: Mapping[str, Any], where: Path) -> None:
+    """Refuse another architecture. The WAV and GE-Act references call theirs by the stock class's name."""
+    if config.get("_class_name") not in ("LTXVideoTransformer3DModel", WAVTransformer.__name__):
+        raise CheckpointError(
+            f"{where}: its config.json says _class_name = {config.get('_class_name')!r}: must be "
+            f"LTXVideoTransformer3DModel or WAVTransformer; give such weights in {FIELD}"
+        )
+
+
+def _compare_configs(model: WAVTransformer, config: Mapping[str, Any], unused: Sequence[str], where: Path) -> None:
+    """Refuse options that change what weights mean without changing their shapes, such as the number of heads.
+
+    ``unused``: prefixes of the experts' options that say nothing, because one side has no such expert.
+    """
     for name, value in config.items():
-        if name.startswith("_") or name not in model.config or name.endswith("_expert"):
+        if name.startswith(("_", *unused)) or name.endswith("_expert"):
             continue
+        if name not in model.config:
+            raise CheckpointError(
+                f"{where}: config {name} = {value!r}: this model has no such option; choose other weights"
+            )
         mine = model.config[name]
         plain = [list(v) if isinstance(v, (list, tuple)) else v for v in (value, mine)]
         if plain[0] != plain[1]:
             raise CheckpointError(
-                f"{folder}/config.json: {name} = {value!r}, this model has {mine!r}; "
+                f"{where}: config {name} = {value!r}, this model has {mine!r}; "
                 "set the same size in section model or choose other weights"
             )
 
 
-def init_from(model: WAVTransformer, folder: str | Path) -> LoadReport:
-    """Start ``model`` from another model's weights: a WAV folder or a stock diffusers LTX-Video transformer.
+def init_from(
+    model: WAVTransformer,
+    source: str | Path,
+    expected_missing: Sequence[str] = (),
+    expected_extra: Sequence[str] = (),
+) -> LoadReport:
+    """Start ``model`` from published weights, by parameter name.
 
-    Experts that the source lacks keep their initialisation. With a stock source the view parameters become zero, so
-    that the video part computes exactly what the stock model does.
+    The source may be a stock diffusers LTX-Video transformer (sharded or not), a single safetensors file such as
+    GE-Base's, a checkpoint of the reference after any of its stages (video; + value; + action), or this project's own
+    model. An expert or view embedding is either whole in the source or absent; absent experts keep their
+    initialisation. Absent view parameters (a stock source) become zero, so that every view is computed exactly as the
+    stock model computes it. Experts that ``model`` lacks go unused, with a warning. Heads are compared where the
+    source has a config.json; a single file has none, and its shapes decide alone.
+
+    Args:
+        model: the model to fill, unchanged if the source is refused.
+        source: file, folder or hub id (:func:`wav.model.weights.locate`).
+        expected_missing: regular expressions (from the name's start) of further parameters that may keep their
+            initialisation.
+        expected_extra: the same for further tensors of the source that may go unused.
 
     Raises:
-        CheckpointError: the folder is missing, is of another class, or does not fit.
+        CheckpointError: the source is missing, of another class, or does not fit.
+        ServiceError: a hub id that was not fetched; the message holds the command.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() and (folder / "transformer" / "config.json").is_file():
-        folder = folder / "transformer"
-    config = read_config(folder)
-    kind = config.get("_class_name")
-    if kind == "LTXVideoTransformer3DModel":
-        _compare_configs(model, config, folder)
-        report = load_state(model, folder, expected_missing=(*VIEW_PARAMETERS, *EXPERTS))
+    path = locate(source)
+    config, state = config_beside(path), read_weights(path)
+    options = config or {}
+    theirs = {name: _any(state, f"{name}_") or bool(options.get(f"{name}_expert")) for name in EXPERTS}
+    ours = {name: bool(model.config[f"{name}_expert"]) for name in EXPERTS}
+    if config is not None:
+        _known_class(config, path)
+        _compare_configs(model, config, [f"{n}_" for n in EXPERTS if not (theirs[n] and ours[n])], path)
+    stock = not (any(_matches(name, VIEW_PARAMETERS) for name in state) or options.get("use_view_embed"))
+    absent = [f"{name}_" for name in EXPERTS if not theirs[name]]
+    absent += [] if all(theirs.values()) else [ATTN3]
+    absent += VIEW_PARAMETERS if stock else ()
+    unused = [f"{name}_" for name in EXPERTS if not ours[name]]
+    unused += [] if all(ours.values()) else [ATTN3]
+    report = load_state(model, state, (*absent, *expected_missing), (*unused, *expected_extra), where=str(path))
+    if stock:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if _matches(name, VIEW_PARAMETERS):
                     parameter.zero_()
-    elif kind == WAVTransformer.__name__:
-        _compare_configs(model, config, folder)
-        absent = [f"{name}_" for name in ("value", "action") if not config[f"{name}_expert"]]
-        absent += [] if config["value_expert"] else [ATTN3]
-        unused = [f"{name}_" for name in ("value", "action") if not model.config[f"{name}_expert"]]
-        unused += [] if model.config.value_expert else [ATTN3]
-        report = load_state(model, folder, expected_missing=absent, expected_extra=unused)
-    else:
-        raise CheckpointError(
-            f"{folder}/config.json: _class_name = {kind!r}: must be LTXVideoTransformer3DModel or WAVTransformer; "
-            "give such a folder in model.init_from"
-        )
-    logger.info(
-        "%s: %d parameters loaded, %d kept their initialisation", folder, len(report.loaded), len(report.missing)
-    )
+    logger.info("%s: %d parameters loaded, %d are new", path, len(report.loaded), len(report.missing))
+    if report.extra:
+        logger.warning("%s: %s, which this model has no place for", path, _listing("unused", report.extra))
     return report
+
+
+def _any(names: Iterable[str], prefix: str) -> bool:
+    return any(name.startswith(prefix) for name in names)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from wav.config import DataSettings
 from wav.data.latents import LatentStore
 from wav.data.store import EpisodeStore
 from wav.data.windows import WindowDataset
 from wav.errors import CheckpointError, DataError
 from wav.model import WAVTransformer, build_model
+from wav.model.build import value_channels
 from wav.model.pretrained import init_from, load_model
 from wav.rewards import RewardStore
 from wav.training.spec import TrainSpec, read_checkpoint_file
@@ -39,11 +39,6 @@ class Inputs:
         if self.rewards is not None:
             digests["rewards"] = self.rewards.statistics.digest
         return digests
-
-
-def value_channels(data: DataSettings) -> int:
-    """Channels of the value expert: 7 reward terms per arm (7 actions each), 2 of the top camera, and the return."""
-    return 7 * max(1, data.action_dim // 7) + 3
 
 
 def open_inputs(spec: TrainSpec) -> Inputs:

@@ -59,7 +59,7 @@ class TrainPaths:
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """One training run; see :func:`make_spec`. ``inputs`` maps episodes, latents, rewards, init to their digests."""
+    """One training run; see :func:`make_spec`. ``inputs``: digest of episodes, latents, rewards, init, init_from."""
 
     stage: str
     data: DataSettings
@@ -152,6 +152,7 @@ def make_spec(
     Raises:
         ConfigError: no such stage.
         DataError: an input folder is missing or incomplete.
+        CheckpointError, ServiceError: ``model.init_from`` names no weights, or a hub id that was not fetched.
     """
     if stage not in STAGES:
         raise ConfigError(f"training stage {stage!r}: unknown; the stages are {', '.join(STAGES)}")
@@ -165,6 +166,10 @@ def make_spec(
         stage, settings.data, settings.model, train, paths, store, endpoint, region, device, threads, {}, "", ""
     )
     inputs, code = input_digests(paths), code_digest()
+    if stage == "pretrain_video" and spec.model.init_from:
+        from wav.model.weights import weights_digest  # slow import
+
+        inputs["init_from"] = weights_digest(spec.model.init_from)
     parameters = {
         "data": spec.data.model_dump(mode="json"),
         "model": spec.model.model_dump(mode="json"),
