@@ -241,6 +241,20 @@ def test_shapes_and_steps_reach_the_model() -> None:
     )
 
 
+def test_the_value_reported_is_that_of_the_noise_acted_on() -> None:
+    """Denoised on the final video noise's features from the final value noise, not left over from a search."""
+    model = FakeModel(bowl)
+    result = plan(model, None, SETTINGS, noise(2), returns, with_value=True)
+    features, z_value = model.seen[-1]
+    assert result.z_value is not None
+    assert torch.equal(features[:, 0], result.z_video)
+    assert torch.equal(z_value[:, 0, 0], result.z_value)
+    assert len(model.seen) == SETTINGS.iterations + 1
+    assert result.values is not None
+    wanted = trajectory(bowl(result.z_video[:, None], result.z_value[:, None, None]))[:, 0, 0]
+    torch.testing.assert_close(result.values, wanted)
+
+
 def test_warm_start_moves_the_first_samples_only_when_asked() -> None:
     first = plan(FakeModel(bowl), None, SETTINGS, noise(), returns)
     for warm_start in (False, True):
