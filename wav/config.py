@@ -185,7 +185,9 @@ class PlannerSettings(Section):
     lower_bound_c: float = Field(1.0, ge=0)
     epsilon: float = Field(1e-6, gt=0)
     denoise_steps: int = Field(10, ge=1, description="Euler steps of value and action flows")
-    video_denoise_steps: int = Field(1, ge=1)
+    video_denoise_steps: int = Field(
+        1, ge=1, description="above 1 needs a model trained with those conditioning levels"
+    )
     warm_start: bool = False
 
     @model_validator(mode="after")
