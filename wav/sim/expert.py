@@ -247,6 +247,11 @@ def _take_detour(env: TabletopEnv, expert: Expert, rng: np.random.Generator) -> 
         env.step(action, render=False)
 
 
+def solves(suite: str, task: str, index: int, data: DataSettings, noise: float, detour: float, seed: int) -> bool:
+    """Whether the expert solves one episode, nothing rendered. Runs in a simulator process."""
+    return run_expert(_environment(suite, data), task, index, noise, detour, seed)
+
+
 def record_demonstration(
     suite: str, task: str, init_index: int, data: DataSettings, noise: float, detour: float, seed: int
 ) -> Episode:
