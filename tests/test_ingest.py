@@ -123,7 +123,10 @@ def test_order_is_restored_and_loss_is_noticed():
 
 def test_sources_by_name():
     assert isinstance(open_source(DATA, SETTINGS), ScriptedSource)
-    with pytest.raises(ConfigError, match=r"ingest\.source = 'lerobot': not available .* choose scripted"):
-        open_source(DATA, SETTINGS.model_copy(update={"source": "lerobot"}))
+    with pytest.raises(ConfigError, match=r"ingest\.source = 'rlds': not available .* choose lerobot, libero_hdf5"):
+        open_source(DATA, SETTINGS.model_copy(update={"source": "rlds"}))
+    for source in ("lerobot", "libero_hdf5"):
+        with pytest.raises(ConfigError, match=r"ingest\.path = '': no such"):
+            open_source(DATA, SETTINGS.model_copy(update={"source": source}))
     with pytest.raises(ConfigError, match="did you mean 'lift_red_cube'"):
         open_source(DATA.model_copy(update={"tasks": ("lift_red_cub",)}), SETTINGS)

@@ -36,8 +36,9 @@ PLUMBING = (
     "wav/plots.py",
     "wav/storage/",
 )
-#: imports that a stage does not reach: only for_simulator() needs the simulator, called where wav.sim is imported too
-NOT_FOLLOWED = {("wav/data/conventions.py", "wav/sim/")}
+#: imports that a stage does not reach: only for_simulator() needs the simulator, called where wav.sim is imported too;
+#: replay looks for the dataset's files under `wav replay` alone, never in an evaluation
+NOT_FOLLOWED = {("wav/data/conventions.py", "wav/sim/"), ("wav/evaluation/replay.py", "wav/data/sources/")}
 #: modules that run in processes of their own, which no import names
 PROCESSES = {
     "ingest": ("wav.sim.worker",),

@@ -82,6 +82,21 @@ class IngestSettings(Section):
         0.5, ge=0, le=1, description="share of demonstrations that begin with a detour to a random pose"
     )
     min_length: int = Field(8, ge=2, description="shorter episodes are quarantined")
+    cameras: dict[str, str] = Field({}, description="view -> camera of the dataset, where the usual names do not fit")
+    drop_noops: bool = Field(False, description="datasets: drop steps that neither move nor change the gripper")
+    control_hz: int = Field(0, ge=0, description="datasets: true control rate, where their metadata is silent or wrong")
+    image_rotation: Literal["", "none", "180", "camera"] = Field(
+        "", description="datasets: rotation of the stored frames: none (raw OpenGL), 180, camera; empty: recorded"
+    )
+    gripper: Literal["", "-1 open, +1 close", "+1 open, -1 close", "0 open, 1 close", "1 open, 0 close"] = Field(
+        "", description="datasets: gripper convention; empty: as recorded or as the fingers move"
+    )
+    action: Literal["", "osc_pose_delta", "joint_absolute"] = Field(
+        "", description="datasets: kind of action; empty: as recorded"
+    )
+    alignment: Literal["", "before_action", "after_action"] = Field(
+        "", description="libero_hdf5: frame t was recorded before or after action t; empty: as the states show"
+    )
     seed: int = 0
 
 

@@ -1,6 +1,7 @@
 """ingest: demonstrations from a source into one episode store, with statistics and a quarantine report.
 
-::
+Datasets on disk are read by several processes into a staging folder beside the output
+(:mod:`wav.data.sources.staging`); an interrupted ingest continues from there::
 
     report = ingest(settings.data, settings.ingest, Path("data/episodes"), workers=2)
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import threading
 import time
 from collections import Counter
@@ -23,7 +25,9 @@ from tqdm import tqdm
 from wav.data.episode import Episode
 from wav.data.files import require_free_space
 from wav.data.sources import Source, open_source
-from wav.data.store import EpisodeStore, EpisodeStoreWriter
+from wav.data.sources.staging import DatasetSource, Staged, collect, staging_folder
+from wav.data.store import EpisodeStore, EpisodeStoreWriter, Rejection
+from wav.errors import DataError
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
@@ -80,8 +84,8 @@ def ingest(
         data: cameras and sizes.
         settings: the source and its parameters.
         out: folder of the store.
-        workers: simulator processes; 0: the machine's cores.
-        callback: told (tried, wanted, accepted) after every episode.
+        workers: simulator or reading processes; 0: the machine's cores.
+        callback: told (tried, wanted, accepted) after every episode (datasets: every few).
         source: a source to read instead of ``settings.source``.
 
     Raises:
@@ -94,31 +98,82 @@ def ingest(
     expected = source.expected()
     # a lower bound: no episode is shorter
     require_free_space(out, expected * settings.min_length * len(data.views) * data.image_height * data.image_width * 3)
-    per_task: Counter[str] = Counter()
-    tried = 0
     with (
         EpisodeStoreWriter(out, source.conventions()) as writer,
         tqdm(total=expected, desc="ingest", unit="episode", mininterval=1.0) as bar,
         _ticking(bar),
     ):
-        for outcome in source.outcomes(workers or os.cpu_count() or 1):
-            tried += 1
-            if isinstance(outcome, Episode):
-                writer.add(outcome)
-                per_task[outcome.task] += 1
-                bar.update()
-            else:
-                writer.quarantine(outcome.episode, outcome.task, outcome.reason)
-                _LOG.info("rejected %s: %s", outcome.episode, outcome.reason)
-            bar.set_postfix(rejected=tried - writer.count, refresh=False)
-            if callback is not None:
-                callback(tried, max(expected, tried), writer.count)
+        progress = _Tally(bar, expected, callback)
+        count = workers or os.cpu_count() or 1
+        if isinstance(source, DatasetSource):
+            _write_dataset(source, writer, out, count, progress)
+        else:
+            for outcome in source.outcomes(count):
+                if isinstance(outcome, Episode):
+                    writer.add(outcome)
+                else:
+                    _quarantine(writer, outcome)
+                progress(*((1, 0) if isinstance(outcome, Episode) else (0, 1)))
+    shutil.rmtree(staging_folder(out), ignore_errors=True)
     store = EpisodeStore.open(out)
     return IngestReport(
         episodes=len(store),
         frames=store.frames,
         rejected=len(store.rejected),
-        per_task=dict(per_task),
+        per_task=dict(Counter(info.task for info in store.episodes)),
         seconds=time.monotonic() - began,
         digest=store.digest,
     )
+
+
+class _Tally:
+    """Episodes so far, to the bar and the callback."""
+
+    def __init__(self, bar: tqdm, expected: int, callback: Progress | None) -> None:
+        self.bar, self.expected, self.callback = bar, expected, callback
+        self.accepted = self.rejected = 0
+
+    def __call__(self, accepted: int, rejected: int) -> None:
+        """Count some more."""
+        self.accepted, self.rejected = self.accepted + accepted, self.rejected + rejected
+        self.bar.set_postfix(rejected=self.rejected, refresh=False)
+        self.bar.update(accepted)
+        if self.callback is not None:
+            tried = self.accepted + self.rejected
+            self.callback(tried, max(self.expected, tried), self.accepted)
+
+
+def _quarantine(writer: EpisodeStoreWriter, rejection: Rejection) -> None:
+    writer.quarantine(rejection.episode, rejection.task, rejection.reason)
+    _LOG.info("rejected %s: %s", rejection.episode, rejection.reason)
+
+
+def _write_dataset(
+    source: DatasetSource, writer: EpisodeStoreWriter, out: Path, workers: int, progress: _Tally
+) -> None:
+    """Read a dataset's jobs, continuing what an interrupted run left, and put them together in their order.
+
+    Raises:
+        DataError: a task has no episode that is fit.
+    """
+    parts: list[Staged] = []
+    for staged in collect(source.jobs(), source.conventions(), staging_folder(out), workers):
+        parts.append(staged)
+        progress(staged.accepted, len(staged.rejected))
+    present: set[str] = set()
+    refused: dict[str, Rejection] = {}
+    for staged in sorted(parts, key=lambda part: part.index):
+        if staged.store is not None:
+            store = EpisodeStore.open(staged.store)
+            present |= {info.task for info in store.episodes}
+            writer.adopt(store)
+        for rejection in staged.rejected:
+            refused.setdefault(rejection.task, rejection)
+            _quarantine(writer, rejection)
+    starved = next((r for task, r in refused.items() if task not in present), None)
+    if starved is not None:
+        raise DataError(
+            f"ingest: no episode of task {starved.task!r} is fit (first: {starved.episode}: {starved.reason}); "
+            "repair the dataset, or leave the task out of data.tasks"
+        )
+    writer.describe(source.describe())

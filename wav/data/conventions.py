@@ -32,7 +32,7 @@ class Conventions:
     render: str
     """"fast" (decimated meshes, no reflections) or "full"."""
     image_rotation: str
-    """Rotation already applied to the simulator's raw buffer: "none" or "180" (degrees)."""
+    """Rotation applied to the simulator's raw buffer: "none" or "180" (degrees); "none" for real cameras as well."""
     gripper: str
     """Sign of the gripper action."""
     state_layout: str
@@ -40,7 +40,7 @@ class Conventions:
     action: str
     """"osc_pose_delta" or "joint_absolute"."""
     simulator: Mapping[str, str]
-    """Distribution -> version of what made the physics and the pixels."""
+    """Distribution -> version of what made the physics and the pixels; empty where a dataset does not tell."""
 
     @classmethod
     def for_simulator(cls, data: DataSettings, simulator: Mapping[str, str] | None = None) -> Conventions:
@@ -48,7 +48,7 @@ class Conventions:
         if simulator is None:
             from wav.sim.env import simulator_versions
 
-            simulator = simulator_versions()
+            simulator = simulator_versions(data.suite)
         return cls(
             suite=data.suite,
             views=tuple(data.views),
@@ -64,8 +64,13 @@ class Conventions:
         )
 
     def difference(self, other: Conventions) -> list[str]:
-        """One line per field where the two differ, such as ``image_height: 64 against 128``; empty when equal."""
+        """One line per field where the two differ, such as ``image_height: 64 against 128``; empty when equal.
+
+        ``simulator`` is compared where both sides know theirs: recorded datasets often do not tell.
+        """
         mine, theirs = asdict(self), asdict(other)
+        if not (self.simulator and other.simulator):
+            del mine["simulator"]
         return [f"{name}: {mine[name]!r} against {theirs[name]!r}" for name in mine if mine[name] != theirs[name]]
 
     def to_json(self) -> dict[str, Any]:

@@ -219,12 +219,14 @@ def read_json(path: str | Path, remedy: str) -> Any:
         raise DataError(f"{path}: not valid JSON ({error}); {remedy}") from None
 
 
-def file_records(folder: str | Path, exclude: Iterable[str] = (MANIFEST,)) -> tuple[FileRecord, ...]:
-    """Size and digest of every file under ``folder``, sorted by path."""
-    folder, skip = Path(folder), set(exclude)
+def file_records(
+    folder: str | Path, exclude: Iterable[str] = (MANIFEST,), known: Mapping[str, str] | None = None
+) -> tuple[FileRecord, ...]:
+    """Size and digest of every file under ``folder``, sorted by path; ``known`` digests are not computed again."""
+    folder, skip, known = Path(folder), set(exclude), known or {}
     paths = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return tuple(
-        FileRecord(path, (folder / path).stat().st_size, file_digest(folder / path))
+        FileRecord(path, (folder / path).stat().st_size, known.get(path) or file_digest(folder / path))
         for path in paths
         if path not in skip
     )
@@ -252,13 +254,18 @@ def check_files(
             raise DataError(f"{path}: content does not match the manifest's SHA-256 {record.sha256[:12]}; {remedy}")
 
 
-def write_manifest(folder: str | Path, name: str, version: int, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Write ``manifest.json``: format name and version, ``content``, and a record of every other file in the folder."""
+def write_manifest(
+    folder: str | Path, name: str, version: int, content: Mapping[str, Any], known: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Write ``manifest.json``: format name and version, ``content``, and a record of every other file in the folder.
+
+    ``known``: SHA-256 by path of files whose digest was computed when they were written.
+    """
     manifest = {
         **content,
         "format": name,
         "version": version,
-        "files": [asdict(record) for record in file_records(folder)],
+        "files": [asdict(record) for record in file_records(folder, known=known)],
     }
     write_json(Path(folder) / MANIFEST, manifest)
     return manifest

@@ -5,6 +5,7 @@ Layout of the folder::
     manifest.json            format version, conventions, episode table, size and SHA-256 of every file
     statistics.json          normalisation statistics of label actions and states
     quarantine.json          rejected episodes, each with its reason
+    source.json              datasets only: what was read, detected, declared and changed
     shard-00000/images.<view>.npy (N, H, W, 3) uint8, state.npy, actions.npy[, expert_actions.npy][, joints.npy]
 
 A shard holds whole episodes that have the same fields. The concatenated frame order (shard by shard, episode by
@@ -13,6 +14,9 @@ episode) is the row order of ``data/rewards`` and ``data/latents``.
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,6 +105,7 @@ class EpisodeStoreWriter:
         self._ids: set[str] = set()
         self._labels: list[NDArray[np.float32]] = []
         self._states: list[NDArray[np.float32]] = []
+        self._digests: dict[str, str] = {}
         self._writers: dict[str, ArrayWriter] = {}
         self._layout: dict[str, tuple[int, ...]] = {}
         self._shard, self._rows, self._bytes, self.frames = -1, 0, 0, 0
@@ -169,6 +174,41 @@ class EpisodeStoreWriter:
         """Record an episode that was not written, and why."""
         self._rejected.append(Rejection(episode_id, task, reason))
 
+    def describe(self, source: Mapping[str, Any]) -> None:
+        """Keep what is known about the source as ``source.json``."""
+        write_json(self._folder / "source.json", dict(source))
+
+    def adopt(self, store: EpisodeStore) -> None:
+        """Append all episodes of another store by linking its files; no pixel is copied on the same disk.
+
+        Raises:
+            DataError: its conventions or dimensions differ, or it repeats an id.
+        """
+        differing = self.conventions.difference(store.conventions)
+        if differing:
+            raise DataError(f"{store.path}: its conventions differ ({'; '.join(differing)}); ingest it again")
+        self._check_fit(store[0])
+        twice = next((info.episode_id for info in store.episodes if info.episode_id in self._ids), None)
+        if twice is not None:
+            raise DataError(f"episode {twice}: is in the store already; give every episode its own id")
+        for writer in self._writers.values():
+            writer.close()
+        base, self._writers, self._layout = self._shard + 1, {}, {}
+        for path, digest in store.file_digests().items():
+            shard, _, name = path.partition("/")
+            if name:
+                target = f"shard-{base + int(shard.removeprefix('shard-')):05d}/{name}"
+                _link(store.path / path, self._folder / target)
+                self._digests[target] = digest
+        for index, info in enumerate(store.episodes):
+            episode = store[index]
+            self._table.append({**asdict(info), "shard": base + info.shard, "offset": self.frames})
+            self._ids.add(info.episode_id)
+            self._labels.append(np.array(episode.labels()))
+            self._states.append(np.array(episode.state))
+            self._shard = base + info.shard
+            self.frames += info.length
+
     def _check_fit(self, episode: Episode) -> None:
         """Compare an episode with the conventions and the episodes before it."""
         where, want = f"episode {episode.episode_id}", self.conventions
@@ -215,7 +255,16 @@ class EpisodeStoreWriter:
         statistics.save(self._folder / "statistics.json")
         write_json(self._folder / "quarantine.json", [asdict(rejection) for rejection in self._rejected])
         content = {"conventions": self.conventions.to_json(), "frames": self.frames, "episodes": self._table}
-        write_manifest(self._folder, FORMAT, VERSION, content)
+        write_manifest(self._folder, FORMAT, VERSION, content, self._digests)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy where the file system has no links."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 class EpisodeStore:
@@ -302,6 +351,10 @@ class EpisodeStore:
         """Rows (frames, D) of a field over the whole store; "labels" are the actions to learn."""
         parts = [s.get("expert_actions", s["actions"]) if field == "labels" else s[field] for s in self._shards]
         return np.concatenate(parts)
+
+    def file_digests(self) -> dict[str, str]:
+        """SHA-256 by path of every file of the store."""
+        return {record["path"]: record["sha256"] for record in self._manifest["files"]}
 
     def verify(self) -> None:
         """Compare every file's content with the manifest's SHA-256; DataError names the first that differs."""

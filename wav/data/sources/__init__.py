@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
 
 #: ingest.source -> "module:class"
-SOURCES = {"scripted": "wav.data.sources.scripted:ScriptedSource"}
+SOURCES = {
+    "scripted": "wav.data.sources.scripted:ScriptedSource",
+    "libero_hdf5": "wav.data.sources.libero_hdf5:LiberoHdf5Source",
+    "lerobot": "wav.data.sources.lerobot:LeRobotSource",
+}
 
 
 class Source(Protocol):

@@ -1,0 +1,225 @@
+"""LIBERO HDF5 in, from sound files and from damaged ones."""
+
+import json
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from tests.data.sources.datasets import TASKS, libero_file, motion
+from wav.data.sources import open_source
+from wav.data.store import EpisodeStore
+from wav.errors import ConfigError, DataError
+from wav.ingest import ingest
+
+
+def run(data, settings, out, workers=1, **changes) -> EpisodeStore:
+    ingest(data, settings.model_copy(update=changes), out, workers=workers)
+    return EpisodeStore.open(out)
+
+
+def edit(path: Path, change) -> None:
+    with h5py.File(path, "r+") as file:
+        change(file["data"])
+
+
+def replace(group, name, value) -> None:
+    del group[name]
+    group[name] = value
+
+
+def test_frames_are_paired_with_the_action_taken_on_seeing_them(data, hdf5_settings, tmp_path):
+    store = run(data, hdf5_settings, tmp_path / "out")
+    assert [info.episode_id for info in store.episodes][:2] == [
+        "libero_object/open_the_drawer/demo_0",
+        "libero_object/open_the_drawer/demo_1",
+    ]
+    m, episode = motion(1, 12), store[1]
+    frames = m["images"][1:]
+    np.testing.assert_array_equal(episode.images["agentview"], frames[:, 0, ::-1, ::-1])
+    np.testing.assert_array_equal(episode.images["wrist"], frames[:, 1, ::-1, ::-1])
+    np.testing.assert_array_equal(episode.actions[:-1], m["actions"][1:].astype(np.float32))
+    np.testing.assert_array_equal(episode.actions[-1], [0, 0, 0, 0, 0, 0, 1])
+    state = np.concatenate([m["pose"], m["fingers"]], axis=1)[1:]
+    np.testing.assert_array_equal(episode.state, state.astype(np.float32))
+    opening = m["fingers"][1:, :1] - m["fingers"][1:, 1:]
+    np.testing.assert_array_equal(episode.joints, np.concatenate([m["joints"][1:], opening], 1).astype(np.float32))
+    assert (episode.instruction, episode.task, episode.success) == ("open the drawer", "open_the_drawer", True)
+    assert episode.source == "libero_hdf5:open_the_drawer_demo.hdf5#demo_1"
+    conventions = store.conventions
+    assert (conventions.image_rotation, conventions.gripper, conventions.control_hz) == ("180", "-1 open, +1 close", 20)
+    described = json.loads((tmp_path / "out" / "source.json").read_text())
+    assert described["files"][0]["observation"] == "after its action"
+    assert described["files"][0]["cameras"]["wrist"]["resized"] == "no"
+    store.verify()
+
+
+def test_frames_recorded_before_their_action_stay(data, tmp_path, hdf5_settings):
+    folder = tmp_path / "regenerated"
+    folder.mkdir()
+    libero_file(folder / "lift_it_demo.hdf5", after=False, attributes={"macros_image_convention": "opencv"})
+    store = run(data, hdf5_settings, tmp_path / "out", path=str(folder))
+    m = motion(0, 12)
+    np.testing.assert_array_equal(store[0].actions, m["actions"].astype(np.float32))
+    # robosuite's opencv convention has reversed the rows already
+    np.testing.assert_array_equal(store[0].images["agentview"], m["images"][:-1, 0, :, ::-1])
+    with pytest.raises(ConfigError, match=r"ingest\.alignment = 'after_action', but the simulator states"):
+        run(data, hdf5_settings, tmp_path / "no", path=str(folder), alignment="after_action")
+
+
+def test_what_files_do_not_tell_must_be_declared(data, tmp_path, hdf5_settings):
+    path = tmp_path / "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5"
+    bare = dict.fromkeys(("macros_image_convention", "env_args", "problem_info"))
+    libero_file(path, after=False, attributes=bare)
+    edit(path, lambda data: [data[name].pop("states") for name in data])
+    declared = {"path": str(path)}
+    for field, value, message in (
+        ("image_rotation", "180", r"KITCHEN.*declare ingest\.image_rotation: 'none'"),
+        ("control_hz", 20, r"declare ingest\.control_hz"),
+        ("alignment", "before_action", r"declare ingest\.alignment: after_action"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(data, hdf5_settings, tmp_path / "out", **declared)
+        declared[field] = value
+    store = run(data, hdf5_settings, tmp_path / "out", **declared)
+    assert store[0].instruction == "turn on the stove"
+    np.testing.assert_array_equal(store[0].images["wrist"], motion(0, 12)["images"][:-1, 1])
+
+
+def test_contradictions_are_refused(data, libero, hdf5_settings, tmp_path):
+    for changes, message in (
+        ({"image_rotation": "180"}, r"recorded as rotated 'none' where ingest\.image_rotation = '180'"),
+        ({"gripper": "+1 open, -1 close"}, r"fingers move as under '-1 open, \+1 close'; set ingest\.gripper"),
+        ({"control_hz": 10}, r"= 10 where data\.control_hz = 20"),
+        ({"action": "joint_absolute"}, r"ingest\.action = 'joint_absolute'"),
+        ({"path": str(tmp_path / "nowhere")}, r"ingest\.path = .*no such file or folder"),
+        ({"cameras": {"wrist": "depth"}}, r"camera 'wrist' .*obs/ holds agentview_rgb, .*ingest\.cameras\.wrist"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            open_source(data, hdf5_settings.model_copy(update=changes))
+    with pytest.raises(ConfigError, match=r"data\.tasks: 'fly' has no file .* open_the_drawer, pick_up_the_bowl"):
+        open_source(data.model_copy(update={"tasks": ("fly",)}), hdf5_settings)
+    for demo in range(3):
+        edit(
+            libero / f"{TASKS[0]}_demo.hdf5", lambda g, n=f"demo_{demo}": replace(g[n], "actions", -g[n]["actions"][()])
+        )
+    with pytest.raises(ConfigError, match=r"format's convention is '-1 open, \+1 close', but the fingers"):
+        open_source(data, hdf5_settings)
+    store = run(
+        data.model_copy(update={"tasks": TASKS[:1]}), hdf5_settings, tmp_path / "o", gripper="+1 open, -1 close"
+    )
+    np.testing.assert_array_equal(store[0].actions[:-1, 6], motion(0, 12)["actions"][1:, 6])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda d: d["actions"].__setitem__((3, 2), np.nan), "actions holds NaN or infinity at step 3"),
+        (lambda d: d["actions"].__setitem__((3, 2), 1.5), r"actions\[3, 2\] = 1.5 lies outside"),
+        (lambda d: replace(d, "actions", d["actions"][()].astype(np.int64)), "actions has dtype int64"),
+        (lambda d: replace(d, "actions", d["actions"][:, :6]), "actions has shape"),
+        (lambda d: d["obs"].pop("eye_in_hand_rgb"), "obs/eye_in_hand_rgb is missing"),
+        (lambda d: replace(d["obs"], "agentview_rgb", d["obs/agentview_rgb"][()] / 255.0), "agentview_rgb is float64"),
+        (lambda d: replace(d["obs"], "agentview_rgb", d["obs/agentview_rgb"][:-1]), r"agentview_rgb is uint8 \(11,"),
+        (lambda d: replace(d["obs"], "agentview_rgb", d["obs/agentview_rgb"][:, ::2, ::2]), r"\(12, 16, 16, 3\) where"),
+        (lambda d: d["obs"].pop("gripper_states"), "obs/gripper_states is missing"),
+        (lambda d: d["obs/ee_states"].__setitem__(0, 100.0), r"state reaches 100 m"),
+        (lambda d: d["dones"].__setitem__(slice(None), 0), "dones never becomes 1"),
+        (lambda d: d["obs/joint_states"].__setitem__((1, 1), np.inf), "obs/joint_states holds NaN"),
+    ],
+)
+def test_unsound_demonstration_is_quarantined_by_name(data, libero, hdf5_settings, tmp_path, change, reason):
+    path = libero / f"{TASKS[0]}_demo.hdf5"
+    edit(path, lambda group: change(group["demo_1"]))
+    store = run(data, hdf5_settings, tmp_path / "out")
+    assert len(store) == 5
+    (rejection,) = store.rejected
+    assert rejection.episode == f"libero_object/{TASKS[0]}/demo_1"
+    assert rejection.reason.startswith(f"{path.name}: demo_1: ")
+    with pytest.raises(DataError, match=reason):
+        raise DataError(rejection.reason)
+
+
+def test_damaged_files_are_refused(data, libero, hdf5_settings, tmp_path):
+    path = libero / f"{TASKS[0]}_demo.hdf5"
+    whole = path.read_bytes()
+    for content, message in (
+        (whole[: len(whole) // 2], "truncated or damaged HDF5"),
+        (b"<html>not found</html>", "truncated or damaged HDF5"),
+        (b"", "truncated or damaged HDF5"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"{path.name}: {message}.*download it again"):
+            run(data, hdf5_settings, tmp_path / "out")
+    path.unlink()
+    with h5py.File(path, "w") as file:
+        file["observations"] = np.zeros(3)
+    with pytest.raises(DataError, match="holds no data/demo_i groups"):
+        run(data, hdf5_settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_task_without_any_sound_episode_is_refused(data, libero, hdf5_settings, tmp_path):
+    for number in range(3):
+        edit(libero / f"{TASKS[0]}_demo.hdf5", lambda g, n=number: g[f"demo_{n}/actions"].__setitem__((3, 2), np.nan))
+    with pytest.raises(DataError, match=rf"no episode of task '{TASKS[0]}' is fit \(first: .*NaN"):
+        run(data, hdf5_settings, tmp_path / "out")
+
+
+def test_noops_are_dropped_on_request(data, tmp_path, hdf5_settings):
+    path = libero_file(tmp_path / "lift_it_demo.hdf5", after=False)
+
+    def still(group):
+        for name in group:
+            for step in (0, 3, 4, 6, 11):
+                group[name]["actions"][step, :6] = 0.0
+
+    edit(path, still)
+    store = run(data, hdf5_settings, tmp_path / "out", path=str(path), drop_noops=True)
+    # step 6 closes the gripper, the last frame shows the result: both stay
+    kept = [1, 2, 5, 6, 7, 8, 9, 10, 11]
+    m = motion(0, 12)
+    np.testing.assert_array_equal(store[0].images["wrist"], m["images"][kept, 1, ::-1, ::-1])
+    np.testing.assert_array_equal(store[0].joints[:, :7], m["joints"][kept].astype(np.float32))
+    assert len(run(data, hdf5_settings, tmp_path / "all", path=str(path))[0].state) == 12
+
+
+def test_images_are_resized_only_on_request_and_it_is_recorded(data, hdf5_settings, tmp_path):
+    larger = data.model_copy(update={"image_height": 48, "image_width": 64})
+    store = run(larger, hdf5_settings, tmp_path / "out")
+    assert store[0].images["wrist"].shape == (12, 48, 64, 3)
+    described = json.loads((tmp_path / "out" / "source.json").read_text())["files"][0]["cameras"]["agentview"]
+    assert described == {"camera": "agentview_rgb", "height": 32, "width": 32, "resized": "lanczos"}
+
+
+def test_extra_fields_come_back_bit_for_bit(data, libero, hdf5_settings, tmp_path):
+    rng = np.random.default_rng(5)
+    expert, joints = rng.uniform(-1, 1, (12, 7)).astype(np.float32), rng.normal(size=(12, 8)).astype(np.float32)
+    expert[:, 6] = 1
+
+    def more(group):
+        group["demo_0/expert_actions"], group["demo_0/obs/joints"] = expert, joints
+        group["demo_0"].attrs.update({"init_index": 1003, "seed": 4})
+        group.attrs["render"], group.attrs["simulator_versions"] = "fast", json.dumps({"mujoco": "3.3.2"})
+
+    for task in TASKS:
+        edit(libero / f"{task}_demo.hdf5", more)
+    store = run(data, hdf5_settings, tmp_path / "out")
+    np.testing.assert_array_equal(store[0].joints, joints)
+    np.testing.assert_array_equal(store[0].labels()[:-1], expert[1:])
+    assert (store.episodes[0].init_index, store.episodes[0].seed) == (1003, 4)
+    assert (store.conventions.render, dict(store.conventions.simulator)) == ("fast", {"mujoco": "3.3.2"})
+    assert not store.episodes[1].has_expert
+    edit(libero / f"{TASKS[0]}_demo.hdf5", lambda group: group.attrs.pop("render"))
+    with pytest.raises(DataError, match="ingest files of one simulator"):
+        open_source(data, hdf5_settings)
+
+
+def test_folder_of_suites_and_number_of_episodes(data, libero, hdf5_settings, tmp_path):
+    suites = tmp_path / "suites"
+    shutil.copytree(libero, suites / "libero_object")
+    shutil.copytree(libero, suites / "libero_goal")
+    store = run(data, hdf5_settings, tmp_path / "out", path=str(suites), episodes_per_task=2)
+    assert len(store) == 4

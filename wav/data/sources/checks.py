@@ -1,0 +1,203 @@
+"""What the numbers of a demonstration mean: checked against what they do, never taken on trust.
+
+A gripper of the other sign, a state in another order or a wrong control rate trains without an error and then solves
+nothing, so each is read from the metadata, measured in the data, or declared in ``params.yaml``; a contradiction is
+refused with the setting that resolves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wav.errors import ConfigError, DataError
+
+Floats = NDArray[np.floating]
+
+CANONICAL_GRIPPER = "-1 open, +1 close"
+#: ingest.gripper -> (value that opens, value that closes)
+GRIPPERS = {
+    CANONICAL_GRIPPER: (-1.0, 1.0),
+    "+1 open, -1 close": (1.0, -1.0),
+    "0 open, 1 close": (0.0, 1.0),
+    "1 open, 0 close": (1.0, 0.0),
+}
+#: |a[:6]| below which a step with an unchanged gripper does nothing (OpenVLA's filter of LIBERO)
+NOOP_NORM = 1e-4
+MAX_FINGER = 0.2  # m from the middle
+_MOTION = 0.01  # m of summed finger motion before the gripper's sign counts as seen
+_LAG = 4  # steps a gripper takes to follow visibly
+
+
+def gripper_evidence(command: Floats, opening: Floats) -> float:
+    """Summed finger motion (m) in the direction of the command: negative where high commands close.
+
+    Args:
+        command: (T,) gripper actions, action t executed on frame t.
+        opening: (T,) distance of the fingers (m).
+    """
+    low, high = float(command.min()), float(command.max())
+    if len(command) <= _LAG or high - low < 0.5:
+        return 0.0
+    moved = opening[_LAG:] - opening[:-_LAG]
+    sign = np.where(command[:-_LAG] > (low + high) / 2, 1.0, -1.0)
+    steady = sign == np.where(command[_LAG:] > (low + high) / 2, 1.0, -1.0)
+    return float((sign * moved)[steady].sum() / _LAG)
+
+
+def detect_gripper(samples: Iterable[tuple[Floats, Floats]]) -> str:
+    """The gripper convention that (command, opening) samples show; empty where they show none.
+
+    Samples whose fingers are further apart than any gripper's are left out; reading the episode refuses them by name.
+
+    Raises:
+        DataError: the demonstrations contradict each other.
+    """
+    along = against = low = 0.0
+    for command, opening in samples:
+        if np.abs(opening).max() <= 2 * MAX_FINGER:
+            evidence = gripper_evidence(command, opening)
+            along, against = along + max(evidence, 0.0), against + max(-evidence, 0.0)
+            low = min(low, float(command.min()))
+    if max(along, against) < _MOTION:
+        return ""
+    if min(along, against) > 0.25 * max(along, against):
+        raise DataError(
+            "ingest.gripper: high commands close the gripper in some demonstrations and open it in others; "
+            "split the dataset by convention and ingest the parts separately"
+        )
+    closes = against > along
+    if low < -0.5:
+        return CANONICAL_GRIPPER if closes else "+1 open, -1 close"
+    return "0 open, 1 close" if closes else "1 open, 0 close"
+
+
+def settle_gripper(declared: str, detected: str, usual: str, where: str) -> str:
+    """The dataset's convention out of what is declared, what the fingers show and what the format prescribes.
+
+    Raises:
+        ConfigError: nothing says which, or two of them contradict each other.
+    """
+    said = declared or usual
+    if not said and not detected:
+        raise ConfigError(
+            f"{where}: neither the metadata nor the fingers' motion tell the gripper's sign; declare ingest.gripper "
+            f"(one of {', '.join(repr(name) for name in GRIPPERS)})"
+        )
+    if said and detected and said != detected:
+        source = "ingest.gripper" if declared else "the format's convention"
+        raise ConfigError(
+            f"{where}: {source} is {said!r}, but the fingers move as under {detected!r}; "
+            f"set ingest.gripper: {detected!r}"
+        )
+    return said or detected
+
+
+def canonical_gripper(command: Floats, convention: str) -> Floats:
+    """Commands (T,) of a convention as -1 open, +1 close.
+
+    Raises:
+        DataError: a command lies outside the convention's range.
+    """
+    opened, closed = GRIPPERS[convention]
+    low, high = min(opened, closed), max(opened, closed)
+    if command.min() < low - 1e-3 or command.max() > high + 1e-3:
+        worst = int(np.abs(command - (low + high) / 2).argmax())
+        raise DataError(
+            f"gripper action is {float(command[worst]):g} at step {worst}, outside [{low:g}, {high:g}] of "
+            f"{convention!r}; correct ingest.gripper or the recording"
+        )
+    if convention == CANONICAL_GRIPPER:
+        return command
+    return (command - opened) / (closed - opened) * 2 - 1
+
+
+def check_deltas(actions: Floats) -> None:
+    """Refuse actions (T, A) whose motion part is not an OSC_POSE delta in [-1, 1]."""
+    motion = np.abs(actions[:, :-1])
+    if motion.max(initial=0.0) > 1.0 + 1e-3:
+        step, column = (int(i) for i in np.unravel_index(motion.argmax(), motion.shape))
+        raise DataError(
+            f"actions[{step}, {column}] = {float(actions[step, column]):g} lies outside [-1, 1] of OSC_POSE deltas; "
+            "correct ingest.action or convert the actions"
+        )
+
+
+def check_state_layout(state: Floats) -> None:
+    """Refuse states (T, 8) that cannot be end-effector position (m), axis-angle (rad), two finger positions (m)."""
+    rotation = np.linalg.norm(state[:, 3:6], axis=1).max()
+    fingers = np.abs(state[:, 6:8]).max()
+    reach = np.abs(state[:, :3]).max()
+    if reach > 5 or rotation > 2 * np.pi + 0.01 or fingers > MAX_FINGER:
+        raise DataError(
+            f"state reaches {reach:.3g} m, {rotation:.3g} rad and fingers at {fingers:.3g} m; data.state_dim = 8 means "
+            "eef_pos(3) axis_angle(3) gripper_qpos(2), so convert the states at the source"
+        )
+
+
+def check_control_hz(recorded: float, declared: int, wanted: int, where: str) -> None:
+    """Compare the recording's rate with data.control_hz.
+
+    Args:
+        recorded: steps per second the metadata tells; 0 where it tells nothing.
+        declared: ingest.control_hz; 0: none.
+        wanted: data.control_hz.
+        where: file and field.
+
+    Raises:
+        ConfigError: the rate is unknown, or another than ``wanted``.
+    """
+    rate = declared or recorded
+    if not rate:
+        raise ConfigError(f"{where}: the control rate is not recorded; declare ingest.control_hz (LIBERO runs at 20)")
+    if rate != wanted:
+        hint = (
+            "" if declared else ", or, where the metadata is wrong (LeRobot forms of LIBERO declare 10 but ran at 20), "
+        )
+        hint += "" if declared else f"declare ingest.control_hz: {wanted}"
+        raise ConfigError(f"{where} = {rate:g} where data.control_hz = {wanted}; set data.control_hz: {rate:g}{hint}")
+
+
+def declared_rotation(declared: str, recorded: str, where: str) -> str:
+    """The rotation the stored frames carry: "none" (raw OpenGL buffer), "180" or "camera" (upright, a real camera).
+
+    Raises:
+        ConfigError: neither recorded nor declared, or the two differ.
+    """
+    if declared and recorded and declared != recorded:
+        raise ConfigError(
+            f"{where}: the frames are recorded as rotated {recorded!r} where ingest.image_rotation = {declared!r}; "
+            "remove the declaration, or correct the metadata"
+        )
+    if not (declared or recorded):
+        raise ConfigError(
+            f"{where}: nothing tells how the frames are rotated; declare ingest.image_rotation: 'none' (the "
+            "simulator's raw OpenGL buffer, upside down), '180' (rotated already, as lerobot/libero) or "
+            "'camera' (a real camera)"
+        )
+    return declared or recorded
+
+
+def keep_steps(actions: Floats) -> NDArray[np.bool_]:
+    """(T,) bool: steps that do something, the last one always.
+
+    The no-op filter of OpenVLA's LIBERO: a no-op has |a[:6]| < 1e-4 and the gripper of the last step kept.
+    """
+    still = np.linalg.norm(actions[:, :-1], axis=1) < NOOP_NORM
+    keep = np.ones(len(actions), bool)
+    last: Any = None
+    for step in range(len(actions) - 1):
+        if still[step] and (last is None or actions[step, -1] == last):
+            keep[step] = False
+        else:
+            last = actions[step, -1]
+    return keep
+
+
+def shifted_actions(actions: Floats) -> Floats:
+    """Actions for frames recorded AFTER their action: row t gets action t + 1, the last row a hold."""
+    hold = np.concatenate([np.zeros_like(actions[-1:, :-1]), actions[-1:, -1:]], axis=1)
+    return np.concatenate([actions[1:], hold])

@@ -1,0 +1,136 @@
+"""Frames of datasets: decoding (mp4, PNG and JPEG bytes), rotation and size, one frame or episode at a time.
+
+Sizes are in pixels; images are (H, W, 3) uint8, RGB.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from wav.errors import DataError
+
+if TYPE_CHECKING:
+    from wav.config import DataSettings
+
+Images = NDArray[np.uint8]
+RESIZE = "lanczos"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is done to every frame on the way in, in this order."""
+
+    flip_rows: bool
+    flip_columns: bool
+    height: int
+    width: int
+
+    def __call__(self, frame: Images) -> Images:
+        """(H, W, 3) uint8 to (height, width, 3) uint8; untouched where nothing is to be done."""
+        frame = frame[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
+        if frame.shape[:2] == (self.height, self.width):
+            return frame
+        picture = Image.fromarray(np.ascontiguousarray(frame))
+        return np.asarray(picture.resize((self.width, self.height), Image.Resampling.LANCZOS))
+
+    def stack(self, frames: Iterable[Images], count: int) -> Images:
+        """(count, height, width, 3) of ``count`` frames."""
+        result = np.empty((count, self.height, self.width, 3), np.uint8)
+        for index, frame in enumerate(frames):
+            result[index] = self(frame)
+        return result
+
+
+def preparation(stored: str, target: str, mirrored: bool, height: int, width: int) -> Preparation:
+    """The way from frames that carry the rotation ``stored`` to the rotation ``target`` ("none" or "180").
+
+    ``mirrored``: the frames are the raw buffer with its rows reversed (robosuite's "opencv" image convention).
+    """
+    turn = stored != target
+    return Preparation(flip_rows=turn and not mirrored, flip_columns=turn, height=height, width=width)
+
+
+def described(camera: str, size: tuple[int, int], data: DataSettings) -> dict[str, Any]:
+    """What happened to a camera's frames of ``size`` (H, W), for the store's ``source.json``."""
+    same = size == (data.image_height, data.image_width)
+    return {"camera": camera, "height": size[0], "width": size[1], "resized": "no" if same else RESIZE}
+
+
+def check_frame(frame: NDArray[Any], size: tuple[int, int] | None, where: str) -> None:
+    """Refuse what is not (H, W, 3) uint8 of ``size`` (H, W)."""
+    if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+        raise DataError(f"{where} is {frame.dtype} {frame.shape}; record RGB images as uint8 (H, W, 3)")
+    if size is not None and frame.shape[:2] != size:
+        raise DataError(f"{where} is {frame.shape[0]}x{frame.shape[1]} where the metadata says {size[0]}x{size[1]}")
+
+
+def decode_image(data: bytes | None, size: tuple[int, int] | None, where: str) -> Images:
+    """An encoded image (PNG, JPEG) as (H, W, 3) uint8.
+
+    Raises:
+        DataError: no or damaged bytes, another mode than RGB, another size than ``size`` (H, W).
+    """
+    if not data:
+        raise DataError(f"{where} is empty; record every frame")
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            if picture.mode != "RGB":
+                raise DataError(f"{where} has mode {picture.mode}; record RGB images of 8 bits")
+            frame = np.asarray(picture)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        raise DataError(f"{where} is not a readable image ({error}); download the file again") from None
+    check_frame(frame, size, where)
+    return frame
+
+
+def decode_video(
+    path: Path, start: float, count: int, fps: float, prepare: Preparation, size: tuple[int, int] | None
+) -> Images:
+    """``count`` frames from ``start`` (s) on of a video at ``fps``, prepared, (count, height, width, 3).
+
+    Frames are placed by their time stamps, so a missing one is noticed; only one decoded frame is held at a time.
+
+    Raises:
+        DataError: the file is missing, damaged or too short, or its frames have another size.
+    """
+    result = np.empty((count, prepare.height, prepare.width, 3), np.uint8)
+    seen = np.zeros(count, bool)
+    where = str(path)
+    try:
+        with av.open(where) as container:
+            if not container.streams.video:
+                raise DataError(f"{where}: holds no video stream; download the file again")
+            stream = container.streams.video[0]
+            if start > 0 and stream.time_base is not None:
+                container.seek(int(start / stream.time_base), stream=stream, backward=True)
+            for frame in container.decode(stream):
+                if frame.time is None:
+                    continue
+                index = round((frame.time - start) * fps)
+                if index >= count:
+                    break
+                if index >= 0:
+                    pixels = frame.to_ndarray(format="rgb24")
+                    check_frame(pixels, size, f"{where}: frame at {frame.time:.3f} s")
+                    result[index], seen[index] = prepare(pixels), True
+    except FileNotFoundError:
+        raise DataError(f"{where}: missing; download the dataset again") from None
+    except av.error.FFmpegError as error:
+        raise DataError(f"{where}: damaged or truncated video ({error}); download the file again") from None
+    if not seen.all():
+        lost = int(np.flatnonzero(~seen)[0])
+        raise DataError(
+            f"{where}: truncated, frame {lost} of {count} (at {start + lost / fps:.3f} s) is missing; "
+            "download the file again"
+        )
+    return result

@@ -1,0 +1,255 @@
+"""What a LIBERO HDF5 file says about itself: tasks, cameras and conventions, settled before anything is read.
+
+Used by :mod:`wav.data.sources.libero_hdf5`, which says what the conventions are.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from wav.data.sources import checks
+from wav.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from wav.config import DataSettings, IngestSettings
+
+#: view -> names of its dataset under obs/, in order of preference
+CAMERAS = {
+    "agentview": ("agentview_rgb", "agentview_image"),
+    "wrist": ("eye_in_hand_rgb", "robot0_eye_in_hand_image"),
+}
+#: macros_image_convention: both are unrotated, "opencv" has its rows reversed
+IMAGE_CONVENTIONS = ("opengl", "opencv")
+_SAMPLES = 3  # demonstrations per file whose numbers settle alignment and gripper
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """What a file says about itself; all that a reading process needs besides the settings."""
+
+    path: Path
+    task: str
+    instruction: str
+    demos: tuple[str, ...]
+    lengths: tuple[int, ...]
+    cameras: tuple[tuple[str, str, tuple[int, int]], ...]
+    """(view, name of the dataset under obs/, recorded (H, W))."""
+    rotation: str
+    mirrored: bool
+    after: bool
+    """Observation t was recorded after action t."""
+    gripper: str
+    render: str
+    simulator: tuple[tuple[str, str], ...]
+
+
+def dataset_files(path: str, suite: str) -> list[Path]:
+    """The HDF5 files of a suite under ``path`` (a file, a folder, or a folder of suites)."""
+    root = Path(path).expanduser()
+    if not path or not root.exists():
+        raise ConfigError(
+            f"ingest.path = {path!r}: no such file or folder; give the folder of LIBERO's *_demo.hdf5 files"
+        )
+    if root.is_file():
+        return [root]
+    folder = root / suite if (root / suite).is_dir() else root
+    found = sorted(folder.rglob("*.hdf5"))
+    if not found:
+        raise ConfigError(
+            f"ingest.path = {path!r}: holds no *.hdf5 file; give the folder of LIBERO's *_demo.hdf5 files"
+        )
+    return found
+
+
+def task_name(path: Path) -> str:
+    """The task a file is named after."""
+    return path.stem.removesuffix("_demo")
+
+
+def open_task_file(path: Path, data: DataSettings, settings: IngestSettings) -> TaskFile:
+    """Read a file's attributes, list its demonstrations and settle its conventions.
+
+    Raises:
+        ConfigError: a convention must be declared, or contradicts the file.
+        DataError: the file is truncated or no LIBERO file.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            group = file.get("data")
+            names = [] if group is None else [name for name in group if re.fullmatch(r"demo_\d+", name)]
+            if not names:
+                raise DataError(
+                    f"{path}: holds no data/demo_i groups; give LIBERO's HDF5 files, or another ingest.source"
+                )
+            names.sort(key=lambda name: int(name[5:]))
+            names = names[: settings.episodes_per_task]
+            return _describe(path, group, tuple(names), data, settings)
+    except (OSError, RuntimeError, KeyError) as error:
+        raise DataError(f"{path}: truncated or damaged HDF5 file ({flat(error)}); download it again") from None
+
+
+def _describe(path: Path, group: Any, demos: tuple[str, ...], data: DataSettings, settings: IngestSettings) -> TaskFile:
+    """A TaskFile from an open ``data`` group."""
+    where, attributes = str(path), group.attrs
+    recorded = _text(attributes.get("macros_image_convention"))
+    if recorded and recorded not in IMAGE_CONVENTIONS:
+        raise DataError(f"{where}: macros_image_convention = {recorded!r} is unknown; expected opengl or opencv")
+    rotation = checks.declared_rotation(settings.image_rotation, "none" if recorded else "", where)
+    arguments = _json(attributes.get("env_args"), f"{where}: env_args")
+    rate = float(arguments.get("env_kwargs", {}).get("control_freq") or 0)
+    checks.check_control_hz(rate, settings.control_hz, data.control_hz, f"{where}: env_args.env_kwargs.control_freq")
+    cameras = _cameras(where, group, demos, data, settings)
+    lengths = tuple(_length(group[demo]) for demo in demos)
+    samples = _samples(group, demos)
+    after = _alignment(where, samples, settings.alignment)
+    pairs = [(checks.shifted_actions(s.actions) if after else s.actions)[:, 6] for s in samples]
+    detected = checks.detect_gripper((command, s.opening) for command, s in zip(pairs, samples, strict=True))
+    simulator = _json(attributes.get("simulator_versions"), f"{where}: simulator_versions")
+    return TaskFile(
+        path=path,
+        task=task_name(path),
+        instruction=_instruction(where, attributes, task_name(path)),
+        demos=demos,
+        lengths=lengths,
+        cameras=cameras,
+        rotation=rotation,
+        mirrored=recorded == "opencv",
+        after=after,
+        gripper=checks.settle_gripper(settings.gripper, detected, checks.CANONICAL_GRIPPER, where),
+        render=_text(attributes.get("render")) or "full",
+        simulator=tuple(sorted((str(k), str(v)) for k, v in simulator.items())),
+    )
+
+
+def _instruction(where: str, attributes: Any, task: str) -> str:
+    """The language command of problem_info, or LIBERO's rule for file names (no scene, spaces) where it is missing."""
+    info = _json(attributes.get("problem_info"), f"{where}: problem_info")
+    raw = info.get("language_instruction", "")
+    text = ("".join(raw) if isinstance(raw, list) else str(raw)).strip().strip('"')
+    if not text:
+        text = re.sub(r"^[A-Z_]*SCENE\d+_", "", task).replace("_", " ")
+        _LOG.info("%s: no problem_info; the instruction is taken from the file's name: %r", where, text)
+    return text
+
+
+def _cameras(
+    where: str, group: Any, demos: tuple[str, ...], data: DataSettings, settings: IngestSettings
+) -> tuple[tuple[str, str, tuple[int, int]], ...]:
+    """(view, dataset, (H, W)) of every view, from the first demonstration that has all cameras."""
+    best: dict[str, str] = {}
+    for demo in demos:
+        observed = group[demo].get("obs", {})
+        found = {}
+        for view in data.views:
+            usual = (*CAMERAS.get(view, ()), f"{view}_rgb", view)
+            names = (settings.cameras[view],) if view in settings.cameras else usual
+            name = next((n for n in names if n in observed and observed[n].ndim == 4), "")
+            if name:
+                found[view] = name
+        best = max(best, found, key=len)
+        if len(found) == len(data.views):
+            return tuple((v, n, (int(observed[n].shape[1]), int(observed[n].shape[2]))) for v, n in found.items())
+    lacking = next(view for view in data.views if view not in best)
+    have = sorted(group[demos[0]].get("obs", {}))
+    raise ConfigError(
+        f"{where}: no demonstration has camera {lacking!r} of data.views; obs/ holds {', '.join(have)}; "
+        f"name the right one in ingest.cameras.{lacking}"
+    )
+
+
+def _length(demo: Any) -> int:
+    """Number of steps a demonstration claims."""
+    return int(demo["actions"].shape[0]) if "actions" in demo and demo["actions"].ndim else 0
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Numbers of one demonstration (T rows each)."""
+
+    actions: NDArray[np.float64]
+    opening: NDArray[np.float64]
+    joints: NDArray[np.float64] | None
+    states: NDArray[np.float64] | None
+
+
+def _samples(group: Any, demos: tuple[str, ...]) -> list[_Sample]:
+    """The first few demonstrations whose numbers are sound; damaged ones are judged when they are read."""
+    samples: list[_Sample] = []
+    for demo in demos:
+        try:
+            actions = np.asarray(group[demo]["actions"], np.float64)
+            fingers = np.asarray(group[demo]["obs/gripper_states"], np.float64)
+            joints = _optional(group[demo], "obs/joint_states")
+            states = _optional(group[demo], "states")
+        except (KeyError, OSError, ValueError, TypeError):
+            continue
+        sound = actions.shape == (len(fingers), 7) and fingers.shape[1:] == (2,) and len(actions) > 1
+        if sound and np.isfinite(actions).all() and np.isfinite(fingers).all():
+            samples.append(_Sample(actions, fingers[:, 0] - fingers[:, 1], joints, states))
+        if len(samples) == _SAMPLES:
+            break
+    return samples
+
+
+def _optional(demo: Any, name: str) -> NDArray[np.float64] | None:
+    return np.asarray(demo[name], np.float64) if name in demo else None
+
+
+def _alignment(where: str, samples: list[_Sample], declared: str) -> bool:
+    """Whether observation t was recorded after action t: the simulator's state t is the one before it."""
+    votes = []
+    for sample in samples:
+        joints, states = sample.joints, sample.states
+        if joints is None or states is None or len(joints) != len(states) or states.ndim != 2 or states.shape[1] < 8:
+            continue
+        before = np.abs(joints[1:] - states[1:, 1:8]).max()  # states: time, then joint positions, the arm's first
+        after = np.abs(joints[:-1] - states[1:, 1:8]).max()
+        if min(before, after) < 0.1 * max(before, after):
+            votes.append(bool(after < before))
+    if votes and len(set(votes)) > 1:
+        raise DataError(
+            f"{where}: observations are recorded before their action in some demonstrations, after it in others"
+        )
+    if votes and declared and votes[0] != (declared == "after_action"):
+        raise ConfigError(
+            f"{where}: ingest.alignment = {declared!r}, but the simulator states show the other; leave it empty"
+        )
+    if samples and not (votes or declared):  # without any sound demonstration each will be refused for its own reason
+        raise ConfigError(
+            f"{where}: states and joint_states do not tell whether frame t is before or after action t; declare "
+            "ingest.alignment: after_action (LIBERO's own files) or before_action (regenerated ones)"
+        )
+    return votes[0] if votes else declared == "after_action"
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else "" if value is None else str(value)
+
+
+def _json(value: Any, where: str) -> dict[str, Any]:
+    """A JSON attribute; {} where it is missing."""
+    text = _text(value)
+    if not text:
+        return {}
+    try:
+        raw = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error}); download the file again") from None
+    if not isinstance(raw, dict):
+        raise DataError(f"{where}: is {type(raw).__name__} where an object is expected; download the file again")
+    return raw
+
+
+def flat(error: Exception) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())

@@ -1,0 +1,245 @@
+"""LIBERO's own HDF5 files: one ``<task>_demo.hdf5`` per task, ``data/demo_i/{actions, states, obs/...}``.
+
+Conventions are read from the file's attributes (``problem_info``, ``macros_image_convention``, ``env_args``); where a
+file has none (OpenVLA's regenerated files), ``ingest.image_rotation``, ``ingest.control_hz`` and, if the simulator's
+states are missing, ``ingest.alignment`` must declare them.
+
+Non-obvious: LIBERO's ``create_dataset.py`` records observation t AFTER action t, OpenVLA's regeneration before it.
+The joints in the recorded simulator state (before action t) tell which; frames are then paired with the action taken
+on seeing them. Beyond LIBERO's layout these are read where present: group attributes ``render`` and
+``simulator_versions`` (JSON), ``demo_i`` attributes ``init_index``, ``seed`` and ``success``, datasets
+``demo_i/expert_actions`` (T, 7) and ``demo_i/obs/joints`` (T, 8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from wav.data.conventions import DELTA_ACTIONS, Conventions
+from wav.data.episode import Episode
+from wav.data.sources import checks
+from wav.data.sources.frames import Preparation, described, preparation
+from wav.data.sources.libero_file import TaskFile, dataset_files, flat, open_task_file, task_name
+from wav.data.sources.staging import DatasetSource, Job, grouped
+from wav.data.state import STATE_LAYOUT
+from wav.data.store import Rejection
+from wav.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from wav.config import DataSettings, IngestSettings
+
+
+class LiberoHdf5Source(DatasetSource):
+    """Reads every ``*.hdf5`` under ``ingest.path`` whose task is in ``data.tasks`` (empty: all).
+
+    Raises:
+        ConfigError: the path, a task or a camera is missing, or a convention must be declared.
+        DataError: a file is truncated or no LIBERO file.
+    """
+
+    def __init__(self, data: DataSettings, settings: IngestSettings) -> None:
+        super().__init__(data, settings)
+        if (data.state_dim, data.action_dim) != (8, 7):
+            raise ConfigError(
+                f"data.state_dim, data.action_dim = {data.state_dim}, {data.action_dim}: LIBERO HDF5 has 8 and 7; "
+                "set them so, or choose another ingest.source"
+            )
+        if settings.action not in ("", DELTA_ACTIONS):
+            raise ConfigError(f"ingest.action = {settings.action!r}: LIBERO HDF5 holds {DELTA_ACTIONS}; leave it empty")
+        paths = dataset_files(settings.path, data.suite)
+        wanted = [(p, task_name(p)) for p in paths]
+        known = {task for _, task in wanted}
+        missing = [task for task in data.tasks if task not in known]
+        if missing:
+            raise ConfigError(
+                f"data.tasks: {missing[0]!r} has no file under {settings.path}; it holds {', '.join(sorted(known))}"
+            )
+        order = {task: number for number, task in enumerate(data.tasks or sorted(known))}
+        chosen = sorted(((order[t], p) for p, t in wanted if t in order), key=lambda pair: (pair[0], str(pair[1])))
+        self.files = [open_task_file(path, data, settings) for _, path in chosen]
+        differing = next((f for f in self.files if (f.render, f.simulator) != self._made()), None)
+        if differing is not None:
+            raise DataError(
+                f"{differing.path}: was rendered with {differing.render} {dict(differing.simulator)} where "
+                f"{self.files[0].path} has {self._made()}; ingest files of one simulator"
+            )
+
+    def _made(self) -> tuple[str, tuple[tuple[str, str], ...]]:
+        return self.files[0].render, self.files[0].simulator
+
+    def conventions(self) -> Conventions:
+        """As the simulators of this library: rotated by 180 degrees, gripper -1 open, +1 close."""
+        render, simulator = self._made()
+        return Conventions(
+            suite=self.data.suite,
+            views=tuple(self.data.views),
+            image_height=self.data.image_height,
+            image_width=self.data.image_width,
+            render=render,
+            image_rotation="none" if self.files[0].rotation == "camera" else "180",
+            gripper=checks.CANONICAL_GRIPPER,
+            state_layout=STATE_LAYOUT,
+            control_hz=self.data.control_hz,
+            action=DELTA_ACTIONS,
+            simulator=dict(simulator),
+        )
+
+    def jobs(self) -> list[Job]:
+        """A few demonstrations of one file each."""
+        data, frame = self.data, len(self.data.views) * self.data.image_height * self.data.image_width * 3
+        jobs = []
+        for file in self.files:
+            for part in grouped([length * frame for length in file.lengths]):
+                demos = file.demos[part.start : part.stop]
+                size = sum(file.lengths[part.start : part.stop]) * frame
+                jobs.append(
+                    self.job(
+                        read_demos,
+                        (file, demos, data, self.settings),
+                        size,
+                        label=f"{file.path}: {demos[0]} to {demos[-1]}",
+                        episodes=len(demos),
+                        files=[file.path],
+                        identity=[file.task, list(demos)],
+                    )
+                )
+        return jobs
+
+    def describe(self) -> dict[str, Any]:
+        """Per file what was detected, and how images were changed."""
+        data = self.data
+        return {
+            "format": "libero_hdf5",
+            "path": self.settings.path,
+            "drop_noops": self.settings.drop_noops,
+            "files": [
+                {
+                    "file": file.path.name,
+                    "task": file.task,
+                    "cameras": {view: described(key, size, data) for view, key, size in file.cameras},
+                    "rotation_stored": file.rotation,
+                    "rows_reversed": file.mirrored,
+                    "observation": "after its action" if file.after else "before its action",
+                    "gripper_stored": file.gripper,
+                }
+                for file in self.files
+            ],
+        }
+
+
+def read_demos(
+    file: TaskFile, demos: tuple[str, ...], data: DataSettings, settings: IngestSettings
+) -> Iterator[Episode | Rejection]:
+    """Episodes of a file one by one; one that is not sound comes as a Rejection with file, episode and field."""
+    target = "camera" if file.rotation == "camera" else "180"
+    prepare = preparation(file.rotation, target, file.mirrored, data.image_height, data.image_width)
+    with h5py.File(file.path, "r") as opened:
+        for demo in demos:
+            name = f"{data.suite}/{file.task}/{demo}"
+            try:
+                episode = _read_demo(opened["data"][demo], file, name, prepare, settings)
+                episode.validate()
+            except (DataError, OSError, RuntimeError, KeyError) as error:
+                reason = str(error) if isinstance(error, DataError) else f"damaged ({flat(error)}); download it again"
+                yield Rejection(name, file.task, f"{file.path.name}: {demo}: {reason}")
+                continue
+            yield episode
+
+
+def _read_demo(demo: Any, file: TaskFile, name: str, prepare: Preparation, settings: IngestSettings) -> Episode:
+    """One demonstration; DataError names the field and the remedy."""
+    actions = _numbers(demo, "actions", 7)
+    steps = len(actions)
+    if steps < 2:
+        raise DataError(f"actions has {steps} steps; record whole demonstrations")
+    state = _state(demo, steps)
+    checks.check_deltas(actions)
+    checks.check_state_layout(state)
+    expert = _numbers(demo, "expert_actions", 7, steps) if "expert_actions" in demo else None
+    actions = _executed(actions, file)
+    expert = None if expert is None else _executed(expert, file)
+    done = bool(np.any(demo["dones"])) if "dones" in demo else True
+    if not bool(demo.attrs.get("success", done)):
+        raise DataError("dones never becomes 1: the demonstration failed; drop it at the source")
+    keep = checks.keep_steps(actions) if settings.drop_noops else np.ones(steps, bool)
+    if keep.sum() < settings.min_length:
+        raise DataError(f"{int(keep.sum())} steps, fewer than ingest.min_length = {settings.min_length}")
+    joints = _joints(demo, steps)
+    return Episode(
+        episode_id=name,
+        task=file.task,
+        instruction=file.instruction,
+        images={view: _images(demo, key, size, keep, prepare) for view, key, size in file.cameras},
+        state=state[keep].astype(np.float32),
+        joints=None if joints is None else joints[keep].astype(np.float32),
+        actions=actions[keep].astype(np.float32),
+        expert_actions=None if expert is None else expert[keep].astype(np.float32),
+        success=True,
+        init_index=int(demo.attrs.get("init_index", -1)),
+        seed=int(demo.attrs.get("seed", -1)),
+        source=f"libero_hdf5:{file.path.name}#{name.rpartition('/')[2]}",
+    )
+
+
+def _executed(actions: NDArray[np.floating], file: TaskFile) -> NDArray[np.floating]:
+    """Actions paired with the frames they are taken on, gripper -1 open, +1 close."""
+    result = np.array(actions)
+    result[:, 6] = checks.canonical_gripper(result[:, 6], file.gripper)
+    return checks.shifted_actions(result) if file.after else result
+
+
+def _state(demo: Any, steps: int) -> NDArray[np.floating]:
+    """(T, 8) end-effector position, axis-angle, finger positions."""
+    obs = demo.get("obs", {})
+    if "ee_states" in obs:
+        pose = _numbers(demo, "obs/ee_states", 6, steps)
+    else:
+        pose = np.concatenate([_numbers(demo, "obs/ee_pos", 3, steps), _numbers(demo, "obs/ee_ori", 3, steps)], axis=1)
+    return np.concatenate([pose, _numbers(demo, "obs/gripper_states", 2, steps)], axis=1)
+
+
+def _joints(demo: Any, steps: int) -> NDArray[np.floating] | None:
+    """(T, 8) joint angles (rad) and gripper opening (m), where recorded."""
+    obs = demo.get("obs", {})
+    if "joints" in obs:
+        return _numbers(demo, "obs/joints", 8, steps)
+    if "joint_states" not in obs:
+        return None
+    fingers = _numbers(demo, "obs/gripper_states", 2, steps)
+    return np.concatenate([_numbers(demo, "obs/joint_states", 7, steps), fingers[:, :1] - fingers[:, 1:]], axis=1)
+
+
+def _numbers(demo: Any, name: str, width: int, steps: int | None = None) -> NDArray[np.floating]:
+    """A finite floating-point dataset (T, width)."""
+    if name not in demo:
+        raise DataError(f"{name} is missing; record it or drop the demonstration")
+    data = demo[name]
+    if data.dtype.kind != "f":
+        raise DataError(f"{name} has dtype {data.dtype}; record floating-point numbers")
+    if data.ndim != 2 or data.shape[1] != width or steps not in (None, data.shape[0]):
+        raise DataError(f"{name} has shape {data.shape} where ({'T' if steps is None else steps}, {width}) is expected")
+    array = np.asarray(data[()])
+    if not np.isfinite(array).all():
+        step = int(np.argwhere(~np.isfinite(array))[0, 0])
+        raise DataError(f"{name} holds NaN or infinity at step {step}; repair the recording or drop the demonstration")
+    return array
+
+
+def _images(
+    demo: Any, key: str, size: tuple[int, int], keep: NDArray[np.bool_], prepare: Preparation
+) -> NDArray[np.uint8]:
+    """(kept, height, width, 3) frames of a camera, read one at a time."""
+    obs, wanted = demo.get("obs", {}), (len(keep), *size, 3)
+    if key not in obs:
+        raise DataError(f"obs/{key} is missing: no such camera in this demonstration; record it again")
+    data = obs[key]
+    if data.dtype != np.uint8 or data.shape != wanted:
+        raise DataError(
+            f"obs/{key} is {data.dtype} {data.shape} where uint8 {wanted} is expected; record every frame alike"
+        )
+    return prepare.stack((data[int(step)] for step in np.flatnonzero(keep)), int(keep.sum()))

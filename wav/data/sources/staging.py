@@ -1,0 +1,254 @@
+"""Datasets on disk into an episode store: in parallel, resumable, in memory that does not grow with the dataset.
+
+A :class:`DatasetSource` cuts its dataset into jobs of a few episodes. Each job becomes a small episode store of its
+own in a staging folder beside the output (:func:`collect`), written by a process of its own; at the end the staged
+files are linked into the final store without a copy. An ingest that is interrupted, or whose dataset gained a file,
+does again only the jobs whose key (settings, reader code, source files) has no finished stage::
+
+    for staged in collect(source.jobs(), source.conventions(), staging_folder(out), workers=4):
+        ...
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wav.data.conventions import Conventions
+from wav.data.episode import Episode
+from wav.data.files import canonical_digest, read_json, require_free_space, write_json
+from wav.data.store import EpisodeStore, EpisodeStoreWriter, Rejection
+from wav.errors import DataError, SimulationError, StorageError
+
+if TYPE_CHECKING:
+    from wav.config import DataSettings, IngestSettings
+
+#: Pixels of one job: small enough for progress and many processes, large enough for few shards.
+JOB_BYTES = 128 * 2**20
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A few episodes to read.
+
+    ``read(*arguments)`` yields an Episode or a Rejection for each; it is importable at top level, and ``key``
+    identifies everything its result depends on.
+    """
+
+    read: Callable[..., Iterator[Episode | Rejection]]
+    arguments: tuple[Any, ...]
+    label: str
+    """File and episodes, for messages."""
+    episodes: int
+    bytes: int
+    """Pixels it will write, estimated."""
+    key: str
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A finished job: its place in the list, its store (None: no episode was fit) and its rejections."""
+
+    index: int
+    store: Path | None
+    accepted: int
+    rejected: tuple[Rejection, ...]
+
+
+class DatasetSource:
+    """Base of the readers of datasets on disk; keeps :class:`wav.data.sources.Source`.
+
+    Args:
+        data: views, sizes and rates wanted.
+        settings: where the dataset lies and what is declared about it.
+    """
+
+    def __init__(self, data: DataSettings, settings: IngestSettings) -> None:
+        self.data, self.settings = data, settings
+
+    def conventions(self) -> Conventions:
+        """What the arrays of every episode mean, after reading."""
+        raise NotImplementedError
+
+    def jobs(self) -> list[Job]:
+        """The whole dataset in jobs, in the order of the store."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What was read, detected, declared and changed, as plain data; becomes ``source.json`` of the store."""
+        raise NotImplementedError
+
+    def expected(self) -> int:
+        """Episodes to read."""
+        return sum(job.episodes for job in self.jobs())
+
+    def outcomes(self, workers: int) -> Iterator[Episode | Rejection]:
+        """Episodes and rejections one by one in this process (``workers`` changes nothing here)."""
+        for job in self.jobs():
+            yield from job.read(*job.arguments)
+
+    def job(
+        self, read: Callable[..., Iterator[Episode | Rejection]], arguments: tuple[Any, ...], size: int, **what: Any
+    ) -> Job:
+        """A job with its key. ``what``: label, episodes (number), files (paths), identity (plain data)."""
+        files: Sequence[Path] = what["files"]
+        key = canonical_digest(
+            {
+                "code": reader_code(),
+                "data": self.data.model_dump(mode="json"),
+                "ingest": self.settings.model_dump(mode="json"),
+                "conventions": self.conventions().to_json(),
+                "files": [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(set(files))],
+                "identity": what["identity"],
+            }
+        )
+        return Job(read, arguments, what["label"], what["episodes"], size, key)
+
+
+@lru_cache(maxsize=1)
+def reader_code() -> str:
+    """Digest of the code that decides what a staged store holds."""
+    data = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for path in sorted([*data.glob("sources/*.py"), *data.glob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def grouped(sizes: Sequence[int], limit: int = JOB_BYTES) -> Iterator[range]:
+    """Consecutive indices whose sizes add up to at most ``limit`` (a larger one stays alone)."""
+    start = total = 0
+    for index, size in enumerate(sizes):
+        if index > start and total + size > limit:
+            yield range(start, index)
+            start, total = index, 0
+        total += size
+    if start < len(sizes):
+        yield range(start, len(sizes))
+
+
+def staging_folder(out: str | Path) -> Path:
+    """Where the jobs of an ingest into ``out`` are kept until it is complete: beside it, on the same disk."""
+    out = Path(out).absolute()
+    return out.with_name(f".{out.name}.staging")
+
+
+def stage(
+    read: Callable[..., Iterator[Episode | Rejection]],
+    arguments: tuple[Any, ...],
+    key: str,
+    conventions: Mapping[str, Any],
+    folder: str,
+) -> None:
+    """Run one job: ``folder/key/`` becomes a store, then ``folder/key.json`` says that it is complete."""
+    rejected: list[Rejection] = []
+    meant = Conventions.from_json(conventions)
+    accepted = 0
+    with ExitStack() as stack:
+        writer: EpisodeStoreWriter | None = None
+        for outcome in read(*arguments):
+            if isinstance(outcome, Rejection):
+                rejected.append(outcome)
+                continue
+            if writer is None:
+                writer = stack.enter_context(EpisodeStoreWriter(Path(folder) / key, meant))
+            writer.add(outcome)
+            accepted += 1
+    write_json(Path(folder) / f"{key}.json", {"accepted": accepted, "rejected": [asdict(r) for r in rejected]})
+
+
+def _finished(index: int, job: Job, folder: Path) -> Staged | None:
+    """The stage of a job, or None where it is missing, unfinished or damaged."""
+    mark, store = folder / f"{job.key}.json", folder / job.key
+    if not mark.is_file():
+        return None
+    try:
+        raw = read_json(mark, "")
+        if raw["accepted"]:
+            EpisodeStore.open(store)
+    except (DataError, KeyError, TypeError):
+        _LOG.warning("%s: its staged copy is damaged and will be made again", job.label)
+        return None
+    rejected = tuple(Rejection(**row) for row in raw["rejected"])
+    return Staged(index, store if raw["accepted"] else None, int(raw["accepted"]), rejected)
+
+
+def _prune(folder: Path, keys: set[str]) -> None:
+    """Remove what no job of this run can use: other settings, changed files, leftovers of killed processes."""
+    for path in folder.iterdir():
+        if path.name.removesuffix(".json") not in keys:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def collect(jobs: Sequence[Job], conventions: Conventions, folder: Path, workers: int) -> Iterator[Staged]:
+    """Run the jobs that have no finished stage yet.
+
+    Args:
+        jobs: all jobs of the dataset.
+        conventions: of the episodes they give.
+        folder: the staging folder; kept by the caller until the final store is complete.
+        workers: reading processes; with 1 everything runs in this one.
+
+    Yields:
+        finished jobs, those of an earlier run first, the others as they finish.
+
+    Raises:
+        DataError: a reading process died.
+        StorageError: the disk is or would be full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _prune(folder, {job.key for job in jobs})
+    todo: list[int] = []
+    for index, job in enumerate(jobs):
+        staged = _finished(index, job, folder)
+        if staged is None:
+            todo.append(index)
+        else:
+            yield staged
+    if len(todo) < len(jobs):
+        _LOG.info("ingest continues: %d of %d parts are there already", len(jobs) - len(todo), len(jobs))
+    require_free_space(folder, sum(jobs[index].bytes for index in todo))
+    meant = conventions.to_json()
+    arguments = [(jobs[i].read, jobs[i].arguments, jobs[i].key, meant, str(folder)) for i in todo]
+    for number, error in _run(arguments, workers):
+        index = todo[number]
+        if error is not None:
+            raise _explained(error, jobs[index])
+        staged = _finished(index, jobs[index], folder)
+        if staged is None:
+            raise StorageError(f"{folder}: the staged {jobs[index].label} vanished; run one ingest at a time")
+        yield staged
+
+
+def _run(arguments: list[tuple[Any, ...]], workers: int) -> Iterator[tuple[int, Exception | None]]:
+    """(number of the job, None or its error) as jobs finish."""
+    if workers == 1 or len(arguments) == 1:
+        for number, job in enumerate(arguments):
+            stage(*job)
+            yield number, None
+        return
+    from wav.sim.workers import map_in_processes
+
+    yield from map_in_processes(stage, arguments, workers)
+
+
+def _explained(error: Exception, job: Job) -> Exception:
+    """An error of a reading process as the library's own."""
+    if isinstance(error, SimulationError):
+        return DataError(
+            f"{job.label}: the process reading it died ({error}); repair or remove the file, or give the machine more "
+            "memory, and run again: finished parts are kept"
+        )
+    text = str(error)
+    return StorageError(text.removeprefix("StorageError: ")) if text.startswith("StorageError: ") else error
