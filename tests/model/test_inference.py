@@ -156,3 +156,20 @@ def test_a_rollout_forgets_nothing_it_should_keep(policy: Policy, observation: O
     for chunk in range(CHUNKS):
         frames = slice(1 + chunk * DATA.future_frames, 1 + (chunk + 1) * DATA.future_frames)
         assert not np.array_equal(video[:, frames], other[:, frames])
+
+
+def test_an_instruction_is_encoded_once() -> None:
+    policy, encoded = make_policy(), []
+
+    class Encoder:
+        def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+            encoded.extend(texts)
+            return np.ones((len(texts), 8, WIDTH), np.float32), np.ones((len(texts), 8), bool)
+
+    policy.text_encoder, policy._prompts = Encoder(), {}  # type: ignore[assignment]
+    for episode in range(2):
+        policy.reset("row", f"episode-{episode}", 0)
+        for call, text in enumerate(("lift", "drop", "lift")):
+            images = dict(zip(DATA.views, pictures(call, 2), strict=True))
+            policy.act([Observation(images, np.zeros(8, np.float32), text)], ["row"], condition="unplanned")
+    assert encoded == ["lift", "drop"]
