@@ -1,8 +1,9 @@
 """The planner's view of a :class:`~wav.model.transformer.WAVTransformer`: keys and values once, Euler loops around.
 
-Everything that does not change between candidates, samples or steps is projected once: the instruction's K/V per
-observation, a candidate's video K/V per layer for all its value samples and steps, the action loop's K/V for all its
-steps. Nothing is tiled: candidates ride as rows b * M + m, value samples as a second axis of those rows.
+Everything that does not change between candidates, samples or steps is computed once: the instruction's K/V and the
+memory frames' first projections per observation, a candidate's video K/V per layer for all its value samples and
+steps, the action loop's K/V for all its steps, AdaLN rows per noise level (:mod:`wav.model.fused`). Nothing is tiled
+and no features are kept of candidates that only scoring reads: their K/V are projected as the video pass goes.
 
 Shapes: B observations, M candidates, N value samples, V views, C channels, F = Fm memory + Ff future latent frames,
 A action chunk.
@@ -12,14 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from wav.flow_matching import euler_step, frame_timesteps, inference_sigmas, join_frames
+from wav.errors import ConfigError
+from wav.flow_matching import euler_step, inference_sigmas
+from wav.model.fused import Expert, Prepared
+from wav.model.transformer import VideoOutput
 from wav.planner import NoiseShapes
 
 if TYPE_CHECKING:
@@ -33,21 +36,18 @@ NOISE_LEVEL = 1000.0  #: timestep of pure noise, at which the experts are traine
 class Context:
     """Conditioning of B observations."""
 
-    memory: Tensor  #: (B, V, C, Fm, h, w), clean
-    text: Any  #: TextContext of B rows with its K/V
+    memory: tuple[Tensor, Tensor, Tensor]  #: what the clean memory frames are for every candidate
+    text: list[Tensor]  #: per layer keys and values (B, L, 2, D)
+    bias: Tensor | None  #: (B, 1, 1, L), added to the logits; None where every token counts
     history: Tensor | None  #: (B, 1, Ca): [zeros | normalised state]
 
 
+@dataclass(frozen=True)
 class Features:
-    """Per-layer video features of B * M candidates, and their keys and values for the value expert (made once)."""
+    """What the experts read of B * M candidates, rows b * M + m."""
 
-    def __init__(self, model: WAVTransformer, layers: tuple[Tensor, ...], candidates: int) -> None:
-        self.model, self.layers, self.candidates = model, layers, candidates
-
-    @cached_property
-    def value_keys(self) -> Any:
-        """Value expert's cross-attention K/V per layer, rows b * M + m."""
-        return self.model.value_cache(self.layers)
+    keys: tuple[Tensor, ...]  #: value expert's keys and values per layer (B * M, V F h w, 2, d)
+    layers: tuple[Tensor, ...] | None  #: video features per layer (B * M, V F h w, D); kept of one candidate alone
 
 
 class WAVPlannerModel:
@@ -62,6 +62,7 @@ class WAVPlannerModel:
 
     def __init__(self, model: WAVTransformer, shapes: NoiseShapes) -> None:
         self.model, self._shapes = aligned(model), shapes
+        self._prepared: Prepared | None = None
 
     @property
     def shapes(self) -> NoiseShapes:
@@ -80,6 +81,14 @@ class WAVPlannerModel:
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
 
+    @property
+    def prepared(self) -> Prepared:
+        """The model as inference computes it, made again after its weights have changed."""
+        if self._prepared is None or not self._prepared.current:
+            with torch.inference_mode(False), torch.no_grad():
+                self._prepared = Prepared(self.model)
+        return self._prepared
+
     @torch.no_grad()
     def begin(self, memory: Tensor, text: Tensor, text_mask: Tensor | None, history: Tensor | None) -> Context:
         """Handle of B observations.
@@ -90,10 +99,14 @@ class WAVPlannerModel:
             text_mask: (B, L), 1 for a token.
             history: (B, 1, Ca) = [zeros(action) | normalised state], or None.
         """
-        mask = None if text_mask is None else text_mask.to(self.device)
+        prepared = self.prepared
+        if text_mask is not None:
+            text_mask = None if text_mask.device.type == "cpu" and bool(text_mask.all()) else text_mask.to(self.device)
+        states = self.model.encode_text(self._in(text), text_mask)
         return Context(
-            self._in(memory),
-            self.model.encode_text(self._in(text), mask, cache=True),
+            prepared.memory(self._in(memory)),
+            prepared.text(states.states),
+            states.bias,
             None if history is None else self._in(history),
         )
 
@@ -103,27 +116,38 @@ class WAVPlannerModel:
 
         For ``steps`` > 1 the future is denoised and the features are those of the last pass, at sigma_(steps - 1).
         """
-        future, M = self._in(noise).flatten(0, 1), noise.shape[1]
+        future, prepared = self._in(noise).flatten(0, 1), self._weights()
         sigmas = inference_sigmas(steps).tolist()
         for sigma, after in pairwise(sigmas[:-1]):
-            future = self._denoise(context, future, M, sigma, after)
-        layers = self._video(context, future, M, sigmas[-2], need_head=False).features
-        return Features(self.model, layers, M)
+            future = self._denoise(context, future, sigma, after)
+        keys: list[Tensor] = []
+        layers: list[Tensor] = []
+        value = prepared.experts.get("value")
+
+        def read(index: int, features: Tensor) -> None:
+            if value is not None:
+                keys.append(value.layers[index].cross.keys_values(features))
+            if noise.shape[1] == 1:
+                layers.append(features)
+
+        level = sigmas[-2] * NOISE_LEVEL
+        prepared.video(context.memory, future, level, context.text, context.bias, read, head=False)
+        return Features(tuple(keys), tuple(layers) if layers else None)
 
     @torch.no_grad()
     def denoise_video(self, context: Context, noise: Tensor, steps: int) -> Tensor:
         """Future latents (B, V, C, Ff, h, w), float32, of their noise, fully denoised."""
         future = self._in(noise)
         for sigma, after in pairwise(inference_sigmas(steps).tolist()):
-            future = self._denoise(context, future, 1, sigma, after)
+            future = self._denoise(context, future, sigma, after)
         return future.float()
 
     @torch.no_grad()
     def denoise_value(self, features: Features, noise: Tensor, steps: int) -> Tensor:
         """Normalised values (B, M, N, A, Cv) of noises of that shape, all N on their candidate's K/V."""
-        values = self._in(noise).flatten(0, 1)  # (B M, N, A, Cv)
-        for sigma, after, timestep in self._steps(steps, values.shape[:2]):
-            velocity = self.model.value(values, timestep, features.value_keys).velocity
+        values, expert = self._in(noise).flatten(0, 2), self._expert("value")  # (B M N, A, Cv)
+        for sigma, after in pairwise(inference_sigmas(steps).tolist()):
+            velocity, _ = expert(values, sigma * NOISE_LEVEL, features.keys)
             values = euler_step(values, velocity, sigma, after)
         return values.reshape(noise.shape).float()
 
@@ -135,20 +159,36 @@ class WAVPlannerModel:
 
         The action expert reads the value expert's features of ``value`` (B, A, Cv) as pure noise at t = 1000: the
         condition that the joint stage trains.
+
+        Raises:
+            ConfigError: ``features`` are of several candidates; actions are decoded from one.
         """
-        value_layers = None if value is None else self._value_layers(features, value)
-        keys = self.model.action_cache(features.layers, value_layers)
+        if features.layers is None:
+            raise ConfigError("features of several candidates: actions are decoded from one; pass that one's features")
+        expert, conditions = self._expert("action"), None
+        if value is not None:
+            read = [layer.third for layer in expert.layers]
+            pairs = zip(read, self._value_layers(features, value), strict=True)
+            conditions = [third.keys_values(layer) for third, layer in pairs if third is not None]
+        keys = [layer.cross.keys_values(video) for layer, video in zip(expert.layers, features.layers, strict=True)]
         actions = self._in(noise)
-        for sigma, after, timestep in self._steps(steps, actions.shape[:1]):
-            velocity = self.model.action(actions, timestep, keys, history=context.history)
+        for sigma, after in pairwise(inference_sigmas(steps).tolist()):
+            velocity, _ = expert(actions, sigma * NOISE_LEVEL, keys, conditions, context.history)
             actions = euler_step(actions, velocity, sigma, after)
         return actions.float()
 
     def _value_layers(self, features: Features, noise: Tensor) -> tuple[Tensor, ...]:
         """Value expert's features of pure noise (B, A, Cv) at t = 1000, per layer (B, A, d)."""
-        level = torch.full(noise.shape[:1], NOISE_LEVEL, device=self.device)
-        layers: tuple[Tensor, ...] = self.model.value(self._in(noise), level, features.value_keys).features
-        return layers
+        return self._expert("value")(self._in(noise), NOISE_LEVEL, features.keys, keep=True)[1]
+
+    def _weights(self) -> Prepared:
+        """What :meth:`begin` prepared; weights are looked at once per observation."""
+        return self.prepared if self._prepared is None else self._prepared
+
+    def _expert(self, name: str) -> Expert:
+        """One expert; raises ConfigError where the model has none."""
+        self.model._expert(name)
+        return self._weights().experts[name]
 
     def _in(self, tensor: Tensor) -> Tensor:
         """``tensor`` where and in what the model computes, in memory that torch aligned (see :func:`aligned`)."""
@@ -159,16 +199,26 @@ class WAVPlannerModel:
         for sigma, after in pairwise(inference_sigmas(steps).tolist()):
             yield sigma, after, torch.full(rows, sigma * NOISE_LEVEL, device=self.device)
 
-    def _video(self, context: Context, future: Tensor, M: int, sigma: float, need_head: bool) -> Any:
-        """One video pass of rows b * M + m at noise level sigma."""
-        memory = context.memory.repeat_interleave(M, 0)
-        level = torch.full((len(future),), sigma * NOISE_LEVEL, device=self.device)
-        timestep = frame_timesteps(memory.shape[3], future.shape[3], level)
-        return self.model.video(join_frames(memory, future), timestep, context.text, need_head=need_head)
+    def _video(self, context: Context, future: Tensor, sigma: float) -> VideoOutput:
+        """One video pass of rows b * M + m at noise level sigma, with its head and features."""
+        layers: list[Tensor] = []
+        velocity = self._weights().video(
+            context.memory,
+            future,
+            sigma * NOISE_LEVEL,
+            context.text,
+            context.bias,
+            lambda _, features: layers.append(features),
+            head=True,
+        )
+        return VideoOutput(velocity, tuple(layers))
 
-    def _denoise(self, context: Context, future: Tensor, M: int, sigma: float, after: float) -> Tensor:
+    def _denoise(self, context: Context, future: Tensor, sigma: float, after: float) -> Tensor:
         """One Euler step of the future frames."""
-        velocity = self._video(context, future, M, sigma, need_head=True).velocity
+        velocity = self._weights().video(
+            context.memory, future, sigma * NOISE_LEVEL, context.text, context.bias, lambda *_: None, head=True
+        )
+        assert velocity is not None
         return euler_step(future, velocity[:, :, :, -future.shape[3] :], sigma, after)
 
 

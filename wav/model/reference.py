@@ -43,9 +43,11 @@ class ReferencePlannerModel(WAVPlannerModel):
         future, actions = self._in(video), self._in(action)
         conditions = self._value_layers(self.video_features(context, video[:, None], 1), value)
         for sigma, after in pairwise(inference_sigmas(steps).tolist()):
-            output = self._video(context, future, 1, sigma, need_head=True)
+            output = self._video(context, future, sigma)
             level = torch.full(action.shape[:1], sigma * NOISE_LEVEL, device=self.device)
-            velocity = self.model.action(actions, level, output.features, conditions, context.history)
-            actions = euler_step(actions, velocity, sigma, after)
+            actions = euler_step(
+                actions, self.model.action(actions, level, output.features, conditions, context.history), sigma, after
+            )
+            assert output.velocity is not None
             future = euler_step(future, output.velocity[:, :, :, -future.shape[3] :], sigma, after)
         return actions.float(), future.float()

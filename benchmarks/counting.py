@@ -1,0 +1,87 @@
+"""FLOPs and bytes of what torch really ran, the machine it ran on, and its measured matrix peak."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import time
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+VIEWS = ("view", "expand", "slice", "select", "permute", "transpose", "squeeze", "split", "unbind", "alias", "detach")
+COPIES = ("clone", "cat", "copy_", "repeat", "stack", "index")
+
+
+class Counted(TorchDispatchMode):
+    """Counts, while active, FLOPs of products and attention, bytes read and written, and bytes of pure copies.
+
+    ``products`` counts rows by (in, out) width of each linear, so that repeated projections show.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops, self.moved, self.copied = 0, 0, 0
+        self.products: Counter[tuple[int, int]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.name().split("::")[1].split(".")[0]
+        outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self._products(name, args, outputs)
+        if not any(word in name for word in VIEWS):
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)] + outputs
+            size = sum(x.numel() * x.element_size() for x in tensors)
+            self.moved += size
+            if any(name.startswith(word) or name.startswith("_" + word) for word in COPIES):
+                self.copied += sum(x.numel() * x.element_size() for x in outputs)
+        return result
+
+    def _products(self, name: str, args: Any, outputs: list[Tensor]) -> None:
+        """Count the multiplications of one operation."""
+        if name in ("mm", "addmm", "linear", "_linear_pointwise"):
+            rows, wide = args[1 if name == "addmm" else 0], outputs[0].shape[-1]
+            count = rows.numel() // rows.shape[-1]
+            self.products[rows.shape[-1], wide] += count
+            self.flops += 2 * count * rows.shape[-1] * wide
+        elif name in ("bmm", "baddbmm"):
+            self.flops += 2 * outputs[0].numel() * args[1 if name == "baddbmm" else 0].shape[-1]
+        elif "scaled_dot_product" in name:
+            query, key = args[0], args[1]
+            self.flops += 4 * math.prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]
+
+
+def matrix_peak(size: int = 1024, seconds: float = 1.0) -> float:
+    """Best measured FLOP/s of a float32 matrix product on this many threads."""
+    from wav.model.products import Product
+
+    linear, x = torch.nn.Linear(size, size), torch.randn(size, size)
+    best, end = math.inf, time.perf_counter() + seconds
+    with torch.inference_mode():
+        product = Product(linear)
+        while time.perf_counter() < end:
+            for run in (product, linear):
+                start = time.perf_counter()
+                run(x)
+                best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, load and versions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "diffusers", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "absent"
+    return {"cpu": name, "cores": os.cpu_count(), "load": [round(x, 2) for x in os.getloadavg()], "versions": versions}

@@ -1,0 +1,172 @@
+"""One planning call on the plain schedule (what the reference does) and on ours, alternating in one process.
+
+Same weights, same noise, one CPU thread; text encoder and codec excluded. Prints a table; ``--json FILE`` writes it:
+
+    python benchmarks/plan.py --json benchmarks/results/plan-cpu.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from counting import Counted, machine, matrix_peak
+from torch import Tensor
+
+from wav.config import DataSettings, ModelSettings, PlannerSettings
+from wav.model import build_model
+from wav.model.inference import WAVPlannerModel, noise_shapes
+from wav.model.plain import PlainPlannerModel
+from wav.planner import Plan, RowKey, SeededNoise, plan
+
+LATENT, CAPTION, TOKENS, GRID = 32, 256, 32, (4, 4)
+VIEWS, MEMORY, FUTURE, CHUNK = 2, 4, 2, 36
+MODEL = ModelSettings(
+    layers=8, heads=4, head_dim=64, value_heads=4, value_head_dim=16, action_heads=4, action_head_dim=16
+)
+PLANNER = PlannerSettings(
+    iterations=3, video_samples=8, value_samples=5, video_elites=7, value_elites=4, denoise_steps=10
+)
+PARTS = {"begin": "text", "video_features": "video", "denoise_value": "value", "denoise_action": "action"}
+
+
+class Timed:
+    """A planner model whose parts are timed, in seconds."""
+
+    def __init__(self, model: WAVPlannerModel) -> None:
+        self.model, self.shapes = model, model.shapes
+        self.parts: defaultdict[str, float] = defaultdict(float)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            result = getattr(self.model, name)(*args)
+            self.parts[PARTS[name]] += time.perf_counter() - start
+            return result
+
+        return timed
+
+
+def inputs(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory latents, text, its mask and history of one observation."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((1, VIEWS, LATENT, MEMORY, *GRID), (1, TOKENS, CAPTION), (1, 1, 15))
+    memory, text, history = (torch.randn(shape, generator=generator) for shape in shapes)
+    return memory, text, torch.ones(1, TOKENS), history
+
+
+def call(model: Any, seed: int) -> Plan:
+    """One planning call, from latents and text embeddings to normalised actions."""
+    context = model.begin(*inputs(seed))
+    noise = SeededNoise([RowKey(seed, "benchmark", 0)])
+    return plan(model, context, PLANNER, noise, lambda values: values[..., -1])
+
+
+def difference(one: Plan, two: Plan) -> tuple[float, bool]:
+    """Largest difference of actions, values, means and deviations, and whether all elites are the same."""
+    pairs = [(one.actions, two.actions)]
+    same = True
+    for a, b in zip(one.history, two.history, strict=True):
+        pairs += [(a.values, b.values), (a.video.mean, b.video.mean), (a.value.std, b.value.std)]
+        same &= torch.equal(a.video_elites, b.video_elites) and torch.equal(a.value_elites, b.value_elites)
+    return max(float((a - b).abs().max()) for a, b in pairs), same
+
+
+def spread(seconds: list[float]) -> dict[str, Any]:
+    """Median, extremes and every run."""
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "runs": seconds}
+
+
+def measure(budget: float, repeats: int) -> dict[str, Any]:
+    """Count one call of each schedule, then time them in turns within ``budget`` seconds."""
+    begun = time.perf_counter()
+    transformer = build_model(MODEL, DataSettings(action_chunk=CHUNK), LATENT, CAPTION).eval()
+    shapes = noise_shapes(transformer, VIEWS, GRID, FUTURE, CHUNK)
+    models = {"plain": PlainPlannerModel(transformer, shapes), "ours": WAVPlannerModel(transformer, shapes)}
+    counts, plans = {}, {}
+    for name, model in models.items():
+        with torch.no_grad(), Counted() as counted:
+            plans[name] = call(model, 0)
+        counts[name] = counted
+    largest, same = difference(plans["plain"], plans["ours"])
+    peak = matrix_peak()
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
+    parts: defaultdict[str, list[dict[str, float]]] = defaultdict(list)
+    for turn in range(1, repeats + 1):
+        start = time.perf_counter()
+        for name, model in models.items():
+            timed, before = Timed(model), time.perf_counter()
+            with torch.inference_mode():
+                plans[name] = call(timed, turn)
+            seconds[name].append(time.perf_counter() - before)
+            parts[name].append(dict(timed.parts))
+        off, equal = difference(plans["plain"], plans["ours"])
+        largest, same = max(largest, off), same and equal
+        if time.perf_counter() - begun + 1.3 * (time.perf_counter() - start) > budget:
+            break
+    rows = {}
+    for name in models:
+        median = statistics.median(seconds[name])
+        rows[name] = {
+            "seconds": spread(seconds[name]),
+            "parts": {part: statistics.median(run[part] for run in parts[name]) for part in PARTS.values()},
+            "gflop": counts[name].flops / 1e9,
+            "gbyte": counts[name].moved / 1e9,
+            "copied_gbyte": counts[name].copied / 1e9,
+            "share_of_peak": counts[name].flops / median / peak,
+        }
+    return {
+        "ratio": statistics.median(a / b for a, b in zip(seconds["plain"], seconds["ours"], strict=True)),
+        "max_abs_diff": largest,
+        "same_elites": same,
+        "plain_seconds": rows["plain"]["seconds"]["median"],
+        "ours_seconds": rows["ours"]["seconds"]["median"],
+        "peak_gflops": peak / 1e9,
+        "schedules": rows,
+    }
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5, help="turns at most")
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds after which no further turn starts")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    before = machine()
+    result = measure(arguments.budget, arguments.repeats)
+    sizes = {
+        "model": MODEL.model_dump(mode="json"),
+        "planner": PLANNER.model_dump(mode="json"),
+        "latent": {"channels": LATENT, "grid": GRID, "views": VIEWS, "memory": MEMORY, "future": FUTURE},
+        "caption": {"width": CAPTION, "tokens": TOKENS},
+        "action_chunk": CHUNK,
+    }
+    result |= {"sizes": sizes, "threads": arguments.threads, "machine": before, "load_after": machine()["load"]}
+    header = ("", "seconds", "text", "video", "value", "action", "GFLOP", "GB moved", "GB copied", "of peak")
+    print("{:6}{:>9}{:>8}{:>8}{:>8}{:>8}{:>8}{:>10}{:>11}{:>9}".format(*header))
+    for name, row in result["schedules"].items():
+        parts = "".join(f"{row['parts'][part]:8.3f}" for part in PARTS.values())
+        numbers = f"{row['gflop']:8.1f}{row['gbyte']:10.2f}{row['copied_gbyte']:11.2f}{row['share_of_peak']:9.0%}"
+        print(f"{name:6}{row['seconds']['median']:9.3f}{parts}{numbers}")
+    print(
+        f"ratio {result['ratio']:.2f}, largest difference {result['max_abs_diff']:.1e}, "
+        f"same elites: {result['same_elites']}, peak {result['peak_gflops']:.0f} GFLOP/s on {arguments.threads} "
+        f"thread(s), load {before['load'][0]}"
+    )
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
