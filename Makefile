@@ -1,7 +1,7 @@
 # make repro: install, start the local services, run the whole pipeline, say where to look.   make help: the rest.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install check-system repro test check-long lint format up down status ui deploy worker clean-workspace
+.PHONY: help install check-system repro libero test check-long lint format up down status ui deploy worker clean-workspace
 
 PRESET ?=
 VENV := .venv
@@ -52,6 +52,14 @@ else
 	@$(BEAT) 'dvc repro' -- python -m infra.local.workspace $(PRESET)
 	@python -m infra.local.services where workspaces/$(PRESET)
 endif
+
+$(VENV)/.installed-libero: $(VENV)/.installed
+	@$(BEAT) 'pip install wav[libero]' -- $(VENV)/bin/python -m pip install -c constraints.txt -e '.[libero]'
+	@$(BEAT) 'pip install hf-libero' -- $(VENV)/bin/python -m pip install --no-deps 'hf-libero==0.1.4'
+	@touch $@
+
+# Without its dependencies: they would replace torch by a CUDA build whose torchvision does not import here.
+libero: check-system $(VENV)/.installed-libero ## LIBERO's simulator; then: wav render libero_spatial
 
 test: check-system $(VENV)/.installed-test ## what the tests need, then the tests (with the smoke pipeline)
 	@$(BEAT) 'pytest' -- python -m pytest -m 'not long'

@@ -6,11 +6,13 @@ from typing import Any
 
 from prefect import flow
 
-from flows.artifacts import Progress, publish_images, publish_markdown
+from flows.artifacts import Progress, publish_images, publish_markdown, publish_values
 from flows.common import StageRun, finish, main, start, step
 from flows.policy import assemble
 from wav import evaluation
 from wav.data.store import EpisodeStore
+from wav.evaluation.first_frames import check_first_frames
+from wav.evaluation.verdict import refuse_failed
 from wav.export import Checkpoint
 from wav.policy import Policy
 from wav.rewards import RewardStore
@@ -28,10 +30,12 @@ def roll_out(run: StageRun, policy: Policy, checkpoint: Checkpoint) -> dict[str,
     """All episodes of all conditions; finished ones of an interrupted run of the same key are kept."""
     data, settings = run.settings.data, run.settings.eval_libero
     store = EpisodeStore.open(run.path("data/episodes"))
+    refuse_failed(store)
     with (
         Progress("episodes", run.logger) as progress,
         SimPool(data.suite, data, workers=run.runtime.workers, slots=settings.batch_size) as pool,
     ):
+        check_first_frames(pool, store, data, run.path("reports/eval"))
         return evaluation.evaluate(
             run.settings,
             policy,
@@ -61,6 +65,7 @@ def report(run: StageRun, metrics: dict[str, Any]) -> None:
         pictures = sorted(run.path(f"reports/eval/{kind}").glob("*.png"))
         if pictures:
             publish_images(kind, {path.stem: path for path in pictures[:6]}, f"evaluation: {kind}")
+    publish_values(run.path("reports/eval"))
 
 
 @flow(name="eval-libero")

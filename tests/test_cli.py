@@ -89,7 +89,7 @@ def test_act_refuses_a_damaged_or_missing_export(exported, tmp_path, capsys):
 
 
 def test_act_refuses_other_simulator_versions(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr("wav.sim.env.simulator_versions", lambda: {"mujoco": "9.9", "robosuite": "1.4.0"})
+    monkeypatch.setattr("wav.sim.env.simulator_versions", lambda *_: {"mujoco": "9.9", "robosuite": "1.4.0"})
     with pytest.raises(ValueError, match=r"simulator: .*mujoco.*against.*9\.9"):
         act_episodes(exported, suite="tabletop", episodes=1, device="cpu", report=lambda line: None)
 
@@ -178,7 +178,7 @@ def test_doctor_passes_a_ready_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
     found = []
     assert doctor.run_checks(Runtime(store=f"file://{tmp_path}", workspace=tmp_path), found.append)
-    assert {check.name for check in found if not check.ok} <= {"gpu", "memory"}
+    assert {check.name for check in found if not check.ok} <= {"gpu", "memory", "libero"}
     monkeypatch.setattr(doctor, "MIN_DISK_GIB", 1e9)
     assert not doctor.run_checks(Runtime(store=f"file://{tmp_path}", workspace=tmp_path), found.append)
 

@@ -1,8 +1,8 @@
 """The one console script ``wav``: thin commands, each of which calls its room.
 
 ``wav act EXPORT`` runs an exported policy in a simulator, ``wav doctor`` checks the machine, ``wav config check``
-checks a parameter file, ``wav storage`` lists, fetches, verifies and thins out checkpoints. Errors that are the
-input's fault are one line on stderr and exit status 1.
+checks a parameter file, ``wav summary`` says what one costs, ``wav storage`` lists, fetches, verifies and thins out
+checkpoints. Errors that are the input's fault are one line on stderr and exit status 1.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from wav.config import Runtime, load_settings
-from wav.errors import WavError
+from wav.config import DataSettings, Runtime, load_settings
+from wav.errors import SimulationError, WavError
 from wav.local import adopt_local_services
 
 
@@ -81,6 +81,19 @@ def config_check(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def summary(arguments: argparse.Namespace) -> int:
+    """``wav summary``: sizes, parameters, operations and memory of a parameter file."""
+    from wav.summary import lines, summarise
+
+    settings = load_settings(arguments.path)
+    if arguments.json:
+        _say(json.dumps(summarise(settings, arguments.gpus), indent=1))
+        return 0
+    for line in (str(arguments.path), *lines(settings, arguments.gpus)):
+        _say(line)
+    return 0
+
+
 def storage(arguments: argparse.Namespace) -> int:
     """``wav storage ls|get|verify|gc``; status 1 where a verified object is bad."""
     from wav.storage import commands, open_store
@@ -127,17 +140,44 @@ def _storage_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser
     command.set_defaults(run=storage)
 
 
-def summary(arguments: argparse.Namespace) -> int:
-    """``wav summary``: sizes, parameters, operations and memory of a parameter file."""
-    from wav.summary import lines, summarise
+def render(arguments: argparse.Namespace) -> int:
+    """``wav render``: the first frame of one initial state as a picture."""
+    from wav.evaluation.pictures import join_views, write_png
+    from wav.sim.env import select_tasks
+    from wav.sim.workers import SimPool
 
-    settings = load_settings(arguments.path)
-    if arguments.json:
-        _say(json.dumps(summarise(settings, arguments.gpus), indent=1))
-        return 0
-    for line in (str(arguments.path), *lines(settings, arguments.gpus)):
-        _say(line)
+    task = select_tasks(arguments.suite, tuple(arguments.task[:1]))[0]
+    size = {"image_height": arguments.size, "image_width": arguments.size, "render": arguments.render}
+    data = DataSettings.model_validate({"suite": arguments.suite, "tasks": (task.name,), **size})
+    with SimPool(arguments.suite, data, workers=1, slots=1) as pool:
+        pool.submit_reset(0, task.name, arguments.index)
+        reply = pool.wait()[0][1]
+    if reply.observation is None:
+        raise SimulationError(f"{task.name}, initial state {arguments.index}: {reply.error}")
+    write_png(arguments.out, join_views(reply.observation.images, data.views))
+    _say(f"{arguments.out}: {task.name}, initial state {arguments.index}: {task.instruction}")
     return 0
+
+
+def replay(arguments: argparse.Namespace) -> int:
+    """``wav replay``: stored demonstrations open loop; status 1 if too few succeed again."""
+    from wav.data.store import EpisodeStore
+    from wav.evaluation.replay import replay as replay_store
+    from wav.evaluation.verdict import report_path
+
+    settings, runtime = load_settings(arguments.params), Runtime()
+    report = replay_store(
+        EpisodeStore.open(arguments.store),
+        settings.data,
+        settings.ingest,
+        episodes=arguments.episodes,
+        workers=arguments.workers or runtime.workers or len(os.sched_getaffinity(0)),
+        progress=lambda o: _say(f"{o.episode_id}: {'success' if o.success else 'failure'} after {o.steps} steps"),
+    )
+    for skipped in report.not_replayed:
+        _say(f"{skipped['episode']}: not replayed: {skipped['reason']}")
+    _say(f"{report.line}; {report_path(arguments.store)}")
+    return 0 if report.passed else 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -166,6 +206,22 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--gpus", type=_positive, default=8, help="GPUs that ZeRO shards over (default: 8)")
     command.add_argument("--json", action="store_true", help="the numbers as JSON (operations, bytes)")
     command.set_defaults(run=summary)
+
+    command = commands.add_parser("render", help="the first frame of an initial state as a picture")
+    command.add_argument("suite", help="tabletop, libero_spatial, ...")
+    command.add_argument("--task", action="append", default=[], help="task (default: the suite's first)")
+    command.add_argument("--index", type=int, default=0, help="initial state (default: 0)")
+    command.add_argument("--size", type=_positive, default=256, help="pixels per side (default: 256)")
+    command.add_argument("--render", choices=("fast", "full"), default="full")
+    command.add_argument("--out", type=Path, default=Path("first-frame.png"), help="PNG (default: first-frame.png)")
+    command.set_defaults(run=render)
+
+    command = commands.add_parser("replay", help="replay stored demonstrations open loop in the simulator")
+    command.add_argument("store", nargs="?", type=Path, default=Path("data/episodes"), help="default: data/episodes")
+    command.add_argument("--params", default="params.yaml", help="parameters the store was made with")
+    command.add_argument("--episodes", type=int, default=20, help="how many, spread over the store (0: all)")
+    command.add_argument("--workers", type=_positive, help="simulator processes (default: WAV_WORKERS or the cores)")
+    command.set_defaults(run=replay)
 
     command = commands.add_parser("config", help="parameter files")
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")

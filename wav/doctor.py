@@ -22,6 +22,7 @@ from wav.errors import WavError
 REQUIRED = {"robosuite": "1.4.0", "mujoco": "3.3.2"}
 MIN_DISK_GIB, MIN_MEMORY_GIB = 5.0, 6.0
 _TIMEOUT = 3.0
+_PROBE_SECONDS = 20.0  # two backends may be tried: all checks together take less than a minute
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,25 @@ def check_renderer() -> Iterator[Check]:
     from wav.sim.rendering import choose_backend
 
     try:
-        yield Check("renderer", True, choose_backend())
+        yield Check("renderer", True, choose_backend(_PROBE_SECONDS))
     except WavError as error:
         yield Check("renderer", False, str(error))
+
+
+def check_libero() -> Iterator[Check]:
+    """Whether the LIBERO suites can run; notes, as the default needs none of it. Nothing is downloaded."""
+    from wav.sim import libero_assets
+
+    try:
+        found = libero_assets.check_versions()
+        folders = (os.environ.get(libero_assets.ASSETS_VARIABLE, ""), libero_assets.package_folder() / "assets")
+        places = [Path(p) for p in (*folders, libero_assets.download_folder()) if p]
+        assets = next((place for place in places if not libero_assets.missing_folders(place)), None)
+        remedy = f"no assets; set {libero_assets.ASSETS_VARIABLE}, else {libero_assets.ASSETS_REPO} is downloaded"
+        text = f"hf-libero {found['hf-libero']}, {f'assets in {assets}' if assets else remedy}"
+        yield Check("libero", assets is not None, text, needed=False)
+    except WavError as error:
+        yield Check("libero", False, str(error), needed=False)
 
 
 def check_gpu() -> Iterator[Check]:
@@ -122,6 +139,7 @@ def run_checks(runtime: Runtime, report: Callable[[Check], None]) -> bool:
         check_gpu(),
         check_room(runtime.workspace.absolute()),
         check_services(runtime),
+        check_libero(),
         check_renderer(),
     ):
         for check in found:

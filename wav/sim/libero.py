@@ -13,7 +13,7 @@ import contextlib
 import logging
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +46,8 @@ with warnings.catch_warnings():
     from robosuite.utils.observables import Observable, sensor
     from robosuite.utils.transform_utils import convert_quat
 
+Pose = tuple[NDArray[np.float64], NDArray[np.float64]]
+"""Position (m) and quaternion (w, x, y, z) of a body."""
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 SETTLE_STEPS = 10
 """Environment steps with a still arm and an open gripper before an episode begins."""
@@ -111,7 +113,12 @@ class LiberoEnv:
         return self.reset_to(task, state, index)
 
     def reset_to(
-        self, task: str, state: NDArray[np.float64] | None, index: int | str, settle: bool = True
+        self,
+        task: str,
+        state: NDArray[np.float64] | None,
+        index: int | str,
+        settle: bool = True,
+        fixtures: Mapping[str, Pose] | None = None,
     ) -> Observation:
         """Put ``task`` into a MuJoCo state (time, qpos, qvel), or a drawn one for None.
 
@@ -120,6 +127,7 @@ class LiberoEnv:
             state: (1 + nq + nv,) as stored in LIBERO's init files and demonstrations.
             index: names the draw of whatever the state does not hold (fixtures).
             settle: make the ten still steps.
+            fixtures: body -> (position, quaternion) of a recorded model, in place of the drawn ones.
 
         Raises:
             ConfigError: no such task.
@@ -139,6 +147,10 @@ class LiberoEnv:
                     "the assets and hf-libero must be of one release"
                 )
             scene.sim.set_state_from_flattened(state)
+        for fixture in scene.fixtures_dict.values():
+            if fixtures and fixture.root_body in fixtures:
+                body = scene.sim.model.body_name2id(fixture.root_body)
+                scene.sim.model.body_pos[body], scene.sim.model.body_quat[body] = fixtures[fixture.root_body]
         scene.sim.forward()
         scene._check_success()
         scene._post_process()

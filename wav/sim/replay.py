@@ -1,0 +1,187 @@
+"""Open-loop replay of one stored demonstration: its first state, then its actions, whatever they lead to.
+
+Runs in a simulator process (no torch). Where a demonstration starts is known for scripted ones (task, index and the
+expert's detour are a pure function of the seed) and for LIBERO's HDF5 files (they hold the simulator's states).
+"""
+
+from __future__ import annotations
+
+import functools
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wav.errors import DataError
+from wav.seeding import derive_seed, numpy_generator
+from wav.sim.env import LIBERO_SUITES, Observation, SimEnv, make_env
+
+if TYPE_CHECKING:
+    from wav.config import DataSettings
+
+Pose = tuple[NDArray[np.float64], NDArray[np.float64]]
+_SEARCHED = 60
+"""Recorded simulator states among which a demonstration's first frame is looked for."""
+
+
+@dataclass(frozen=True)
+class ReplayStart:
+    """Where a demonstration begins: ``file`` and ``demo`` for LIBERO's HDF5, the others for scripted ones."""
+
+    episode_id: str
+    task: str
+    index: int
+    episode_seed: int
+    detour: float
+    seed: int
+    file: str = ""
+    demo: str = ""
+
+
+@dataclass(frozen=True)
+class ReplayOutcome:
+    """What a replay came to. Errors are the largest over the episode: metres, radians, metres."""
+
+    episode_id: str
+    success: bool
+    steps: int
+    position_error: float
+    rotation_error: float
+    gripper_error: float
+    start_error: float
+    """Metres between the first states: a wrong start, rather than wrong actions."""
+
+
+@functools.lru_cache(maxsize=1)
+def _environment(data: DataSettings) -> SimEnv:
+    return make_env(data.suite, data)
+
+
+def replay_episode(
+    data: DataSettings, start: ReplayStart, actions: NDArray[np.float32], states: NDArray[np.float32]
+) -> ReplayOutcome:
+    """Replay one demonstration.
+
+    Args:
+        data: the store's suite and views; pictures are drawn as small as can be.
+        start: its beginning.
+        actions: (T, 7) as executed, action t on seeing frame t; the last one is a hold.
+        states: (T, 8) as recorded.
+
+    Raises:
+        DataError: the beginning cannot be restored; names the episode and the remedy.
+    """
+    small = data.model_copy(update={"image_height": 16, "image_width": 16, "views": data.views[:1], "render": "fast"})
+    env = _environment(small)
+    observation = _begin_recorded(env, start, states[0]) if start.file else _begin_scripted(env, start)
+    seen, success = [observation.state], env.successes()[start.task]
+    for action in actions[:-1]:
+        following = env.step(action)
+        assert following is not None
+        seen.append(following.state)
+        success = success or env.successes()[start.task]
+    position, rotation, gripper = state_errors(np.stack(seen), states)
+    return ReplayOutcome(
+        episode_id=start.episode_id,
+        success=success,
+        steps=len(seen) - 1,
+        position_error=float(position.max()),
+        rotation_error=float(rotation.max()),
+        gripper_error=float(gripper.max()),
+        start_error=float(position[0]),
+    )
+
+
+def _begin_scripted(env: SimEnv, start: ReplayStart) -> Observation:
+    """The expert's beginning: the initial state and, for some, a detour (:func:`wav.sim.expert.run_expert`)."""
+    if start.episode_seed != derive_seed(start.seed, "expert", start.task, start.index) % 2**31:
+        raise DataError(
+            f"{start.episode_id}: was recorded under another ingest.seed than {start.seed}; "
+            "replay with the parameters the store was made with"
+        )
+    observation = env.reset(start.task, start.index)
+    rng = numpy_generator(start.seed, "expert", start.task, start.index)
+    if rng.random() < start.detour:
+        from wav.sim import expert
+
+        expert._take_detour(env, expert.Expert(env, start.task), rng)  # type: ignore[arg-type]
+        observation = env.observe()
+    return observation
+
+
+def _begin_recorded(env: SimEnv, start: ReplayStart, first: NDArray[np.float32]) -> Observation:
+    """The simulator state recorded with the demonstration, and its fixtures' poses."""
+    from wav.sim.libero import LiberoEnv
+
+    if not isinstance(env, LiberoEnv):
+        raise DataError(f"{start.episode_id}: comes from LIBERO's HDF5; data.suite must be one of {LIBERO_SUITES}")
+    states, fixtures = read_recorded(Path(start.file), start.demo)
+    # Frames may have been dropped or paired with the next action: the first frame tells where the episode begins.
+    seen = [env.reset_to(start.task, state, 0, settle=False, fixtures=fixtures) for state in states[:1]]
+    if np.abs(seen[0].state[:3] - first[:3]).max() > 1e-4:
+        seen += [env.reset_to(start.task, s, 0, settle=False, fixtures=fixtures) for s in states[1:_SEARCHED]]
+    distances = [float(np.abs(o.state - first)[[0, 1, 2, 6, 7]].max()) for o in seen]
+    best = int(np.argmin(distances))
+    return env.reset_to(start.task, states[best], 0, settle=False, fixtures=fixtures)
+
+
+def read_recorded(path: Path, demo: str) -> tuple[NDArray[np.float64], dict[str, Pose]]:
+    """Simulator states (T, width) of one HDF5 demonstration, and body name -> (position, quaternion) of its model.
+
+    Raises:
+        DataError: the file, the demonstration or its states are missing.
+    """
+    import h5py
+
+    try:
+        with h5py.File(path, "r") as file:
+            group = file["data"][demo]
+            states = np.asarray(group["states"][()], dtype=np.float64)
+            model = group.attrs.get("model_file", "")
+    except (OSError, KeyError) as error:
+        raise DataError(
+            f"{path}: {demo}: simulator states cannot be read ({error}); replay needs the original file at "
+            "ingest.path with its dataset 'states'"
+        ) from None
+    return states, body_poses(model.decode() if isinstance(model, bytes) else str(model))
+
+
+def body_poses(model: str) -> dict[str, Pose]:
+    """Body name -> (position 3, quaternion 4 as w, x, y, z) of a MuJoCo XML; empty for an empty text."""
+    if not model:
+        return {}
+    try:
+        root = ElementTree.fromstring(model)
+    except ElementTree.ParseError as error:
+        raise DataError(f"model_file: is not XML ({error}); record the demonstration again") from None
+    return {
+        body.attrib["name"]: (_numbers(body, "pos", "0 0 0"), _numbers(body, "quat", "1 0 0 0"))
+        for body in root.iter("body")
+        if "name" in body.attrib
+    }
+
+
+def _numbers(element: Any, name: str, default: str) -> NDArray[np.float64]:
+    return np.array([float(word) for word in element.get(name, default).split()])
+
+
+def state_errors(
+    one: NDArray[np.float32], two: NDArray[np.float32]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Position (m), rotation (rad) and gripper (m) differences (T,) of states (T, 8)."""
+    position = np.linalg.norm(one[:, :3].astype(np.float64) - two[:, :3], axis=1)
+    cosine = np.abs((_quaternions(one[:, 3:6]) * _quaternions(two[:, 3:6])).sum(axis=1))
+    rotation = 2 * np.arccos(np.clip(cosine, 0.0, 1.0))
+    gripper = np.abs(one[:, 6:8].astype(np.float64) - two[:, 6:8]).max(axis=1)
+    return position, rotation, gripper
+
+
+def _quaternions(rotation: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Unit quaternions (T, 4), scalar last, of rotation vectors (T, 3)."""
+    vector = rotation.astype(np.float64)
+    angle = np.linalg.norm(vector, axis=1, keepdims=True)
+    axis = np.divide(vector, angle, out=np.zeros_like(vector), where=angle > 0)
+    return np.concatenate([axis * np.sin(angle / 2), np.cos(angle / 2)], axis=1)
