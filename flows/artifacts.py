@@ -21,6 +21,9 @@ from prefect.artifacts import (
 )
 from prefect.context import FlowRunContext
 
+from wav import plots
+from wav.data.files import read_json
+
 #: seconds between updates of a progress artefact and between log lines
 UPDATE_SECONDS, LOG_SECONDS = 2.0, 10.0
 #: pictures in one artefact: the API refuses bodies of many megabytes
@@ -69,6 +72,18 @@ def publish_images(name: str, images: Mapping[str, bytes | Path], description: s
             break
         parts.append(f"**{caption}**\n\n![{caption}](data:image/png;base64,{base64.b64encode(data).decode()})")
     publish_markdown(name, "\n\n".join(parts), description)
+
+
+def publish_values(folder: Path) -> None:
+    """Predicted beside real value along a held-out demonstration, where the evaluation made ``values.json``."""
+    path = folder / "values.json"
+    if not path.is_file():
+        return
+    found = read_json(path, "evaluate again")
+    columns = {name: found[f"{name}_value"] for name in ("predicted", "real") if found.get(f"{name}_value")}
+    if columns:
+        picture = plots.curves(columns, found["steps"], title=str(found["episode"]), ylabel="return")
+        publish_images("values", {str(found["episode"]): picture}, "predicted and real value")
 
 
 class Progress:

@@ -15,9 +15,10 @@ from typing import Any
 from prefect import flow
 
 from flows import eval_libero as stage
-from flows.artifacts import Progress
+from flows.artifacts import Progress, publish_table
 from flows.common import StageRun, finish, one_line_errors, require_services, run_folder, start, step
 from flows.isolation import isolate, prepare
+from flows.provenance import dvc_hash
 from wav import evaluation
 from wav.config import Runtime, load_settings, parse_settings
 from wav.data.files import read_json
@@ -129,6 +130,8 @@ def evaluate_export(export: Path, folder: Path) -> None:
     )
     metrics = roll_out(run, policy, digest)
     stage.report(run, metrics)
+    row = {"export": str(export), "dvc": dvc_hash(export), "weights": digest}
+    publish_table("checkpoint", [row], "evaluated policy")
     results = [run.path("reports/eval") / name for name in ("metrics.json", "episodes", "videos")]
     finish(run, [*results, run.path("reports/index.html")])
 

@@ -51,12 +51,12 @@ def locked_hashes(workspace: Path) -> dict[str, str]:
 
 
 def hash_table(stage: str, folder: Path) -> list[dict[str, Any]]:
-    """One row per input (from ``dvc.lock``) and output (computed) of a stage that ran in ``folder``."""
+    """One row per input that is there (from ``dvc.lock``) and output (computed) of a stage that ran in ``folder``."""
     source = source_workspace(folder)
     locked = locked_hashes(source)
     rows: list[dict[str, Any]] = []
     for path in stage_table(source)[stage].get("deps", []):
-        if not path.startswith(CODE):
+        if not path.startswith(CODE) and (folder / path).exists():
             rows.append({"role": "input", "path": path, "dvc": locked.get(path, "not tracked by DVC")})
     for path in outputs(stage, source):
         rows.append({"role": "output", "path": path, "dvc": dvc_hash(folder / path) or "not made"})
