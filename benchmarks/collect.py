@@ -77,7 +77,7 @@ def main() -> None:
     result = collect(arguments.workspace)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    for condition in ("planned", "unplanned", "temperature"):
+    for condition in (c for c in ("planned", "unplanned", "temperature") if c in result["evaluation"]):
         row = result["evaluation"][condition]
         print(f"{condition:12} {row['success_rate']:.3f} [{row['wilson_low']:.3f}, {row['wilson_high']:.3f}]")
     for stage, row in result["stages"].items():

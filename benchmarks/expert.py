@@ -34,7 +34,7 @@ def main() -> None:
             failed = sorted(index for index, result in solved.items() if result is not True)
             count = arguments.episodes - len(failed)
             rate = wilson(count, arguments.episodes)
-            low, high = rate.low, rate.high
+            low, high = rate.wilson_low, rate.wilson_high
             table.setdefault(kind, {})[task] = {
                 "solved": count, "episodes": arguments.episodes, "wilson_low": low, "wilson_high": high,
                 "failed": failed,
