@@ -33,9 +33,7 @@ def project(tmp_path: Path) -> Path:
     (folder / ".dvc").mkdir(parents=True)
     (folder / "dvc.yaml").write_text(DVC)
     (folder / ".dvc" / "config").write_text("[core]\n    remote = local\n")
-    (folder / ".gitignore").write_text(
-        "/models/\nconfig.local\n"
-    )
+    (folder / ".gitignore").write_text("/models/\nconfig.local\n")
     git(folder, "init", "-q", "-b", "main")
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "first")
