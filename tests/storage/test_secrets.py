@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
+from tests.test_export import METRICS
 from wav.export import export_policy, policy_from_stages
 from wav.storage import open_store
 from wav.training.spec import TrainPaths, make_spec
@@ -27,7 +28,7 @@ def test_export_and_spec_hold_no_keys(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRETS[1])
     stages = make_stages(tmp_path / "stages")
     policy = policy_from_stages(stages.joint, stages.latents, DATA, PLANNER, batch_size=2, device="cpu")
-    metrics = {"suite": "tabletop", "checkpoint": policy[1].digest}
+    metrics = METRICS | {"checkpoint": policy[1].digest}
     export_policy(*policy, tmp_path / "export", settings=SETTINGS.for_stage("export"), metrics=metrics)
     assert_clean(tmp_path / "export")
     paths = TrainPaths(stages.episodes, stages.latents, tmp_path / "out", tmp_path / "cache")
