@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -63,7 +64,7 @@ class Staged:
     rejected: tuple[Rejection, ...]
 
 
-class DatasetSource:
+class DatasetSource(ABC):
     """Base of the readers of datasets on disk; keeps :class:`wav.data.sources.Source`.
 
     Args:
@@ -74,17 +75,17 @@ class DatasetSource:
     def __init__(self, data: DataSettings, settings: IngestSettings) -> None:
         self.data, self.settings = data, settings
 
+    @abstractmethod
     def conventions(self) -> Conventions:
         """What the arrays of every episode mean, after reading."""
-        raise NotImplementedError
 
+    @abstractmethod
     def jobs(self) -> list[Job]:
         """The whole dataset in jobs, in the order of the store."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What was read, detected, declared and changed, as plain data; becomes ``source.json`` of the store."""
-        raise NotImplementedError
 
     def expected(self) -> int:
         """Episodes to read."""
