@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -126,8 +126,9 @@ class EncodeSettings(Section):
 
 
 class TrainSettings(Section):
-    """One training stage (DeepSpeed)."""
+    """One training stage (DeepSpeed). ``stage`` names it, so that code which must not import this module can tell."""
 
+    stage: ClassVar[str] = ""
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(32, ge=1, description="global batch: over all ranks and accumulation steps")
     micro_batch_size: int = Field(0, ge=0, description="samples per rank and forward; 0: batch_size / ranks")
@@ -164,6 +165,7 @@ class TrainSettings(Section):
 class PretrainVideoSettings(TrainSettings):
     """Stage 1: the video DiT on future frames."""
 
+    stage: ClassVar[str] = "pretrain_video"
     caption_dropout: float = Field(0.06, ge=0, le=1)
     memory_noise: float = Field(0.1, ge=0, le=1)
 
@@ -171,12 +173,14 @@ class PretrainVideoSettings(TrainSettings):
 class TrainValueSettings(TrainSettings):
     """Stage 2: the value expert on frozen video features."""
 
+    stage: ClassVar[str] = "train_value"
     value_draws: int = Field(4, ge=1, description="independent (level, noise) draws per sample and video pass")
 
 
 class TrainJointSettings(TrainSettings):
     """Stage 3: everything, with three explicit loss weights."""
 
+    stage: ClassVar[str] = "train_joint"
     action_probability: float = Field(0.7, ge=0, le=1, description="share of samples that are action samples")
     weight_action: float = Field(1.0, ge=0)
     weight_value: float = Field(0.1, ge=0)

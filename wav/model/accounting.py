@@ -15,12 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 
-from wav.config import PlannerSettings, Settings, TrainJointSettings, TrainSettings, TrainValueSettings
 from wav.model.build import build_from_settings, value_channels
 from wav.model.transformer import JOINT_EVERY
+
+if TYPE_CHECKING:
+    from wav.config import PlannerSettings, Settings, TrainJointSettings, TrainSettings, TrainValueSettings
 
 TIME_WAVES = 256  #: width of the sinusoidal time embedding
 #: Tensors of a block that autograd keeps for one token (or that live at once when the block is recomputed), in units
@@ -234,19 +237,20 @@ def training_cost(sizes: Sizes, train: TrainSettings, batch: int) -> TrainingCos
     The value stage runs the video part forward only. The joint stage's shares of action, value and video samples are
     those of ``action_probability``; there a value draw reads its own copy of the keys and values.
     """
-    video = text_flops(sizes, batch) + video_flops(sizes, batch, head=not isinstance(train, TrainValueSettings))
+    video = text_flops(sizes, batch) + video_flops(sizes, batch, head=train.stage != "train_value")
     passes, idle = video, Flops()
-    if isinstance(train, TrainValueSettings):
+    if train.stage == "train_value":
         if not sizes.value_width:
             return TrainingCost(0.0, 0.0, 0.0)
-        passes = value_flops(sizes, batch * train.value_draws)
+        passes = value_flops(sizes, batch * cast("TrainValueSettings", train).value_draws)
         passes += video_keys(sizes, sizes.value_width, batch, frozen=True)
         idle = video
-    elif isinstance(train, TrainJointSettings):
-        action = batch * train.action_probability
-        passes += action_flops(sizes, action * train.action_draws) + video_keys(sizes, sizes.action_width, action)
+    elif train.stage == "train_joint":
+        joint = cast("TrainJointSettings", train)
+        action = batch * joint.action_probability
+        passes += action_flops(sizes, action * joint.action_draws) + video_keys(sizes, sizes.action_width, action)
         if sizes.value_width:
-            rows = action + (batch - action) / 2 * train.value_draws
+            rows = action + (batch - action) / 2 * joint.value_draws
             passes += value_flops(sizes, rows) + video_keys(sizes, sizes.value_width, rows) + value_keys(sizes, action)
     again = passes.blocks if train.gradient_checkpointing else 0.0
     return TrainingCost((passes.forward + idle.forward) / batch, passes.backward / batch, again / batch)
@@ -302,9 +306,9 @@ def reference_search(sizes: Sizes, iterations: int, M: int, N: int, steps: int) 
 
 def trained_parameters(split: Mapping[str, int], train: TrainSettings) -> int:
     """Parameters that a stage trains: the video part, the value expert, or all."""
-    if isinstance(train, TrainJointSettings):
+    if train.stage == "train_joint":
         return split["total"]
-    return split["value"] if isinstance(train, TrainValueSettings) else split["video"]
+    return split["value"] if train.stage == "train_value" else split["video"]
 
 
 @dataclass(frozen=True)
@@ -354,13 +358,14 @@ def activation_bytes(sizes: Sizes, train: TrainSettings, micro_batch: int) -> fl
     number = 2 if train.precision == "bf16" else 4
     video, kept = sizes.tokens * sizes.width, 1 if train.gradient_checkpointing else sizes.layers
     elements: float = sizes.layers * video
-    if not isinstance(train, TrainValueSettings):
+    if train.stage != "train_value":
         elements += kept * SAVED_PER_TOKEN * video
     experts = 0.0
-    if isinstance(train, TrainValueSettings):
-        experts = train.value_draws * sizes.value_width
-    elif isinstance(train, TrainJointSettings):
-        experts = train.action_draws * sizes.action_width + train.value_draws * sizes.value_width
+    if train.stage == "train_value":
+        experts = cast("TrainValueSettings", train).value_draws * sizes.value_width
+    elif train.stage == "train_joint":
+        joint = cast("TrainJointSettings", train)
+        experts = joint.action_draws * sizes.action_width + joint.value_draws * sizes.value_width
     elements += sizes.chunk * experts * (sizes.layers + kept * SAVED_PER_TOKEN)
     if experts:  # one layer's keys and values, or all
         elements += kept * 4 * sizes.tokens * (sizes.value_width + sizes.action_width)

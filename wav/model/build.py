@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from wav.config import DataSettings, ModelSettings, Settings
 from wav.model.transformer import WAVTransformer
 from wav.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from wav.config import DataSettings, ModelSettings, Settings
 
 
 def value_channels(data: DataSettings) -> int:
@@ -34,7 +38,8 @@ def build_model(
     """A transformer of the sizes in params.yaml, initialised from ``seed``.
 
     Args:
-        model: section ``model``.
+        model: section ``model``, or anything with its attributes (also the next one): a machine that only plans and
+            measures needs no parameter files.
         data: section ``data`` (action and state widths).
         latent_channels: of the codec.
         caption_channels: width of the text encoder.

@@ -9,15 +9,17 @@ exactly what it would have drawn. :mod:`wav.training.objectives` computes the lo
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from wav.config import TrainJointSettings, TrainSettings, TrainValueSettings
 from wav.data.windows import WindowBatch
 from wav.flow_matching import draw_sigmas
 from wav.seeding import torch_generator
+
+if TYPE_CHECKING:
+    from wav.config import TrainJointSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -143,13 +145,14 @@ def share(index: int, size: int, probability: float) -> int:
 
 def split_roles(settings: TrainSettings, size: int, index: int, has_value: bool) -> Roles:
     """Roles of micro-batch ``index`` (counted over the whole run); a pure function of its arguments."""
-    if isinstance(settings, TrainJointSettings):
-        action = share(index, size, settings.action_probability)
+    if settings.stage == "train_joint":
+        probability = cast("TrainJointSettings", settings).action_probability
+        action = share(index, size, probability)
         rest = size - action
-        value = share(index, size, (1 - settings.action_probability) / 2) if has_value else 0
+        value = share(index, size, (1 - probability) / 2) if has_value else 0
         value = min(value, rest)
         return Roles(action, value, rest - value)
-    if isinstance(settings, TrainValueSettings):
+    if settings.stage == "train_value":
         return Roles(0, size, 0)
     return Roles(0, 0, size)
 
@@ -222,8 +225,8 @@ def _as_the_reference(draws: Draws, settings: TrainSettings, random: Random, com
     if compat.remixed_memory:
         rate = rate * level
     video, condition = draws.video_label, draws.condition_label
-    if compat.random_labels and isinstance(settings, TrainValueSettings):
+    if compat.random_labels and settings.stage == "train_value":
         video = random.levels("video_label", tuple(video.shape))
-    if compat.random_labels and isinstance(settings, TrainJointSettings):
+    if compat.random_labels and settings.stage == "train_joint":
         condition = random.levels("condition_label", tuple(condition.shape))
     return replace(draws, memory_rate=rate, video_label=video, condition_label=condition)

@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 
-from wav.config import TrainSettings
 from wav.errors import ConfigError
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+    from wav.config import TrainSettings
 
 _NEVER = 2**31 - 1
 

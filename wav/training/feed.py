@@ -7,15 +7,18 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from wav.config import TrainSettings
 from wav.data.windows import BatchSampler, WindowDataset
 from wav.seeding import numpy_generator
 from wav.training.draws import SeededRandom, StepInputs, draw
 from wav.training.engine import BatchPlan, World
+
+if TYPE_CHECKING:
+    from wav.config import TrainSettings
 
 AHEAD = 2
 VALIDATION_BATCHES = 4

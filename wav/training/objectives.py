@@ -8,10 +8,11 @@ plays one role: *action* (video and value at t = 1000, action loss), *value* (vi
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import Tensor, nn
 
-from wav.config import PretrainVideoSettings, TrainJointSettings, TrainSettings, TrainValueSettings
 from wav.data.windows import WindowBatch
 from wav.errors import ConfigError
 from wav.flow_matching import (
@@ -29,15 +30,18 @@ from wav.flow_matching import (
 from wav.model import WAVTransformer
 from wav.training.draws import CLEAN, Compat, StepInputs
 
+if TYPE_CHECKING:
+    from wav.config import TrainJointSettings, TrainSettings
+
 
 def trainable_names(model: WAVTransformer, settings: TrainSettings) -> set[str]:
     """Names of the parameters a stage trains: the video expert, the value expert, or everything."""
     names = [name for name, _ in model.named_parameters()]
-    if isinstance(settings, TrainJointSettings):
+    if settings.stage == "train_joint":
         return set(names)
-    if isinstance(settings, TrainValueSettings):
+    if settings.stage == "train_value":
         return {name for name in names if name.startswith("value_")}
-    if isinstance(settings, PretrainVideoSettings):
+    if settings.stage == "pretrain_video":
         return {name for name in names if not name.startswith(("value_", "action_"))}
     raise ConfigError(f"training settings {type(settings).__name__}: no stage has these; use one of the three stages'")
 
@@ -69,9 +73,9 @@ class StageModule(nn.Module):
 
     def forward(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (a scalar with gradient, float32) and its detached parts, named loss_video, loss_value, loss_action."""
-        if isinstance(self.settings, TrainJointSettings):
-            return self._joint(inputs, self.settings)
-        if isinstance(self.settings, TrainValueSettings):
+        if self.settings.stage == "train_joint":
+            return self._joint(inputs, cast("TrainJointSettings", self.settings))
+        if self.settings.stage == "train_value":
             return self._value(inputs)
         return self._video(inputs)
 
