@@ -56,7 +56,9 @@ def test_record_says_how_it_came_about(tmp_path):
     assert (record.checkpoint, record.statistics, record.render) == ("weights", "statistics", DATA.render)
     assert record.conventions["gripper"] == "-1 open, +1 close"
     assert record.instruction == "lift the green cube"
-    assert len(record.values) == record.policy_calls == len(record.plan["sigma_video"])
+    assert len(record.values) == record.policy_calls == len(record.plan["sigma_video"]) == len(record.call_digests)
+    assert (record.execute_steps, record.batch) == (4, [3, 2])
+    assert record.planner == settings().planner.model_dump(mode="json")
 
 
 def test_pictures_can_be_opened(tmp_path):

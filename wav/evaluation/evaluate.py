@@ -25,6 +25,7 @@ from wav.evaluation.protocol import (
     build_episodes,
     check_conventions,
     check_statistics,
+    code_digest,
     episode_key,
     versions,
 )
@@ -283,6 +284,11 @@ class _Session:
             conventions=self.conventions,
             render=self.settings.data.render,
             budget=self.settings.eval_libero.budget,
+            execute_steps=self.settings.eval_libero.execute_steps,
+            batch=[self.settings.eval_libero.batch_size, spec.row % self.settings.eval_libero.batch_size],
+            planner=self.settings.planner.model_dump(mode="json"),
+            code=code_digest(),
+            call_digests=rollout.call_digests,
         )
         write_record(record_path(self.out, spec), record)
         self.records[spec] = record

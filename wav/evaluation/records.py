@@ -26,8 +26,10 @@ class EpisodeRecord:
     """One finished episode. Times in seconds, steps in environment steps, values in units of the return.
 
     ``successes`` says for every task of the scene whether its predicate was met; ``actions_digest`` is the SHA-256 of
-    the executed actions, (steps, 7) float32; ``plan`` holds, per policy call, what the planner's last iteration
-    reached (sigma and mean shift of the video and value noise).
+    the executed actions, (steps, 7) float32, ``call_digests`` the same of each policy call's share (16 digits);
+    ``plan`` holds, per policy call, what the planner's last iteration reached (sigma and mean shift of the video and
+    value noise). ``batch`` is the policy's padded batch size and the episode's place in it; ``code`` the digest of the
+    source files that decide a result.
     """
 
     key: str
@@ -54,6 +56,11 @@ class EpisodeRecord:
     conventions: dict[str, Any]
     render: str
     budget: str
+    execute_steps: int
+    batch: list[int]
+    planner: dict[str, Any]
+    code: str
+    call_digests: list[str]
 
     @property
     def swapped(self) -> bool:

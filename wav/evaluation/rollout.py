@@ -154,6 +154,11 @@ class Rollout:
         """SHA-256 of the executed actions (steps, 7) float32."""
         return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in self.executed)).hexdigest()
 
+    @property
+    def call_digests(self) -> list[str]:
+        """SHA-256 (16 digits) of the actions executed after each policy call."""
+        return [hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest()[:16] for a in self.executed]
+
     def again(self) -> Rollout:
         """The same episode from its start, after a crash."""
         return Rollout(self.spec, self.slot, self.attempts + 1)
