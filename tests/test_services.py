@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -16,10 +17,11 @@ import boto3
 import psutil
 import pytest
 
-from infra.local import ports, services, system
+from infra.local import ports, services, system, workspace
 from infra.local.workspace import make_workspace
 from wav.errors import ConfigError, ServiceError
 from wav.local import adopt_local_services, read_env
+from wav.sim import libero_assets
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -201,3 +203,12 @@ def test_heartbeat_speaks_and_passes_the_status_on() -> None:
 def test_an_unknown_preset_names_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="smoke"):
         make_workspace("smok", tmp_path)
+
+
+def test_a_libero_preset_is_refused_before_anything_runs_without_assets(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("WAV_LIBERO_ASSETS", str(tmp_path))
+    monkeypatch.setattr(workspace.subprocess, "run", lambda *_, **__: pytest.fail("dvc was started"))
+    libero_assets.find_assets.cache_clear()
+    assert workspace.main(["--folder", str(tmp_path / "workspace"), "libero-cpu"]) == 1
+    # without hf-libero its absence comes first
+    assert re.search("WAV_LIBERO_ASSETS|make libero", capsys.readouterr().err)

@@ -1,8 +1,9 @@
 """The one console script ``wav``: thin commands, each of which calls its room.
 
 ``wav act EXPORT`` runs an exported policy in a simulator, ``wav doctor`` checks the machine, ``wav config check``
-checks a parameter file, ``wav summary`` says what one costs, ``wav storage`` lists, fetches, verifies and thins out
-checkpoints. Errors that are the input's fault are one line on stderr and exit status 1.
+checks a parameter file, ``wav summary`` says what one costs, ``wav export-hdf5`` writes demonstrations as LIBERO's
+files, ``wav storage`` lists, fetches, verifies and thins out checkpoints. Errors that are the input's fault are one
+line on stderr and exit status 1.
 """
 
 from __future__ import annotations
@@ -55,6 +56,16 @@ def act(arguments: argparse.Namespace) -> int:
     solved = sum(results)
     _say(f"{arguments.suite}: {solved} of {len(results)} episodes solved ({arguments.condition})")
     return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    """``wav eval --replay``: a recorded episode run again; status 1 where it comes out otherwise."""
+    from wav.evaluation.rerun import rerun_episode
+
+    found = rerun_episode(arguments.replay, arguments.export, device=Runtime().device)
+    for line in found.lines:
+        _say(line)
+    return 0 if found.same else 1
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -180,6 +191,18 @@ def replay(arguments: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
+def export_hdf5(arguments: argparse.Namespace) -> int:
+    """``wav export-hdf5``: an episode store as LIBERO's HDF5 files, one line per file."""
+    from wav.data.sinks import libero_hdf5
+    from wav.data.store import EpisodeStore
+
+    store = EpisodeStore.open(arguments.store)
+    report = libero_hdf5.export_hdf5(store, arguments.folder, alignment=arguments.alignment)
+    for name, demonstrations in report.files.items():
+        _say(f"{report.folder / name}: {demonstrations} demonstrations")
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands; each sets ``run``."""
     top = argparse.ArgumentParser(prog="wav", description="World-Value-Action policies: run, check, inspect")
@@ -196,6 +219,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--workers", type=_positive, help="simulator processes (default: WAV_WORKERS or the cores)")
     command.add_argument("--videos", type=Path, help="folder for one mp4 per episode")
     command.set_defaults(run=act)
+
+    command = commands.add_parser("eval", help="run a recorded episode again and compare")
+    command.add_argument("--replay", required=True, type=Path, metavar="EPISODE.json", help="record of the episode")
+    command.add_argument("--export", default=Path("export"), type=Path, help="the policy (default: export)")
+    command.set_defaults(run=evaluate)
 
     command = commands.add_parser("doctor", help="check renderer, versions, services and disk")
     command.add_argument("--json", action="store_true", help="findings as JSON")
@@ -222,6 +250,17 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--episodes", type=int, default=20, help="how many, spread over the store (0: all)")
     command.add_argument("--workers", type=_positive, help="simulator processes (default: WAV_WORKERS or the cores)")
     command.set_defaults(run=replay)
+
+    command = commands.add_parser("export-hdf5", help="demonstrations in LIBERO's own HDF5 layout")
+    command.add_argument("store", type=Path, help="episode store, such as data/episodes")
+    command.add_argument("folder", type=Path, help="new folder for one <task>_demo.hdf5 per task")
+    command.add_argument(
+        "--alignment",
+        choices=("after_action", "before_action"),
+        default="after_action",
+        help="frame t is the one after action t as in LIBERO's files (default), or before it",
+    )
+    command.set_defaults(run=export_hdf5)
 
     command = commands.add_parser("config", help="parameter files")
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")

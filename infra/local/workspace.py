@@ -3,6 +3,7 @@
 ``python -m infra.local.workspace PRESET [DVC COMMAND]`` (``make repro PRESET=smoke``) makes ``workspaces/PRESET``
 and runs ``dvc repro``, or the command that follows, there. The project's own parameters, lock file and results are not
 touched. The code is linked, so DVC sees what runs; the DVC cache is the project's, so equal results are stored once.
+A preset of a LIBERO suite is refused before anything runs where LIBERO or its assets are missing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from wav.config import load_settings
 from wav.errors import ConfigError, WavError
 from wav.local import PROJECT
+from wav.sim.env import LIBERO_SUITES
 
 #: what a stage's command and dependencies name; linked, not copied
 LINKED = ("wav", "flows")
@@ -64,6 +66,19 @@ def make_workspace(preset: str, folder: Path | None = None, cache: Path | None =
     return folder
 
 
+def require_simulator(folder: Path) -> None:
+    """Find now, not after the services are up and the stages begun, that a LIBERO suite cannot be simulated here.
+
+    Raises:
+        ServiceError: LIBERO is not installed, has other versions than needed, or has no assets; names the command.
+    """
+    if load_settings(folder / "params.yaml").data.suite in LIBERO_SUITES:
+        from wav.sim import libero_assets
+
+        libero_assets.check_versions()
+        sys.stdout.write(f"LIBERO assets {libero_assets.find_assets()}\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Make the workspace and run ``dvc`` in it (``repro`` unless told otherwise)."""
     parser = argparse.ArgumentParser(prog="infra.local.workspace", description="run the pipeline with a preset")
@@ -74,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         folder = make_workspace(chosen.preset, chosen.folder, chosen.cache)
+        if not chosen.dvc:
+            require_simulator(folder)
     except WavError as error:
         sys.stderr.write(f"{error}\n")
         return 1

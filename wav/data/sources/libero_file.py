@@ -29,6 +29,8 @@ CAMERAS = {
 }
 #: macros_image_convention: both are unrotated, "opencv" has its rows reversed
 IMAGE_CONVENTIONS = ("opengl", "opencv")
+#: frame t is the one after action t, as create_dataset.py records it, or the one before, as regenerated files have it
+AFTER, BEFORE = "after_action", "before_action"
 _SAMPLES = 3  # demonstrations per file whose numbers settle alignment and gripper
 _LOG = logging.getLogger(__name__)
 
@@ -111,7 +113,7 @@ def _describe(path: Path, group: Any, demos: tuple[str, ...], data: DataSettings
     cameras = _cameras(where, group, demos, data, settings)
     lengths = tuple(_length(group[demo]) for demo in demos)
     samples = _samples(group, demos)
-    after = _alignment(where, samples, settings.alignment)
+    after = _alignment(where, samples, settings.alignment, _text(attributes.get("alignment")))
     pairs = [(checks.shifted_actions(s.actions) if after else s.actions)[:, 6] for s in samples]
     detected = checks.detect_gripper((command, s.opening) for command, s in zip(pairs, samples, strict=True))
     simulator = _json(attributes.get("simulator_versions"), f"{where}: simulator_versions")
@@ -205,8 +207,17 @@ def _optional(demo: Any, name: str) -> NDArray[np.float64] | None:
     return np.asarray(demo[name], np.float64) if name in demo else None
 
 
-def _alignment(where: str, samples: list[_Sample], declared: str) -> bool:
-    """Whether observation t was recorded after action t: the simulator's state t is the one before it."""
+def _alignment(where: str, samples: list[_Sample], declared: str, recorded: str = "") -> bool:
+    """Whether observation t was recorded after action t: the simulator's state t is the one before it.
+
+    Args:
+        where: the file.
+        samples: demonstrations, some of which may hold the simulator's states.
+        declared: ingest.alignment, empty where nothing is declared.
+        recorded: the file's attribute ``alignment``, which :mod:`wav.data.sinks.libero_hdf5` writes.
+    """
+    if recorded not in ("", AFTER, BEFORE):
+        raise DataError(f"{where}: alignment = {recorded!r} is unknown; expected {AFTER} or {BEFORE}")
     votes = []
     for sample in samples:
         joints, states = sample.joints, sample.states
@@ -220,16 +231,16 @@ def _alignment(where: str, samples: list[_Sample], declared: str) -> bool:
         raise DataError(
             f"{where}: observations are recorded before their action in some demonstrations, after it in others"
         )
-    if votes and declared and votes[0] != (declared == "after_action"):
-        raise ConfigError(
-            f"{where}: ingest.alignment = {declared!r}, but the simulator states show the other; leave it empty"
-        )
-    if samples and not (votes or declared):  # without any sound demonstration each will be refused for its own reason
+    shown = (AFTER if votes[0] else BEFORE) if votes else recorded
+    if shown and declared and shown != declared:
+        witness = "simulator states show" if votes else "file's attribute alignment says"
+        raise ConfigError(f"{where}: ingest.alignment = {declared!r}, but the {witness} the other; leave it empty")
+    if samples and not (shown or declared):  # without any sound demonstration each will be refused for its own reason
         raise ConfigError(
             f"{where}: states and joint_states do not tell whether frame t is before or after action t; declare "
-            "ingest.alignment: after_action (LIBERO's own files) or before_action (regenerated ones)"
+            f"ingest.alignment: {AFTER} (LIBERO's own files) or {BEFORE} (regenerated ones)"
         )
-    return votes[0] if votes else declared == "after_action"
+    return (shown or declared) == AFTER
 
 
 def _text(value: Any) -> str:

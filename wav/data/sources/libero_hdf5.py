@@ -6,9 +6,10 @@ states are missing, ``ingest.alignment`` must declare them.
 
 Non-obvious: LIBERO's ``create_dataset.py`` records observation t AFTER action t, OpenVLA's regeneration before it.
 The joints in the recorded simulator state (before action t) tell which; frames are then paired with the action taken
-on seeing them. Beyond LIBERO's layout these are read where present: group attributes ``render`` and
-``simulator_versions`` (JSON), ``demo_i`` attributes ``init_index``, ``seed`` and ``success``, datasets
-``demo_i/expert_actions`` (T, 7) and ``demo_i/obs/joints`` (T, 8).
+on seeing them. Beyond LIBERO's layout these are read where present (:mod:`wav.data.sinks.libero_hdf5` writes them):
+group attributes ``alignment`` (for files without states), ``render`` and ``simulator_versions`` (JSON), ``demo_i``
+attributes ``init_index``, ``seed`` and ``success``, datasets ``demo_i/expert_actions`` (T, 7) and
+``demo_i/obs/joints`` (T, 8).
 """
 
 from __future__ import annotations
