@@ -76,7 +76,8 @@ def replay_episode(
     """
     small = data.model_copy(update={"image_height": 16, "image_width": 16, "views": data.views[:1], "render": "fast"})
     env = _environment(small)
-    observation = _begin_recorded(env, start, states[0]) if start.file else _begin_scripted(env, start)
+    recorded = bool(start.file)
+    observation = _begin_recorded(env, start, states[0]) if recorded else _begin_scripted(env, data.suite, start)
     seen, success = [observation.state], env.successes()[start.task]
     for action in actions[:-1]:
         following = env.step(action)
@@ -95,21 +96,17 @@ def replay_episode(
     )
 
 
-def _begin_scripted(env: SimEnv, start: ReplayStart) -> Observation:
-    """The expert's beginning: the initial state and, for some, a detour (:func:`wav.sim.expert.run_expert`)."""
+def _begin_scripted(env: SimEnv, suite: str, start: ReplayStart) -> Observation:
+    """The expert's beginning: the initial state and, for some, a detour (:func:`wav.sim.expert.begin`)."""
     if start.episode_seed != derive_seed(start.seed, "expert", start.task, start.index) % 2**31:
         raise DataError(
             f"{start.episode_id}: was recorded under another ingest.seed than {start.seed}; "
             "replay with the parameters the store was made with"
         )
-    observation = env.reset(start.task, start.index)
-    rng = numpy_generator(start.seed, "expert", start.task, start.index)
-    if rng.random() < start.detour:
-        from wav.sim import expert
+    from wav.sim.expert import begin
 
-        expert._take_detour(env, expert.Expert(env, start.task), rng)  # type: ignore[arg-type]
-        observation = env.observe()
-    return observation
+    rng = numpy_generator(start.seed, "expert", start.task, start.index)
+    return begin(env, suite, start.task, start.index, start.detour, rng)[1]
 
 
 def _begin_recorded(env: SimEnv, start: ReplayStart, first: NDArray[np.float32]) -> Observation:

@@ -1,0 +1,51 @@
+"""Proportional control of a Panda whose gripper points down: the actions every scripted expert is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Action = NDArray[np.float32]
+
+POSITION_SCALE = 0.05
+"""Metres of commanded displacement per unit of action (robosuite's OSC_POSE default)."""
+ROTATION_SCALE = 0.5
+"""Radians of commanded rotation per unit of action."""
+DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
+"""Orientation of the gripper site when it points down with its fingers along y."""
+
+
+class Arm:
+    """The first robot of a robosuite scene, steered by its gripper site.
+
+    Args:
+        scene: the robosuite environment.
+        turn: yaws are equal modulo this (rad); the nearest one is taken. Pi is the gripper's own symmetry, half of it
+            that of things as wide as they are long.
+    """
+
+    def __init__(self, scene: Any, turn: float) -> None:
+        self._data, self._site, self._turn = scene.sim.data, scene.robots[0].eef_site_id, turn
+
+    def position(self) -> NDArray[np.float64]:
+        """(3,) of the gripper site (m)."""
+        return np.array(self._data.site_xpos[self._site])
+
+    def toward(self, target: NDArray[np.float64], closed: bool, yaw: float = 0.0, speed: float = 1.0) -> Action:
+        """Proportional action toward a position (m) with the gripper pointing down and turned by ``yaw`` (rad)."""
+        action = np.zeros(7)
+        action[:3] = np.clip((target - self.position()) / POSITION_SCALE, -speed, speed)
+        action[3:6] = np.clip(self.rotation_error(yaw) / ROTATION_SCALE, -0.5, 0.5)
+        action[6] = 1.0 if closed else -1.0
+        return action.astype(np.float32)
+
+    def rotation_error(self, yaw: float) -> NDArray[np.float64]:
+        """World-frame rotation vector (rad) from the gripper's orientation to pointing down at ``yaw``."""
+        half = self._turn / 2
+        yaw = (yaw + half) % self._turn - half
+        now = np.asarray(self._data.site_xmat[self._site]).reshape(3, 3)
+        c, s = np.cos(yaw), np.sin(yaw)
+        wanted = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ DOWN
+        return 0.5 * sum((np.cross(now[:, k], wanted[:, k]) for k in range(3)), np.zeros(3))
