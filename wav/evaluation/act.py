@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,7 +16,8 @@ from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Pool, Rollout, Scheduler
 from wav.export import load_export
 from wav.planner import Condition
-from wav.sim.env import select_tasks
+from wav.policy import Policy
+from wav.sim.env import LIBERO_SUITES, select_tasks
 
 #: Opens simulators: (suite, data, workers, slots) -> context manager.
 PoolFactory = Callable[[str, DataSettings, int, int], AbstractContextManager[Pool]]
@@ -29,10 +31,13 @@ def open_pool(suite: str, data: DataSettings, workers: int, slots: int) -> Abstr
 
 
 def exported_data(folder: Path, suite: str, tasks: Sequence[str]) -> DataSettings:
-    """Section ``data`` of an export, with other tasks where asked for.
+    """Section ``data`` of an export, with other tasks or another of LIBERO's suites where asked for.
+
+    LIBERO's suites share robot, cameras and conventions, so a policy of one can be run on any; without ``tasks`` on all
+    tasks of a suite that is not its own.
 
     Raises:
-        ConfigError: the export was made for another suite.
+        ConfigError: the export was made for another simulator.
         CheckpointError: ``settings.json`` has no section ``data``.
     """
     settings = read_json(folder / "settings.json", "export the policy again (`dvc repro export`)")
@@ -40,8 +45,17 @@ def exported_data(folder: Path, suite: str, tasks: Sequence[str]) -> DataSetting
         raise CheckpointError(f"{folder / 'settings.json'}: section 'data' is missing; export the policy again")
     data = DataSettings.model_validate(settings["data"])
     if data.suite != suite:
-        raise ConfigError(f"--suite = {suite}: {folder} was trained on {data.suite!r}; give --suite {data.suite}")
+        if not {data.suite, suite} <= set(LIBERO_SUITES):
+            raise ConfigError(f"--suite = {suite}: {folder} was trained on {data.suite!r}; give --suite {data.suite}")
+        data = data.model_copy(update={"suite": suite, "tasks": ()})
     return data.model_copy(update={"tasks": tuple(tasks)}) if tasks else data
+
+
+def policy_for_suite(policy: Policy, data: DataSettings) -> Policy:
+    """The policy; one of LIBERO's with its conventions under the name of the suite it is run on (changed in place)."""
+    if {policy.conventions.suite, data.suite} <= set(LIBERO_SUITES):
+        policy.conventions = dataclasses.replace(policy.conventions, suite=data.suite)
+    return policy
 
 
 def act_episodes(
@@ -85,7 +99,7 @@ def act_episodes(
     data = exported_data(folder, suite, tasks)
     chosen = select_tasks(suite, data.tasks)
     slots = min(episodes, 8)
-    policy = load_export(folder, batch_size=slots, device=device)
+    policy = policy_for_suite(load_export(folder, batch_size=slots, device=device), data)
     check_start(policy, data)
     value_expert = policy.model.shapes.value is not None
     applicable((condition,), value_expert, "--condition")
