@@ -1,13 +1,16 @@
-"""Offscreen rendering: which OpenGL backend works here, and cheap rendering for CPUs.
+"""Offscreen rendering: which OpenGL backend and device work here, and cheap rendering for CPUs.
 
 ``MUJOCO_GL`` must be set before mujoco is imported; :func:`choose_backend` tries EGL in a child process with a time
-limit and falls back to OSMesa, saying so. :func:`simplify_model` decimates visual meshes of a compiled model in place
-and turns reflections, shadows and multisampling off; collision geometry, masses and inertias are not touched.
+limit and falls back to OSMesa, saying so. :func:`simulator_devices` says which EGL devices the simulators share; each
+process is told its own (:func:`simulator_environment`). :func:`simplify_model` decimates visual meshes of a compiled
+model in place and turns reflections, shadows and multisampling off; collision geometry, masses and inertias are not
+touched.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import os
 import subprocess
@@ -20,6 +23,7 @@ from wav.errors import ServiceError
 
 log = logging.getLogger(__name__)
 
+DEVICE_VARIABLE, CUDA_VARIABLE = "MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES"
 APT_LINE = "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libosmesa6"
 FAST_MAX_FACES = 400
 """Triangles a visual mesh keeps under render: fast."""
@@ -68,6 +72,69 @@ def choose_backend(timeout: float = 60.0) -> str:
     if chosen in ("egl", "osmesa"):
         os.environ["PYOPENGL_PLATFORM"] = chosen
     return chosen
+
+
+@functools.cache
+def egl_devices(timeout: float = 60.0) -> tuple[dict[str, Any], ...]:
+    """EGL's devices in its own order (:func:`wav.sim.egl.devices`); empty where EGL cannot be asked in time."""
+    env = {name: value for name, value in os.environ.items() if name != CUDA_VARIABLE}  # physical numbers
+    command = [sys.executable, "-m", "wav.sim.egl"]
+    try:
+        done = subprocess.run(command, env=env, timeout=timeout, capture_output=True, text=True, check=True)
+        return tuple(json.loads(done.stdout))
+    except (subprocess.SubprocessError, OSError, ValueError) as error:
+        log.warning("EGL devices cannot be listed (%s); simulators take the first one", error)
+        return ()
+
+
+def simulator_devices() -> tuple[int, ...]:
+    """EGL numbers of the devices that simulators are spread over; empty: EGL's own choice.
+
+    All graphics cards that ``CUDA_VISIBLE_DEVICES`` leaves visible (identifiers other than numbers hide none), else
+    Mesa's software renderer. ``MUJOCO_EGL_DEVICE_ID`` is the user's choice and kept.
+    """
+    if os.environ.get(DEVICE_VARIABLE, ""):
+        return (int(os.environ[DEVICE_VARIABLE]),) if os.environ[DEVICE_VARIABLE].isdigit() else ()
+    usable = {number: device for number, device in enumerate(egl_devices()) if device["usable"]}
+    visible = [word.strip() for word in os.environ.get(CUDA_VARIABLE, "all").split(",") if word.strip()]
+    hides = all(word.lstrip("-").isdigit() for word in visible)
+    cards = [
+        number
+        for number, device in usable.items()
+        if not (device["software"] or (hides and device["cuda"] is not None and str(device["cuda"]) not in visible))
+    ]
+    return tuple(cards or [n for n, device in usable.items() if device["software"]] or list(usable))
+
+
+def simulator_environment(number: int) -> dict[str, str]:
+    """Environment of simulator process ``number``: one thread, one EGL device named explicitly.
+
+    Non-obvious: without a device of its own, robosuite 1.4 reads ``CUDA_VISIBLE_DEVICES`` as EGL's number and fails on
+    an empty value, an identifier, or a number EGL does not have; simulators use no CUDA, so it is taken from them.
+    """
+    env = {name: value for name, value in os.environ.items() if name != CUDA_VARIABLE}
+    env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
+    env.setdefault("PYTHONWARNINGS", "ignore")
+    devices = simulator_devices() if env.get("MUJOCO_GL", "egl").lower() == "egl" else ()
+    if devices:
+        env[DEVICE_VARIABLE] = str(devices[number % len(devices)])
+    return env
+
+
+def describe_renderer() -> dict[str, str]:
+    """Backend, EGL device and OpenGL implementation that this process draws with; call it in a simulator process."""
+    import mujoco
+    from OpenGL import GL
+
+    context = mujoco.GLContext(16, 16)
+    context.make_current()
+    name = GL.glGetString(GL.GL_RENDERER).decode()
+    context.free()
+    return {
+        "backend": os.environ.get("MUJOCO_GL", ""),
+        "device": os.environ.get(DEVICE_VARIABLE, ""),
+        "renderer": name,
+    }
 
 
 def simplify_model(model: Any, max_faces: int = FAST_MAX_FACES) -> None:

@@ -1,16 +1,18 @@
-"""A simulator process, started by ``wav.sim.workers``: ``python -m wav.sim.worker FD PARENT``.
+"""A simulator process, started by ``wav.sim.process``: ``python -m wav.sim.worker FD PARENT STDERR``.
 
-Answers requests read from the socket FD until its end of file. It hosts one simulator per slot; each episode's result
-depends on its own reset alone.
+Answers requests read from the socket FD until its end of file; warnings also go to the parent's STDERR. It hosts one
+simulator per slot; each episode's result depends on its own reset alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
+import traceback
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -91,6 +93,8 @@ def main() -> None:
     if os.getppid() != int(sys.argv[2]):
         return  # the parent died before we could ask to die with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    outputs: list[logging.Handler] = [logging.StreamHandler(), logging.StreamHandler(os.fdopen(int(sys.argv[3]), "w"))]
+    logging.basicConfig(handlers=outputs, level=logging.WARNING, format="simulator: %(message)s")
     worker = _Worker()
     while True:
         try:
@@ -103,6 +107,7 @@ def main() -> None:
         try:
             answer: Any = worker.handle(kind, payload)
         except Exception as error:  # whatever went wrong belongs to the request, not to the process
+            traceback.print_exc()
             answer = RuntimeError(f"{type(error).__name__}: {error}") if kind == "call" else str(error)
         connection.send(answer)
     os._exit(0)  # GL contexts need no orderly end, and a renderer's destructor may hang

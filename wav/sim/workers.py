@@ -7,10 +7,9 @@ context, and ends with its parent (end of file on its socket, and PR_SET_PDEATHS
 from __future__ import annotations
 
 import logging
+import math
 import os
-import socket
-import subprocess
-import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from numpy.typing import NDArray
 
 from wav.errors import SimulationError
 from wav.sim.env import Observation
+from wav.sim.process import WorkerProcess
+from wav.sim.rendering import choose_backend, describe_renderer
 
 if TYPE_CHECKING:
     from wav.config import DataSettings
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STALL_SECONDS = 300.0
-"""A worker that has not answered for this long is taken for dead and replaced."""
+"""A process that has not answered a request for this long is taken for dead and replaced."""
+
+JOB_SECONDS = 3600.0
+"""The same for one job of :func:`map_in_processes`."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class SimReply:
     successes: dict[str, bool]
     """Every task of the scene: whether its predicate has held since the reset."""
     error: str | None = None
+    lost: bool = False
+    """The error came with another episode's request to the same process: this episode is not to blame."""
 
 
 def worker_count(workers: int) -> int:
@@ -54,66 +60,27 @@ def worker_count(workers: int) -> int:
     return workers or os.cpu_count() or 1
 
 
-class WorkerProcess:
-    """One simulator process; requests are (kind, payload), answers come back in order."""
-
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
-        env.setdefault("PYTHONWARNINGS", "ignore")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "wav.sim.worker", str(theirs.fileno()), str(os.getpid())],
-            env=env,
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-        )
-        theirs.close()
-        self.connection = Connection(ours.detach())
-
-    def send(self, kind: str, payload: Any) -> None:
-        """Queue a request; raises SimulationError if the process is gone."""
-        try:
-            self.connection.send((kind, payload))
-        except OSError:
-            raise SimulationError(self.epitaph()) from None
-
-    def receive(self) -> Any:
-        """Next answer; raises SimulationError if the process is gone."""
-        try:
-            return self.connection.recv()
-        except (EOFError, OSError):
-            raise SimulationError(self.epitaph()) from None
-
-    def epitaph(self) -> str:
-        """Why the process is gone, in a sentence."""
-        try:
-            status: int | str = self.process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            status = "none: it still runs"
-        return f"simulator process {self.process.pid} died (exit status {status}); its output above says why"
-
-    def close(self) -> None:
-        """End the process, by force after two seconds."""
-        self.connection.close()
-        try:
-            self.process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
 class SimPool:
     """``slots`` simultaneously live episodes over ``workers`` simulator processes; a context manager.
 
-    Non-obvious: a process that dies or stalls answers all its pending requests with ``error``, and is replaced at the
-    next request; a fresh simulator gives the same episode, since an episode is a pure function of its reset.
+    Non-obvious: a process that dies, or does not answer a request within ``stall_seconds``, is killed; its pending
+    requests are answered with ``error`` and it is replaced at the next request. The request it was at is to blame, the
+    others are ``lost``. A fresh simulator gives the same episode, since an episode is a pure function of its reset.
+
+    Raises:
+        ServiceError: nothing renders on this machine.
     """
 
-    def __init__(self, suite: str, data: DataSettings, workers: int = 0, slots: int = 8) -> None:
-        self.suite, self.data, self.slots = suite, data, slots
+    def __init__(
+        self, suite: str, data: DataSettings, workers: int = 0, slots: int = 8, stall_seconds: float = STALL_SECONDS
+    ) -> None:
+        choose_backend()  # once, for all processes
+        self.suite, self.data, self.slots, self.stall_seconds = suite, data, slots, stall_seconds
         self.workers = min(worker_count(workers), slots)
         self._processes: list[WorkerProcess | None] = [None] * self.workers
         self._pending: list[deque[int]] = [deque() for _ in range(self.workers)]
+        self._since = [0.0] * self.workers  # when the request a process is at was given to it
+        self._hosted: set[int] = set()  # slots whose episode lives in a process
         self._failed: list[tuple[int, SimReply]] = []
 
     def __enter__(self) -> SimPool:
@@ -124,38 +91,59 @@ class SimPool:
 
     def submit_reset(self, slot: int, task: str, init_index: int, record: bool = False) -> None:
         """Start an episode in ``slot``; the reply carries the first observation."""
+        self._hosted.add(slot)
         self._submit(slot, "reset", (slot, task, init_index, record))
 
     def submit_steps(self, slot: int, actions: NDArray[np.float32]) -> None:
         """Execute ``actions`` (k, 7) in ``slot``, stopping at success; the reply carries the last observation."""
+        if slot not in self._hosted:
+            self._failed.append((slot, _error_reply("its episode was lost with the process that hosted it", lost=True)))
+            return
         self._submit(slot, "steps", (slot, np.asarray(actions, dtype=np.float32)))
 
-    def wait(self) -> list[tuple[int, SimReply]]:
-        """Block until at least one request is answered; all (slot, reply) that are ready."""
-        if self._failed:
-            failed, self._failed = self._failed, []
-            return failed
-        busy = {p.connection: w for w, p in enumerate(self._processes) if p is not None and self._pending[w]}
-        if not busy:
-            raise SimulationError("SimPool.wait: nothing was submitted; submit a reset or steps first")
-        ready = wait(list(busy), timeout=STALL_SECONDS)
-        if not ready:
-            for worker in busy.values():
-                self._bury(worker, f"no answer for {STALL_SECONDS:.0f} s")
-            return self.wait()
-        replies: list[tuple[int, SimReply]] = []
-        for connection in ready:
-            worker = busy[connection]  # type: ignore[index]
-            process = self._processes[worker]
-            assert process is not None
-            try:
-                reply = process.receive()
-            except SimulationError as error:
-                self._bury(worker, str(error))
-                continue
-            slot = self._pending[worker].popleft()
-            replies.append((slot, reply if isinstance(reply, SimReply) else _error_reply(str(reply))))
-        return replies or self.wait()
+    def wait(self, timeout: float | None = None) -> list[tuple[int, SimReply]]:
+        """Block until at least one request is answered; all (slot, reply) that are ready.
+
+        Args:
+            timeout: seconds after which to return with nothing; None: wait as long as it takes.
+        """
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            if self._failed:
+                failed, self._failed = self._failed, []
+                return failed
+            busy = [w for w in range(self.workers) if self._pending[w]]
+            if not busy:
+                raise SimulationError("SimPool.wait: nothing was submitted; submit a reset or steps first")
+            deadline = min(until, *(self._since[w] + self.stall_seconds for w in busy))
+            connections = {self._process(w).connection: w for w in busy}
+            ready = wait(list(connections), timeout=max(0.0, deadline - time.monotonic()))
+            replies = [reply for c in ready for reply in self._receive(connections[c])]  # type: ignore[index]
+            if replies:
+                return replies
+            now = time.monotonic()
+            for worker in busy:
+                if self._pending[worker] and now >= self._since[worker] + self.stall_seconds:
+                    where = f"its output is in {self._process(worker).log}"
+                    self._bury(worker, f"simulator process gave no answer for {self.stall_seconds:g} s; {where}")
+            if not self._failed and now >= until:
+                return []
+
+    def renderer(self) -> dict[str, str]:
+        """What the pictures are drawn with (:func:`wav.sim.rendering.describe_renderer`); call it between episodes.
+
+        Raises:
+            SimulationError: the process cannot say, or requests are pending.
+        """
+        if self._pending[0]:
+            raise SimulationError("SimPool.renderer: requests are pending; ask before the first or after the last")
+        process = self._process(0)
+        process.send("call", (describe_renderer, ()))
+        answer = process.receive() if process.connection.poll(self.stall_seconds) else "no answer"
+        if not isinstance(answer, dict):
+            process.failed = True
+            raise SimulationError(f"renderer: {answer}; the simulator's output is in {process.log}")
+        return answer
 
     def close(self) -> None:
         """End all processes."""
@@ -164,37 +152,59 @@ class SimPool:
                 process.close()
         self._processes = [None] * self.workers
 
+    def _process(self, worker: int) -> WorkerProcess:
+        """The live process of ``worker``, started if need be."""
+        process = self._processes[worker]
+        if process is None:
+            process = self._processes[worker] = WorkerProcess(worker)
+            process.send("open", (self.suite, self.data))
+        return process
+
     def _submit(self, slot: int, kind: str, payload: Any) -> None:
         if not 0 <= slot < self.slots:
             raise SimulationError(f"slot {slot}: the pool has slots 0 to {self.slots - 1}")
         worker = slot % self.workers
-        process = self._processes[worker]
-        if process is None:
-            process = self._processes[worker] = WorkerProcess()
-            process.send("open", (self.suite, self.data))
+        if not self._pending[worker]:
+            self._since[worker] = time.monotonic()
         self._pending[worker].append(slot)
         try:
-            process.send(kind, payload)
+            self._process(worker).send(kind, payload)
         except SimulationError as error:
             self._bury(worker, str(error))
 
+    def _receive(self, worker: int) -> list[tuple[int, SimReply]]:
+        """One answer of a process; none if it died."""
+        process = self._process(worker)
+        try:
+            reply = process.receive()
+        except SimulationError as error:
+            self._bury(worker, str(error))
+            return []
+        slot, self._since[worker] = self._pending[worker].popleft(), time.monotonic()
+        if isinstance(reply, SimReply):
+            return [(slot, reply)]
+        process.failed = True
+        return [(slot, _error_reply(f"{reply}; its output is in {process.log}"))]
+
     def _bury(self, worker: int, why: str) -> None:
+        """End a process that died or stalls and answer what it owes."""
         process = self._processes[worker]
         if process is not None:
-            log.warning("simulator process %d: %s", process.process.pid, why)
-            process.process.kill()
-            process.close()
+            log.warning("simulator process %d is replaced: %s", process.process.pid, why)
+            process.kill()
         self._processes[worker] = None
-        self._failed += [(slot, _error_reply(why)) for slot in self._pending[worker]]
+        self._hosted -= set(range(worker, self.slots, self.workers))
+        for place, slot in enumerate(self._pending[worker]):
+            self._failed.append((slot, _error_reply(why, lost=place > 0)))
         self._pending[worker].clear()
 
 
-def _error_reply(why: str) -> SimReply:
-    return SimReply(None, False, 0, [], {}, why)
+def _error_reply(why: str, lost: bool = False) -> SimReply:
+    return SimReply(None, False, 0, [], {}, why, lost)
 
 
 def map_in_processes(
-    function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int = 0
+    function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int = 0, job_seconds: float = JOB_SECONDS
 ) -> Iterator[tuple[int, Any]]:
     """Run ``function(*job)`` for every job in simulator processes.
 
@@ -202,36 +212,62 @@ def map_in_processes(
         function: importable at top level.
         jobs: argument tuples.
         workers: processes; 0: the machine's cores.
+        job_seconds: a job that takes longer is taken for stalled and its process replaced.
 
     Yields:
         (index of the job, result, or the exception it ended with) as they finish, in no particular order.
     """
     todo = deque(enumerate(jobs))
-    live: dict[Connection, tuple[WorkerProcess, int]] = {}
+    live: dict[Connection, _Job] = {}
     try:
-        for _ in range(min(worker_count(workers), len(jobs))):
-            _start(WorkerProcess(), function, todo, live)
+        for number in range(min(worker_count(workers), len(jobs))):
+            _start(WorkerProcess(number), number, function, todo, live)
         while live:
-            for connection in wait(list(live)):
-                process, index = live.pop(connection)  # type: ignore[call-overload]
-                try:
-                    result: Any = process.receive()
-                except SimulationError as error:
-                    process.close()
-                    process, result = WorkerProcess(), error
-                _start(process, function, todo, live)
-                yield index, result
+            first = min(job.started for job in live.values()) + job_seconds
+            ready = wait(list(live), timeout=max(0.0, first - time.monotonic()))
+            now = time.monotonic()
+            late = [c for c, job in live.items() if c not in ready and now >= job.started + job_seconds]
+            for connection in [*ready, *late]:
+                job = live.pop(connection)  # type: ignore[call-overload]
+                process, result = job.process, _answer(job, connection in late, job_seconds)
+                if isinstance(result, SimulationError):
+                    process = WorkerProcess(job.number)
+                _start(process, job.number, function, todo, live)
+                yield job.index, result
     finally:
-        for process, _ in live.values():
-            process.process.kill()
-            process.close()
+        for job in live.values():
+            job.process.process.kill()
+            job.process.close()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a process of :func:`map_in_processes` is at."""
+
+    process: WorkerProcess
+    number: int
+    index: int
+    started: float
+
+
+def _answer(job: _Job, late: bool, limit: float) -> Any:
+    """A job's result or exception; a SimulationError where its process is gone."""
+    if late:
+        job.process.kill()
+        return SimulationError(f"no answer within {limit:g} s; the simulator's output is in {job.process.log}")
+    try:
+        return job.process.receive()
+    except SimulationError as error:
+        job.process.close()
+        return error
 
 
 def _start(
     process: WorkerProcess,
+    number: int,
     function: Callable[..., Any],
     todo: deque[tuple[int, tuple[Any, ...]]],
-    live: dict[Connection, tuple[WorkerProcess, int]],
+    live: dict[Connection, _Job],
 ) -> None:
     """Give ``process`` the next job, or end it."""
     if not todo:
@@ -239,4 +275,4 @@ def _start(
         return
     index, job = todo.popleft()
     process.send("call", (function, job))
-    live[process.connection] = (process, index)
+    live[process.connection] = _Job(process, number, index, time.monotonic())

@@ -1,0 +1,154 @@
+"""Simulator processes: devices named explicitly, the watchdog, logs, blame."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wav.config import DataSettings
+from wav.errors import SimulationError
+from wav.sim import process, rendering
+from wav.sim.workers import SimPool, map_in_processes
+
+DATA = DataSettings(image_height=32, image_width=32)
+STILL = np.zeros((2, 7), np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _local(monkeypatch, tmp_path):
+    monkeypatch.setenv("WAV_LOCAL_DIR", str(tmp_path / "local"))
+
+
+def device(software=False, cuda=None, usable=True):
+    return {"software": software, "cuda": cuda, "usable": usable}
+
+
+SERVER = (device(cuda=1), device(cuda=0), device(cuda=2), device(cuda=3, usable=False), device(software=True))
+
+
+@pytest.mark.parametrize(
+    ("devices", "visible", "chosen"),
+    [
+        (SERVER, None, (0, 1, 2)),
+        (SERVER, "0,2", (1, 2)),
+        (SERVER, " 1 , 2 ", (0, 2)),
+        (SERVER, "", (4,)),
+        (SERVER, "-1", (4,)),
+        (SERVER, "7", (4,)),
+        (SERVER, "GPU-8f3,GPU-1a2", (0, 1, 2)),
+        ((device(software=True),), None, (0,)),
+        ((device(software=True),), "", (0,)),
+        ((device(software=True),), "3", (0,)),
+        ((device(),), "3", (0,)),  # a card that is not CUDA's
+        ((device(cuda=0),), "", (0,)),  # nothing else renders
+        ((), None, ()),
+    ],
+)
+def test_devices_are_those_cuda_leaves_visible_else_mesa(monkeypatch, devices, visible, chosen):
+    monkeypatch.delenv(rendering.DEVICE_VARIABLE, raising=False)
+    monkeypatch.delenv(rendering.CUDA_VARIABLE, raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    monkeypatch.setattr(rendering, "egl_devices", lambda: devices)
+    if visible is not None:
+        monkeypatch.setenv(rendering.CUDA_VARIABLE, visible)
+    assert rendering.simulator_devices() == chosen
+    given = [rendering.simulator_environment(number) for number in range(4)]
+    expected = [str(chosen[number % len(chosen)]) if chosen else None for number in range(4)]
+    assert [env.get(rendering.DEVICE_VARIABLE) for env in given] == expected
+    assert all(rendering.CUDA_VARIABLE not in env for env in given)
+    monkeypatch.setenv(rendering.DEVICE_VARIABLE, "5")
+    assert rendering.simulator_environment(1)[rendering.DEVICE_VARIABLE] == "5"
+    monkeypatch.delenv(rendering.DEVICE_VARIABLE)
+    monkeypatch.setenv("MUJOCO_GL", "osmesa")
+    assert rendering.DEVICE_VARIABLE not in rendering.simulator_environment(0)
+
+
+@pytest.mark.parametrize("visible", ["", "3"])
+def test_a_simulator_starts_whatever_cuda_is_told(monkeypatch, visible):
+    monkeypatch.setenv(rendering.CUDA_VARIABLE, visible)
+    with SimPool("tabletop", DATA, workers=1, slots=1) as pool:
+        renderer = pool.renderer()
+        pool.submit_reset(0, "lift_red_cube", 0)
+        (_, reply) = pool.wait()[0]
+        log = pool._processes[0].log
+    assert reply.error is None
+    assert reply.observation.images["agentview"].std() > 5
+    assert renderer["renderer"]
+    assert renderer["backend"] == os.environ["MUJOCO_GL"]
+    if renderer["backend"] == "egl":
+        assert renderer["device"] == str(rendering.simulator_devices()[0])
+    assert not log.exists()  # an orderly end leaves nothing
+
+
+def test_a_stalled_simulator_is_noticed_though_others_answer():
+    with SimPool("tabletop", DATA, workers=2, slots=4, stall_seconds=60) as pool:
+        for slot in range(4):
+            pool.submit_reset(slot, "lift_red_cube", slot)
+        ready = {}
+        while len(ready) < 4:
+            ready |= dict(pool.wait())
+        assert all(reply.error is None for reply in ready.values())
+        pool.stall_seconds = 5.0
+        stopped = pool._processes[1]
+        os.kill(stopped.process.pid, signal.SIGSTOP)
+        began, errors = time.monotonic(), {}
+        for slot in range(4):
+            pool.submit_steps(slot, STILL)
+        while len(errors) < 2:
+            for slot, reply in pool.wait():
+                if slot % 2:
+                    errors[slot] = reply
+                else:
+                    assert reply.error is None
+                    pool.submit_steps(slot, STILL)  # the healthy process stays busy
+        assert 5 <= time.monotonic() - began < 90
+        assert (errors[1].lost, errors[3].lost) == (False, True)  # the request it was at is to blame
+        assert f"no answer for 5 s; its output is in {stopped.log}" in errors[1].error
+        assert stopped.process.poll() is not None
+        pool.stall_seconds = 60.0
+        pool.submit_steps(3, STILL)  # its episode is gone: said at once, by no process
+        assert dict(pool.wait())[3].lost
+        pool.submit_reset(1, "lift_red_cube", 1)
+        again = {}
+        while 1 not in again:
+            again |= dict(pool.wait())
+        np.testing.assert_array_equal(again[1].observation.state, ready[1].observation.state)
+    assert stopped.log.exists()  # kept after a failure
+
+
+def test_an_error_names_the_log_and_a_wait_may_be_limited():
+    with SimPool("tabletop", DATA, workers=1, slots=1) as pool:
+        with pytest.raises(SimulationError, match="nothing was submitted"):
+            pool.wait(1.0)
+        pool.submit_reset(0, "no_such_task", 0)
+        assert pool.wait(0.01) == []
+        ((_, reply),) = pool.wait()
+        log = pool._processes[0].log
+        pool.submit_reset(0, "lift_red_cube", 0)
+        assert pool.wait(300.0)[0][1].error is None
+    assert str(log) in reply.error
+    assert "KeyError: 'no_such_task'" in log.read_text()
+
+
+def test_a_stalled_job_is_given_up_and_the_next_one_runs():
+    jobs = [("__import__('time').sleep(600)",), ("6 * 7",), ("6 * 8",)]
+    results = dict(map_in_processes(eval, jobs, workers=1, job_seconds=6.0))
+    assert (results[1], results[2]) == (42, 48)
+    assert isinstance(results[0], SimulationError)
+    log = str(results[0]).rpartition(" ")[2]
+    assert "Current thread" in Path(log).read_text()  # where it hung
+
+
+def test_old_logs_are_removed(monkeypatch, tmp_path):
+    folder = tmp_path / "local" / "simulators"
+    folder.mkdir(parents=True)
+    for number in range(30):
+        (folder / f"1-{number:02d}.log").touch()
+        os.utime(folder / f"1-{number:02d}.log", (number, number))
+    process._log_path()
+    assert sorted(path.name for path in folder.iterdir())[0] == "1-10.log"
