@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,3 +141,13 @@ def test_map_in_processes_returns_results_and_errors() -> None:
     assert [results[x] for x in (0, 1, 4, 5)] == [0, 2, 8, 10]
     assert "ZeroDivisionError" in str(results[2])
     assert isinstance(results[3], SimulationError)
+
+
+def test_a_killed_process_costs_no_result(tmp_path: Path) -> None:
+    """The job that kills its process at the first call is run again."""
+    system = "__import__('os')"
+    jobs = [
+        (f"{system}.path.exists({path!r}) or [open({path!r}, 'w'), {system}.kill({system}.getpid(), 9)]",)
+        for path in (str(tmp_path / "a"), str(tmp_path / "b"))
+    ]
+    assert dict(map_in_processes(eval, jobs, workers=2)) == {0: True, 1: True}

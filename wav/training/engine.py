@@ -175,7 +175,30 @@ def init_engine(
         config["checkpoint"] = {"load_universal": True}
     engine: DeepSpeedEngine
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    if settings.zero_stage == 3:
+        clear_padding(engine, world)
     return engine
+
+
+@torch.no_grad()
+def clear_padding(engine: DeepSpeedEngine, world: World) -> None:
+    """Zero what ZeRO-3 leaves uninitialised behind the last elements of a partition that is not full.
+
+    Nothing computes with those elements, but checkpoints hold them: equal runs would write unequal files, and pieces
+    of this process's memory would go to the store.
+    """
+
+    def clear(place: torch.Tensor, parameter: Any) -> None:
+        used = min(max(parameter.ds_numel - world.rank * place.numel(), 0), place.numel())
+        place[used:].zero_()
+
+    for parameter in engine.module.parameters():
+        clear(parameter.ds_tensor, parameter)
+    optimizer = engine.optimizer
+    for flat, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+        parts = flat.split([parameter.ds_tensor.ds_numel for parameter in group])
+        for part, parameter in zip(parts, group, strict=True):
+            clear(part, parameter)
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:

@@ -38,7 +38,7 @@ from wav.training.engine import (
     set_learning_rate,
 )
 from wav.training.feed import Feed, Source, validation_inputs
-from wav.training.guard import die_with_parent
+from wav.training.guard import die_with_parent, launcher
 from wav.training.inputs import Inputs, initial_model, open_inputs, passes_through, prune_work
 from wav.training.launch import ERROR_MARK
 from wav.training.objectives import StageModule
@@ -223,6 +223,7 @@ class Trainer:
     def _finish(self, waited: float) -> None:
         """Average, upload and write the output folder."""
         state = collect_state(self.model, self.ema, "model.")
+        memory = peak_memory(self.world)
         if not self.world.is_main:
             return
         seconds, every = self._elapsed(), self.settings.steps * self.settings.batch_size
@@ -236,7 +237,7 @@ class Trainer:
             "data_wait_share": round((self._waited + waited) / seconds, 5) if seconds else 0.0,
             "parameters": self.parameters,
             "trainable_parameters": self.trained,
-            **peak_memory(self.world.device),
+            **memory,
         }
         peak = peak_operations(self.world.device, self.settings)
         if peak is not None and seconds:
@@ -272,11 +273,18 @@ def fresh_folder(folder: Path) -> Path:
     return folder
 
 
-def peak_memory(device: torch.device) -> Metrics:
-    """Peak resident memory of this process in GiB, and of the GPU where there is one."""
-    peak: Metrics = {"peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3)}
-    if device.type == "cuda":
-        peak["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+def peak_memory(world: World) -> Metrics:
+    """GiB at the peak (a collective): resident on all ranks together, and of the fullest GPU where there are GPUs.
+
+    Each rank counts its own peak, pages that ranks share once per rank.
+    """
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak: Metrics = {"peak_memory_gib": round(world.mean([resident])[0] * world.ranks, 3)}
+    if world.device.type == "cuda":
+        allocated = torch.tensor(float(torch.cuda.max_memory_allocated(world.device)), device=world.device)
+        if world.ranks > 1:
+            dist.all_reduce(allocated, op=dist.ReduceOp.MAX)
+        peak["peak_gpu_memory_gib"] = round(allocated.item() / 2**30, 3)
     return peak
 
 
@@ -317,7 +325,7 @@ def run(spec: TrainSpec) -> None:
 
 def main() -> int:
     """Entry point: the spec file is the only argument."""
-    die_with_parent()
+    die_with_parent(launcher())
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING, force=True)
     LOG.setLevel(logging.INFO)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
