@@ -6,14 +6,13 @@ context, and ends with its parent (end of file on its socket, and PR_SET_PDEATHS
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
@@ -31,16 +30,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STALL_SECONDS = 300.0
-<<<<<<< Updated upstream
 """A process that has not answered a request for this long is taken for dead and replaced."""
 
 JOB_SECONDS = 3600.0
 """The same for one job of :func:`map_in_processes`."""
-=======
-"""A worker that has not answered for this long is taken for dead and replaced."""
-JOB_ATTEMPTS = 3
-"""Processes that a job of :func:`map_in_processes` may outlive."""
->>>>>>> Stashed changes
 
 
 @dataclass(frozen=True)
@@ -171,23 +164,11 @@ class SimPool:
         if not 0 <= slot < self.slots:
             raise SimulationError(f"slot {slot}: the pool has slots 0 to {self.slots - 1}")
         worker = slot % self.workers
-<<<<<<< Updated upstream
         if not self._pending[worker]:
             self._since[worker] = time.monotonic()
         self._pending[worker].append(slot)
         try:
             self._process(worker).send(kind, payload)
-=======
-        process, fresh = self._processes[worker], False
-        if process is None:
-            process = self._processes[worker] = WorkerProcess()
-            fresh = True
-        self._pending[worker].append(slot)
-        try:
-            if fresh:
-                process.send("open", (self.suite, self.data))
-            process.send(kind, payload)
->>>>>>> Stashed changes
         except SimulationError as error:
             self._bury(worker, str(error))
 
@@ -227,9 +208,6 @@ def map_in_processes(
 ) -> Iterator[tuple[int, Any]]:
     """Run ``function(*job)`` for every job in simulator processes.
 
-    A job whose process dies is run again in a fresh one, :data:`JOB_ATTEMPTS` times in all: a killed simulator must
-    not cost a demonstration that another machine would have recorded.
-
     Args:
         function: importable at top level.
         jobs: argument tuples.
@@ -239,18 +217,12 @@ def map_in_processes(
     Yields:
         (index of the job, result, or the exception it ended with) as they finish, in no particular order.
     """
-<<<<<<< Updated upstream
     todo = deque(enumerate(jobs))
     live: dict[Connection, _Job] = {}
-=======
-    todo = deque(_Job(index, arguments) for index, arguments in enumerate(jobs))
-    live: dict[Connection, tuple[WorkerProcess, _Job]] = {}
->>>>>>> Stashed changes
     try:
         for number in range(min(worker_count(workers), len(jobs))):
             _start(WorkerProcess(number), number, function, todo, live)
         while live:
-<<<<<<< Updated upstream
             first = min(job.started for job in live.values()) + job_seconds
             ready = wait(list(live), timeout=max(0.0, first - time.monotonic()))
             now = time.monotonic()
@@ -261,21 +233,6 @@ def map_in_processes(
                 if isinstance(result, SimulationError):
                     process = WorkerProcess(job.number)
                 _start(process, job.number, function, todo, live)
-=======
-            for connection in wait(list(live)):
-                process, job = live.pop(connection)  # type: ignore[call-overload]
-                try:
-                    result: Any = process.receive()
-                except SimulationError as error:
-                    process.close()
-                    process, result = WorkerProcess(), error
-                    if job.attempt < JOB_ATTEMPTS:
-                        log.warning("%s; its job is run again", error)
-                        todo.appendleft(replace(job, attempt=job.attempt + 1))
-                        _start(process, function, todo, live)
-                        continue
-                _start(process, function, todo, live)
->>>>>>> Stashed changes
                 yield job.index, result
     finally:
         for job in live.values():
@@ -305,38 +262,17 @@ def _answer(job: _Job, late: bool, limit: float) -> Any:
         return error
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Arguments of one call, and which attempt it is."""
-
-    index: int
-    arguments: tuple[Any, ...]
-    attempt: int = 1
-
-
 def _start(
     process: WorkerProcess,
     number: int,
     function: Callable[..., Any],
-<<<<<<< Updated upstream
     todo: deque[tuple[int, tuple[Any, ...]]],
     live: dict[Connection, _Job],
-=======
-    todo: deque[_Job],
-    live: dict[Connection, tuple[WorkerProcess, _Job]],
->>>>>>> Stashed changes
 ) -> None:
     """Give ``process`` the next job, or end it."""
     if not todo:
         process.close()
         return
-<<<<<<< Updated upstream
     index, job = todo.popleft()
     process.send("call", (function, job))
     live[process.connection] = _Job(process, number, index, time.monotonic())
-=======
-    job = todo.popleft()
-    live[process.connection] = (process, job)
-    with contextlib.suppress(SimulationError):  # it died while idle: its connection ends, and the job is run again
-        process.send("call", (function, job.arguments))
->>>>>>> Stashed changes
