@@ -1,7 +1,7 @@
 # make repro: install, start the local services, run the whole pipeline, say where to look.   make help: the rest.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install check-system repro libero test check-long lint format up down status ui deploy worker clean-workspace
+.PHONY: help install check-system repro libero libero-table test check-long lint format up down status ui deploy worker clean-workspace
 
 PRESET ?=
 VENV := .venv
@@ -60,6 +60,10 @@ $(VENV)/.installed-libero: $(VENV)/.installed
 
 # Without its dependencies: they would replace torch by a CUDA build whose torchvision does not import here.
 libero: check-system $(VENV)/.installed-libero ## LIBERO's simulator; then: wav render libero_spatial
+
+# EXPORT=folder (default: export), SUITES="libero_spatial ..." (all four), EPISODES=per task (50), ARGS=further options
+libero-table: $(VENV)/.installed ## an export over LIBERO's four suites, beside the published figures
+	@wav libero-table $(or $(EXPORT),export) $(addprefix --suite ,$(SUITES)) --episodes $(or $(EPISODES),50) $(ARGS)
 
 test: check-system $(VENV)/.installed-test ## what the tests need, then the tests (with the smoke pipeline)
 	@$(BEAT) 'pytest' -- python -m pytest -m 'not long'

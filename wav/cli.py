@@ -20,6 +20,8 @@ from wav.config import DataSettings, Runtime, load_settings
 from wav.errors import SimulationError, WavError
 from wav.local import adopt_local_services
 
+_CONDITIONS = ("planned", "unplanned", "temperature")
+
 
 def _say(line: str) -> None:
     """One line of output."""
@@ -66,6 +68,47 @@ def evaluate(arguments: argparse.Namespace) -> int:
     for line in found.lines:
         _say(line)
     return 0 if found.same else 1
+
+
+def libero_table(arguments: argparse.Namespace) -> int:
+    """``wav libero-table``: an export over LIBERO's suites, beside the published figures."""
+    from wav.evaluation.table import Protocol, markdown
+    from wav.evaluation.table import libero_table as make
+
+    runtime, default = Runtime(), Protocol()
+    protocol = Protocol(
+        suites=tuple(arguments.suite) or default.suites,
+        tasks=tuple(arguments.task),
+        episodes=arguments.episodes,
+        conditions=tuple(arguments.condition) or default.conditions,
+        execute_steps=arguments.execute_steps,
+        batch_size=arguments.batch_size,
+        budget=arguments.budget,
+        seed=arguments.seed,
+    )
+    workers = arguments.workers or runtime.workers or len(os.sched_getaffinity(0))
+    table = make(arguments.export, arguments.out, protocol, workers=workers, device=runtime.device, report=_say)
+    _say("\n" + markdown(table) + f"\n{arguments.out / 'table.md'}, {arguments.out / 'table.json'}")
+    return 0
+
+
+def _libero_table_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Options of ``wav libero-table``."""
+    command = commands.add_parser("libero-table", help="LIBERO's four suites beside the published figures")
+    command.add_argument("export", nargs="?", type=Path, default=Path("export"), help="the policy (default: export)")
+    command.add_argument("--suite", action="append", default=[], help="may be repeated (default: all four)")
+    command.add_argument("--task", action="append", default=[], help="a trial on one task (default: all ten)")
+    command.add_argument("--episodes", type=_positive, default=50, help="initial states per task (default: 50)")
+    command.add_argument("--condition", action="append", default=[], choices=_CONDITIONS, help="default: all three")
+    command.add_argument("--execute-steps", type=_positive, default=8, help="actions executed per call (default: 8)")
+    command.add_argument("--batch-size", type=_positive, default=8, help="episodes planned together (default: 8)")
+    command.add_argument(
+        "--budget", choices=("protocol", "reference"), default="protocol", help="reference: +1000 steps"
+    )
+    command.add_argument("--seed", type=int, default=7, help="seed of the policy's noise (default: 7)")
+    command.add_argument("--workers", type=_positive, help="simulator processes (default: WAV_WORKERS or the cores)")
+    command.add_argument("--out", type=Path, default=Path("reports/libero-table"), help="records and tables")
+    command.set_defaults(run=libero_table)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
@@ -213,7 +256,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--suite", default="tabletop", help="task suite (default: tabletop)")
     command.add_argument("--task", action="append", default=[], help="task, may be repeated (default: the export's)")
     command.add_argument("--episodes", type=_positive, default=2, help="episodes in all (default: 2)")
-    command.add_argument("--condition", choices=("planned", "unplanned", "temperature"), default="planned")
+    command.add_argument("--condition", choices=_CONDITIONS, default="planned")
     command.add_argument("--seed", type=int, default=7, help="seed of the policy's noise (default: 7)")
     command.add_argument("--execute-steps", type=_positive, default=8, help="actions executed per call (default: 8)")
     command.add_argument("--workers", type=_positive, help="simulator processes (default: WAV_WORKERS or the cores)")
@@ -224,6 +267,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--replay", required=True, type=Path, metavar="EPISODE.json", help="record of the episode")
     command.add_argument("--export", default=Path("export"), type=Path, help="the policy (default: export)")
     command.set_defaults(run=evaluate)
+
+    _libero_table_parser(commands)
 
     command = commands.add_parser("doctor", help="check renderer, versions, services and disk")
     command.add_argument("--json", action="store_true", help="findings as JSON")

@@ -194,8 +194,16 @@ def _exchange(first: Path, second: Path) -> bool:
 
 def write_json(path: str | Path, data: Any) -> None:
     """Write plain data as indented JSON with sorted keys, atomically (NaN is refused: it is not JSON)."""
+    write_text(path, json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file atomically; its folder must exist.
+
+    Raises:
+        StorageError: the disk is full.
+    """
     path = Path(path)
-    text = json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with disk_errors(path):
         try:

@@ -69,6 +69,14 @@ def wilson(successes: int, episodes: int, confidence: float = 0.95) -> Rate:
     return Rate(rate, n, low, high)
 
 
+def independent_difference(first: Rate, second: Rate) -> tuple[float, float]:
+    """Interval of ``first - second`` for rates of different episodes, from both Wilson intervals (Newcombe 1998)."""
+    a, b = first.success_rate, second.success_rate
+    low = math.hypot(a - first.wilson_low, second.wilson_high - b)
+    high = math.hypot(first.wilson_high - a, b - second.wilson_low)
+    return a - b - low, a - b + high
+
+
 def mcnemar(wins: int, losses: int) -> float:
     """Two-sided exact p-value of McNemar's test: a fair coin over the ``wins + losses`` discordant pairs."""
     n = wins + losses
