@@ -145,7 +145,7 @@ class TrainSettings(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
     ranks: int = Field(1, ge=1, description="processes on this node (GPUs)")
-    nodes: int = Field(1, ge=1)
+    nodes: int = Field(1, ge=1, description="machines (WAV_HOSTFILE)")
     gradient_checkpointing: bool = False
     checkpoint_every: int = Field(500, ge=1)
     keep_last: int = Field(2, ge=1, description="checkpoints kept: the newest this many,")
@@ -338,6 +338,12 @@ class Runtime(BaseSettings):
     threads: int = Field(0, ge=0, description="torch threads of a single-process stage; 0: the machine's cores")
     workers: int = Field(0, ge=0, description="simulator processes; 0: the machine's cores")
     workspace: Path = Field(Path(), description="folder that holds params.yaml and the stages' outputs")
+    hostfile: str = Field("", description="several nodes: DeepSpeed's hostfile, this machine first")
+    master_port: int = Field(0, ge=0, le=65535, description="several nodes: where they meet; 0: a free port")
+    remote_shell: str = Field(
+        "ssh -o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3",
+        description="several nodes: runs a command line on another host",
+    )
 
 
 def _known_names(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

@@ -40,7 +40,7 @@ def launch(
     Args:
         spec: the run.
         on_line: gets every line the processes print, and a heartbeat line after ``heartbeat_s`` silent seconds.
-        ranks: processes on this machine; None: ``spec.train.ranks``.
+        ranks: processes on this machine; None: ``spec.train.ranks`` (and always so on several nodes).
         heartbeat_s: seconds of silence before a line says that the run is alive.
         grace_s: seconds between SIGTERM (save and exit) and SIGKILL when the call is interrupted.
 
@@ -52,7 +52,8 @@ def launch(
     path = spec.work / "spec.json"
     path.write_text(spec.to_json())
     last: deque[str] = deque(maxlen=_LAST_LINES)
-    lines = run_group(command(path, ranks), environment(spec, ranks), spec.stage, heartbeat_s, grace_s)
+    argv = command(path, ranks) if spec.train.nodes == 1 else several_nodes(path)
+    lines = run_group(argv, environment(spec, ranks), spec.stage, heartbeat_s, grace_s)
     with contextlib.closing(lines):
         for line in lines:
             if line.status is None:
@@ -71,6 +72,11 @@ def command(spec_path: Path, ranks: int) -> list[str]:
         return [sys.executable, *module]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return [sys.executable, *torchrun, *module]
+
+
+def several_nodes(spec_path: Path) -> list[str]:
+    """Command line of a run on several nodes (:mod:`wav.training.nodes`)."""
+    return [sys.executable, "-m", "wav.training.nodes", "head", str(spec_path)]
 
 
 def environment(spec: TrainSpec, ranks: int) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -69,7 +70,7 @@ def preflight(spec: TrainSpec, module: nn.Module, layout: Layout, device: torch.
         free, where = torch.cuda.mem_get_info(device)[0], f"GPU {device.index}"
     else:
         free, where = psutil.virtual_memory().available, "this machine"
-        local = layout.ranks  # ranks of this machine share it
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", layout.ranks))  # ranks of this machine share it
     if needed * local > free:
         raise TrainingError(
             f"{spec.stage}: {trained / 1e6:.0f} million parameters on {layout.text} need {needed * local / 2**30:.1f} "
