@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,9 @@ from prefect.artifacts import (
 )
 from prefect.context import FlowRunContext
 
+from flows.provenance import object_url
 from wav import plots
+from wav.config import Runtime
 from wav.data.files import read_json
 
 #: seconds between updates of a progress artefact and between log lines
@@ -57,7 +60,21 @@ def _flatten(numbers: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", round(value, 5) if isinstance(value, float) else str(value)
+            yield f"{prefix}{key}", float(f"{value:.5g}") if isinstance(value, float) else str(value)
+
+
+def publish_objects(
+    name: str, objects: Sequence[tuple[str, str, int]], runtime: Runtime, description: str = ""
+) -> None:
+    """Links to objects of the store: address, version id and bytes of each."""
+    rows = ["| object | version | bytes |", "|---|---|---:|"]
+    for uri, version, size in objects:
+        short = "/".join(uri.split("/")[-3:])
+        link = object_url(uri, version, runtime.s3_endpoint, runtime.s3_region)
+        rows.append(f"| [{short}]({link}) | `{version or '-'}` | {size:,} |")
+    scheme = objects[0][0].partition("://")[0] if objects else ""
+    below = os.path.commonpath([uri.partition("://")[2].rpartition("/")[0] for uri, _, _ in objects] or ["-"])
+    publish_markdown(name, "\n".join([f"below `{scheme}://{below}/`\n", *rows]), description)
 
 
 def publish_images(name: str, images: Mapping[str, bytes | Path], description: str = "") -> None:

@@ -35,11 +35,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.settings import get_current_settings
 
+from flows.artifacts import publish_markdown, publish_numbers, publish_objects, publish_table
 from flows.provenance import hash_table, parent_run, run_url
 from wav.config import Runtime, Settings, load_settings
 from wav.data.files import write_json
 from wav.errors import ServiceError, WavError
-from wav.storage import ObjectInfo, ObjectStore, open_store
+from wav.storage import ObjectStore, open_store
 
 REMEDY = "run make up"
 PACKAGES = ("wav", "torch", "deepspeed", "diffusers", "transformers", "prefect", "mujoco", "robosuite")
@@ -122,6 +123,7 @@ def start(stage: str, workspace: str) -> StageRun:
     flow_run = str(context.flow_run.id) if context and context.flow_run else "local"
     logger = get_run_logger()
     logger.info("%s: workspace %s, objects to %s/runs/%s", stage, folder, runtime.store, flow_run)
+    publish_numbers("parameters", settings.model_dump(mode="json"), f"{stage}: the sections of params.yaml it reads")
     _tell_parent(flow_run)
     return StageRun(stage, folder, settings, runtime, store, flow_run, logger, time.time())
 
@@ -132,8 +134,6 @@ def _tell_parent(flow_run: str) -> None:
     if not parent or flow_run in ("local", parent):
         return
     from prefect.client.orchestration import get_client
-
-    from flows.artifacts import publish_markdown
 
     publish_markdown("parent", f"Started by [retrain {parent}]({run_url(parent, get_current_settings().api.url)})")
     with get_client(sync_client=True) as client:
@@ -165,8 +165,6 @@ def finish(run: StageRun, results: Iterable[Path]) -> None:
     Raises:
         StorageError: the object store or the disk refused.
     """
-    from flows.artifacts import publish_table
-
     now = time.time()
     facts = {
         "stage": run.stage,
@@ -181,12 +179,12 @@ def finish(run: StageRun, results: Iterable[Path]) -> None:
     record = run.path(f"reports/stages/{run.stage}.json")
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, facts)
-    uploaded: list[tuple[str, ObjectInfo]] = []
+    uploaded: list[tuple[str, str, int]] = []
     for path in [*_files(results), record]:
         key = f"runs/{run.flow_run}/{path.relative_to(run.workspace).as_posix()}"
-        uploaded.append((run.store.uri(key), run.store.put_file(path, key)))
-    rows = [{"object": uri, "version": info.version or "-", "bytes": info.size} for uri, info in uploaded]
-    publish_table("objects", rows, f"{run.stage}: objects in the store")
+        info = run.store.put_file(path, key)
+        uploaded.append((run.store.uri(key), info.version, info.size))
+    publish_objects("objects", uploaded, run.runtime, f"{run.stage}: objects in the store")
     publish_table("dvc", hash_table(run.stage, run.workspace), f"{run.stage}: DVC hashes of inputs and outputs")
     run.logger.info("%s: done in %.0f s, peak memory %.2f GiB", run.stage, facts["seconds"], facts["peak_memory_gib"])
 

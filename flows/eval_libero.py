@@ -44,7 +44,9 @@ def roll_out(run: StageRun, policy: Policy, checkpoint: Checkpoint) -> dict[str,
             checkpoint=checkpoint.digest,
             data_conventions=store.conventions,
             with_value=run.settings.model.value_expert,
-            progress=lambda state: progress(state.done, state.total, state.message),
+            progress=lambda state: progress(
+                state.done, state.total, f"{state.successes}/{state.finished} solved ({state.label})"
+            ),
         )
 
 

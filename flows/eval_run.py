@@ -114,7 +114,9 @@ def roll_out(run: StageRun, policy: Policy, digest: str) -> dict[str, Any]:
             pool=pool,
             checkpoint=digest,
             with_value=policy.model.shapes.value is not None,
-            progress=lambda state: progress(state.done, state.total, state.message),
+            progress=lambda state: progress(
+                state.done, state.total, f"{state.successes}/{state.finished} solved ({state.label})"
+            ),
         )
 
 

@@ -11,6 +11,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 import yaml
 
@@ -61,6 +62,25 @@ def hash_table(stage: str, folder: Path) -> list[dict[str, Any]]:
     for path in outputs(stage, source):
         rows.append({"role": "output", "path": path, "dvc": dvc_hash(folder / path) or "not made"})
     return rows
+
+
+def object_url(uri: str, version: str, endpoint: str, region: str) -> str:
+    """Where a browser that is allowed to finds one version of an object: AWS's console, or the store's own address.
+
+    Args:
+        uri: ``s3://bucket/key`` or ``file:///path``.
+        version: version id, or empty.
+        endpoint: the store's S3 server; empty: AWS.
+        region: of AWS.
+    """
+    parts = urlsplit(uri)
+    if parts.scheme != "s3":
+        return uri
+    key = quote(parts.path.lstrip("/"))
+    if endpoint:
+        return f"{endpoint.rstrip('/')}/{parts.netloc}/{key}" + (f"?versionId={quote(version)}" if version else "")
+    where = f"https://{region}.console.aws.amazon.com/s3/object/{parts.netloc}?region={region}&prefix={key}"
+    return where + (f"&versionId={quote(version)}" if version else "")
 
 
 def parent_run() -> str:

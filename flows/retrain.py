@@ -17,7 +17,7 @@ from pathlib import Path
 from prefect import flow, get_run_logger
 from prefect.settings import get_current_settings
 
-from flows.artifacts import Progress, publish_markdown, publish_table
+from flows.artifacts import Progress, publish_markdown, publish_objects, publish_table
 from flows.checkout import Checkout, Finished
 from flows.common import one_line_errors, require_services, run_folder, step
 from flows.provenance import PARENT_VARIABLE, locked_hashes, run_url
@@ -183,6 +183,9 @@ def promote(run: Retrain, candidate: Champion, verdict: Verdict, export: Path, l
             verdict.difference,
         )
     get_run_logger().info("champion %s is now %s (version %s)", run.name, champion.policy[:12], written.version or "-")
+    objects = [(run.store.uri(written.key), written.version, written.size)]
+    objects += [(run.store.uri(entry.key), entry.version, entry.size) for entry in files]
+    publish_objects("champion", objects, run.runtime, f"champion {run.name}: the pointer and the policy's files")
     return verdict
 
 

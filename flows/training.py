@@ -10,14 +10,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from flows.artifacts import Progress, publish_images, publish_numbers, publish_table
+from flows.artifacts import Progress, publish_images, publish_numbers, publish_objects
 from flows.common import StageRun, finish, start, step
 from wav import plots
 from wav.data.files import read_json
 from wav.training.launch import launch
 from wav.training.spec import TrainPaths, make_spec
 
-STEP = re.compile(r"\bstep (\d+)/(\d+)")
+STEP = re.compile(r"\bstep (\d+)/(\d+)(?:\s+(loss \S+)\s+(\S+ samples/s))?")
 #: stage -> (folder of its output, folder of the stage it starts from)
 FOLDERS = {
     "pretrain_video": ("models/video", None),
@@ -37,6 +37,12 @@ def training_paths(run: StageRun) -> TrainPaths:
         output=run.path(output),
         cache=run.scratch("training"),
     )
+
+
+def tell(line: re.Match[str], progress: Progress) -> None:
+    """Move the progress artefact to where a line of :data:`STEP` says, with its loss and samples per second."""
+    done, total, *rest = line.groups()
+    progress(int(done), int(total), ", ".join(part for part in rest if part), log=False)
 
 
 @step("train")
@@ -59,7 +65,7 @@ def train(run: StageRun) -> dict[str, Any]:
         def on_line(line: str) -> None:
             run.logger.info(line)
             if found := STEP.search(line):
-                progress(int(found[1]), int(found[2]), log=False)
+                tell(found, progress)
 
         return dict(launch(spec, on_line))
 
@@ -86,11 +92,12 @@ def publish(run: StageRun, metrics: dict[str, Any]) -> None:
     if pictures:
         publish_images("curves", pictures, "training curves")
     checkpoint = read_json(output / "checkpoint.json", f"run dvc repro {run.stage} again")
-    objects = [{name: str(value) for name, value in item.items()} for item in checkpoint.get("objects", [])]
-    if objects:
-        publish_table(
-            "checkpoint", objects, f"final checkpoint at {checkpoint.get('store')}/{checkpoint.get('prefix')}"
-        )
+    prefix = f"{checkpoint['store'].rstrip('/')}/{checkpoint['prefix']}"
+    objects = [
+        (f"{checkpoint['store'].rstrip('/')}/{item['key']}", item["version"], int(item["size"]))
+        for item in checkpoint["objects"]
+    ]
+    publish_objects("checkpoint", objects, run.runtime, f"final weights; wav storage get {prefix}/model FOLDER")
 
 
 def run_training(stage: str, workspace: str) -> None:
