@@ -68,8 +68,8 @@ libero-table: $(VENV)/.installed ## an export over LIBERO's four suites, beside 
 test: check-system $(VENV)/.installed-test ## what the tests need, then the tests (with the smoke pipeline)
 	@$(BEAT) 'pytest' -- python -m pytest -m 'not long'
 
-check-long: check-system $(VENV)/.installed-test ## the slow checks
-	@$(BEAT) 'pytest' -- python -m pytest -m long
+check-long: check-system $(VENV)/.installed-test ## the slow checks; KILLS=n: n seeds of every kill
+	@$(BEAT) 'pytest' -- python -m pytest -m long --record benchmarks/results/check-long.json
 
 lint: $(VENV)/.installed-test ## ruff and mypy
 	ruff check .

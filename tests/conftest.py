@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ("tests.record",)
 READY_S = 40.0
 
 

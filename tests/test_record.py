@@ -1,0 +1,76 @@
+"""The record of slow tests: rows with outcome and properties, brought up to date by partial runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+TESTS = """
+import pytest
+pytestmark = pytest.mark.long
+
+def test_good(record_property):
+    record_property("victim", "rank")
+    record_property("survived", True)
+
+def test_bad():
+    assert 1 == 2, "numbers differ"
+
+@pytest.mark.skip(reason="no simulator")
+def test_skipped(): ...
+
+@pytest.fixture
+def broken():
+    raise OSError("disk full")
+
+def test_never_started(broken): ...
+"""
+
+
+def record(folder: Path, *arguments: str) -> dict[str, Any]:
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = long: slow\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.record", "--record", "out.json", *arguments]
+    subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(PROJECT)}, capture_output=True, check=False)
+    return json.loads((folder / "out.json").read_text())
+
+
+def test_rows_are_merged(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text(TESTS)
+    (tmp_path / "test_fast.py").write_text("def test_fast(): ...\n")
+    found = record(tmp_path)
+    rows = {name.partition("::")[2]: row for name, row in found["tests"].items()}
+    outcomes = {name: row["outcome"] for name, row in rows.items()}
+    assert outcomes == {
+        "test_good": "passed",
+        "test_bad": "failed",
+        "test_skipped": "skipped",
+        "test_never_started": "failed",
+    }
+    assert "numbers differ" in rows["test_bad"]["why"]
+    assert "no simulator" in rows["test_skipped"]["why"]
+    assert "disk full" in rows["test_never_started"]["why"]
+    assert {"seconds", "date", "commit", "machine"} <= rows["test_good"].keys()
+    assert (found["summary"]["kills"], found["summary"]["kills_survived"], found["summary"]["failed"]) == (1, 1, 2)
+
+    (tmp_path / "test_slow.py").write_text(TESTS.replace("1 == 2", "1 == 1"))
+    again = record(tmp_path, "test_slow.py::test_bad")
+    assert again["tests"]["test_slow.py::test_bad"]["outcome"] == "passed"
+    assert "why" not in again["tests"]["test_slow.py::test_bad"]
+    assert again["tests"]["test_slow.py::test_good"] == found["tests"]["test_slow.py::test_good"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_rows_of_tests_that_are_gone_go(tmp_path: Path, broken: bool) -> None:
+    (tmp_path / "test_slow.py").write_text(TESTS)
+    record(tmp_path)
+    text = "def broken(:" if broken else TESTS.replace("test_bad", "test_better")
+    (tmp_path / "test_slow.py").write_text(text)
+    names = {name.partition("::")[2] for name in record(tmp_path)["tests"]}
+    assert ("test_bad" in names) == broken, "a file that cannot be read says nothing about its tests"
