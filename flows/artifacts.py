@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
@@ -106,7 +107,7 @@ def publish_values(folder: Path) -> None:
 class Progress:
     """A progress artefact and a log line with the time left; call it as often as you like.
 
-    Use as a context manager: it reaches 100 only if the block ends well.
+    Use as a context manager: it reaches 100 only if the block ends well. Work goes on while the server is away.
     """
 
     def __init__(self, what: str, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
@@ -138,5 +139,9 @@ class Progress:
             self._logged = now
 
     def _update(self, percent: float, text: str) -> None:
-        if self._artifact is not None:
+        if self._artifact is None:
+            return
+        try:
             update_progress_artifact(self._artifact, min(percent, 100.0), description=text)
+        except httpx.HTTPError as error:  # a bar that stands still must not end days of training
+            self._logger.warning("%s: progress could not be shown (%r); the work goes on", self._what, error)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
@@ -214,13 +215,17 @@ def run_folder(workspace: str) -> Path:
 
 
 def main(stage_flow: Callable[..., Any]) -> int:
-    """Run a flow in the current folder; a :class:`WavError` is one line on stderr and status 1."""
+    """Run a flow in the current folder; an error of input or services is one line on stderr and status 1."""
     one_line_errors()
     try:
         require_services(Runtime())
         stage_flow(workspace=os.getcwd())
     except WavError as error:
         sys.stderr.write(f"{' '.join(str(error).split())}\n")
+        return 1
+    except httpx.TransportError as error:
+        url = get_current_settings().api.url
+        sys.stderr.write(f"Prefect server at {url}: went away ({error!r}); {REMEDY}, then run again: it goes on\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; dvc repro continues from the last finished stage\n")

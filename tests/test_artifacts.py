@@ -6,6 +6,7 @@ import logging
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import pytest
 
 from flows import artifacts, training
@@ -73,3 +74,15 @@ def test_the_progress_of_training_moves_and_tells_loss_and_throughput(
     plain = training.STEP.search("resumed at step 4/9")
     assert plain is not None
     assert plain.groups() == ("4", "9", None, None)
+
+
+def test_progress_outlives_the_server(
+    published: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def gone(*_: Any, **__: Any) -> None:
+        raise httpx.ConnectError("All connection attempts failed")
+
+    monkeypatch.setattr(artifacts, "update_progress_artifact", gone)
+    with artifacts.Progress("steps", logging.getLogger("test")) as progress:
+        progress(10, 10)
+    assert "the work goes on" in caplog.text
