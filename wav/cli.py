@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from wav.config import DataSettings, Runtime, load_settings
@@ -236,11 +237,18 @@ def replay(arguments: argparse.Namespace) -> int:
 
 def export_hdf5(arguments: argparse.Namespace) -> int:
     """``wav export-hdf5``: an episode store as LIBERO's HDF5 files, one line per file."""
-    from wav.data.sinks import libero_hdf5
+    from wav.data.sinks.libero_hdf5 import Recover
+    from wav.data.sinks.libero_hdf5 import export_hdf5 as write
     from wav.data.store import EpisodeStore
 
     store = EpisodeStore.open(arguments.store)
-    report = libero_hdf5.export_hdf5(store, arguments.folder, alignment=arguments.alignment)
+    recover: Recover | None = None
+    if arguments.states:
+        from wav.data.sinks.libero_states import recover_states
+
+        settings, workers = load_settings(arguments.params), Runtime().workers
+        recover = partial(recover_states, store, data=settings.data, ingest=settings.ingest, workers=workers)
+    report = write(store, arguments.folder, alignment=arguments.alignment, recover=recover)
     for name, demonstrations in report.files.items():
         _say(f"{report.folder / name}: {demonstrations} demonstrations")
     return 0
@@ -305,6 +313,8 @@ def parser() -> argparse.ArgumentParser:
         default="after_action",
         help="frame t is the one after action t as in LIBERO's files (default), or before it",
     )
+    command.add_argument("--states", action="store_true", help="run scripted ones again for the simulator's states")
+    command.add_argument("--params", default="params.yaml", help="--states: parameters the store was made with")
     command.set_defaults(run=export_hdf5)
 
     command = commands.add_parser("config", help="parameter files")

@@ -77,7 +77,7 @@ def replay_episode(
     small = data.model_copy(update={"image_height": 16, "image_width": 16, "views": data.views[:1], "render": "fast"})
     env = _environment(small)
     recorded = bool(start.file)
-    observation = _begin_recorded(env, start, states[0]) if recorded else _begin_scripted(env, data.suite, start)
+    observation = _begin_recorded(env, start, states[0]) if recorded else begin_scripted(env, data.suite, start)
     seen, success = [observation.state], env.successes()[start.task]
     for action in actions[:-1]:
         following = env.step(action)
@@ -96,7 +96,7 @@ def replay_episode(
     )
 
 
-def _begin_scripted(env: SimEnv, suite: str, start: ReplayStart) -> Observation:
+def begin_scripted(env: SimEnv, suite: str, start: ReplayStart) -> Observation:
     """The expert's beginning: the initial state and, for some, a detour (:func:`wav.sim.expert.begin`)."""
     if start.episode_seed != derive_seed(start.seed, "expert", start.task, start.index) % 2**31:
         raise DataError(
@@ -116,13 +116,14 @@ def _begin_recorded(env: SimEnv, start: ReplayStart, first: NDArray[np.float32])
     if not isinstance(env, LiberoEnv):
         raise DataError(f"{start.episode_id}: comes from LIBERO's HDF5; data.suite must be one of {LIBERO_SUITES}")
     states, fixtures = read_recorded(Path(start.file), start.demo)
+    index = max(start.index, 0)  # draws the fixtures where no model was recorded
     # Frames may have been dropped or paired with the next action: the first frame tells where the episode begins.
-    seen = [env.reset_to(start.task, state, 0, settle=False, fixtures=fixtures) for state in states[:1]]
+    seen = [env.reset_to(start.task, state, index, settle=False, fixtures=fixtures) for state in states[:1]]
     if np.abs(seen[0].state[:3] - first[:3]).max() > 1e-4:
-        seen += [env.reset_to(start.task, s, 0, settle=False, fixtures=fixtures) for s in states[1:_SEARCHED]]
+        seen += [env.reset_to(start.task, s, index, settle=False, fixtures=fixtures) for s in states[1:_SEARCHED]]
     distances = [float(np.abs(o.state - first)[[0, 1, 2, 6, 7]].max()) for o in seen]
     best = int(np.argmin(distances))
-    return env.reset_to(start.task, states[best], 0, settle=False, fixtures=fixtures)
+    return env.reset_to(start.task, states[best], index, settle=False, fixtures=fixtures)
 
 
 def read_recorded(path: Path, demo: str) -> tuple[NDArray[np.float64], dict[str, Pose]]:

@@ -1,24 +1,35 @@
 """LIBERO HDF5 out and in again: nothing may change on the way, and what does not fit is refused by name."""
 
+import importlib.util
 import json
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import yaml
 
 from tests.data.sources.datasets import TASKS, motion
 from wav import cli
-from wav.config import DataSettings, IngestSettings
+from wav.config import DataSettings, IngestSettings, load_settings
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.sinks.libero_hdf5 import export_hdf5
+from wav.data.sinks.libero_states import SimulatorStates, recover_states
 from wav.data.store import EpisodeStore, EpisodeStoreWriter
-from wav.errors import ConfigError, DataError
+from wav.errors import ConfigError, DataError, SimulationError
 from wav.ingest import ingest
 
 VERSIONS = {"mujoco": "3.3.2", "robosuite": "1.4.0", "libero-assets": "0123456789abcdef"}
+ROOT = Path(__file__).parents[3]
+KIT = Path(os.environ.get("WAV_LIBERO_ASSETS") or ROOT.parent / "shared" / "libero-assets")
+needs_assets = pytest.mark.skipif(
+    not (importlib.util.find_spec("libero") and KIT.is_dir()),
+    reason=f"{KIT}: no LIBERO assets here; set WAV_LIBERO_ASSETS (and make libero)",
+)
 FIELDS = ("state", "joints", "actions", "expert_actions")
 
 
@@ -188,6 +199,56 @@ def test_a_last_action_that_moves_needs_the_other_alignment(data, make_store, tm
     assert_equal(read_back(data.model_copy(update={"tasks": ()}), tmp_path / "libero"), store)
 
 
+@pytest.mark.parametrize("alignment", ["after_action", "before_action"])
+def test_with_the_simulators_states_the_alignment_is_seen_in_the_numbers(data, make_store, tmp_path, alignment):
+    store = make_store()
+    taken = np.linspace(-0.5, 0.5, 7)
+
+    def recover(indices):
+        for index in reversed(indices):
+            joints = store[index].joints[:, :7].astype(np.float64)
+            rows = np.concatenate([np.zeros((len(joints), 1)), joints, np.ones((len(joints), 9))], axis=1)
+            yield index, SimulatorStates(np.concatenate([rows[:1] - 1, rows[:-1]]), rows[-1], taken)
+
+    export_hdf5(store, tmp_path / "libero", alignment=alignment, recover=recover)
+    for path in (tmp_path / "libero").iterdir():
+        with h5py.File(path, "r+") as file:
+            del file["data"].attrs["alignment"]
+            demo = file["data/demo_0"]
+            np.testing.assert_array_equal(demo.attrs["init_state"], demo["states"][0])
+            assert (demo["actions"][0].tolist() == taken.tolist()) == (alignment == "after_action")
+    assert_equal(read_back(data, tmp_path / "libero"), store)
+
+
+def test_states_are_recovered_for_scripted_liberos_alone(make_store, data):
+    store = make_store(demonstration(0, source="lerobot:x"), suite="tabletop")
+    with pytest.raises(DataError, match=r"conventions\.suite = 'tabletop': only LIBERO's suites"):
+        next(recover_states(store, [0], data, IngestSettings()))
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "message"),
+    [
+        (RuntimeError("DataError: x/1: another seed"), DataError, "^x/1: another seed"),
+        (SimulationError("process 1 died"), SimulationError, "process 1 died"),
+        (RuntimeError("KeyError: 'y'"), RuntimeError, "KeyError"),
+    ],
+)
+def test_errors_of_a_process_that_recovers_states_keep_their_kind(
+    make_store, data, tmp_path, monkeypatch, answer, kind, message
+):
+    store = make_store()
+    monkeypatch.setattr("wav.sim.env.simulator_versions", lambda _: VERSIONS)
+    monkeypatch.setattr("wav.sim.workers.map_in_processes", lambda *_: iter([(0, answer)]))
+    recover = partial(recover_states, store, data=data, ingest=IngestSettings())
+    with pytest.raises(kind, match=message):
+        export_hdf5(store, tmp_path / "libero", recover=recover)
+    assert not (tmp_path / "libero").exists()
+    monkeypatch.setattr("wav.sim.env.simulator_versions", lambda _: {**VERSIONS, "mujoco": "3.4"})
+    with pytest.raises(DataError, match="the states cannot be had here"):
+        export_hdf5(store, tmp_path / "libero", recover=recover)
+
+
 def test_command_writes_and_refuses_an_existing_folder(make_store, tmp_path, capsys):
     store = make_store()
     assert cli.main(["export-hdf5", str(store.path), str(tmp_path / "libero")]) == 0
@@ -196,3 +257,30 @@ def test_command_writes_and_refuses_an_existing_folder(make_store, tmp_path, cap
     assert cli.main(["export-hdf5", str(store.path), str(tmp_path / "libero")]) == 1
     assert "exists already" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "libero").iterdir()} == before
+
+
+@needs_assets
+@pytest.mark.long
+def test_a_recorded_demonstration_with_its_states_is_replayed_from_the_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WAV_LIBERO_ASSETS", str(KIT))
+    monkeypatch.setenv("WAV_LOCAL_DIR", str(tmp_path / "local"))
+    raw = yaml.safe_load((ROOT / "presets" / "libero-cpu.yaml").read_text())
+    raw["data"] |= {"image_height": 32, "image_width": 32}
+    raw["ingest"] |= {"episodes_per_task": 2, "detour": 0.5}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    settings = load_settings(tmp_path / "params.yaml")
+    ingest(settings.data, settings.ingest, tmp_path / "episodes", workers=2)
+    store = EpisodeStore.open(tmp_path / "episodes")
+    options = ["--states", "--params", str(tmp_path / "params.yaml")]
+    assert cli.main(["export-hdf5", str(store.path), str(tmp_path / "libero"), *options]) == 0
+    again = read_back(settings.data, tmp_path / "libero")
+    assert_equal(again, store)
+    raw["ingest"] |= {"source": "libero_hdf5", "path": str(tmp_path / "libero")}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    assert cli.main(["replay", str(again.path), "--params", str(tmp_path / "params.yaml")]) == 0
+    assert "2 of 2 demonstrations succeed again" in capsys.readouterr().out
+    raw["ingest"] |= {"source": "scripted", "seed": 1}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    assert cli.main(["export-hdf5", str(store.path), str(tmp_path / "no"), *options]) == 1
+    assert "recorded under another ingest.seed" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

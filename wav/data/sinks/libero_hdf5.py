@@ -7,8 +7,9 @@ Numbers are widened to LIBERO's float64, frames are stored as LIBERO stores them
 Non-obvious: as in LIBERO's ``create_dataset.py``, observation t is the one after action t. Row 0 therefore begins with
 a still action (LIBERO's settling steps), which no reader pairs with a frame. Beyond LIBERO's layout: group attributes
 ``alignment``, ``render`` and ``simulator_versions``, ``demo_i`` attributes ``init_index``, ``seed``, ``success``,
-``episode_id`` and ``recorded_from``, datasets ``expert_actions`` and ``obs/joints``. Not written: ``states`` and
-``model_file``, the simulator's own state, which a store does not hold (``wav replay`` therefore needs the store)::
+``episode_id`` and ``recorded_from``, datasets ``expert_actions`` and ``obs/joints``. ``states`` and ``init_state`` are
+the simulator's, which a store does not hold: :mod:`wav.data.sinks.libero_states` recovers them for scripted
+demonstrations; ``model_file`` is never written::
 
     report = export_hdf5(EpisodeStore.open("data/episodes"), Path("libero_object"))
 """
@@ -19,7 +20,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +38,13 @@ from wav.data.state import STATE_LAYOUT
 from wav.errors import DataError, ServiceError
 
 if TYPE_CHECKING:
+    from wav.data.sinks.libero_states import SimulatorStates
     from wav.data.store import EpisodeInfo, EpisodeStore
 
 #: camera of LIBERO's scenes by view, as env_args names them
 SIMULATOR_CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
+#: indices into a store -> (index, the simulator's states) in any order
+Recover = Callable[[Sequence[int]], "Iterable[tuple[int, SimulatorStates]]"]
 _LOG = logging.getLogger(__name__)
 
 
@@ -59,6 +63,7 @@ def export_hdf5(
     folder: str | Path,
     *,
     alignment: str = AFTER,
+    recover: Recover | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Write every episode of ``store`` to ``folder``, which appears whole or not at all.
@@ -67,6 +72,7 @@ def export_hdf5(
         store: demonstrations of one arm with LIBERO's cameras; one episode is in memory at a time.
         folder: must not exist.
         alignment: after_action as LIBERO's own files, or before_action as regenerated ones (frame t, action t).
+        recover: gives the simulator's states (:func:`wav.data.sinks.libero_states.recover_states`); None: left out.
         progress: told the name of every demonstration written.
 
     Raises:
@@ -89,7 +95,12 @@ def export_hdf5(
         for task, infos in tasks.items():
             name = f"{task}_demo.hdf5"
             with _hdf5_file(temporary / name) as file:
-                _write_task(file.create_group("data"), store, task, infos, alignment, progress)
+                group = file.create_group("data")
+                _write_task(group, store, task, infos, alignment, progress)
+                if recover is not None:
+                    demos = {index: f"demo_{number}" for number, (index, _) in enumerate(infos)}
+                    for index, found in recover(list(demos)):
+                        _write_states(group[demos[index]], found, alignment)
             files[name] = len(infos)
     return ExportReport(folder, files, store.frames)
 
@@ -250,6 +261,16 @@ def _write_demo(demo: Any, episode: Episode, alignment: str) -> None:
             "recorded_from": episode.source,
         }
     )
+
+
+def _write_states(demo: Any, found: SimulatorStates, alignment: str) -> None:
+    """What the simulator knew; row 0 of the actions becomes the one that led to the first frame."""
+    states = found.before if alignment == AFTER else np.concatenate([found.before[1:], found.last[None]])
+    demo["states"], demo.attrs["init_state"] = states, states[0]
+    if alignment == AFTER:
+        for name in ("actions", "expert_actions"):
+            if name in demo:
+                demo[name][0] = found.first_action
 
 
 def _check_arrays(episode: Episode) -> None:
