@@ -135,6 +135,30 @@ def quiet_stderr() -> Iterator[None]:
         os.close(sink)
 
 
+def deepspeed_config(settings: TrainSettings, plan: BatchPlan, device_type: str) -> dict[str, Any]:
+    """DeepSpeed's configuration of a run (``infra/deepspeed/`` holds those of the paper's size).
+
+    Args:
+        settings: the training section.
+        plan: from :func:`plan_batch`.
+        device_type: ``cpu`` or ``cuda``.
+    """
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if device_type == "cpu":
+        zero["overlap_comm"] = False
+    return {
+        "train_batch_size": settings.batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": settings.clip,
+        "bf16": {"enabled": settings.precision == "bf16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": _NEVER,
+    }
+
+
 def init_engine(
     module: nn.Module, settings: TrainSettings, plan: BatchPlan, world: World, universal: bool = False
 ) -> DeepSpeedEngine:
@@ -157,20 +181,7 @@ def init_engine(
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
-    if world.device.type == "cpu":
-        zero["overlap_comm"] = False
-    config = {
-        "train_batch_size": settings.batch_size,
-        "train_micro_batch_size_per_gpu": plan.micro,
-        "gradient_accumulation_steps": plan.accumulation,
-        "gradient_clipping": settings.clip,
-        "bf16": {"enabled": settings.precision == "bf16"},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": _NEVER,
-    }
+    config = deepspeed_config(settings, plan, world.device.type)
     if universal:
         config["checkpoint"] = {"load_universal": True}
     engine: DeepSpeedEngine

@@ -1,0 +1,166 @@
+"""infra/ agrees with the code and with itself: permissions, ports, variables, DeepSpeed, no secrets."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from infra.deepspeed.__main__ import configuration
+from infra.local.ports import PORTS
+from infra.local.services import BUCKETS
+from wav.config import Runtime
+
+PROJECT = Path(__file__).resolve().parents[1]
+INFRA = PROJECT / "infra"
+#: call of boto3's client -> permissions it takes; versions are named wherever the store knows one
+ACTIONS = {
+    "head_bucket": {"s3:ListBucket"},
+    "list_objects_v2": {"s3:ListBucket"},
+    "list_object_versions": {"s3:ListBucketVersions"},
+    "list_multipart_uploads": {"s3:ListBucketMultipartUploads"},
+    "head_object": {"s3:GetObject", "s3:GetObjectVersion"},
+    "get_object": {"s3:GetObject", "s3:GetObjectVersion"},
+    "put_object": {"s3:PutObject"},
+    "upload_file": {"s3:PutObject", "s3:AbortMultipartUpload"},
+    "abort_multipart_upload": {"s3:AbortMultipartUpload"},
+    "delete_object": {"s3:DeleteObject", "s3:DeleteObjectVersion"},
+    # make_buckets.py alone, with an administrator's keys
+    "create_bucket": set(),
+    "put_bucket_versioning": set(),
+}
+#: dvc push and pull (s3fs): list, head, get, put in parts
+DVC_ACTIONS = {"s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:AbortMultipartUpload"}
+
+
+def client_calls() -> set[str]:
+    """Methods of boto3's client that the S3 store calls, paginators by their operation."""
+    found = set()
+    for node in ast.walk(ast.parse((PROJECT / "wav/storage/s3.py").read_text())):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        owner = ast.unparse(node.func.value)
+        if node.func.attr == "get_paginator":
+            found.add(ast.literal_eval(node.args[0]))
+        elif owner == "self._client" or owner.startswith("self._connect("):
+            found.add(node.func.attr)
+    return found
+
+
+def allowed(bucket: str) -> set[str]:
+    """Actions that the policy allows on a bucket or its objects."""
+    policy = json.loads((INFRA / "aws/policy.json").read_text())
+    found: set[str] = set()
+    for statement in policy["Statement"]:
+        resources = statement["Resource"] if isinstance(statement["Resource"], list) else [statement["Resource"]]
+        if statement["Effect"] == "Allow" and any(name.removesuffix("/*").endswith(bucket) for name in resources):
+            found |= set(statement["Action"])
+    return found
+
+
+def test_the_policy_allows_what_the_store_calls_and_nothing_more() -> None:
+    calls = client_calls()
+    assert calls, "the calls were not found in the source"
+    assert calls <= ACTIONS.keys(), "say here which permissions the new call takes"
+    assert allowed(":BUCKET") == set().union(*(ACTIONS[call] for call in calls))
+    assert allowed("BUCKET-dvc") >= DVC_ACTIONS
+    assert not {action for action in allowed("BUCKET-dvc") if "Delete" in action}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_zero_configurations_are_what_training_gives_deepspeed(stage: int) -> None:
+    stored = json.loads((INFRA / f"deepspeed/zero{stage}.json").read_text())
+    assert stored == configuration(stage), "run python -m infra.deepspeed"
+    assert stored["zero_optimization"]["stage"] == stage
+
+
+def compose() -> dict[str, Any]:
+    """The compose file."""
+    return dict(yaml.safe_load((INFRA / "docker/compose.yaml").read_text()))
+
+
+def example_names() -> set[str]:
+    """Variables that the example of the environment files names."""
+    lines = (INFRA / "docker/example.env").read_text().splitlines()
+    return {line.partition("=")[0] for line in lines if "=" in line and not line.startswith("#")}
+
+
+def test_compose_is_consistent_with_itself_and_the_code() -> None:
+    raw = compose()
+    services = raw["services"]
+    for name, service in services.items():
+        for volume in service.get("volumes", []):
+            assert volume.partition(":")[0] in raw["volumes"], f"{name}: {volume}"
+        for other, condition in service.get("depends_on", {}).items():
+            assert other in services
+            assert "healthcheck" in services[other]
+            assert condition == {"condition": "service_healthy"}
+    known = {f"WAV_{field.upper()}" for field in Runtime.model_fields}
+    for name in ("deploy", "worker"):
+        variables = services[name]["environment"]
+        assert {key for key in variables if key.startswith("WAV_")} <= known
+        assert variables["PREFECT_API_URL"] == f"http://prefect:{PORTS['prefect'][1]}/api"
+        assert variables["WAV_S3_ENDPOINT"] == f"http://s3:{PORTS['s3'][1]}"
+        assert variables["WAV_STORE"] == f"s3://{BUCKETS[0]}"
+    assert services["prefect"]["ports"] == [f"127.0.0.1:{PORTS['prefect'][1]}:{PORTS['prefect'][1]}"]
+    assert services["s3"]["ports"] == [f"127.0.0.1:{PORTS['s3'][1]}:{PORTS['s3'][1]}"]
+    assert f"-s3.port={PORTS['s3'][1]}" in services["s3"]["command"]
+    assert f'("{BUCKETS[0]}", True), ("{BUCKETS[1]}", False)' in (INFRA / "docker/make_buckets.py").read_text()
+    asked = set(re.findall(r"\$\{(\w+)", (INFRA / "docker/compose.yaml").read_text()))
+    assert asked - {"PREFECT_UI_API_URL"} <= example_names()
+
+
+def test_nothing_in_infra_holds_a_secret_and_none_goes_into_the_image() -> None:
+    for line in (INFRA / "docker/example.env").read_text().splitlines():
+        name, _, value = line.partition("=")
+        if not name.startswith(("PREFECT_API_URL", "WAV_", "#")):
+            assert value == "", f"example.env: {name} has a value"
+    for service in compose()["services"].values():
+        for name, value in service.get("environment", {}).items():
+            if re.search("KEY|PASSWORD|SECRET|TOKEN", name):
+                assert re.fullmatch(r"\$\{\w+(:\?[^}]*)?\}", value), f"compose.yaml: {name} has a value"
+    ignored = (PROJECT / ".dockerignore").read_text().splitlines()
+    assert {".local/", ".dvc/config.local", ".venv/"} <= set(ignored)
+
+
+def test_the_image_installs_what_make_install_does() -> None:
+    text = (INFRA / "docker/Dockerfile").read_text()
+    makefile = (PROJECT / "Makefile").read_text()
+    torch = re.findall(r"torch==[\d.]+", text)
+    assert torch
+    assert set(torch) == set(re.findall(r"torch==[\d.]+", makefile))
+    assert "-c constraints.txt" in text
+    for line in re.findall(r"^COPY (.+) \S+$", text, flags=re.MULTILINE):
+        for name in line.split():
+            assert (PROJECT / name).exists(), f"Dockerfile copies {name}, which is not there"
+
+
+def test_systemd_units_name_what_is_there() -> None:
+    worker = (INFRA / "systemd/wav-worker.service").read_text()
+    services = (INFRA / "systemd/wav-services.service").read_text()
+    assert "ExecStart=/opt/wav/.venv/bin/python -m infra.deploy worker" in worker
+    assert "KillMode=control-group" in worker
+    started = re.search(r"ExecStart=/usr/bin/docker compose up --detach --wait (.+)", services)
+    assert started is not None
+    assert set(started[1].split()) <= compose()["services"].keys()
+
+
+def test_systemd_accepts_the_units(tmp_path: Path) -> None:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd-analyze is not installed")
+    for path in sorted((INFRA / "systemd").glob("*.service")):
+        # the programs stand at the server's paths; here only the unit's grammar is checked
+        text = re.sub(r"^(Exec\w+)=\S+", r"\1=/bin/true", path.read_text(), flags=re.MULTILINE)
+        unit = tmp_path / path.name
+        unit.write_text(re.sub(r"^(Requires|User)=.*\n", "", text, flags=re.MULTILINE))
+        command = ["systemd-analyze", "verify", "--man=no", str(unit)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        said = [line for line in done.stderr.splitlines() if path.name in line]
+        assert not said, said
