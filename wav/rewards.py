@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wav.data.conventions import wrist_views
 from wav.data.episode import Episode
 from wav.data.files import (
     MANIFEST,
@@ -43,7 +44,6 @@ _WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = (0.01 * 255.0) ** 2, (0.03 * 255.0) ** 2
 _BLOCK = 16  # places blurred by one matrix product
 _FRAMES = 16  # frames whose squared errors are summed at once
-_WRIST_NAMES = ("wrist", "hand", "eye_in_hand", "gripper")
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def mse(images: NDArray[np.uint8], reference: NDArray[np.uint8]) -> NDArray[np.f
 
 def _arm_views(views: tuple[str, ...], arms: int) -> tuple[tuple[str, ...], str]:
     """The wrist view of every arm, in the order of ``views``, and the third-person view."""
-    wrists = tuple(view for view in views if any(name in view.lower() for name in _WRIST_NAMES))
+    wrists = wrist_views(views)
     others = tuple(view for view in views if view not in wrists)
     for kind, found, needed in (("wrist", wrists, arms), ("third-person", others, 1)):
         if len(found) != needed:

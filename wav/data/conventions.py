@@ -6,7 +6,7 @@ gripper of the other sign gives 0 % success without any error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 #: How actions continue past an episode's end: deltas stop (zero motion), absolute targets repeat.
 DELTA_ACTIONS = "osc_pose_delta"
 ABSOLUTE_ACTIONS = "joint_absolute"
+#: Parts of a view's name that say that an arm carries the camera.
+WRIST_NAMES = ("wrist", "hand", "eye_in_hand", "gripper")
+
+
+def wrist_views(views: Sequence[str]) -> tuple[str, ...]:
+    """The views that an arm carries, in their order: one per arm, whatever its number of joints."""
+    return tuple(view for view in views if any(name in view.lower() for name in WRIST_NAMES))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from wav.data.conventions import wrist_views
 from wav.model.transformer import WAVTransformer
 from wav.seeding import derive_seed
 
@@ -14,8 +15,11 @@ if TYPE_CHECKING:
 
 
 def value_channels(data: DataSettings) -> int:
-    """Channels of the value expert: 7 reward terms per arm (7 actions each), 2 of the top camera, and the return."""
-    return 7 * max(1, data.action_dim // 7) + 3
+    """Channels of the value expert: 7 reward terms per arm, 2 of the top camera, and the return.
+
+    Arms are counted by their wrist cameras, as the reward does: arms of six joints and of seven have the same terms.
+    """
+    return 7 * max(1, len(wrist_views(data.views))) + 3
 
 
 def build_from_settings(settings: Settings, seed: int = 0) -> WAVTransformer:

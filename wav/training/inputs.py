@@ -58,8 +58,8 @@ def open_inputs(spec: TrainSpec) -> Inputs:
         channels = rewards.values.shape[1]
         if channels != value_channels(spec.data):
             raise DataError(
-                f"{spec.paths.rewards}: {channels} value channels, data.action_dim = {spec.data.action_dim} means "
-                f"{value_channels(spec.data)}; set label_rewards.arms to match"
+                f"{spec.paths.rewards}: {channels} value channels where the wrist cameras of data.views = "
+                f"{list(spec.data.views)} mean {value_channels(spec.data)}; set label_rewards.arms to match"
             )
     splits = [
         WindowDataset(episodes, latents, rewards, spec.data, split, spec.train.validation_share)
