@@ -34,7 +34,7 @@ solved = int(rate)
 for i in range(20):
     record = EpisodeRecord("k", "tabletop", "lift_red_cube", i, 7, "planned", "lift_red_cube", "lift", i < solved,
         {"lift_red_cube": i < solved}, 5, 9, 1, [], {}, "d", 0.1, 1, {}, rate, "s", {}, "fast", "protocol",
-        5, [8, 0], {}, "code", [])
+        5, [8, 0], {}, "code", [], 9)
     write_record(pathlib.Path(f"reports/eval/episodes/planned/lift_red_cube-{i:03d}.json"), record)
 out = pathlib.Path("export"); out.mkdir(exist_ok=True)
 rated = {"success_rate": solved / 20, "episodes": 20, "wilson_low": 0.0, "wilson_high": 1.0, "tasks": {}}

@@ -30,6 +30,9 @@ class FakeReply:
     frames: tuple = ()
     successes: dict = field(default_factory=dict)
     error: str | None = None
+    lost: bool = False
+    busy_seconds: float = 0.5
+    render_seconds: float = 0.25
 
 
 @dataclass
@@ -87,7 +90,10 @@ class FakePool:
         reply = FakeReply(sim.observation(), success, done, tuple(frames) if sim.record else (), sim.successes())
         self.outbox.append((slot, reply))
 
-    def wait(self):
+    def wait(self, timeout=None):
+        if not self.outbox:
+            assert timeout is not None, "nothing was submitted"
+            return []
         count = self.random.randint(1, len(self.outbox))
         self.random.shuffle(self.outbox)
         answered, self.outbox = self.outbox[:count], self.outbox[count:]

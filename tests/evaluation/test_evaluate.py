@@ -14,6 +14,7 @@ from wav.errors import CheckpointError, ConfigError, DataError, SimulationError
 from wav.evaluation import check_start, evaluate, metrics_table, read_record
 from wav.evaluation.intervals import wilson
 from wav.evaluation.protocol import build_episodes
+from wav.sim.env import select_tasks, task_specs
 
 
 def run(out, pool=None, checkpoint="weights", **changes):
@@ -159,8 +160,41 @@ def test_episodes_are_disjoint_from_demonstrations_and_unknown_tasks_are_refused
     assert max(e.init_index for e in episodes) < settings().ingest.first_index
     with pytest.raises(ConfigError, match="lift_red_cube"):
         build_episodes(DATA.model_copy(update={"tasks": ("lift_read_cube",)}), settings().eval_libero)
-    long = build_episodes(DATA, settings(budget="reference").eval_libero)
-    assert {e.max_steps for e in long} == {1000}
+
+
+def test_the_references_budget_is_a_column_of_its_own(tmp_path):
+    """One run under the longer limit gives both: the protocol's column comes out as under the protocol's budget."""
+    short = settings(execute_steps=1, swapped_episodes=1)
+    tasks = {name: dataclasses.replace(spec, max_steps=14) for name, spec in task_specs("tabletop").items()}
+    longer = build_episodes(DATA, short.eval_libero.model_copy(update={"budget": "reference"}))
+    assert {(e.max_steps, e.protocol_steps) for e in longer if not e.swapped} == {
+        (1000, s.max_steps) for s in select_tasks("tabletop", DATA.tasks)
+    }
+    assert all(e.protocol_steps == 0 and e.max_steps < 1000 for e in longer if e.swapped)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wav.evaluation.protocol.select_tasks", lambda suite, names: [tasks[name] for name in names])
+        protocol, _, _ = run(tmp_path / "protocol", execute_steps=1, swapped_episodes=1)
+        reference, _, heard = run(tmp_path / "reference", execute_steps=1, swapped_episodes=1, budget="reference")
+    late = 0
+    for condition in ("planned", "unplanned", "temperature"):
+        assert reference[condition] == protocol[condition]
+        column = reference["reference"][condition]
+        assert column["episodes"] == 6
+        late += round(6 * (column["success_rate"] - reference[condition]["success_rate"]))
+        for path in (tmp_path / "reference" / "episodes" / condition).glob("*.json"):
+            record = read_record(path)
+            assert (record.max_steps, record.protocol_steps) == (1000, 14)
+            assert record.solved == (record.success and record.steps <= 14)
+    assert late > 0
+    assert reference["paired"] == protocol["paired"]
+    assert reference["swapped"] == protocol["swapped"]
+    assert "reference" not in protocol
+    assert heard[-1].successes == sum(
+        round(protocol[c]["success_rate"] * 6) for c in ("planned", "unplanned", "temperature")
+    )
+    head = metrics_table(reference).splitlines()[0]
+    assert head.count("protocol's limit") == head.count("reference's 1000 steps") == 3
+    assert "limit" not in metrics_table(protocol)
 
 
 def test_prediction_rows_are_aligned():

@@ -1,13 +1,14 @@
 """Rollouts with a fake pool: results do not depend on slots or order; crashes, limits, batching, swapped probes."""
 
 import collections
+import time
 
 import pytest
 
-from tests.evaluation.fakes import DATA, EVALUATION, FakePolicy, FakePool
+from tests.evaluation.fakes import DATA, EVALUATION, FakePolicy, FakePool, FakeReply
 from wav.errors import SimulationError
 from wav.evaluation.protocol import build_episodes
-from wav.evaluation.rollout import Scheduler
+from wav.evaluation.rollout import PATIENCE_CALLS, Scheduler
 
 
 def run(slots=4, order=0, crashes=None, **changes):
@@ -106,3 +107,76 @@ def clean_resets(rollouts):
 def test_three_crashes_stop_the_run_and_name_the_episode():
     with pytest.raises(SimulationError, match=r"planned: lift_green_cube, initial state 2: .*failed 3 times"):
         run(crashes={("lift_green_cube", 2): 3})
+
+
+class SlowPool(FakePool):
+    """The resets of some episodes are answered only after ``patience`` ran out a few times."""
+
+    def __init__(self, slots, slow, times):
+        super().__init__(slots)
+        self.slow, self.left, self.held, self.limits = slow, times, [], []
+
+    def submit_reset(self, slot, task, init_index, record=False):
+        super().submit_reset(slot, task, init_index, record)
+        if (task, init_index) in self.slow and self.left > 0:
+            self.held.append(self.outbox.pop())
+
+    def wait(self, timeout=None):
+        if timeout is not None:
+            self.limits.append(timeout)
+        if not self.outbox and self.held:
+            self.left -= 1
+            if self.left > 0 and timeout is not None:
+                time.sleep(timeout)
+                return []
+            self.outbox, self.held = self.held, []
+        return super().wait(timeout)
+
+
+def test_a_batch_waits_for_stragglers_only_so_long():
+    """Dynamic batching: those that are ready go on without a straggler, and nothing in the results changes."""
+    clean = run(slots=3)[0]
+    settings = EVALUATION.model_copy(update={})
+    pool, policy, finished = SlowPool(3, {("lift_green_cube", 0)}, times=6), FakePolicy(), []
+    scheduler = Scheduler(
+        pool,
+        policy,
+        execute_steps=settings.execute_steps,
+        batch_size=settings.batch_size,
+        with_value=True,
+        on_finish=finished.append,
+        patience=0.02,
+    )
+    scheduler.run(build_episodes(DATA, settings))
+    assert outcome({r.spec: r for r in finished}) == outcome(clean)
+    assert scheduler.clock.overdue_calls >= 5
+    assert policy.calls[0][1] == 2  # two of three rows: the third was still being reset
+    assert 0 <= max(pool.limits) <= 0.02
+
+
+def test_patience_follows_what_a_policy_call_takes():
+    _, scheduler, _, _, _ = run(slots=3)
+    clock = scheduler.clock
+    assert scheduler.patience == pytest.approx(PATIENCE_CALLS * clock.policy_seconds / clock.policy_calls)
+    assert clock.rendering_seconds == pytest.approx(clock.simulation_seconds)
+    assert clock.simulation_seconds > 0
+
+
+def test_a_lost_episode_is_run_again_and_no_crash_of_its_own():
+    class Losing(FakePool):
+        def submit_reset(self, slot, task, init_index, record=False):
+            super().submit_reset(slot, task, init_index, record)
+            if self.resets.count((task, init_index)) <= 7 and (task, init_index) == ("lift_red_cube", 2):
+                self.outbox[-1] = (slot, FakeReply(None, error="another episode's process died", lost=True))
+
+    rollouts = run(slots=2)[0]
+    pool, finished = Losing(2), []
+    settings = EVALUATION.model_copy(update={})
+    Scheduler(pool, FakePolicy(), execute_steps=4, batch_size=3, with_value=True, on_finish=finished.append).run(
+        build_episodes(DATA, settings)
+    )
+    assert outcome({r.spec: r for r in finished}) == outcome(rollouts)
+    assert {r.attempts for r in finished} == {1}
+    assert pool.resets.count(("lift_red_cube", 2)) == 7 + sum(
+        spec.task == "lift_red_cube" and spec.init_index == 2 for spec in rollouts
+    )

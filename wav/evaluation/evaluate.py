@@ -289,6 +289,7 @@ class _Session:
             planner=self.settings.planner.model_dump(mode="json"),
             code=code_digest(),
             call_digests=rollout.call_digests,
+            protocol_steps=spec.protocol_steps or spec.max_steps,
         )
         write_record(record_path(self.out, spec), record)
         self.records[spec] = record
@@ -302,7 +303,7 @@ class _Session:
         run = len(self.records) - self.resumed
         left = len(self.episodes) - len(self.records)
         eta = (time.perf_counter() - self.began) / run * left
-        solved = sum(record.success for record in plain)
+        solved = sum(record.solved for record in plain)
         self.progress(Progress(len(self.records), len(self.episodes), solved, len(plain), eta, spec.group))
 
     def _pictures(self, rollout: Rollout) -> None:

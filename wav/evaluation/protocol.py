@@ -51,7 +51,8 @@ class EpisodeSpec:
     """One episode to run.
 
     ``instructed`` is the task whose instruction is given: ``task`` unless swapped. ``row`` modulo the batch size is the
-    episode's place in the policy's batch: matrix products round differently from place to place.
+    episode's place in the policy's batch: matrix products round differently from place to place. ``protocol_steps`` is
+    the suite's published limit where ``max_steps`` is longer, else 0.
     """
 
     suite: str
@@ -64,6 +65,7 @@ class EpisodeSpec:
     seed: int
     row: int
     record: bool = False
+    protocol_steps: int = 0
 
     @property
     def swapped(self) -> bool:
@@ -95,7 +97,8 @@ def _other_task(name: str, names: Sequence[str], specs: Mapping[str, TaskSpec]) 
 def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[EpisodeSpec, ...]:
     """All episodes in the order they run: condition by condition, initial state by initial state, task by task.
 
-    The first ``settings.videos`` of each condition are recorded.
+    The first ``settings.videos`` of each condition are recorded. Swapped probes are not part of the reference's
+    evaluation and keep the protocol's limit under any budget.
 
     Raises:
         ConfigError: ``data.tasks`` names a task that the suite lacks.
@@ -104,10 +107,12 @@ def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[Ep
     names = list(specs)
 
     def episode(task: str, index: int, condition: Condition, instructed: str, record: bool) -> EpisodeSpec:
-        steps = REFERENCE_BUDGET if settings.budget == "reference" else specs[task].max_steps
-        sentence = specs[instructed].instruction
+        limit, sentence = specs[task].max_steps, specs[instructed].instruction
+        longer = settings.budget == "reference" and instructed == task and limit < REFERENCE_BUDGET
+        steps, within = (REFERENCE_BUDGET, limit) if longer else (limit, 0)
         row = index * len(names) + names.index(task)
-        return EpisodeSpec(data.suite, task, index, condition, instructed, sentence, steps, settings.seed, row, record)
+        common = (data.suite, task, index, condition, instructed, sentence)
+        return EpisodeSpec(*common, steps, settings.seed, row, record, within)
 
     episodes: list[EpisodeSpec] = []
     for condition in settings.conditions:

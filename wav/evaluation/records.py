@@ -6,7 +6,7 @@ is needed to run the episode again and see whether it came out the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from wav.evaluation.intervals import paired_difference, wilson
 from wav.evaluation.protocol import EpisodeSpec
 
 _REMEDY = "remove the file to run the episode again"
+CONDITIONS = ("planned", "unplanned", "temperature")
 #: Pairs of conditions whose difference is reported.
 PAIRS = (("planned", "unplanned"), ("planned", "temperature"), ("temperature", "unplanned"))
 
@@ -28,8 +29,9 @@ class EpisodeRecord:
     ``successes`` says for every task of the scene whether its predicate was met; ``actions_digest`` is the SHA-256 of
     the executed actions, (steps, 7) float32, ``call_digests`` the same of each policy call's share (16 digits);
     ``plan`` holds, per policy call, what the planner's last iteration reached (sigma and mean shift of the video and
-    value noise). ``batch`` is the policy's padded batch size and the episode's place in it; ``code`` the digest of the
-    source files that decide a result.
+    value noise). ``success`` is within ``max_steps``; ``protocol_steps`` is the suite's published limit, shorter under
+    ``budget: reference``. ``batch`` is the policy's padded batch size and the episode's place in it; ``code`` the
+    digest of the source files that decide a result.
     """
 
     key: str
@@ -61,6 +63,12 @@ class EpisodeRecord:
     planner: dict[str, Any]
     code: str
     call_digests: list[str]
+    protocol_steps: int
+
+    @property
+    def solved(self) -> bool:
+        """Success within the protocol's limit: an episode ends with its success, so its length tells."""
+        return self.success and self.steps <= self.protocol_steps
 
     @property
     def swapped(self) -> bool:
@@ -107,15 +115,17 @@ def finished_record(path: Path, key: str) -> EpisodeRecord | None:
     return read_record(path) if isinstance(value, dict) and value.get("key") == key else None
 
 
-def _rates(records: Sequence[EpisodeRecord], tasks: Sequence[str]) -> dict[str, Any]:
-    """A condition's entry in metrics.json."""
+def _rates(
+    records: Sequence[EpisodeRecord], tasks: Sequence[str], counts: Callable[[EpisodeRecord], bool]
+) -> dict[str, Any]:
+    """A condition's entry in metrics.json; ``counts`` says what a success is."""
 
     def rate(chosen: Iterable[EpisodeRecord]) -> dict[str, Any]:
-        outcomes = [record.success for record in chosen]
+        outcomes = [counts(record) for record in chosen]
         return dict(wilson(sum(outcomes), len(outcomes)).as_dict())
 
     by_task = {task: rate(r for r in records if r.task == task) for task in tasks}
-    steps = [record.steps for record in records if record.success]
+    steps = [record.steps for record in records if counts(record)]
     mean_steps = sum(steps) / len(steps) if steps else None
     return {**rate(records), "tasks": by_task, "mean_steps_to_success": mean_steps}
 
@@ -139,6 +149,9 @@ def _swapped(records: Sequence[EpisodeRecord]) -> dict[str, Any]:
 def summarise(records: Sequence[EpisodeRecord], timing: Mapping[str, float]) -> dict[str, Any]:
     """The content of metrics.json: a section per condition, swapped probes, paired differences, timing.
 
+    Everything is about success within the protocol's limits, whatever the budget, so that it compares; under
+    ``budget: reference`` section ``reference`` holds in addition, per condition, success within the longer limit.
+
     Raises:
         DataError: no records at all.
     """
@@ -149,13 +162,16 @@ def summarise(records: Sequence[EpisodeRecord], timing: Mapping[str, float]) -> 
     conditions = list(dict.fromkeys(record.condition for record in plain))
     by_condition = {c: {(r.task, r.init_index): r for r in plain if r.condition == c} for c in conditions}
     metrics: dict[str, Any] = {"suite": records[0].suite, "seed": records[0].seed, "checkpoint": records[0].checkpoint}
-    metrics |= {c: _rates(list(found.values()), tasks) for c, found in by_condition.items()}
+    metrics |= {c: _rates(list(found.values()), tasks, lambda r: r.solved) for c, found in by_condition.items()}
+    if any(record.max_steps > record.protocol_steps for record in plain):
+        longer = {c: _rates(list(found.values()), tasks, lambda r: r.success) for c, found in by_condition.items()}
+        metrics["reference"] = {"max_steps": max(record.max_steps for record in plain), **longer}
     paired = {}
     for first, second in PAIRS:
         if first in by_condition and second in by_condition:
             common = sorted(by_condition[first].keys() & by_condition[second].keys())
-            a = [by_condition[first][cell].success for cell in common]
-            b = [by_condition[second][cell].success for cell in common]
+            a = [by_condition[first][cell].solved for cell in common]
+            b = [by_condition[second][cell].solved for cell in common]
             paired[f"{first}-{second}"] = paired_difference(a, b).as_dict()
     probes = [record for record in records if record.swapped]
     swapped = {c: _swapped([r for r in probes if r.condition == c]) for c in dict.fromkeys(r.condition for r in probes)}
@@ -172,10 +188,21 @@ def summarise(records: Sequence[EpisodeRecord], timing: Mapping[str, float]) -> 
     }
 
 
+def columns(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Columns of every results table, (heading, rates) each: the conditions, then those of the reference's budget."""
+    conditions = [name for name in CONDITIONS if name in metrics]
+    longer = metrics.get("reference")
+    if not longer:
+        return [(name, metrics[name]) for name in conditions]
+    heading = f"reference's {longer['max_steps']} steps"
+    within = [(f"{name}, protocol's limit", metrics[name]) for name in conditions]
+    return within + [(f"{name}, {heading}", longer[name]) for name in conditions]
+
+
 def metrics_table(metrics: Mapping[str, Any]) -> str:
     """Markdown table of success rates with 95% Wilson intervals; the suite stands in its heading row."""
-    conditions = [name for name in ("planned", "unplanned", "temperature") if name in metrics]
-    head = [f"{metrics['suite']} (success, 95% interval)", *conditions]
+    shown = columns(metrics)
+    head = [f"{metrics['suite']} (success, 95% interval)", *(heading for heading, _ in shown)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
 
     def cell(rate: Mapping[str, Any]) -> str:
@@ -184,10 +211,9 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
             f"[{100 * rate['wilson_low']:.0f}, {100 * rate['wilson_high']:.0f}]"
         )
 
-    tasks = list(metrics[conditions[0]]["tasks"]) if conditions else []
-    for task in tasks:
-        lines.append("| " + " | ".join([task, *(cell(metrics[c]["tasks"][task]) for c in conditions)]) + " |")
-    lines.append("| " + " | ".join(["**all**", *(f"**{cell(metrics[c])}**" for c in conditions)]) + " |")
+    for task in shown[0][1]["tasks"] if shown else []:
+        lines.append("| " + " | ".join([task, *(cell(rates["tasks"][task]) for _, rates in shown)]) + " |")
+    lines.append("| " + " | ".join(["**all**", *(f"**{cell(rates)}**" for _, rates in shown)]) + " |")
     for condition, reason in metrics.get("not_applicable", {}).items():
         lines.append(f"\n{condition}: {reason}.")
     for condition, probe in metrics.get("swapped", {}).items():

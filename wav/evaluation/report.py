@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +16,11 @@ import jinja2
 from markupsafe import Markup
 
 from wav.config import STAGE_SECTIONS
-from wav.data.files import disk_errors, read_json
+from wav.data.files import read_json, write_text
 from wav.errors import DataError
 from wav.evaluation import charts
-from wav.evaluation.records import EpisodeRecord, read_record
+from wav.evaluation.records import CONDITIONS, EpisodeRecord, columns, read_record
 
-_CONDITIONS = ("planned", "unplanned", "temperature")
 _TRAINING = {"pretrain_video": "video", "train_value": "value", "train_joint": "joint"}
 _MIME = {".png": "image/png", ".mp4": "video/mp4", ".svg": "image/svg+xml"}
 _MAX_VIDEOS, _MAX_PICTURES = 12, 9
@@ -46,6 +44,7 @@ class Page:
     suite: str
     metrics: dict[str, Any] | None = None
     conditions: list[str] = field(default_factory=list)
+    columns: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
     success_chart: Item | None = None
     rollouts: list[Item] = field(default_factory=list)
     strips: list[Item] = field(default_factory=list)
@@ -85,15 +84,9 @@ def build_report(workspace: Path, settings: Any = None) -> Path:
     environment.filters["percent"] = lambda share: f"{100 * share:.0f}%"
     environment.filters["duration"] = _duration
     path = workspace / "reports" / "index.html"
-    text = environment.get_template("report.html.j2").render(page=page, conditions=_CONDITIONS)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(text)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    text = environment.get_template("report.html.j2").render(page=page, conditions=CONDITIONS)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
     return path
 
 
@@ -104,7 +97,8 @@ def collect(workspace: Path, suite: str) -> Page:
     if (evaluation / "metrics.json").exists():
         page.metrics = read_json(evaluation / "metrics.json", "run `dvc repro eval_libero`")
         page.suite = page.metrics["suite"]
-        page.conditions = [name for name in _CONDITIONS if name in page.metrics]
+        page.conditions = [name for name in CONDITIONS if name in page.metrics]
+        page.columns = columns(page.metrics)
         page.missing += [f"condition {name}: {why}" for name, why in page.metrics.get("not_applicable", {}).items()]
         page.success_chart = _chart("success", charts.success_rates(page.metrics, page.conditions))
         records = _records(evaluation)
@@ -185,9 +179,9 @@ def _per_condition(paths: list[Path]) -> list[Path]:
     """At most :data:`_MAX_VIDEOS` files, shared evenly among the conditions."""
     groups: dict[str, list[Path]] = {}
     for path in paths:
-        groups.setdefault(next((c for c in _CONDITIONS if f"-{c}-" in path.stem), ""), []).append(path)
+        groups.setdefault(next((c for c in CONDITIONS if f"-{c}-" in path.stem), ""), []).append(path)
     share = max(1, _MAX_VIDEOS // max(1, len(groups)))
-    return [path for condition in (*_CONDITIONS, "") for path in groups.get(condition, [])[:share]]
+    return [path for condition in (*CONDITIONS, "") for path in groups.get(condition, [])[:share]]
 
 
 def _planning(page: Page, records: list[EpisodeRecord]) -> None:

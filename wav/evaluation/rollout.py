@@ -1,9 +1,9 @@
 """Receding-horizon rollouts: many simulators, one batched policy.
 
 Every slot of the pool hosts one live episode. Slots that wait for actions are gathered into a batch of one condition;
-the policy is called when a whole batch is ready or when every live episode of the condition is. Which episodes share a
-batch depends on timing, an episode's result does not, to the last bit: the batch has one fixed shape, an episode always
-takes the same place in it, and noise comes from (seed, episode, call) alone.
+the policy is called when a whole batch is ready, when every live episode of the condition is, or when one has waited
+long enough. Which episodes share a batch depends on timing, an episode's result does not, to the last bit: the batch
+has one fixed shape, an episode always takes the same place in it, and noise comes from (seed, episode, call) alone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ log = logging.getLogger(__name__)
 
 #: Crashes of one episode's simulator that stop the evaluation; a crash is never counted as the policy's failure.
 MAX_ATTEMPTS = 3
+#: A ready episode waits for others at most this many times a mean policy call (a partial batch costs a whole call).
+PATIENCE_CALLS = 2.0
+#: The same in seconds, before the first call has shown what one takes.
+FIRST_PATIENCE = 10.0
 _FILLER = "filler"
 
 Frame = Mapping[str, NDArray[np.uint8]]
@@ -60,6 +64,18 @@ class Reply(Protocol):
     def error(self) -> str | None:
         """Why the simulator died or stalled; the next reset of the slot starts a fresh one."""
 
+    @property
+    def lost(self) -> bool:
+        """The error came with another episode's request to the same process."""
+
+    @property
+    def busy_seconds(self) -> float:
+        """What the request took in the simulator's process."""
+
+    @property
+    def render_seconds(self) -> float:
+        """The share of it spent on observations: drawing, reading pixels and state."""
+
 
 class Pool(Protocol):
     """Simulators in their own processes (``wav.sim.workers.SimPool``)."""
@@ -74,8 +90,8 @@ class Pool(Protocol):
     def submit_steps(self, slot: int, actions: NDArray[np.float32]) -> None:
         """Execute (k, 7) actions, stopping at success."""
 
-    def wait(self) -> Sequence[tuple[int, Reply]]:
-        """Block until at least one request is answered; all that are."""
+    def wait(self, timeout: float | None = None) -> Sequence[tuple[int, Reply]]:
+        """Block until at least one request is answered, or for ``timeout`` seconds; all that are."""
 
 
 class Output(Protocol):
@@ -125,6 +141,7 @@ class Rollout:
     attempts: int = 1
     started: float = field(default_factory=time.perf_counter)
     finished: float = 0.0
+    ready_since: float = 0.0
     observation: Observation | None = None
     success: bool = False
     successes: dict[str, bool] = field(default_factory=dict)
@@ -159,18 +176,26 @@ class Rollout:
         """SHA-256 (16 digits) of the actions executed after each policy call."""
         return [hashlib.sha256(np.ascontiguousarray(a).tobytes()).hexdigest()[:16] for a in self.executed]
 
-    def again(self) -> Rollout:
-        """The same episode from its start, after a crash."""
-        return Rollout(self.spec, self.slot, self.attempts + 1)
+    def again(self, lost: bool) -> Rollout:
+        """The same episode from its start, after a crash (``lost``: not one of its own)."""
+        return Rollout(self.spec, self.slot, self.attempts + (not lost))
 
 
 @dataclass
 class Clock:
-    """Where the time went, in seconds, and how often the policy was called."""
+    """Where the time went, in seconds, and how often the policy was called.
+
+    ``simulation_seconds`` and ``rendering_seconds`` are summed over simulator processes that run at once;
+    ``simulation_wait_seconds`` is what the policy's process waited for them. ``overdue_calls`` went out with fewer rows
+    than could have come, because one had waited long enough.
+    """
 
     policy_seconds: float = 0.0
     simulation_wait_seconds: float = 0.0
+    simulation_seconds: float = 0.0
+    rendering_seconds: float = 0.0
     policy_calls: int = 0
+    overdue_calls: int = 0
     policy_rows: int = 0
     environment_steps: int = 0
 
@@ -185,6 +210,7 @@ class Scheduler:
         batch_size: rows of a policy call.
         with_value: ask for predicted values at every call.
         on_finish: called in this thread with each finished episode.
+        patience: seconds a ready episode waits for its batch to fill; None: :data:`PATIENCE_CALLS` mean policy calls.
     """
 
     def __init__(
@@ -196,10 +222,11 @@ class Scheduler:
         batch_size: int,
         with_value: bool,
         on_finish: Callable[[Rollout], None],
+        patience: float | None = None,
     ) -> None:
         self.pool, self.policy, self.on_finish = pool, policy, on_finish
         self.execute_steps, self.batch_size, self.with_value = execute_steps, batch_size, with_value
-        self.clock = Clock()
+        self.clock, self._patience = Clock(), patience
         self._live: dict[int, Rollout] = {}
         self._ready: dict[int, Rollout] = {}  # in the order in which they became ready
         self._waiting: list[EpisodeSpec] = []
@@ -218,7 +245,9 @@ class Scheduler:
                 self._act(batch)
                 continue
             began = time.perf_counter()
-            replies = self.pool.wait()
+            oldest = min((rollout.ready_since for rollout in self._ready.values()), default=None)
+            limit = () if oldest is None else (max(0.0, oldest + self.patience - began),)
+            replies = self.pool.wait(*limit)
             self.clock.simulation_wait_seconds += time.perf_counter() - began
             for slot, reply in replies:
                 rollout = self._live[slot]
@@ -228,6 +257,14 @@ class Scheduler:
                 self.on_finish(rollout)
                 if self._waiting:
                     self._start(Rollout(self._next(), slot))
+
+    @property
+    def patience(self) -> float:
+        """Seconds a ready episode waits for its batch to fill."""
+        if self._patience is not None:
+            return self._patience
+        calls = self.clock.policy_calls
+        return PATIENCE_CALLS * self.clock.policy_seconds / calls if calls else FIRST_PATIENCE
 
     def _place(self, rollout: Rollout) -> int:
         """Place in the batch: a property of the episode, not of the slot it happens to be on."""
@@ -251,8 +288,10 @@ class Scheduler:
 
     def _receive(self, rollout: Rollout, reply: Reply) -> bool:
         """Take in one reply; True if it ended the episode."""
+        self.clock.simulation_seconds += reply.busy_seconds - reply.render_seconds
+        self.clock.rendering_seconds += reply.render_seconds
         if reply.error is not None or reply.observation is None:
-            self._crashed(rollout, reply.error or "no observation")
+            self._crashed(rollout, reply.error or "no observation", reply.lost)
             return False
         if rollout.pending is not None:
             rollout.executed.append(rollout.pending[: reply.steps_done])
@@ -266,23 +305,24 @@ class Scheduler:
         if rollout.done:
             rollout.finished = time.perf_counter()
             return True
-        self._ready[rollout.slot] = rollout
+        self._ready[rollout.slot], rollout.ready_since = rollout, time.perf_counter()
         return False
 
-    def _crashed(self, rollout: Rollout, error: str) -> None:
-        """Run the episode again, or give up after :data:`MAX_ATTEMPTS`."""
+    def _crashed(self, rollout: Rollout, error: str, lost: bool) -> None:
+        """Run the episode again, or give up after :data:`MAX_ATTEMPTS` crashes of its own."""
         spec = rollout.spec
         where = f"{spec.suite}: {spec.group}: {spec.task}, initial state {spec.init_index}"
-        if rollout.attempts >= MAX_ATTEMPTS:
+        if rollout.attempts >= MAX_ATTEMPTS and not lost:
             raise SimulationError(
                 f"{where}: its simulator failed {MAX_ATTEMPTS} times at step {rollout.steps}, last with {error!r}; "
                 "run `wav doctor`, then the evaluation again: finished episodes are kept"
             )
         log.warning("%s: simulator failed (%s); the episode is run again", where, error)
-        self._start(rollout.again())
+        self._start(rollout.again(lost))
 
     def _batch(self) -> list[Rollout]:
-        """Ready episodes of one condition, one per place, those waiting longest first; empty if waiting fills it up."""
+        """Ready episodes of one condition, one per place, those waiting longest first; empty if waiting may fill it."""
+        now = time.perf_counter()
         for condition in dict.fromkeys(rollout.spec.condition for rollout in self._ready.values()):
             ready = [r for r in self._ready.values() if r.spec.condition == condition]
             live = sum(r.spec.condition == condition for r in self._live.values())
@@ -290,6 +330,9 @@ class Scheduler:
             for rollout in ready:
                 places.setdefault(self._place(rollout), rollout)
             if len(places) == self.batch_size or len(ready) == live:
+                return list(places.values())
+            if now - min(rollout.ready_since for rollout in ready) >= self.patience:
+                self.clock.overdue_calls += 1
                 return list(places.values())
         return []
 

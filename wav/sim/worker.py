@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -28,12 +29,30 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass
 class _Slot:
-    """One live episode."""
+    """One live episode; ``render_seconds`` is what its observations took since the request began."""
 
     env: SimEnv
     task: str = ""
     record: bool = False
     latched: dict[str, bool] = field(default_factory=dict)
+    began: float = 0.0
+    render_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        observe = self.env.observe
+
+        def timed() -> Observation:
+            start = time.perf_counter()
+            seen = observe()
+            self.render_seconds += time.perf_counter() - start
+            return seen
+
+        self.env.observe = timed  # type: ignore[method-assign]  # steps and resets observe through it, too
+
+    def begin(self) -> _Slot:
+        """Start the clock of a request."""
+        self.began, self.render_seconds = time.perf_counter(), 0.0
+        return self
 
     def reset(self, task: str, index: int, record: bool) -> SimReply:
         self.task, self.record = task, record
@@ -60,7 +79,11 @@ class _Slot:
         return self._reply(observation, done, frames)
 
     def _reply(self, observation: Observation | None, done: int, frames: list[dict[str, Any]]) -> SimReply:
-        return SimReply(observation, self.latched[self.task], done, frames, dict(self.latched))
+        busy, render = time.perf_counter() - self.began, self.render_seconds
+        success = self.latched[self.task]
+        return SimReply(
+            observation, success, done, frames, dict(self.latched), busy_seconds=busy, render_seconds=render
+        )
 
 
 class _Worker:
@@ -80,9 +103,9 @@ class _Worker:
             if number not in self.slots:
                 assert self.data is not None
                 self.slots[number] = _Slot(make_env(self.suite, self.data))
-            return self.slots[number].reset(task, index, record)
+            return self.slots[number].begin().reset(task, index, record)
         number, actions = payload
-        return self.slots[number].steps(actions)
+        return self.slots[number].begin().steps(actions)
 
 
 def main() -> None:

@@ -6,13 +6,14 @@ context, and ends with its parent (end of file on its socket, and PR_SET_PDEATHS
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ STALL_SECONDS = 300.0
 
 JOB_SECONDS = 3600.0
 """The same for one job of :func:`map_in_processes`."""
+JOB_ATTEMPTS = 3
+"""Processes that a job of :func:`map_in_processes` may outlive."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class SimReply:
     error: str | None = None
     lost: bool = False
     """The error came with another episode's request to the same process: this episode is not to blame."""
+    busy_seconds: float = 0.0
+    """What the request took in the simulator's process."""
+    render_seconds: float = 0.0
+    """The share of it spent on observations: drawing, reading pixels and state."""
 
 
 def worker_count(workers: int) -> int:
@@ -208,6 +215,9 @@ def map_in_processes(
 ) -> Iterator[tuple[int, Any]]:
     """Run ``function(*job)`` for every job in simulator processes.
 
+    A job whose process dies or stalls is run again in a fresh one, :data:`JOB_ATTEMPTS` times in all: a killed
+    simulator must not cost a demonstration that another machine would have recorded.
+
     Args:
         function: importable at top level.
         jobs: argument tuples.
@@ -217,48 +227,62 @@ def map_in_processes(
     Yields:
         (index of the job, result, or the exception it ended with) as they finish, in no particular order.
     """
-    todo = deque(enumerate(jobs))
-    live: dict[Connection, _Job] = {}
+    todo = deque(_Job(index, arguments) for index, arguments in enumerate(jobs))
+    live: dict[Connection, _Running] = {}
     try:
         for number in range(min(worker_count(workers), len(jobs))):
             _start(WorkerProcess(number), number, function, todo, live)
         while live:
-            first = min(job.started for job in live.values()) + job_seconds
+            first = min(running.started for running in live.values()) + job_seconds
             ready = wait(list(live), timeout=max(0.0, first - time.monotonic()))
             now = time.monotonic()
-            late = [c for c, job in live.items() if c not in ready and now >= job.started + job_seconds]
+            late = [c for c, running in live.items() if c not in ready and now >= running.started + job_seconds]
             for connection in [*ready, *late]:
-                job = live.pop(connection)  # type: ignore[call-overload]
-                process, result = job.process, _answer(job, connection in late, job_seconds)
+                running = live.pop(connection)  # type: ignore[call-overload]
+                process, job, result = running.process, running.job, _answer(running, connection in late, job_seconds)
                 if isinstance(result, SimulationError):
-                    process = WorkerProcess(job.number)
-                _start(process, job.number, function, todo, live)
+                    process = WorkerProcess(running.number)
+                    if job.attempt < JOB_ATTEMPTS:
+                        log.warning("%s; its job is run again", result)
+                        todo.appendleft(replace(job, attempt=job.attempt + 1))
+                        _start(process, running.number, function, todo, live)
+                        continue
+                _start(process, running.number, function, todo, live)
                 yield job.index, result
     finally:
-        for job in live.values():
-            job.process.process.kill()
-            job.process.close()
+        for running in live.values():
+            running.process.process.kill()
+            running.process.close()
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What a process of :func:`map_in_processes` is at."""
+    """One call of :func:`map_in_processes`."""
+
+    index: int
+    arguments: tuple[Any, ...]
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class _Running:
+    """What a process is at."""
 
     process: WorkerProcess
     number: int
-    index: int
+    job: _Job
     started: float
 
 
-def _answer(job: _Job, late: bool, limit: float) -> Any:
+def _answer(running: _Running, late: bool, limit: float) -> Any:
     """A job's result or exception; a SimulationError where its process is gone."""
     if late:
-        job.process.kill()
-        return SimulationError(f"no answer within {limit:g} s; the simulator's output is in {job.process.log}")
+        running.process.kill()
+        return SimulationError(f"no answer within {limit:g} s; the simulator's output is in {running.process.log}")
     try:
-        return job.process.receive()
+        return running.process.receive()
     except SimulationError as error:
-        job.process.close()
+        running.process.close()
         return error
 
 
@@ -266,13 +290,14 @@ def _start(
     process: WorkerProcess,
     number: int,
     function: Callable[..., Any],
-    todo: deque[tuple[int, tuple[Any, ...]]],
-    live: dict[Connection, _Job],
+    todo: deque[_Job],
+    live: dict[Connection, _Running],
 ) -> None:
-    """Give ``process`` the next job, or end it."""
+    """Give ``process`` the next job, or end it; one that is killed just now is noticed when it is waited for."""
     if not todo:
         process.close()
         return
-    index, job = todo.popleft()
-    process.send("call", (function, job))
-    live[process.connection] = _Job(process, number, index, time.monotonic())
+    job = todo.popleft()
+    with contextlib.suppress(SimulationError):
+        process.send("call", (function, job.arguments))
+    live[process.connection] = _Running(process, number, job, time.monotonic())
