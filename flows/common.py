@@ -17,8 +17,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import resource
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -37,10 +35,11 @@ from prefect.context import FlowRunContext
 from prefect.settings import get_current_settings
 
 from flows.artifacts import publish_markdown, publish_numbers, publish_objects, publish_table
+from flows.memory import PeakMemory
 from flows.provenance import hash_table, parent_run, run_url
 from wav.config import Runtime, Settings, load_settings
 from wav.data.files import write_json
-from wav.errors import ServiceError, WavError
+from wav.errors import ServiceError, WavError, exit_status
 from wav.storage import ObjectStore, open_store
 
 REMEDY = "run make up"
@@ -59,6 +58,7 @@ class StageRun:
     flow_run: str
     logger: logging.Logger | logging.LoggerAdapter[Any]
     started: float
+    memory: PeakMemory
 
     def path(self, relative: str) -> Path:
         """A file or folder of the workspace."""
@@ -126,7 +126,7 @@ def start(stage: str, workspace: str) -> StageRun:
     logger.info("%s: workspace %s, objects to %s/runs/%s", stage, folder, runtime.store, flow_run)
     publish_numbers("parameters", settings.model_dump(mode="json"), f"{stage}: the sections of params.yaml it reads")
     _tell_parent(flow_run)
-    return StageRun(stage, folder, settings, runtime, store, flow_run, logger, time.time())
+    return StageRun(stage, folder, settings, runtime, store, flow_run, logger, time.time(), PeakMemory())
 
 
 def _tell_parent(flow_run: str) -> None:
@@ -154,12 +154,6 @@ def _files(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def _peak_memory_gib() -> float:
-    """Largest resident size of this process or of any finished child, in GiB."""
-    kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return round(kib / 1024**2, 3)
-
-
 def finish(run: StageRun, results: Iterable[Path]) -> None:
     """Write ``reports/stages/<stage>.json``, copy ``results`` (files and folders) to the store, link them in the UI.
 
@@ -172,7 +166,7 @@ def finish(run: StageRun, results: Iterable[Path]) -> None:
         "seconds": round(now - run.started, 2),
         "started": datetime.fromtimestamp(run.started, timezone.utc).isoformat(timespec="seconds"),
         "finished": datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="seconds"),
-        "peak_memory_gib": _peak_memory_gib(),
+        "peak_memory_gib": run.memory.stop(),
         "flow_run": run.flow_run,
         "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
         "versions": {name: version(name) for name in PACKAGES},
@@ -217,17 +211,15 @@ def run_folder(workspace: str) -> Path:
 def main(stage_flow: Callable[..., Any]) -> int:
     """Run a flow in the current folder; an error of input or services is one line on stderr and status 1."""
     one_line_errors()
-    try:
+
+    def run() -> None:
         require_services(Runtime())
-        stage_flow(workspace=os.getcwd())
-    except WavError as error:
-        sys.stderr.write(f"{' '.join(str(error).split())}\n")
-        return 1
-    except httpx.TransportError as error:
-        url = get_current_settings().api.url
-        sys.stderr.write(f"Prefect server at {url}: went away ({error!r}); {REMEDY}, then run again: it goes on\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted; dvc repro continues from the last finished stage\n")
-        return 130
-    return 0
+        try:
+            stage_flow(workspace=os.getcwd())
+        except httpx.TransportError as error:
+            url = get_current_settings().api.url
+            raise ServiceError(
+                f"Prefect server at {url}: went away ({error!r}); {REMEDY}, then run again: it goes on"
+            ) from error
+
+    return exit_status(run, interrupted="interrupted; dvc repro continues from the last finished stage")
