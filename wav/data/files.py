@@ -153,8 +153,8 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
-    """Flush a file's or folder's content to the disk."""
+def fsync_path(path: Path) -> None:
+    """Make a file's content, or a folder's entries (renames, new files), durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -166,8 +166,8 @@ def _sync_tree(folder: Path) -> None:
     """Flush every file and folder under ``folder``."""
     for root, _, files in os.walk(folder):
         for name in files:
-            _sync(Path(root) / name)
-        _sync(Path(root))
+            fsync_path(Path(root) / name)
+        fsync_path(Path(root))
 
 
 def _replace_folder(new: Path, path: Path) -> None:
@@ -179,7 +179,7 @@ def _replace_folder(new: Path, path: Path) -> None:
         os.rename(path, old)
         os.rename(new, path)
         shutil.rmtree(old)
-    _sync(path.parent)
+    fsync_path(path.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from wav.data.files import fsync_path
 from wav.errors import StorageError
 
 BLOCK_BYTES = 4 << 20
@@ -114,10 +114,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync_path(temporary)
         temporary.replace(path)
-        fsync_folder(path.parent)
+        fsync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -131,15 +130,6 @@ def partial_file(path: Path) -> Iterator[BinaryIO]:
         except BlockingIOError:
             raise StorageError(f"{path}: another process downloads the same file; wait for it to end") from None
         yield file
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the folder's entries (renames, new files) durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def check_key(key: str) -> str:

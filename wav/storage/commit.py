@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from wav.data.files import fsync_path
 from wav.errors import StorageError
-from wav.storage.base import ObjectStore, TransferError, disk_errors, file_sha256, fsync_folder
+from wav.storage.base import ObjectStore, TransferError, disk_errors, file_sha256
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -67,15 +68,14 @@ def seal(folder: Path, meta: Mapping[str, Scalar]) -> Manifest:
     entries = []
     with disk_errors(folder):
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            fsync_path(path)
             entries.append(FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path)))
         manifest = Manifest(tuple(entries), meta)
         with (folder / MANIFEST).open("w") as file:
             file.write(manifest.to_json())
             file.flush()
             os.fsync(file.fileno())
-        fsync_folder(folder)
+        fsync_path(folder)
     return manifest
 
 
@@ -158,7 +158,7 @@ def fetch(store: ObjectStore, prefix: str, folder: Path) -> Manifest:
             if folder.exists():
                 shutil.rmtree(folder)
             temporary.rename(folder)
-            fsync_folder(folder.parent)
+            fsync_path(folder.parent)
     except TransferError:
         raise
     except StorageError:

@@ -32,6 +32,7 @@ from botocore.exceptions import (
 )
 from urllib3.exceptions import HTTPError
 
+from wav.data.files import fsync_path
 from wav.errors import ConfigError, StorageError
 from wav.storage.base import (
     BLOCK_BYTES,
@@ -41,7 +42,6 @@ from wav.storage.base import (
     check_key,
     disk_errors,
     file_sha256,
-    fsync_folder,
     partial_file,
     verify_digest,
 )
@@ -156,7 +156,7 @@ class S3Store:
                     raise
                 os.fsync(file.fileno())
                 part.replace(path)
-            fsync_folder(path.parent)
+            fsync_path(path.parent)
         return info
 
     def _download(self, info: ObjectInfo, file: BinaryIO) -> None:
