@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,7 +23,7 @@ from flows.provenance import PARENT_VARIABLE, locked_hashes, run_url
 from wav import promotion
 from wav.config import STAGE_SECTIONS, Runtime, Settings, load_settings
 from wav.data.files import read_json
-from wav.errors import ConfigError, TrainingError, WavError
+from wav.errors import ConfigError, TrainingError, WavError, exit_status
 from wav.evaluation.records import metrics_table
 from wav.promotion import Champion, Outcomes, Verdict
 from wav.storage import ObjectInfo, ObjectStore, open_store
@@ -298,12 +297,11 @@ def retrain(
 
 def main() -> int:
     """Retrain now, without a worker."""
-    try:
+
+    def run() -> None:
         retrain()
-    except WavError as error:
-        sys.stderr.write(f"{' '.join(str(error).split())}\n")
-        return 1
-    return 0
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from prefect.workers.process import ProcessWorker
 
 from flows.common import require_services
 from wav.config import Runtime
-from wav.errors import ServiceError, WavError
+from wav.errors import ServiceError, exit_status
 from wav.local import PROJECT
 
 POOL = QUEUE = "gpu"
@@ -126,14 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="infra.deploy", description="register deployments, or run a worker")
     parser.add_argument("command", nargs="?", choices=("deploy", "worker"), default="deploy")
-    try:
-        if parser.parse_args(arguments).command == "worker":
-            return worker()
-        deploy()
-    except WavError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
+    command = parser.parse_args(arguments).command
+    return exit_status(worker if command == "worker" else deploy)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from wav.config import DataSettings, Runtime, load_settings
-from wav.errors import SimulationError, WavError
+from wav.errors import SimulationError, exit_status
 from wav.local import adopt_local_services
 
 _CONDITIONS = ("planned", "unplanned", "temperature")
@@ -332,14 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     adopt_local_services()
-    try:
-        return int(arguments.run(arguments))
-    except WavError as error:
-        sys.stderr.write(f"wav {arguments.command}: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write(f"wav {arguments.command}: stopped\n")
-        return 130
+    return exit_status(lambda: int(arguments.run(arguments)), f"wav {arguments.command}: ", "stopped")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Run ``python -m wav.config params.yaml`` to check a file.
 
 from __future__ import annotations
 
-import difflib
 import sys
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,7 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from wav.errors import ConfigError
+from wav.config_errors import explain
+from wav.errors import ConfigError, exit_status
 
 
 class Section(BaseModel):
@@ -346,36 +346,6 @@ class Runtime(BaseSettings):
     )
 
 
-def _known_names(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """Field names of the section at ``location``."""
-    current: Any = model
-    for part in location:
-        current = current.model_fields[part].annotation
-    return list(current.model_fields)
-
-
-def _explain(error: ValidationError, source: str) -> str:
-    """First of pydantic's complaints as one sentence: field, value, remedy."""
-    first = error.errors()[0]
-    location = tuple(first["loc"])
-    field = ".".join(str(part) for part in location)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        try:
-            names = _known_names(Settings, location[:-1])
-        except (KeyError, AttributeError, TypeError):
-            names = []
-        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.0)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{source}: {field}: unknown parameter{hint}{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    if not field:
-        return f"{source}: {message}{more}"
-    if isinstance(first["input"], dict):
-        return f"{source}: {field}: {message}{more}"
-    return f"{source}: {field} = {first['input']!r}: {message[:1].lower() + message[1:]}{more}"
-
-
 def load_settings(path: str | Path = "params.yaml") -> Settings:
     """Read and check a parameter file.
 
@@ -399,19 +369,18 @@ def parse_settings(raw: dict[str, Any], source: str = "parameters") -> Settings:
     try:
         return Settings.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from None
+        raise ConfigError(explain(error, Settings, source)) from None
 
 
 def main() -> int:
     """Check the parameter file named on the command line."""
     path = sys.argv[1] if len(sys.argv) > 1 else "params.yaml"
-    try:
+
+    def run() -> None:
         load_settings(path)
-    except ConfigError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write(f"{path}: valid\n")
-    return 0
+        sys.stdout.write(f"{path}: valid\n")
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

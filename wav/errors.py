@@ -1,10 +1,13 @@
 """The errors a user may meet: one sentence with the field or file, its value, and the remedy.
 
-Everything the library raises on bad input derives from :class:`WavError`; entry points (``wav.cli``, ``flows``)
-print its message on one line and exit with status 1, without a traceback.
+Everything the library raises on bad input derives from :class:`WavError`; entry points (``wav.cli``, ``flows``,
+``infra``) run through :func:`exit_status`, which prints its message on one line, without a traceback.
 """
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable
 
 
 class WavError(Exception):
@@ -37,3 +40,21 @@ class SimulationError(WavError, RuntimeError):
 
 class TrainingError(WavError, RuntimeError):
     """A training run diverged, or one of its processes ended before its time."""
+
+
+def exit_status(run: Callable[[], int | None], prefix: str = "", interrupted: str = "interrupted") -> int:
+    """Exit status of an entry point: what ``run`` returns (None: 0), 1 after a :class:`WavError`, 130 after Ctrl-C.
+
+    Args:
+        run: the entry point's work.
+        prefix: goes before the line on stderr, such as ``"wav act: "``.
+        interrupted: what to say after Ctrl-C.
+    """
+    try:
+        return run() or 0
+    except WavError as error:
+        sys.stderr.write(f"{prefix}{' '.join(str(error).split())}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{prefix}{interrupted}\n")
+        return 130

@@ -27,7 +27,7 @@ from typing import Any
 import psutil
 
 from infra.local import ports
-from wav.errors import ServiceError
+from wav.errors import ServiceError, exit_status
 from wav.local import PROJECT, local_folder, read_env
 
 HOST = "127.0.0.1"
@@ -347,7 +347,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("command", choices=("up", "down", "status", "ui", "where"))
     parser.add_argument("workspace", nargs="?", default=".", type=Path)
     chosen, folder = parser.parse_args(arguments), local_folder()
-    try:
+
+    def run() -> int:
         if chosen.command == "up":
             up(folder)
         elif chosen.command == "down":
@@ -356,10 +357,9 @@ def main(arguments: list[str] | None = None) -> int:
             where(folder, chosen.workspace)
         else:
             return 0 if status(folder) else 1
-    except ServiceError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    return 0
+        return 0
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

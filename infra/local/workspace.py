@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from wav.config import load_settings
-from wav.errors import ConfigError, WavError
+from wav.errors import ConfigError, exit_status
 from wav.local import PROJECT
 from wav.sim.env import LIBERO_SUITES
 
@@ -87,16 +87,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("preset")
     parser.add_argument("dvc", nargs=argparse.REMAINDER, help="dvc command and arguments; repro if there are none")
     chosen = parser.parse_args(arguments)
-    try:
+
+    def run() -> int:
         folder = make_workspace(chosen.preset, chosen.folder, chosen.cache)
         if not chosen.dvc:
             require_simulator(folder)
-    except WavError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write(f"workspace {folder}\n")
-    sys.stdout.flush()
-    return subprocess.run([sys.executable, "-m", "dvc", *(chosen.dvc or ["repro"])], cwd=folder, check=False).returncode
+        sys.stdout.write(f"workspace {folder}\n")
+        sys.stdout.flush()
+        command = [sys.executable, "-m", "dvc", *(chosen.dvc or ["repro"])]
+        return subprocess.run(command, cwd=folder, check=False).returncode
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":
