@@ -11,8 +11,7 @@ from flows.common import StageRun, finish, main, start, step
 from flows.policy import assemble
 from wav import evaluation
 from wav.data.store import EpisodeStore
-from wav.evaluation.first_frames import check_first_frames
-from wav.evaluation.verdict import refuse_failed
+from wav.evaluation.start import check_all
 from wav.export import Checkpoint
 from wav.policy import Policy
 from wav.rewards import RewardStore
@@ -25,29 +24,36 @@ def load(run: StageRun) -> tuple[Policy, Checkpoint]:
     return assemble(run, run.settings.eval_libero.batch_size)
 
 
-@step("roll out")
-def roll_out(run: StageRun, policy: Policy, checkpoint: Checkpoint) -> dict[str, Any]:
-    """All episodes of all conditions; finished ones of an interrupted run of the same key are kept."""
-    data, settings = run.settings.data, run.settings.eval_libero
-    store = EpisodeStore.open(run.path("data/episodes"))
-    refuse_failed(store)
+def closed_loop(run: StageRun, policy: Policy, digest: str, store: EpisodeStore | None) -> dict[str, Any]:
+    """Start checks, then all episodes of all conditions; finished ones of an interrupted run of the same key are kept.
+
+    ``store`` holds the demonstrations the policy was trained on, where they are at hand.
+    """
+    data, settings, out = run.settings.data, run.settings.eval_libero, run.path("reports/eval")
     with (
         Progress("episodes", run.logger) as progress,
         SimPool(data.suite, data, workers=run.runtime.workers, slots=settings.batch_size) as pool,
     ):
-        check_first_frames(pool, store, data, run.path("reports/eval"))
+        began = check_all(policy, data, pool=pool, out=out, store=store)
         return evaluation.evaluate(
             run.settings,
             policy,
-            run.path("reports/eval"),
+            out,
             pool=pool,
-            checkpoint=checkpoint.digest,
-            data_conventions=store.conventions,
-            with_value=run.settings.model.value_expert,
+            checkpoint=digest,
+            data_conventions=None if store is None else store.conventions,
+            with_value=policy.model.shapes.value is not None,
+            start=began.as_dict(),
             progress=lambda state: progress(
                 state.done, state.total, f"{state.successes}/{state.finished} solved ({state.label})"
             ),
         )
+
+
+@step("roll out")
+def roll_out(run: StageRun, policy: Policy, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The joint model in closed loop."""
+    return closed_loop(run, policy, checkpoint.digest, EpisodeStore.open(run.path("data/episodes")))
 
 
 @step("picture predictions")

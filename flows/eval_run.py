@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 
 from flows import eval_libero as stage
-from flows.artifacts import Progress, publish_table
+from flows.artifacts import publish_table
 from flows.common import StageRun, finish, one_line_errors, require_services, run_folder, start, step
-from flows.isolation import isolate, prepare
+from flows.isolation import isolate, prepare, source_workspace
 from flows.provenance import dvc_hash
-from wav import evaluation
 from wav.config import Runtime, load_settings, parse_settings
 from wav.data.files import read_json
-from wav.errors import CheckpointError, ConfigError, WavError
+from wav.errors import CheckpointError, ConfigError, exit_status
+from wav.evaluation.start import own_store
 from wav.export import load_export, verify_export
 from wav.policy import Policy
 from wav.promotion import download_policy, read_champion
-from wav.sim.workers import SimPool
 from wav.storage import ObjectStore, open_store
 
 Changes = dict[str, dict[str, Any]]
@@ -101,23 +99,9 @@ def prepare_export(export: Path, workspace: Path, folder: Path, changes: Changes
 
 @step("roll out")
 def roll_out(run: StageRun, policy: Policy, digest: str) -> dict[str, Any]:
-    """All episodes of an exported policy; finished ones of an interrupted run are kept."""
-    data, settings = run.settings.data, run.settings.eval_libero
-    with (
-        Progress("episodes", run.logger) as progress,
-        SimPool(data.suite, data, workers=run.runtime.workers, slots=settings.batch_size) as pool,
-    ):
-        return evaluation.evaluate(
-            run.settings,
-            policy,
-            run.path("reports/eval"),
-            pool=pool,
-            checkpoint=digest,
-            with_value=policy.model.shapes.value is not None,
-            progress=lambda state: progress(
-                state.done, state.total, f"{state.successes}/{state.finished} solved ({state.label})"
-            ),
-        )
+    """An exported policy in closed loop, beside the workspace's demonstrations where it was trained on them."""
+    store = own_store(policy, source_workspace(run.workspace) / "data" / "episodes")
+    return stage.closed_loop(run, policy, digest, store)
 
 
 def evaluate_export(export: Path, folder: Path) -> None:
@@ -190,12 +174,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=0, help="episodes per task")
     parser.add_argument("--condition", action="append", dest="conditions")
     parser.add_argument("--out", default="", help="folder of the results")
-    try:
-        eval_libero(**vars(parser.parse_args(arguments)))
-    except WavError as error:
-        sys.stderr.write(f"{' '.join(str(error).split())}\n")
-        return 1
-    return 0
+    options = vars(parser.parse_args(arguments))
+
+    def run() -> None:
+        eval_libero(**options)
+
+    return exit_status(run)
 
 
 if __name__ == "__main__":

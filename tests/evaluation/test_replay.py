@@ -16,7 +16,7 @@ from wav.evaluation.replay import replay
 from wav.evaluation.verdict import refuse_failed, report_path
 from wav.sim.env import Observation
 from wav.sim.expert import record_demonstration
-from wav.sim.replay import body_poses, state_errors
+from wav.sim.replay import ReplayStart, body_poses, replay_episode, state_errors
 from wav.sim.workers import SimReply
 
 DATA = DataSettings(image_height=32, image_width=32, tasks=("lift_red_cube",))
@@ -65,6 +65,19 @@ def test_replay_finds_a_wrong_gripper_and_evaluation_then_refuses(demonstrations
     monkeypatch.delenv("WAV_ALLOW_FAILED_REPLAY")
     other = write(tmp_path / "bad", demonstrations)  # the verdict was on another content
     refuse_failed(other)
+
+
+def test_the_last_action_is_executed_as_well(demonstrations):
+    """Datasets end with the action that succeeds; only scripted demonstrations end with a hold after it."""
+    episode = demonstrations[0]
+    seed = episode.seed
+    start = ReplayStart(episode.episode_id, episode.task, episode.init_index, seed, INGEST.detour, INGEST.seed)
+    whole = replay_episode(DATA, start, episode.actions, episode.state)
+    cut = replay_episode(DATA, start, episode.actions[:-1], episode.state[:-1])
+    assert (whole.success, whole.steps) == (True, len(episode.actions))
+    assert (cut.success, cut.steps) == (True, len(episode.actions) - 1)
+    assert not replay_episode(DATA, start, episode.actions[:-2], episode.state[:-2]).success
+    assert max(whole.position_error, cut.position_error) < 1e-6
 
 
 def test_episodes_without_a_known_beginning_are_named(demonstrations, tmp_path):

@@ -382,8 +382,8 @@ def test_a_recorded_demonstration_is_replayed_from_its_simulator_states(env, tmp
         demo.attrs["model_file"] = env.scene.sim.model.get_xml()
     start = ReplayStart("one", task, -1, -1, 0.0, 0, str(tmp_path / "demo.hdf5"), "demo_0")
     for first in (0, 2):
-        executed = np.stack([*actions[first:], actions[-1]])
-        outcome = replay_episode(SPATIAL, start, executed, np.stack([o.state for o in seen[first:]]))
+        executed = np.stack(actions[first:])
+        outcome = replay_episode(SPATIAL, start, executed, np.stack([o.state for o in seen[first:-1]]))
         assert outcome.steps == 6 - first
         assert outcome.position_error < 3e-3  # observations are sampled within a step
     with h5py.File(tmp_path / "demo.hdf5", "a") as file:

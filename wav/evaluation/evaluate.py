@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -153,6 +153,7 @@ def evaluate(
     data_conventions: Conventions | None = None,
     statistics_digest: str | None = None,
     with_value: bool = True,
+    start: Mapping[str, Any] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Run every episode that is not finished yet and write records, videos, pictures and ``metrics.json``.
@@ -167,6 +168,7 @@ def evaluate(
         statistics_digest: see :func:`check_start`.
         with_value: whether the model has a value expert. Without one no values are asked for, and the conditions that
             plan are left out; ``metrics.json`` names them under ``not_applicable`` with the reason.
+        start: what :func:`wav.evaluation.start.check_all` found, kept in ``metrics.json``.
         progress: called after every episode.
 
     Returns:
@@ -203,7 +205,7 @@ def evaluate(
     }
     session.remove_stale()
     metrics = summarise([session.records[spec] for spec in session.episodes], timing)
-    metrics["not_applicable"] = left_out
+    metrics["not_applicable"], metrics["start"] = left_out, dict(start or {})
     write_json(session.out / "metrics.json", metrics)
     return metrics
 

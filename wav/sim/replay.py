@@ -68,8 +68,9 @@ def replay_episode(
     Args:
         data: the store's suite and views; pictures are drawn as small as can be.
         start: its beginning.
-        actions: (T, 7) as executed, action t on seeing frame t; the last one is a hold.
-        states: (T, 8) as recorded.
+        actions: (T, 7) as executed, action t on seeing frame t. All are executed: the last one is a hold in scripted
+            demonstrations, but in datasets it may be the one that succeeds.
+        states: (T, 8) as recorded; the state after the last action has nothing to be compared with.
 
     Raises:
         DataError: the beginning cannot be restored; names the episode and the remedy.
@@ -79,12 +80,12 @@ def replay_episode(
     recorded = bool(start.file)
     observation = _begin_recorded(env, start, states[0]) if recorded else begin_scripted(env, data.suite, start)
     seen, success = [observation.state], env.successes()[start.task]
-    for action in actions[:-1]:
+    for action in actions:
         following = env.step(action)
         assert following is not None
         seen.append(following.state)
         success = success or env.successes()[start.task]
-    position, rotation, gripper = state_errors(np.stack(seen), states)
+    position, rotation, gripper = state_errors(np.stack(seen[: len(states)]), states)
     return ReplayOutcome(
         episode_id=start.episode_id,
         success=success,
