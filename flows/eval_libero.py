@@ -12,9 +12,11 @@ from flows.policy import assemble
 from wav import evaluation
 from wav.data.store import EpisodeStore
 from wav.evaluation.start import check_all
+from wav.evaluation.unsimulated import without_simulator
 from wav.export import Checkpoint
 from wav.policy import Policy
 from wav.rewards import RewardStore
+from wav.sim.env import has_simulator
 from wav.sim.workers import SimPool
 
 
@@ -27,9 +29,12 @@ def load(run: StageRun) -> tuple[Policy, Checkpoint]:
 def closed_loop(run: StageRun, policy: Policy, digest: str, store: EpisodeStore | None) -> dict[str, Any]:
     """Start checks, then all episodes of all conditions; finished ones of an interrupted run of the same key are kept.
 
+    A suite without simulator has none of that, and its metrics say so.
     ``store`` holds the demonstrations the policy was trained on, where they are at hand.
     """
     data, settings, out = run.settings.data, run.settings.eval_libero, run.path("reports/eval")
+    if not has_simulator(data.suite):
+        return without_simulator(run.settings, out, digest)
     with (
         Progress("episodes", run.logger) as progress,
         SimPool(data.suite, data, workers=run.runtime.workers, slots=settings.batch_size) as pool,

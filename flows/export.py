@@ -8,6 +8,7 @@ from flows.artifacts import publish_markdown
 from flows.common import StageRun, finish, main, start, step
 from flows.policy import assemble
 from wav.data.files import read_json
+from wav.evaluation.records import CONDITIONS
 from wav.export import export_policy, verify_export
 
 
@@ -15,8 +16,9 @@ from wav.export import export_policy, verify_export
 def write(run: StageRun) -> None:
     """Write the folder and read it back."""
     metrics = read_json(run.path("reports/eval/metrics.json"), "run dvc repro eval_libero")
+    evaluated = metrics if any(condition in metrics for condition in CONDITIONS) else None
     policy, checkpoint = assemble(run)
-    export_policy(policy, checkpoint, run.path("export"), settings=run.settings, metrics=metrics)
+    export_policy(policy, checkpoint, run.path("export"), settings=run.settings, metrics=evaluated)
     verify_export(run.path("export"))
     publish_markdown("model-card", run.path("export/README.md").read_text(), "the exported policy's model card")
 

@@ -202,6 +202,8 @@ def columns(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 def metrics_table(metrics: Mapping[str, Any]) -> str:
     """Markdown table of success rates with 95% Wilson intervals; the suite stands in its heading row."""
     shown = columns(metrics)
+    if not shown:
+        return "\n\n".join(f"{metrics['suite']}: {name}: {why}." for name, why in metrics["not_applicable"].items())
     head = [f"{metrics['suite']} (success, 95% interval)", *(heading for heading, _ in shown)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
 
@@ -211,7 +213,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
             f"[{100 * rate['wilson_low']:.0f}, {100 * rate['wilson_high']:.0f}]"
         )
 
-    for task in shown[0][1]["tasks"] if shown else []:
+    for task in shown[0][1]["tasks"]:
         lines.append("| " + " | ".join([task, *(cell(rates["tasks"][task]) for _, rates in shown)]) + " |")
     lines.append("| " + " | ".join(["**all**", *(f"**{cell(rates)}**" for _, rates in shown)]) + " |")
     for condition, reason in metrics.get("not_applicable", {}).items():

@@ -95,15 +95,17 @@ def collect(workspace: Path, suite: str) -> Page:
     page = Page(suite)
     evaluation = workspace / "reports" / "eval"
     if (evaluation / "metrics.json").exists():
-        page.metrics = read_json(evaluation / "metrics.json", "run `dvc repro eval_libero`")
-        page.suite = page.metrics["suite"]
-        page.conditions = [name for name in CONDITIONS if name in page.metrics]
-        page.columns = columns(page.metrics)
-        page.missing += [f"condition {name}: {why}" for name, why in page.metrics.get("not_applicable", {}).items()]
-        page.success_chart = _chart("success", charts.success_rates(page.metrics, page.conditions))
+        metrics = read_json(evaluation / "metrics.json", "run `dvc repro eval_libero`")
+        page.suite = metrics["suite"]
+        page.conditions = [name for name in CONDITIONS if name in metrics]
+        page.columns = columns(metrics)
+        page.missing += [f"condition {name}: {why}" for name, why in metrics.get("not_applicable", {}).items()]
         records = _records(evaluation)
         _rollouts(page, evaluation, records)
-        _planning(page, list(records.values()))
+        if page.conditions:
+            page.metrics = metrics
+            page.success_chart = _chart("success", charts.success_rates(metrics, page.conditions))
+            _planning(page, list(records.values()))
     else:
         page.missing.append("closed-loop results: stage eval_libero has not run")
     _held_out(page, evaluation)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from wav.config import DataSettings
 
 LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+SUITES = ("tabletop", *LIBERO_SUITES)
+"""Suites with a simulator."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,22 @@ def task_specs(suite: str) -> dict[str, TaskSpec]:
     raise _unknown(suite)
 
 
+def has_simulator(suite: str) -> bool:
+    """Whether ``suite`` can be simulated; False for the dataset of a robot that nobody simulates here.
+
+    Raises:
+        ConfigError: the name is nearly that of a suite with a simulator.
+    """
+    if suite in SUITES:
+        return True
+    if difflib.get_close_matches(suite, SUITES, n=1):
+        raise _unknown(suite)
+    return False
+
+
 def _unknown(suite: str) -> ConfigError:
-    names = ("tabletop", *LIBERO_SUITES)
-    near = difflib.get_close_matches(suite, names, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; the suites are {', '.join(names)}"
+    near = difflib.get_close_matches(suite, SUITES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; the suites are {', '.join(SUITES)}"
     return ConfigError(f"data.suite = {suite!r}: unknown suite{hint}")
 
 
