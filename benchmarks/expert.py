@@ -31,7 +31,7 @@ def main() -> None:
             indices = range(ingest.first_index, ingest.first_index + arguments.episodes)
             jobs = [("tabletop", task, index, data, noise, detour, ingest.seed) for index in indices]
             solved = {indices[job]: result for job, result in map_in_processes(solves, jobs)}
-            failed = sorted(i for i, result in solved.items() if isinstance(result, Exception) or not result[0])
+            failed = sorted(i for i, result in solved.items() if isinstance(result, Exception) or not result.success)
             count = arguments.episodes - len(failed)
             rate = wilson(count, arguments.episodes)
             low, high = rate.wilson_low, rate.wilson_high

@@ -24,20 +24,33 @@ class Arm:
         scene: the robosuite environment.
         turn: yaws are equal modulo this (rad); the nearest one is taken. Pi is the gripper's own symmetry, half of it
             that of things as wide as they are long.
+        gain: commanded displacement per distance to the target; 1 lags behind a target that moves.
     """
 
-    def __init__(self, scene: Any, turn: float) -> None:
-        self._data, self._site, self._turn = scene.sim.data, scene.robots[0].eef_site_id, turn
+    def __init__(self, scene: Any, turn: float, gain: float = 1.0) -> None:
+        self._data, self._site = scene.sim.data, scene.robots[0].eef_site_id
+        self._turn, self._gain = turn, gain
 
     def position(self) -> NDArray[np.float64]:
         """(3,) of the gripper site (m)."""
         return np.array(self._data.site_xpos[self._site])
 
-    def toward(self, target: NDArray[np.float64], closed: bool, yaw: float = 0.0, speed: float = 1.0) -> Action:
-        """Proportional action toward a position (m) with the gripper pointing down and turned by ``yaw`` (rad)."""
+    def toward(
+        self,
+        target: NDArray[np.float64],
+        closed: bool,
+        yaw: float = 0.0,
+        speed: float = 1.0,
+        frame: NDArray[np.float64] | None = None,
+    ) -> Action:
+        """Proportional action toward a position (m) with the gripper pointing down and turned by ``yaw`` (rad).
+
+        ``frame`` (3, 3) is another orientation to take instead (:func:`pointing`).
+        """
+        error = self.rotation_error(yaw) if frame is None else self.rotation_to(frame)
         action = np.zeros(7)
-        action[:3] = np.clip((target - self.position()) / POSITION_SCALE, -speed, speed)
-        action[3:6] = np.clip(self.rotation_error(yaw) / ROTATION_SCALE, -0.5, 0.5)
+        action[:3] = np.clip(self._gain * (target - self.position()) / POSITION_SCALE, -speed, speed)
+        action[3:6] = np.clip(self._gain * error / ROTATION_SCALE, -0.5, 0.5)
         action[6] = 1.0 if closed else -1.0
         return action.astype(np.float32)
 
@@ -45,7 +58,15 @@ class Arm:
         """World-frame rotation vector (rad) from the gripper's orientation to pointing down at ``yaw``."""
         half = self._turn / 2
         yaw = (yaw + half) % self._turn - half
-        now = np.asarray(self._data.site_xmat[self._site]).reshape(3, 3)
         c, s = np.cos(yaw), np.sin(yaw)
-        wanted = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ DOWN
-        return 0.5 * sum((np.cross(now[:, k], wanted[:, k]) for k in range(3)), np.zeros(3))
+        return self.rotation_to(np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ DOWN)
+
+    def rotation_to(self, frame: NDArray[np.float64]) -> NDArray[np.float64]:
+        """World-frame rotation vector (sine of the angle, for small ones rad) to another orientation (3, 3)."""
+        now = np.asarray(self._data.site_xmat[self._site]).reshape(3, 3)
+        return 0.5 * sum((np.cross(now[:, k], frame[:, k]) for k in range(3)), np.zeros(3))
+
+
+def pointing(approach: NDArray[np.float64], closing: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Orientation (3, 3) of the gripper site for unit vectors along which it points and along which it closes."""
+    return np.column_stack([closing, np.cross(approach, closing), approach])

@@ -7,6 +7,7 @@ actions are executed, clean ones are the labels). LIBERO's is in ``libero_expert
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -252,11 +253,21 @@ def run_expert(
     return False, limit
 
 
-def solves(
-    suite: str, task: str, index: int, data: DataSettings, noise: float, detour: float, seed: int
-) -> tuple[bool, int]:
-    """Whether the expert solves one episode, and its steps. Runs in a simulator process."""
-    return run_expert(_environment(suite, data), suite, task, index, noise, detour, seed)
+@dataclass(frozen=True)
+class Solved:
+    """What came of one episode of an expert."""
+
+    success: bool
+    steps: int
+    seconds: float
+    """Of one core, the reset included."""
+
+
+def solves(suite: str, task: str, index: int, data: DataSettings, noise: float, detour: float, seed: int) -> Solved:
+    """Run the expert on one episode and record nothing. Runs in a simulator process."""
+    env, before = _environment(suite, data), time.process_time()
+    success, steps = run_expert(env, suite, task, index, noise, detour, seed)
+    return Solved(success, steps, time.process_time() - before)
 
 
 def record_demonstration(

@@ -14,11 +14,15 @@ from numpy.typing import NDArray
 from wav.errors import ConfigError
 from wav.sim.arm import Action, Arm
 from wav.sim.libero_expert_goals import PLACED, Goal, ordered_goals
+from wav.sim.libero_expert_parts import Drawer, Knob, Part
 from wav.sim.libero_expert_place import PickPlace
 from wav.sim.libero_grasps import HeightMap, Solids, gripper_points
 
 if TYPE_CHECKING:
     from wav.sim.libero import LiberoEnv
+
+
+Skill = PickPlace | Drawer | Knob
 
 
 class LiberoExpert:
@@ -31,10 +35,10 @@ class LiberoExpert:
 
     def __init__(self, env: LiberoEnv, task: str) -> None:
         self.scene, self.task = env.scene, task
-        self.arm = Arm(self.scene, turn=np.pi)
+        self.arm = Arm(self.scene, turn=np.pi, gain=2.0)
         self.solids = Solids(self.scene.sim)
         self.goals = ordered_goals(self.scene.parsed_problem["goal_state"])
-        self._skill: PickPlace | None = None
+        self._skill: Skill | None = None
 
     def __call__(self) -> Action:
         """The clean action (7,) for the simulator's current state."""
@@ -45,10 +49,27 @@ class LiberoExpert:
             self._skill = self._begin(open_goals[0])
         return self._skill()
 
-    def _begin(self, goal: Goal) -> PickPlace:
+    def _begin(self, goal: Goal) -> Skill:
+        """The skill for ``goal``, or for what must be done before it."""
         if goal.predicate in PLACED:
+            shut = self._shut_drawer(goal.place)
+            if shut is not None:
+                return Drawer(self.scene, self.arm, self.solids, shut)
             return PickPlace(self.scene, self.arm, self.solids, goal)
+        if goal.predicate in ("turnon", "turnoff"):
+            return Knob(self.scene, self.arm, self.solids, goal)
+        if goal.subject in self.scene.object_sites_dict:
+            return Drawer(self.scene, self.arm, self.solids, goal)
         raise ConfigError(f"task {self.task!r}: the expert cannot reach its goal {goal.state}; choose another task")
+
+    def _shut_drawer(self, place: str) -> Goal | None:
+        """The goal of opening the drawer that ``place`` is, if it is one and less than half open."""
+        site = self.scene.object_sites_dict.get(place)
+        if site is None or not site.joints:
+            return None
+        part = Part(self.scene, place)
+        low, high = part.wanted("default_open_ranges")
+        return Goal("open", place) if abs(part.angle) < abs(low + high) / 4 else None
 
     def random_pose(self, rng: np.random.Generator) -> tuple[NDArray[np.float64], float]:
         """Somewhere to start from, (x, y, z) in m and a yaw in rad: above the workspace, or close above an object."""

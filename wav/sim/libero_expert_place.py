@@ -6,6 +6,7 @@ computed again whenever the object is not where it was. Nothing is replayed: eve
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,14 @@ from wav.sim.arm import Action, Arm
 from wav.sim.libero_expert_goals import Goal
 from wav.sim.libero_grasps import Grasp, HeightMap, Points, Solids, grasps, gripper_points
 
+STUCK_STEPS = 12
+"""Steps over which a gripper that moves less than 3 mm counts as stuck."""
 CLOSE_STEPS = 5
 """Steps the fingers are given to close or to open."""
 ON_TOP = 0.012
 """Metres from its centre at which things are put on an object (LIBERO asks for 30 mm)."""
+REACH = 0.70
+"""Metres from the robot's base up to which it works with a bent elbow; at 0.78 m the elbow is straight."""
 INSET = 0.012
 """Metres a landing place keeps from the border of its region."""
 
@@ -31,10 +36,12 @@ class PickPlace:
         self.scene, self.arm, self.solids, self.goal = scene, arm, solids, goal
         self.finished = False
         self._body = int(scene.obj_body_id[goal.subject])
+        self._base = np.array(scene.sim.data.body_xpos[scene.sim.model.body_name2id("robot0_base")][:2])
         self._grasp: Grasp | None = None
         self._grasped_at = np.zeros(7)
         self._tried: list[Grasp] = []
         self._around: HeightMap | None = None
+        self._trace: deque[NDArray[np.float64]] = deque(maxlen=STUCK_STEPS)
         self._start_over()
 
     def _start_over(self) -> None:
@@ -42,21 +49,43 @@ class PickPlace:
         self._grasp, self._landing = None, np.zeros(3)
         self._shape: Points | None = None
         self._hold = np.zeros(3)
-        self._closing = self._releasing = self._slipped = 0
-        self._held = self._down = False
+        self._closing = self._opening = self._releasing = self._slipped = 0
+        self._held = self._down = self._out = False
+        self._exit = np.zeros(3)
 
     def __call__(self) -> Action:
         """The next clean action (7,)."""
+        self._trace.append(self.arm.position())
         if self._releasing:
             return self._release()
         if self._held and self._lost():
             self._start_over()
+        if self._stuck():
+            self._trace.clear()
+            if self._held:  # as far as the arm goes: let go
+                return self._release()
+            if self._grasp is not None and not self._closing:
+                self._give_up(self._grasp)
         return self._carry() if self._held else self._reach()
+
+    def _stuck(self) -> bool:
+        """Whether the gripper has hardly moved for a while, though it should."""
+        full = len(self._trace) == self._trace.maxlen
+        return full and bool(np.linalg.norm(self._trace[-1] - self._trace[0]) < 0.003) and not self._closing
+
+    def _give_up(self, grasp: Grasp) -> None:
+        """Open, rise and try another grasp."""
+        self._tried.append(grasp)
+        self._start_over()
+        self._opening = CLOSE_STEPS
 
     # ---- picking ----
 
     def _reach(self) -> Action:
         """Above the grasp, down to it, close."""
+        if self._opening:
+            self._opening -= 1
+            return self.arm.toward(self.arm.position() + (0, 0, 0.03), closed=False, yaw=self._tried[-1].yaw)
         if self._grasp is None or (not self._closing and self._moved()):
             self._plan_grasp()
         grasp, around = self._grasp, self._around
@@ -78,8 +107,10 @@ class PickPlace:
                 return self.arm.toward(aim, closed=False, yaw=grasp.yaw)
             return self.arm.toward(np.append(grasp.position[:2], max(travel, grasp.position[2])), False, grasp.yaw)
         self._down = True
-        if height > 0.006:
-            return self.arm.toward(grasp.position, closed=False, yaw=grasp.yaw)
+        if height > 0.006 or lateral > 0.008:
+            near = height < 0.03 and lateral > 0.006  # descending drags the arm aside: wait for it
+            aim = np.append(grasp.position[:2], eef[2] - 0.004 if near and height > 0.006 else grasp.position[2])
+            return self.arm.toward(aim, closed=False, yaw=grasp.yaw)
         self._closing = 1
         return self._close(grasp)
 
@@ -87,14 +118,15 @@ class PickPlace:
         self._closing += 1
         if self._closing > CLOSE_STEPS and self._touching():
             self._held, self._closing, self._down = True, 0, False
+            self._trace.clear()
             self._hold = self.arm.position() - self._position()
             self._tried.clear()
             self._plan_landing()
+            self._exit = self._way_out()
             return self._carry()
         if self._closing > 3 * CLOSE_STEPS:  # closed on nothing: another grasp
-            self._tried.append(grasp)
-            self._start_over()
-            return self.arm.toward(self.arm.position() + (0, 0, 0.05), closed=False, yaw=grasp.yaw)
+            self._give_up(grasp)
+            return self._reach()
         return self.arm.toward(grasp.position, closed=True, yaw=grasp.yaw)
 
     def _plan_grasp(self) -> None:
@@ -102,12 +134,22 @@ class PickPlace:
         others = self.solids.others(self._body, self._position())
         everything = np.concatenate([cloud, others])
         self._around = HeightMap(everything, self._position(), float(everything[:, 2].min()))
-        found = grasps(cloud, others, float(everything[:, 2].min()))
-        if not found:
+        floor = float(everything[:, 2].min())
+        found = grasps(cloud, others, floor, self._reach_cost)
+        fresh = (grasp for grasp in found if all(_differ(grasp, other) for other in self._tried))
+        self._grasp = next(fresh, None)
+        if self._grasp is None and self._tried:  # every grasp was tried: from the start
+            self._tried.clear()
+            self._grasp = next(grasps(cloud, others, floor, self._reach_cost), None)
+        if self._grasp is None:
             raise SimulationError(f"expert: {self.goal.subject} cannot be grasped from above where it lies")
-        fresh = [grasp for grasp in found if all(_differ(grasp, other) for other in self._tried)]
-        self._grasp = (fresh or found)[0]
         self._grasped_at = self._pose()
+
+    def _reach_cost(self, grasp: Grasp) -> float:
+        """What it costs to hold the object so that the arm is stretched, where it lies or where it goes."""
+        offset = grasp.position[:2] - self._position()[:2]
+        ends = (grasp.position[:2], self._center()[:2] + offset)
+        return 10 * sum(max(0.0, float(np.linalg.norm(end - self._base)) - REACH) for end in ends)
 
     def _moved(self) -> bool:
         """Whether the object is not where the grasp was planned."""
@@ -122,8 +164,10 @@ class PickPlace:
         return bool(shifted or self._slipped > CLOSE_STEPS)
 
     def _touching(self) -> bool:
-        """Whether both pads touch the object."""
-        return bool(self.scene._check_grasp(self.scene.robots[0].gripper, self.scene.get_object(self.goal.subject)))
+        """Whether both fingers touch the object."""
+        parts = self.scene.robots[0].gripper.important_geoms
+        fingers = [parts["left_finger"], parts["right_finger"]]
+        return bool(self.scene._check_grasp(fingers, self.scene.get_object(self.goal.subject)))
 
     # ---- placing ----
 
@@ -134,6 +178,9 @@ class PickPlace:
         assert around is not None
         assert self._shape is not None
         hold = self.arm.position() - position
+        if not self._out:
+            self._out = bool(np.linalg.norm(position[:2] - self._exit[:2]) < 0.006)
+            return self.arm.toward(self._exit + hold, closed=True, yaw=grasp.yaw, speed=0.6)
         lateral = float(np.linalg.norm(position[:2] - self._landing[:2]))
         if lateral > (0.006 if not self._down else 0.015):
             self._down = False
@@ -161,6 +208,18 @@ class PickPlace:
             cost = 3 * height + float(np.linalg.norm(place - self._center()[:2]))
             if cost < best:
                 best, self._landing = cost, np.array([*place, height])
+
+    def _way_out(self) -> NDArray[np.float64]:
+        """Nearest point (m) from which the held object can rise: a bowl in a drawer is partly under the cabinet."""
+        position, around = self._position(), self._around
+        assert around is not None
+        assert self._shape is not None
+        for radius in np.arange(0.0, 0.1, 0.01):
+            for angle in np.arange(0.0, 2 * np.pi, np.pi / 6):
+                place = position[:2] + radius * np.array([np.cos(angle), np.sin(angle)])
+                if around.clearance(self._shape, place) < position[2] + 0.02:
+                    return np.array([*place, position[2] + (0.005 if radius else 0.0)])
+        return position
 
     def _center(self) -> NDArray[np.float64]:
         """(3,) of the place (m)."""

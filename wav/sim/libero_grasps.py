@@ -7,6 +7,7 @@ side of a bowl's rim all come out of the same rule. Heights come from a height m
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ Points = NDArray[np.float64]
 """(n, 3), metres, world frame unless said otherwise."""
 
 SPACING = 0.005
-"""Metres between the points of a cloud."""
+"""Metres between the points of a cloud, twice that on large faces."""
 CELL = 0.01
 """Metres of one cell of a height map."""
 HUGE = 0.45
@@ -26,12 +27,14 @@ FINGER_TIP = 0.0095
 """Metres the fingertips reach below the grip site."""
 HAND_BOTTOM = 0.030
 """Metres the hand's lower side lies above the grip site: nothing held may reach higher."""
-HAND_HALF = (0.035, 0.104)
-"""Half-width and half-length (m) of the hand, the length along the closing direction."""
-FINGER_HALF = 0.013
+HAND_HALF = (0.021, 0.104)
+"""Half-width and half-length (m) of the hand's lower part, the length along the closing direction."""
+WRIST = (0.065, 0.034)
+"""Metres above the grip site from which the hand is wider, and its half-width (m) there."""
+FINGER_HALF = 0.0105
 """Half-width (m) of a finger across the closing direction."""
-FINGER_DEPTH = 0.027
-"""Metres a finger takes up along the closing direction."""
+FINGER_DEPTH, FINGER_TIP_DEPTH = 0.027, 0.015
+"""Metres a finger, and its tip, take up along the closing direction."""
 PAD = 0.008
 """Half-height and half-width (m) of a finger's pad."""
 OPENING = 0.0385
@@ -61,8 +64,9 @@ def axes(yaw: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def box_points(center: Points, half: Points) -> Points:
-    """Points on the faces of an axis-aligned box, at most :data:`SPACING` apart."""
-    grids = [np.linspace(-h, h, max(2, int(np.ceil(2 * h / SPACING)) + 1)) for h in half]
+    """Points on the faces of an axis-aligned box, at most :data:`SPACING` apart (twice that along long sides)."""
+    steps = [SPACING if h < 0.03 else 2 * SPACING for h in half]
+    grids = [np.linspace(-h, h, max(2, int(np.ceil(2 * h / step)) + 1)) for h, step in zip(half, steps, strict=True)]
     faces = []
     for axis in range(3):
         first, second = (k for k in range(3) if k != axis)
@@ -75,57 +79,60 @@ def box_points(center: Points, half: Points) -> Points:
 
 
 class Solids:
-    """Clouds of the collision geometry of a MuJoCo simulation, by top-level body; the robot is left out."""
+    """Clouds of the collision geometry of a MuJoCo simulation; the robot is left out.
+
+    A body is named by its number: a top-level body stands for all that hangs on it, any other for itself alone.
+    """
 
     def __init__(self, sim: Any) -> None:
         self._data = sim.data._data
         model = sim.model._model
-        self._clouds: dict[int, list[tuple[int, Points]]] = {}
+        self._geoms: list[tuple[int, set[int], Points]] = []
         for geom in range(model.ngeom):
             solid = (model.geom_contype[geom] or model.geom_conaffinity[geom]) and model.geom_group[geom] == 0
-            root = int(model.body_rootid[model.geom_bodyid[geom]])
+            body = int(model.geom_bodyid[geom])
+            root = int(model.body_rootid[body])
+            robot = str(model.body(root).name).startswith(("robot", "gripper", "mount"))
             center, half = model.geom_aabb[geom, :3], model.geom_aabb[geom, 3:]
-            if solid and not self._robot(model, root) and (half < HUGE).all():
-                self._clouds.setdefault(root, []).append((geom, box_points(center, half)))
-
-    @staticmethod
-    def _robot(model: Any, body: int) -> bool:
-        return str(model.body(body).name).startswith(("robot", "gripper", "mount"))
+            if solid and not robot and (half < HUGE).all():
+                self._geoms.append((geom, {body, root}, box_points(center, half)))
 
     def cloud(self, body: int) -> Points:
-        """All points of top-level body ``body`` where it is now."""
-        return np.concatenate([self._placed(geom, points) for geom, points in self._clouds[body]])
+        """All points of ``body`` where it is now."""
+        return self._placed(points for points in self._geoms if body in points[1])
 
     def others(self, body: int, center: NDArray[np.float64], radius: float = 0.5) -> Points:
         """Points of every other body within ``radius`` (m) of ``center`` (x, y)."""
-        found = [np.empty((0, 3))]
-        for root, geoms in self._clouds.items():
-            if root != body:
-                found += [self._placed(geom, points) for geom, points in geoms]
-        cloud = np.concatenate(found)
+        cloud = self._placed(points for points in self._geoms if body not in points[1])
         return cloud[(np.abs(cloud[:, :2] - center[:2]) < radius).all(axis=1)]
 
-    def _placed(self, geom: int, points: Points) -> Points:
-        placed: Points = points @ self._data.geom_xmat[geom].reshape(3, 3).T + self._data.geom_xpos[geom]
-        return placed
+    def _placed(self, geoms: Iterable[tuple[int, set[int], Points]]) -> Points:
+        placed = [np.empty((0, 3))]
+        for geom, _, points in geoms:
+            placed.append(points @ self._data.geom_xmat[geom].reshape(3, 3).T + self._data.geom_xpos[geom])
+        return np.concatenate(placed)
 
 
-def grasps(target: Points, others: Points, floor: float) -> list[Grasp]:
-    """Grasps of ``target`` from above that touch nothing else, cheapest first.
+def grasps(
+    target: Points, others: Points, floor: float, extra: Callable[[Grasp], float] = lambda _: 0.0
+) -> Iterator[Grasp]:
+    """Grasps of ``target`` from above that touch nothing else, cheapest first; found as they are asked for.
 
     Args:
         target: the object's cloud.
         others: what must not be touched.
         floor: height (m) the fingertips stay above.
+        extra: a cost added to a grasp's own.
     """
     top, bottom = target[:, 2].max(), max(target[:, 2].min(), floor)
     middle = (target.min(axis=0) + target.max(axis=0)) / 2
     lowest, highest = bottom + FINGER_TIP + 0.002, top - 0.004
     heights = np.unique(np.clip(top - np.array([0.012, 0.02, 0.027]), lowest, max(lowest, highest)))
     found = [grasp for yaw in YAWS for height in heights for grasp in _at(target, middle, float(yaw), float(height))]
-    found.sort(key=lambda grasp: grasp.cost)
-    near = others[np.abs(others[:, :2] - middle[:2]).max(axis=1) < 0.25]
-    return [grasp for grasp in found if _free(grasp, target, near)]
+    found.sort(key=lambda grasp: grasp.cost + extra(grasp))
+    reach = float(np.ptp(target[:, :2], axis=0).max()) / 2 + HAND_HALF[1] + 0.02
+    near = others[(np.abs(others[:, :2] - middle[:2]).max(axis=1) < reach) & (others[:, 2] > bottom - 0.02)]
+    return (grasp for grasp in found if _free(grasp, target, near))
 
 
 def _at(target: Points, middle: Points, yaw: float, height: float) -> list[Grasp]:
@@ -160,8 +167,9 @@ def _free(grasp: Grasp, target: Points, others: Points) -> bool:
     for cloud, margin in ((target, 0.001), (others, 0.004)):
         offset = cloud - grasp.position
         p, c, z = np.abs(offset[:, :2] @ across), np.abs(offset[:, :2] @ along), offset[:, 2]
-        hand = (p < HAND_HALF[0] + margin) & (c < HAND_HALF[1] + margin) & (z > HAND_BOTTOM - margin)
-        thick = np.where(z > 0.012, FINGER_DEPTH, 0.016)
+        half = np.where(z > WRIST[0], WRIST[1], HAND_HALF[0])
+        hand = (p < half + margin) & (c < HAND_HALF[1] + margin) & (z > HAND_BOTTOM - margin)
+        thick = np.where(z > 0.004, FINGER_DEPTH, FINGER_TIP_DEPTH)
         finger = (p < FINGER_HALF + margin) & (c > OPENING - margin) & (c < OPENING + thick + margin)
         finger &= z > -FINGER_TIP - margin
         between = (p < FINGER_HALF) & (c <= OPENING) & (z > -FINGER_TIP) & (z < HAND_BOTTOM)
@@ -176,6 +184,7 @@ def gripper_points(yaw: float, opening: float = OPENING) -> Points:
     parts = []
     for half, low, high, z in (
         (HAND_HALF[0], -HAND_HALF[1], HAND_HALF[1], HAND_BOTTOM),
+        (WRIST[1], -HAND_HALF[1], HAND_HALF[1], WRIST[0]),
         (FINGER_HALF, opening, opening + FINGER_DEPTH, -FINGER_TIP),
         (FINGER_HALF, -opening - FINGER_DEPTH, -opening, -FINGER_TIP),
     ):
