@@ -11,7 +11,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, get_run_logger
 
 from flows import eval_libero as stage
 from flows.artifacts import publish_table
@@ -63,6 +63,23 @@ def find_checkpoint(text: str, workspace: Path, store: ObjectStore) -> Path:
     if not (folder / "settings.json").is_file() and not (folder / "checkpoint.json").is_file():
         raise CheckpointError(f"checkpoint = {text!r}: {folder} is neither an export nor a train_joint output")
     return folder
+
+
+def default_checkpoint(workspace: Path, store: ObjectStore) -> str:
+    """What an empty ``checkpoint`` means: empty for the project's joint model, ``champion`` where it has none yet.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    if (workspace / "models/joint/checkpoint.json").is_file():
+        return ""
+    if read_champion(store, load_settings(workspace / "params.yaml").data.suite) is None:
+        raise CheckpointError(
+            f"{workspace / 'models/joint'}: no joint model here, and {store.url} has no champion; run dvc repro, "
+            "dvc pull or retrain first, or name a checkpoint"
+        )
+    get_run_logger().info("%s has no joint model yet: evaluating the champion", workspace)
+    return "champion"
 
 
 def wanted_changes(
@@ -136,7 +153,7 @@ def eval_libero(
     """Evaluate a policy in closed loop; returns the folder of the results.
 
     Args:
-        checkpoint: see :func:`find_checkpoint`; empty: the project's joint model.
+        checkpoint: see :func:`find_checkpoint`; empty: the project's joint model, or the champion.
         suite: must be the one the policy was trained on; empty: that one.
         tasks: names of the suite's tasks; none: those of the policy's settings.
         episodes: per task; 0: as ``params.yaml`` says.
@@ -152,10 +169,10 @@ def eval_libero(
     folder = Path(out).resolve() if out else run_folder(str(workspace))
     changes = wanted_changes(suite, tasks, episodes, conditions, planner, seed)
     instead: dict[str, Path] = {}
+    store = open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region)
+    checkpoint = checkpoint or default_checkpoint(workspace, store)
     if checkpoint:
-        found = find_checkpoint(
-            checkpoint, workspace, open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region)
-        )
+        found = find_checkpoint(checkpoint, workspace, store)
         if (found / "settings.json").is_file():
             prepare_export(found, workspace, folder, changes)
             evaluate_export(found, folder)

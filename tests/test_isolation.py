@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from prefect.logging import disable_run_logger
 
 from flows import provenance
-from flows.eval_run import find_checkpoint, prepare_export, wanted_changes
+from flows.eval_run import default_checkpoint, find_checkpoint, prepare_export, wanted_changes
 from flows.isolation import data_inputs, isolate, outputs, source_workspace
+from wav import promotion
 from wav.config import STAGE_SECTIONS, load_settings
 from wav.data.files import write_json
 from wav.errors import CheckpointError, ConfigError, DataError
@@ -93,6 +96,25 @@ def test_checkpoints_are_found_by_folder_and_address(workspace: Path, tmp_path: 
     ]:
         with pytest.raises(CheckpointError, match=message):
             find_checkpoint(text, workspace, store)
+
+
+def test_without_a_checkpoint_it_is_the_project_s_model_then_the_champion(workspace: Path, tmp_path: Path) -> None:
+    store, export = open_store((tmp_path / "store").as_uri()), tmp_path / "export"
+    with disable_run_logger(), pytest.raises(CheckpointError, match=r"no joint model here, and .* has no champion"):
+        default_checkpoint(workspace, store)
+    export.mkdir()
+    (export / "settings.json").write_text("{}")
+    files = promotion.upload_policy(store, export, "policies/p1/export")
+    champion = promotion.Champion("p1", "c1", "e1", {}, files, "abc", "run", "2026-01-01T00:00:00+00:00")
+    promotion.crown(store, "tabletop", champion, None)
+    with disable_run_logger():
+        assert default_checkpoint(workspace, store) == "champion"
+    found = find_checkpoint("champion", workspace, store)
+    assert (found / "settings.json").read_text() == "{}"
+    assert find_checkpoint("champion:tabletop", workspace, store) == found
+    shutil.rmtree(workspace / "models/joint/checkpoint.json")
+    (workspace / "models/joint/checkpoint.json").write_text("{}")
+    assert default_checkpoint(workspace, store) == ""
 
 
 def test_hashes_are_those_of_dvc(tmp_path: Path) -> None:
