@@ -19,14 +19,16 @@ from typing import Any
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings, parse_settings
 from wav.data.files import read_json, write_json, write_text
 from wav.errors import ConfigError
-from wav.evaluation.act import PoolFactory, exported_data, open_pool, policy_for_suite
+from wav.evaluation.act import exported_data, policy_for_suite
 from wav.evaluation.evaluate import Progress, evaluate
 from wav.evaluation.intervals import Rate, independent_difference, wilson
 from wav.evaluation.published import AVERAGE, EPISODES, PUBLISHED, SUITES, TASKS, Published
+from wav.evaluation.start import check_all
 from wav.export import verify_export
 from wav.planner import CONDITIONS
 from wav.policy import Policy
 from wav.sim.env import LIBERO_SUITES, simulator_versions
+from wav.sim.workers import SimPool
 
 #: Seconds between two lines of progress.
 _TELL = 15.0
@@ -125,7 +127,6 @@ def libero_table(
     workers: int,
     device: str = "auto",
     report: Callable[[str], None],
-    pool_factory: PoolFactory = open_pool,
 ) -> Table:
     """Evaluate ``export`` over the protocol's suites and write ``out/table.json`` and ``out/table.md``.
 
@@ -136,7 +137,6 @@ def libero_table(
         workers: simulator processes.
         device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
         report: called with lines of progress.
-        pool_factory: opens the simulators.
 
     Raises:
         CheckpointError: the export is missing or damaged.
@@ -171,14 +171,17 @@ def libero_table(
         data = exported_data(export, suite, protocol.tasks).model_copy(update={"tasks": protocol.tasks})
         sections = _Sections(data, policy.planner, protocol.settings(data))
         report(f"{suite}: {SUITES[suite]}")
-        with pool_factory(suite, data, min(workers, protocol.batch_size), protocol.batch_size) as pool:
+        policy_for_suite(policy, data)
+        with SimPool(suite, data, workers=workers, slots=protocol.batch_size) as pool:
+            began = check_all(policy, data, pool=pool, out=out / suite, store=None)
             metrics[suite] = evaluate(
                 sections,
-                policy_for_suite(policy, data),
+                policy,
                 out / suite,
                 pool=pool,
                 checkpoint=digest,
                 with_value=policy.model.shapes.value is not None,
+                start=began.as_dict(),
                 progress=_Teller(suite, report),
             )
         table = make_table(metrics, heading, complete=not protocol.tasks)
