@@ -10,8 +10,6 @@ observations are not those of a step's end: robosuite samples them at the 24th o
 from __future__ import annotations
 
 import contextlib
-import logging
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -25,19 +23,13 @@ from wav.seeding import derive_seed
 from wav.sim.env import Observation
 from wav.sim.libero_assets import bootstrap
 from wav.sim.libero_tasks import INIT_STATES, bddl_file, initial_states, task_specs
-from wav.sim.rendering import choose_backend, simplify_model
+from wav.sim.rendering import simplify_model
+from wav.sim.robosuite import quiet
 
 if TYPE_CHECKING:
     from wav.config import DataSettings
 
-choose_backend()  # before robosuite imports mujoco
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-    import robosuite.macros as macros
-
-    macros.CONSOLE_LOGGING_LEVEL = None
-    macros.FILE_LOGGING_LEVEL = None
+with quiet():
     bootstrap()
     import libero.libero.envs.bddl_utils as bddl_utils
     from libero.libero.envs import TASK_MAPPING

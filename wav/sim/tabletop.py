@@ -6,8 +6,6 @@ Two cameras (agentview, wrist), the 8-D state of :func:`wav.data.state.encode_st
 
 from __future__ import annotations
 
-import logging
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +14,8 @@ from numpy.typing import NDArray
 from wav.data.state import encode_state
 from wav.errors import ConfigError
 from wav.sim.env import Observation
-from wav.sim.rendering import choose_backend, simplify_model
+from wav.sim.rendering import simplify_model
+from wav.sim.robosuite import quiet
 from wav.sim.tabletop_tasks import (
     BIN_CENTER,
     BIN_HALF,
@@ -32,14 +31,7 @@ from wav.sim.tabletop_tasks import (
 if TYPE_CHECKING:
     from wav.config import DataSettings
 
-choose_backend()  # before robosuite imports mujoco
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
-    import robosuite.macros as macros
-
-    macros.CONSOLE_LOGGING_LEVEL = None
-    macros.FILE_LOGGING_LEVEL = None
+with quiet():
     from robosuite.controllers import load_controller_config
     from robosuite.environments.manipulation.single_arm_env import SingleArmEnv
     from robosuite.models.arenas import TableArena
