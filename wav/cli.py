@@ -78,10 +78,10 @@ def libero_table(arguments: argparse.Namespace) -> int:
 
     runtime, default = Runtime(), Protocol()
     protocol = Protocol(
-        suites=tuple(arguments.suite) or default.suites,
-        tasks=tuple(arguments.task),
+        suites=tuple(dict.fromkeys(arguments.suite)) or default.suites,
+        tasks=tuple(dict.fromkeys(arguments.task)),
         episodes=arguments.episodes,
-        conditions=tuple(arguments.condition) or default.conditions,
+        conditions=tuple(dict.fromkeys(arguments.condition)) or default.conditions,
         execute_steps=arguments.execute_steps,
         batch_size=arguments.batch_size,
         budget=arguments.budget,

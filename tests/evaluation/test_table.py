@@ -24,6 +24,7 @@ HEADING = {
     "name": "wav-test",
     "checkpoint": "c" * 64,
     "trained_on": {"suite": "libero_10", "tasks": []},
+    "planner": {"iterations": 3, "video_samples": 30, "value_samples": 5},
     "protocol": {"tasks": (), "episodes": 50, "execute_steps": 8, "seed": 7},
 }
 LONGER = {"libero_10": 480}
@@ -89,6 +90,7 @@ def test_a_policy_as_good_as_the_paper_differs_from_nothing_but_the_best():
     assert ("dVLA-RL, no world model", AVERAGE) in larger
     assert {c.condition for c in table.comparisons if c.published == PAPER[1].name} == {"unplanned"}
     text = markdown(table)
+    assert "8 actions per policy call, planner K = 3, M = 30, N = 5, seed 7; success in %, 95% Wilson" in text
     assert "| **this policy, planned** | 99.6 [98.6, 99.9] | 100.0 [99.2, 100.0] |" in text
     assert "| 94.4 [92.0, 96.1] | 98.2 [97.5, 98.7] |" in text
     assert "| WAV, paper (2026-04) | 99.6 | 100.0 | 98.6 | 94.4 | 98.1 |" in text

@@ -272,13 +272,14 @@ def as_json(table: Table, published: Sequence[Published] = PUBLISHED) -> dict[st
 def markdown(table: Table, published: Sequence[Published] = PUBLISHED) -> str:
     """The table for people: our rows with intervals, then the published ones, marked where they differ."""
     columns = (*SUITES, AVERAGE)
-    heading, protocol = table.heading, table.heading["protocol"]
+    heading, protocol, planner = table.heading, table.heading["protocol"], table.heading["planner"]
     tasks = ", ".join(protocol["tasks"]) or f"all {TASKS} tasks of a suite"
     lines = [
         f"LIBERO: {heading['name']} ({heading['export']}, weights {heading['checkpoint'][:12]}), trained on "
         f"{heading['trained_on']['suite']}",
         "",
         f"{tasks}, {protocol['episodes']} initial states each, {protocol['execute_steps']} actions per policy call, "
+        f"planner K = {planner['iterations']}, M = {planner['video_samples']}, N = {planner['value_samples']}, "
         f"seed {protocol['seed']}; success in %, 95% Wilson intervals.",
         "",
         "| | " + " | ".join([*SUITES.values(), AVERAGE]) + " |",
