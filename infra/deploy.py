@@ -2,13 +2,12 @@
 
 A process work pool ``gpu`` that runs one flow at a time, its queue, the automation that marks runs as crashed whose
 worker died (their heartbeats stop), and the deployments of ``prefect.yaml``. ``python -m infra.deploy worker`` starts
-a worker of the pool in the project folder.
+a worker of the pool in the project folder (:mod:`infra.worker`).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -23,6 +22,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
 from flows.common import require_services
+from infra.worker import supervise
 from wav.config import Runtime
 from wav.errors import ServiceError, exit_status
 from wav.local import PROJECT
@@ -114,12 +114,10 @@ def deploy() -> None:
 
 
 def worker() -> int:
-    """A worker of the pool, in the project folder, with this process's environment; replaces this process."""
+    """A worker of the pool, in the project folder, with this process's environment, until a signal ends it."""
     require_services(Runtime())
-    os.chdir(PROJECT)
-    sys.stdout.flush()
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--work-queue", QUEUE]
-    os.execv(sys.executable, [*command, "--limit", "1"])
+    return supervise([*command, "--limit", "1"], str(PROJECT))
 
 
 def main(arguments: list[str] | None = None) -> int:

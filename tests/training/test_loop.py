@@ -24,7 +24,7 @@ TIMING = ("time/",)
 
 
 def finish(process: Any) -> str:
-    process.join(60)
+    process.join(300)
     return process.log.read_text()
 
 
@@ -57,7 +57,7 @@ def assert_equal(a: Any, b: Any, where: str = "") -> None:
         assert a == b, where
 
 
-def wait_for(path: Path, process: Any, seconds: float = 60) -> None:
+def wait_for(path: Path, process: Any, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert process.is_alive(), process.log.read_text()

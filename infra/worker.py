@@ -1,0 +1,98 @@
+"""A worker of the work pool that takes its flow runs with it: what ``python -m infra.deploy worker`` runs.
+
+On SIGTERM Prefect's worker stops looking for work and lets its flow runs go on, so that a stopped service would leave
+a training behind. The process here starts Prefect's worker and, on SIGTERM, SIGINT or SIGHUP, ends it and every flow
+run with all their processes: first SIGTERM (Prefect hears that the run crashed, a training saves what it can), then
+SIGKILL. Should this process itself be killed, the kernel ends the worker and the flow runs notice (``flows/``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import psutil
+
+from wav.training import guard
+
+#: in the environment of everything a worker starts; ``flows/__init__.py`` ties flow runs to the process that sets it
+MARK = "WAV_WORKER"
+GRACE_S = 15.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class _StopError(Exception):
+    """A signal asked this process to end."""
+
+
+def supervise(command: Sequence[str], cwd: str, grace_s: float = GRACE_S) -> int:
+    """Run a worker until it ends or a signal comes; nothing of it is left afterwards.
+
+    Args:
+        command: starts the worker.
+        cwd: its folder.
+        grace_s: seconds between SIGTERM and SIGKILL.
+
+    Returns:
+        Status of the worker, 0 where a signal ended it.
+    """
+    mark = f"{os.getpid()}-{time.time_ns()}"
+    for number in SIGNALS:
+        signal.signal(number, _raise)
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), *command],
+            cwd=cwd,
+            env={**os.environ, MARK: mark},
+            start_new_session=True,
+        )
+        return process.wait()
+    except _StopError:
+        return 0
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if process is not None:
+            end(process, mark, grace_s)
+
+
+def end(process: subprocess.Popen[bytes], mark: str, grace_s: float) -> None:
+    """End a worker and everything that carries its mark."""
+    flow_runs: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        flow_runs = psutil.Process(process.pid).children()
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)  # first, so that it takes no further run
+    for run in flow_runs:
+        with contextlib.suppress(psutil.Error):
+            run.terminate()
+    deadline = time.monotonic() + grace_s
+    while (alive := marked(mark)) and time.monotonic() < deadline:
+        process.poll()
+        time.sleep(0.1)
+    for left in alive:
+        with contextlib.suppress(psutil.Error):
+            left.kill()
+    process.wait()
+    psutil.wait_procs(alive, timeout=5)
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Running processes of one worker."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise _StopError
