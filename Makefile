@@ -1,7 +1,7 @@
 # make repro: install, start the local services, run the whole pipeline, say where to look.   make help: the rest.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install check-system repro libero libero-table test check-long lint format up down status ui deploy worker clean-workspace
+.PHONY: help install check-system repro libero libero-table test check-long check-gpu lint format up down status ui deploy worker clean-workspace
 
 PRESET ?=
 VENV := .venv
@@ -70,6 +70,10 @@ test: check-system $(VENV)/.installed-test ## what the tests need, then the test
 
 check-long: check-system $(VENV)/.installed-test ## the slow checks; KILLS=n: n seeds of every kill
 	@$(BEAT) 'pytest' -- python -m pytest -m long --record benchmarks/results/check-long.json
+
+# On a machine with torch, diffusers, safetensors, numpy and pytest alone: the same pytest line without the installs.
+check-gpu: $(VENV)/.installed-test ## checks on a CUDA GPU (skipped, with the reason, without one)
+	@$(BEAT) 'pytest' -- python -m pytest --confcutdir=tests/gpu tests/gpu -rs
 
 lint: $(VENV)/.installed-test ## ruff and mypy
 	ruff check .
