@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from wav.data.conventions import wrist_views
 from wav.model.transformer import WAVTransformer
 from wav.seeding import derive_seed
 
@@ -19,6 +18,8 @@ def value_channels(data: DataSettings) -> int:
 
     Arms are counted by their wrist cameras, as the reward does: arms of six joints and of seven have the same terms.
     """
+    from wav.data.conventions import wrist_views  # the model itself knows no data
+
     return 7 * max(1, len(wrist_views(data.views))) + 3
 
 

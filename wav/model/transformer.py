@@ -327,9 +327,11 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         *,
         need_video: bool = True,
         freeze_video: bool = False,
+        features: Sequence[Tensor] | None = None,
         value_tokens: Tensor | None = None,
         value_timestep: Tensor | None = None,
         value_rows: Rows = None,
+        value_sources: int | None = None,
         action_tokens: Tensor | None = None,
         action_timestep: Tensor | None = None,
         action_rows: Rows = None,
@@ -340,15 +342,19 @@ class WAVTransformer(ModelMixin, ConfigMixin):
 
         The experts may run on some samples only: ``value_rows`` and ``action_rows`` say which rows of the video pass
         their rows read, ``action_value_rows`` which value rows feed attn3 (None: all, in order). Value rows that feed
-        attn3 must be one pass per sample (3-D tokens). Without ``value_tokens`` attn3 is skipped. ``freeze_video``
-        runs the video pass without gradients and without its head. Other arguments as in :meth:`video`,
-        :meth:`value` and :meth:`action`.
+        attn3 must be one pass per sample (3-D tokens). Without ``value_tokens`` attn3 is skipped. ``value_sources``:
+        ``value_rows`` picks among the first this many rows, some several times, and their keys and values are
+        projected once. ``freeze_video`` runs the video pass without gradients and without its head; ``features``
+        replaces it by what it would give (:class:`wav.model.frozen.FrozenVideo`). Other arguments as in
+        :meth:`video`, :meth:`value` and :meth:`action`.
         """
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_video):
-            video, features = self.video(latents, timestep, text, text_mask, need_video and not freeze_video)
+        video = None
+        if features is None:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_video):
+                video, features = self.video(latents, timestep, text, text_mask, need_video and not freeze_video)
         value: ExpertOutput | None = None
         if value_tokens is not None and value_timestep is not None:
-            value = self.value(value_tokens, value_timestep, _select(features, value_rows))
+            value = self.value(value_tokens, value_timestep, self._value_reads(features, value_rows, value_sources))
         action = None
         if action_tokens is not None and action_timestep is not None:
             action = self.action(
@@ -359,6 +365,15 @@ class WAVTransformer(ModelMixin, ConfigMixin):
                 history,
             )
         return WAVOutput(video, None if value is None else value.velocity, action)
+
+    def _value_reads(
+        self, features: Sequence[Tensor], rows: Rows, sources: int | None
+    ) -> Sequence[Tensor] | Sequence[KeyValue]:
+        """What the value expert cross-attends to: features of ``rows``, or rows of the sources' keys and values."""
+        if sources is None:
+            return _select(features, rows)
+        cache = self.value_cache([layer[:sources] for layer in features])
+        return [KeyValue(key[rows], value[rows]) for key, value in cache]
 
 
 def _select(features: Sequence[Tensor], rows: Rows) -> Sequence[Tensor]:

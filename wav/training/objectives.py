@@ -8,7 +8,7 @@ plays one role: *action* (video and value at t = 1000, action loss), *value* (vi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from wav.flow_matching import (
     velocity_target,
 )
 from wav.model import WAVTransformer
+from wav.model.frozen import FrozenVideo
 from wav.training.draws import CLEAN, Compat, StepInputs
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ class StageModule(nn.Module):
         self.memory_frames = memory_frames
         self.action_dim = action_dim
         self.compat = compat
+        self.frozen = FrozenVideo(model)
         chosen = trainable_names(model, settings)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
@@ -106,13 +108,19 @@ class StageModule(nn.Module):
         latents, timestep = self._latents(inputs)
         batch, draws = inputs.batch, inputs.draws
         noised = mix(_values(batch).unsqueeze(1), draws.value_noise, draws.value_level)
+        text = self._cast(batch.text)
+        features = None
+        if self.frozen.usable and not self.compat.random_labels:  # all at t = 1000
+            memory, noise = latents.split([self.memory_frames, latents.shape[3] - self.memory_frames], dim=3)
+            features = self.frozen.features(memory, noise, text, batch.text_mask)
         output = self.model(
             latents,
             timestep,
-            self._cast(batch.text),
+            text,
             batch.text_mask,
             need_video=False,
             freeze_video=True,
+            features=features,
             value_tokens=self._cast(noised),
             value_timestep=self._timestep(draws.value_level),
         )
@@ -123,7 +131,7 @@ class StageModule(nn.Module):
     def _joint(self, inputs: StepInputs, settings: TrainJointSettings) -> tuple[Tensor, dict[str, Tensor]]:
         latents, timestep = self._latents(inputs)
         batch, roles = inputs.batch, inputs.roles
-        experts: dict[str, Tensor | slice | None] = {}
+        experts: dict[str, Any] = {}
         if roles.value or (roles.action and self.model.has_value):
             experts |= self._value_inputs(inputs)
         if roles.action:
@@ -151,7 +159,7 @@ class StageModule(nn.Module):
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return loss, {name: part.detach() for name, part in parts.items()}
 
-    def _value_inputs(self, inputs: StepInputs) -> dict[str, Tensor | slice | None]:
+    def _value_inputs(self, inputs: StepInputs) -> dict[str, Any]:
         """One value pass: pure noise at t = 1000 for the action rows, then the value rows' draws at their levels."""
         batch, draws, roles = inputs.batch, inputs.draws, inputs.roles
         condition, repeats = len(draws.condition_noise), draws.value_level.shape[1]
@@ -163,6 +171,7 @@ class StageModule(nn.Module):
             "value_tokens": self._cast(torch.cat([draws.condition_noise, noised])),
             "value_timestep": self._timestep(level),
             "value_rows": torch.cat([torch.arange(condition, device=noised.device), index]),
+            "value_sources": roles.action + roles.value,
         }
 
     def _action_inputs(self, inputs: StepInputs) -> dict[str, Tensor | slice | None]:

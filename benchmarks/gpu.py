@@ -1,0 +1,191 @@
+"""Everything that is measured on a GPU machine, in one command; it needs torch, diffusers, safetensors and numpy alone.
+
+Planning end to end (the newest camera frames in, actions on the CPU out; random weights): p50 and p95, peak memory,
+share of the machine's measured matrix peak, the plain schedule beside ours. Training samples a second of the three
+stages on one GPU, plain beside ours. Instructions count as encoded already, on both sides (T5 needs transformers)::
+
+    python benchmarks/gpu.py --json benchmarks/results/gpu.json
+    python benchmarks/gpu.py --device cpu --dtype float32 --sizes tiny --calls 3 --steps 2     # a trial
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from counting import machine
+from projection import accounted
+from sizes import SIZES, Sizes
+from torch import Tensor
+from train import DTYPES, STAGES, peak_memory
+from train import measure as measure_training
+from training_data import VaeEncoders, make_encoders
+
+from wav.model import accounting, build_model
+from wav.model.inference import WAVPlannerModel, noise_shapes
+from wav.model.plain import PlainPlannerModel
+from wav.planner import RowKey, SeededNoise, plan
+
+SCHEDULES: dict[str, Any] = {"plain": PlainPlannerModel, "ours": WAVPlannerModel}
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 2.0) -> float:
+    """Best measured operations per second of a square product."""
+    one, two = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, _seconds(lambda: one @ two, device))
+    return 2 * size**3 / best
+
+
+def _seconds(run: Any, device: torch.device) -> float:
+    """Seconds of a call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+class Policy:
+    """Frames to actions for one robot, on one schedule: the memory's earlier latents are kept, as a policy does."""
+
+    def __init__(self, name: str, model: Any, sizes: Sizes, encoders: Any, device: torch.device) -> None:
+        self.name, self.sizes, self.encoders, self.device = name, sizes, encoders, device
+        shapes = noise_shapes(model, sizes.views, sizes.grid, sizes.future, sizes.chunk)
+        self.adapter = SCHEDULES[name](model, shapes)
+        generator = torch.Generator().manual_seed(0)
+        self.earlier = torch.randn(1, sizes.views, sizes.latent, sizes.memory, *sizes.grid, generator=generator)
+        self.earlier = self.earlier.to(device)
+        self.text = torch.randn(1, sizes.text_tokens, sizes.caption, generator=generator)
+        self.history = torch.randn(1, 1, sizes.action_channels, generator=generator)
+
+    def act(self, frames: np.ndarray, index: int) -> Tensor:
+        """Actions (1, A, C) on the CPU; ``frames`` (V, H, W, 3) uint8.
+
+        Ours encodes the newest frame of every view; the plain schedule every memory frame again.
+        """
+        memory = self.earlier.clone()
+        if isinstance(self.encoders, VaeEncoders):
+            again = 1 if self.name == "ours" else self.sizes.memory
+            for _ in range(again):
+                newest = self.encoders._encode(frames[:, None])
+            memory[0, :, :, -1] = newest[:, :, 0]
+        context = self.adapter.begin(memory, self.text, None, self.history)
+        noise = SeededNoise([RowKey(0, "gpu", index)], self.device)
+        settings: Any = self.sizes.planner
+        actions: Tensor = plan(self.adapter, context, settings, noise, lambda values: values[..., -1]).actions
+        return actions.cpu()
+
+
+def planning(sizes: Sizes, policies: dict[str, Policy], peak: float, calls: int) -> dict[str, Any]:
+    """Latency of both schedules at the sizes' planner, in turns."""
+    rng, first = np.random.default_rng(0), next(iter(policies.values()))
+    height, width = (first.encoders.patch * cells for cells in sizes.grid)
+    frames = [rng.integers(0, 256, (sizes.views, height, width, 3), np.uint8) for _ in range(calls + 1)]
+    seconds: dict[str, list[float]] = {name: [] for name in policies}
+    memory, last = dict.fromkeys(policies, 0.0), {}
+    for index, picture in enumerate(frames):
+        for name, policy in policies.items():
+            with torch.inference_mode(), peak_memory(policy.device) as found:
+                start = time.perf_counter()
+                last[name] = policy.act(picture, index)  # on the CPU, so the device is done
+                seconds[name].append(time.perf_counter() - start)
+            memory[name] = max(memory[name], found["peak"])
+    settings: Any = sizes.planner
+    operations = accounting.plan_cost(accounted(sizes), settings).total
+    rows = {}
+    for name, taken in seconds.items():
+        p50, p95 = (float(np.quantile(taken[1:], q)) for q in (0.5, 0.95))  # the first call prepares
+        rows[name] = {"p50": p50, "p95": p95, "first": taken[0], "peak_gib": memory[name]}
+    rows["ours"]["share_of_measured_peak"] = operations / rows["ours"]["p50"] / peak
+    return {
+        "ratio": rows["plain"]["p50"] / rows["ours"]["p50"],
+        "max_abs_diff": float((last["plain"] - last["ours"]).abs().max()),
+        "tflop": operations / 1e12,
+        "schedules": rows,
+        "planner": asdict(sizes.planner),
+    }
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Planning at every K, then training."""
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
+    sizes = SIZES[arguments.sizes]
+    peak = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 512)
+    result: dict[str, Any] = {"measured_peak_tflops": peak / 1e12, "planning": {}}
+    encoders = make_encoders(arguments.encoders, sizes, device, dtype)
+    with device:
+        model = build_model(sizes.model, sizes, sizes.latent, sizes.caption, sizes.value_channels)  # type: ignore[arg-type]
+    model = model.to(device, dtype).eval()
+    for iterations in arguments.iterations:
+        chosen = replace(sizes, planner=replace(sizes.planner, iterations=iterations))
+        policies = {name: Policy(name, model, chosen, encoders, device) for name in SCHEDULES}
+        result["planning"][f"K={iterations}"] = planning(chosen, policies, peak, arguments.calls)
+        del policies
+    del model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if not arguments.no_training:
+        result["training"] = measure_training(arguments)
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the tables."""
+    print(f"measured matrix peak: {result['measured_peak_tflops']:.1f} TFLOP/s")
+    for name, row in result["planning"].items():
+        for schedule, found in row["schedules"].items():
+            share = found.get("share_of_measured_peak")
+            text = "" if share is None else f", {share:.0%} of the measured peak"
+            print(
+                f"planning {name} {schedule:6} p50 {found['p50']:.3f} s, p95 {found['p95']:.3f} s, "
+                f"peak {found['peak_gib']:.1f} GiB{text}"
+            )
+        print(f"planning {name} ratio {row['ratio']:.2f}, actions differ by {row['max_abs_diff']:.1e}")
+    for stage, row in result.get("training", {}).get("stages", {}).items():
+        rates = ", ".join(f"{n} {r['samples_per_second']:.1f}" for n, r in row["schedules"].items())
+        print(f"training {stage}: samples/s {rates}; ratio {row['ratio']:.2f}")
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--sizes", choices=SIZES, default="full")
+    parser.add_argument("--encoders", choices=("vae", "none"), default="vae")
+    parser.add_argument("--iterations", type=int, nargs="+", default=[3, 5], help="K of the planning calls")
+    parser.add_argument("--calls", type=int, default=20, help="planning calls that are timed")
+    parser.add_argument("--no-training", action="store_true")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="training stages (default: all three)")
+    parser.add_argument("--batch", type=int, default=8, help="training samples of a step")
+    parser.add_argument("--steps", type=int, default=8, help="training steps at most")
+    parser.add_argument("--budget", type=float, default=90.0, help="seconds a training stage may take")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in ours too")
+    parser.add_argument("--factors", action="store_true", help="also the plain schedule without each of its parts")
+    arguments = parser.parse_args()
+    if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {arguments.device}: this machine has no CUDA device; use --device cpu for a trial")
+    result = {"machine": machine(), "device": arguments.device, "dtype": arguments.dtype, "sizes": arguments.sizes}
+    if torch.cuda.is_available():
+        result["gpu"] = torch.cuda.get_device_name()
+    result |= measure(arguments)
+    show(result)
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What plans, trains and measures runs with torch, diffusers, safetensors and numpy alone: a bare GPU machine's set."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCKED = (
+    "pydantic", "pydantic_settings", "deepspeed", "prefect", "dvc", "dvclive", "transformers", "boto3", "psutil",
+    "robosuite", "mujoco", "scipy", "h5py", "pyarrow", "av", "matplotlib",
+)  # fmt: skip
+PREPARE = f"""
+import sys
+for name in {BLOCKED!r}:
+    sys.modules[name] = None  # an import of it fails
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "benchmarks")!r}]
+"""
+TINY = """
+import torch
+from sizes import SIZES, Train
+from train import Run
+from training_data import Encoders, windows
+from wav.model import build_model
+from wav.model.inference import WAVPlannerModel, noise_shapes
+from wav.planner import RowKey, SeededNoise, plan
+
+sizes = SIZES["tiny"]
+model = build_model(sizes.model, sizes, sizes.latent, sizes.caption, sizes.value_channels)
+planner = WAVPlannerModel(model.eval(), noise_shapes(model, sizes.views, sizes.grid, sizes.future, sizes.chunk))
+memory = torch.zeros(1, sizes.views, sizes.latent, sizes.memory, *sizes.grid)
+context = planner.begin(memory, torch.zeros(1, sizes.text_tokens, sizes.caption), None, None)
+made = plan(planner, context, sizes.planner, SeededNoise([RowKey(0, "light", 0)]), lambda values: values[..., -1])
+assert made.actions.shape == (1, sizes.chunk, sizes.action_channels)
+encoders = Encoders(sizes, torch.device("cpu"))
+for stage in ("pretrain_video", "train_value", "train_joint"):
+    run = Run(model, Train(stage, sizes.batch), sizes, encoders, ())
+    assert run.step(*windows(sizes, encoders, sizes.batch, 0), 0) > 0
+"""
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", PREPARE + code], capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_plan_and_a_training_step_of_every_stage() -> None:
+    run(TINY)
+
+
+@pytest.mark.parametrize("name", ["train", "projection", "growth_training", "gpu"])
+def test_benchmarks_start(name: str) -> None:
+    run(
+        f"import runpy\nsys.argv = ['{name}.py', '--help']\n"
+        f"try:\n    runpy.run_path({str(ROOT / 'benchmarks' / name) + '.py'!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code\nelse:\n    raise AssertionError('no help')\n"
+    )
+
+
+def test_the_sizes_are_those_of_the_parameter_files() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from projection import accounted
+    from sizes import SIZES
+
+    from wav.config import load_settings
+    from wav.model.accounting import Sizes
+
+    for name, file in (("default", "params.yaml"), ("full", "presets/libero.yaml")):
+        settings, sizes = load_settings(ROOT / file), SIZES[name]
+        assert accounted(sizes) == Sizes.of(settings)
+        for field in vars(sizes.planner):
+            assert getattr(sizes.planner, field) == getattr(settings.planner, field), f"{name}: planner.{field}"
+        assert sizes.batch == settings.pretrain_video.batch_size
+        assert sizes.model.max_views == settings.model.max_views
+        assert sizes.model.rope_scale == pytest.approx(settings.model.rope_scale)
