@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from flows.isolation import stage_table
 from wav.errors import ConfigError, ServiceError
@@ -69,7 +72,21 @@ class Checkout:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ServiceError(f"{self.folder}: another retrain works there; wait for it or cancel it") from None
+            self._forget_dead_dvc()
             yield
+
+    def _forget_dead_dvc(self) -> None:
+        """Remove the read-write lock of a ``dvc`` that was killed.
+
+        DVC tells a dead owner by its pid alone, so that after a reboot any process of that pid would block it for ever.
+        """
+        path = self.folder / ".dvc" / "tmp" / "rwlock"
+        pids = {int(pid) for pid in re.findall(r'"pid": (\d+)', path.read_text())} if path.is_file() else set()
+        for pid in pids:
+            with contextlib.suppress(psutil.Error):
+                if any("dvc" in word for word in psutil.Process(pid).cmdline()):
+                    return
+        path.unlink(missing_ok=True)
 
     def git(self, *arguments: str, folder: Path | None = None) -> str:
         """Output of a git command in the checkout.

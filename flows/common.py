@@ -76,7 +76,7 @@ def _answers(url: str, attempts: int = 2) -> str:
     problem = ""
     for _ in range(attempts):
         try:
-            with urllib.request.urlopen(url, timeout=3):
+            with urllib.request.urlopen(url, timeout=10):  # a busy machine answers late; one that is down, at once
                 return ""
         except urllib.error.HTTPError:
             return ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -123,3 +125,15 @@ def test_commands_run_in_the_checkout_and_end_with_it(checkout: Checkout, tmp_pa
     assert time.monotonic() - began < 5
     time.sleep(max(0.0, 6.5 - (time.monotonic() - began)))
     assert not alive.exists(), "a grandchild outlived the command"
+
+
+def test_the_lock_of_a_killed_dvc_is_removed_although_its_pid_lives_on(checkout: Checkout) -> None:
+    """After a reboot another process has the pid that DVC wrote down."""
+    path = checkout.folder / ".dvc" / "tmp" / "rwlock"
+    path.parent.mkdir(parents=True)
+    for command, kept in (["sleep", "60"], False), ([sys.executable, "-c", "import time; time.sleep(60)", "dvc"], True):
+        with subprocess.Popen(command) as process:
+            path.write_text(json.dumps({"read": {"x": [{"pid": process.pid, "cmd": "dvc repro"}]}, "write": {}}))
+            with checkout.locked():
+                assert path.exists() == kept
+            process.kill()

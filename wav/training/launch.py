@@ -33,7 +33,7 @@ def launch(
     on_line: Callable[[str], None],
     ranks: int | None = None,
     heartbeat_s: float = 10.0,
-    grace_s: float = 3.0,
+    grace_s: float = 2.0,
 ) -> dict[str, float | int | str]:
     """Train ``spec`` and return its metrics (``metrics.json`` of the output folder).
 
@@ -99,7 +99,7 @@ class Line:
 
 
 def run_group(
-    argv: list[str], env: dict[str, str], name: str, heartbeat_s: float = 10.0, grace_s: float = 3.0
+    argv: list[str], env: dict[str, str], name: str, heartbeat_s: float = 10.0, grace_s: float = 2.0
 ) -> Generator[Line, None, None]:
     """Run a command in its own process group; yields its lines, then one :class:`Line` with the exit status.
 
