@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from wav.config import DataSettings
+from wav.errors import DataError
 from wav.evaluation.intervals import wilson
 from wav.sim import env, expert
 from wav.sim.workers import map_in_processes
@@ -68,7 +69,9 @@ def advance(suite: str, task: str, row: dict[str, Any], upto: int, code: str, wo
     results = dict(map_in_processes(expert.solves, jobs, workers))
     for job in range(len(jobs)):
         result = results[job]
-        if isinstance(result, Exception):
+        if isinstance(result, Exception) and not isinstance(result, DataError):
+            raise result  # no failure of the expert
+        if isinstance(result, DataError):
             errors[str(first + job)] = str(result)
             steps.append(None)
             continue

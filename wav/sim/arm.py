@@ -61,6 +61,11 @@ class Arm:
         c, s = np.cos(yaw), np.sin(yaw)
         return self.rotation_to(np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) @ DOWN)
 
+    def likeness(self, frame: NDArray[np.float64]) -> float:
+        """How near the gripper's orientation is to another: 1 + 2 cos of the angle between them, 3 at best."""
+        now = np.asarray(self._data.site_xmat[self._site]).reshape(3, 3)
+        return float((now * frame).sum())
+
     def rotation_to(self, frame: NDArray[np.float64]) -> NDArray[np.float64]:
         """World-frame rotation vector (sine of the angle, for small ones rad) to another orientation (3, 3)."""
         now = np.asarray(self._data.site_xmat[self._site]).reshape(3, 3)

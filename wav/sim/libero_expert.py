@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from wav.sim.libero import LiberoEnv
 
 
+AJAR = 0.85
+"""How far a drawer is pulled to put something in, as a share of open: further, and it covers what lies before it."""
 Skill = PickPlace | Drawer | Knob
 
 
@@ -54,7 +56,7 @@ class LiberoExpert:
         if goal.predicate in PLACED:
             shut = self._shut_drawer(goal.place)
             if shut is not None:
-                return Drawer(self.scene, self.arm, self.solids, shut)
+                return Drawer(self.scene, self.arm, self.solids, shut, share=AJAR)
             return PickPlace(self.scene, self.arm, self.solids, goal)
         if goal.predicate in ("turnon", "turnoff"):
             return Knob(self.scene, self.arm, self.solids, goal)
@@ -63,13 +65,13 @@ class LiberoExpert:
         raise ConfigError(f"task {self.task!r}: the expert cannot reach its goal {goal.state}; choose another task")
 
     def _shut_drawer(self, place: str) -> Goal | None:
-        """The goal of opening the drawer that ``place`` is, if it is one and less than half open."""
+        """The goal of opening the drawer that ``place`` is, if it is one and open too little."""
         site = self.scene.object_sites_dict.get(place)
         if site is None or not site.joints:
             return None
         part = Part(self.scene, place)
         low, high = part.wanted("default_open_ranges")
-        return Goal("open", place) if abs(part.angle) < abs(low + high) / 4 else None
+        return Goal("open", place) if abs(part.angle) < 0.9 * AJAR * abs(low + high) / 2 else None
 
     def random_pose(self, rng: np.random.Generator) -> tuple[NDArray[np.float64], float]:
         """Somewhere to start from, (x, y, z) in m and a yaw in rad: above the workspace, or close above an object."""

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wav.errors import SimulationError
+from wav.errors import DataError
 from wav.sim.arm import Action, Arm, pointing
 from wav.sim.libero_expert_goals import Goal
-from wav.sim.libero_grasps import FINGER_HALF, Grasp, HeightMap, Solids, grasps, gripper_points
+from wav.sim.libero_grasps import Grasp, HeightMap, Solids, grasps, gripper_points
 
 CLOSE_STEPS = 7
 """Steps the fingers are given to close or to open."""
@@ -21,6 +21,8 @@ HANDLE_DEPTH = 0.018
 """Metres from a drawer's outermost point within which all points are its handle."""
 PITCH = np.deg2rad(5.0)
 """Angle below the horizontal at which the gripper reaches for a drawer's handle: more, and it meets the one above."""
+SLANT = np.deg2rad(50.0)
+"""Angle below the horizontal at which the gripper pushes a drawer shut."""
 STANDOFF = 0.09
 """Metres before a handle at which the gripper aligns."""
 TURN_BEYOND = 0.6
@@ -37,7 +39,7 @@ class Part:
         self.fixture = scene.get_object(site.parent_name if site is not None else name)
         joints = list((site if site is not None else self.fixture).joints)
         if not joints:
-            raise SimulationError(f"expert: {name} has no joint to work")
+            raise DataError(f"expert: {name} has no joint to work; choose another task")
         model = scene.sim.model
         self._joint = model.joint_name2id(joints[0])
         self._address = model.get_joint_qpos_addr(joints[0])
@@ -60,14 +62,17 @@ class Part:
 
 
 class Drawer:
-    """Opens or closes the drawer that the goal names; call once per step until :attr:`finished`."""
+    """Opens or closes the drawer that the goal names; call once per step until :attr:`finished`.
 
-    def __init__(self, scene: Any, arm: Arm, solids: Solids, goal: Goal) -> None:
+    ``share`` is how far it is pulled, as a share of what LIBERO calls open.
+    """
+
+    def __init__(self, scene: Any, arm: Arm, solids: Solids, goal: Goal, share: float = 1.0) -> None:
         self.scene, self.arm, self.goal = scene, arm, goal
         self.part = Part(scene, goal.subject)
         low, high = self.part.wanted("default_open_ranges")
         self._out = self.part.axis * np.sign(low + high)
-        self._enough = abs(low + high) / 2
+        self._enough = share * abs(low + high) / 2
         cloud = solids.cloud(self.part.body)
         reach = cloud @ self._out
         handle = cloud[reach > reach.max() - HANDLE_DEPTH]
@@ -113,32 +118,35 @@ class Drawer:
     def _let_go(self, eef: NDArray[np.float64], approach: NDArray[np.float64], frame: NDArray[np.float64]) -> Action:
         """Open the fingers, back off, rise."""
         self._releasing += 1
-        if self._releasing <= CLOSE_STEPS:
+        if self._releasing <= CLOSE_STEPS // 2:
             return self.arm.toward(eef, closed=False, frame=frame)
-        if self._releasing <= 3 * CLOSE_STEPS:
+        if self._releasing <= 2 * CLOSE_STEPS:
             return self.arm.toward(eef - 0.05 * approach, closed=False, frame=frame)
-        self.finished = self._releasing > 5 * CLOSE_STEPS
+        self.finished = self._releasing > 3 * CLOSE_STEPS
         return self.arm.toward(eef + 0.05 * UP, closed=False)
 
     def _push(self) -> Action:
-        """Come down before the handle with closed fingers, then push until LIBERO says shut."""
+        """Come down before the handle with closed fingers, slanted to pass under what is above; push until shut."""
         yaw = float(np.arctan2(self._out[1], self._out[0]))
+        aside = np.cross(UP, self._out)
+        approach = -np.cos(SLANT) * self._out - np.sin(SLANT) * UP
+        frame = max((pointing(approach, side * aside) for side in (1, -1)), key=self.arm.likeness)
         eef = self.arm.position()
-        before = self.handle() + (self._thickness / 2 + FINGER_HALF + 0.02) * self._out
+        before = self.handle() + (self._thickness / 2 + 0.03) * self._out
         if self._releasing or self.scene._eval_predicate(self.goal.state):
             self._releasing += 1
             self.finished = self._releasing > CLOSE_STEPS
-            return self.arm.toward(eef + 0.05 * self._out, closed=True, yaw=yaw)
-        aside = (eef - before) - ((eef - before) @ self._out) * self._out
-        if not self._low and float(np.linalg.norm((eef - before)[:2])) > 0.012:
+            return self.arm.toward(eef + 0.05 * self._out, closed=True, frame=frame)
+        lateral = float(np.linalg.norm((eef - before)[:2]))
+        if not self._low and (lateral > 0.012 or self.arm.likeness(frame) < 2.9):
             travel = self._around.path_clearance(gripper_points(yaw, 0.0), eef, before) + 0.02
-            lateral = float(np.linalg.norm((eef - before)[:2]))
             place = eef[:2] if eef[2] < travel - 0.012 and lateral > 0.02 else before[:2]
-            return self.arm.toward(np.append(place, travel + 0.01), closed=True, yaw=yaw)
+            return self.arm.toward(np.append(place, travel + 0.01), closed=True, frame=frame)
         if not self._low and eef[2] > before[2] + 0.008:
-            return self.arm.toward(before, closed=True, yaw=yaw)
-        self._low = bool(np.linalg.norm(aside) < 0.03)
-        return self.arm.toward(eef - aside - 0.04 * self._out, closed=True, yaw=yaw)
+            return self.arm.toward(before, closed=True, frame=frame)
+        off = (eef - before) - ((eef - before) @ self._out) * self._out
+        self._low = bool(np.linalg.norm(off) < 0.03)
+        return self.arm.toward(eef - off - 0.04 * self._out, closed=True, frame=frame)
 
 
 class Knob:
@@ -153,7 +161,7 @@ class Knob:
         self._around = HeightMap(np.concatenate([cloud, others]), arm.position(), float(others[:, 2].min()))
         self._grasp = next(grasps(cloud, others, float(cloud[:, 2].min()), self._turned_cost), None)
         if self._grasp is None:
-            raise SimulationError(f"expert: the knob of {goal.subject} cannot be grasped from above")
+            raise DataError(f"expert: the knob of {goal.subject} cannot be grasped from above; try another state")
         self._start = self.part.angle
         self.finished = False
         self._closing = self._releasing = 0

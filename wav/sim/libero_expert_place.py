@@ -6,16 +6,18 @@ computed again whenever the object is not where it was. Nothing is replayed: eve
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wav.errors import SimulationError
+from wav.errors import DataError
 from wav.sim.arm import Action, Arm
 from wav.sim.libero_expert_goals import Goal
-from wav.sim.libero_grasps import Grasp, HeightMap, Points, Solids, grasps, gripper_points
+from wav.sim.libero_grasps import CELL, Grasp, HeightMap, Points, Solids, grasps, gripper_points
 
 STUCK_STEPS = 12
 """Steps over which a gripper that moves less than 3 mm counts as stuck."""
@@ -23,6 +25,8 @@ CLOSE_STEPS = 5
 """Steps the fingers are given to close or to open."""
 ON_TOP = 0.012
 """Metres from its centre at which things are put on an object (LIBERO asks for 30 mm)."""
+DRAWER_GRASPS = 24
+"""Grasps that are compared when a thing goes into a drawer."""
 REACH = 0.70
 """Metres from the robot's base up to which it works with a bent elbow; at 0.78 m the elbow is straight."""
 INSET = 0.012
@@ -36,6 +40,8 @@ class PickPlace:
         self.scene, self.arm, self.solids, self.goal = scene, arm, solids, goal
         self.finished = False
         self._body = int(scene.obj_body_id[goal.subject])
+        site = scene.object_sites_dict.get(goal.place)
+        self._narrow = site is not None and bool(site.joints)  # a drawer leaves little room
         self._base = np.array(scene.sim.data.body_xpos[scene.sim.model.body_name2id("robot0_base")][:2])
         self._grasp: Grasp | None = None
         self._grasped_at = np.zeros(7)
@@ -137,13 +143,23 @@ class PickPlace:
         floor = float(everything[:, 2].min())
         found = grasps(cloud, others, floor, self._reach_cost)
         fresh = (grasp for grasp in found if all(_differ(grasp, other) for other in self._tried))
-        self._grasp = next(fresh, None)
+        self._grasp = self._choose(fresh)
         if self._grasp is None and self._tried:  # every grasp was tried: from the start
             self._tried.clear()
-            self._grasp = next(grasps(cloud, others, floor, self._reach_cost), None)
+            self._grasp = self._choose(grasps(cloud, others, floor, self._reach_cost))
         if self._grasp is None:
-            raise SimulationError(f"expert: {self.goal.subject} cannot be grasped from above where it lies")
+            raise DataError(f"expert: {self.goal.subject} cannot be grasped from above; try another state")
         self._grasped_at = self._pose()
+
+    def _choose(self, found: Iterator[Grasp]) -> Grasp | None:
+        """The cheapest grasp; for a drawer one that also lets the hand get down into it."""
+        if not self._narrow:
+            return next(found, None)
+        position, few = self._position(), list(itertools.islice(found, DRAWER_GRASPS))
+        around = HeightMap(self.solids.others(self._body, position), position, position[2], cell=CELL / 2)
+        heights = [self._lowest(around, self._held_shape(g, g.position))[2] for g in few]
+        order = sorted(range(len(few)), key=lambda k: few[k].cost + 10 * heights[k])
+        return few[order[0]] if few else None
 
     def _reach_cost(self, grasp: Grasp) -> float:
         """What it costs to hold the object so that the arm is stretched, where it lies or where it goes."""
@@ -198,16 +214,26 @@ class PickPlace:
         """Choose where the held object goes: the lowest, most central point that the predicate accepts."""
         grasp, position = self._grasp, self._position()
         assert grasp is not None
-        fingers = gripper_points(grasp.yaw, grasp.width / 2) + (self.arm.position() - position)
-        self._shape = np.concatenate([self.solids.cloud(self._body) - position, fingers])
+        self._shape = self._held_shape(grasp, self.arm.position())
         others = self.solids.others(self._body, position)
-        self._around = HeightMap(others, position, float(others[:, 2].min()))
-        best = np.inf
+        cell = CELL / 2 if self._narrow else CELL
+        self._around = HeightMap(others, position, float(others[:, 2].min()), cell=cell)
+        self._landing = self._lowest(self._around, self._shape)
+
+    def _held_shape(self, grasp: Grasp, hand: NDArray[np.float64]) -> Points:
+        """The object and the gripper that holds it at ``hand``, relative to the object's origin."""
+        position, fingers = self._position(), gripper_points(grasp.yaw, grasp.width / 2)
+        return np.concatenate([self.solids.cloud(self._body) - position, fingers + (hand - position)])
+
+    def _lowest(self, around: HeightMap, shape: Points) -> NDArray[np.float64]:
+        """Where the origin of ``shape`` comes to lie (m): low and central, at a point that the predicate accepts."""
+        best, landing = np.inf, np.zeros(3)
         for place in self._candidates():
-            height = self._around.clearance(self._shape, place)
+            height = around.clearance(shape, place)
             cost = 3 * height + float(np.linalg.norm(place - self._center()[:2]))
             if cost < best:
-                best, self._landing = cost, np.array([*place, height])
+                best, landing = cost, np.array([*place, height])
+        return landing
 
     def _way_out(self) -> NDArray[np.float64]:
         """Nearest point (m) from which the held object can rise: a bowl in a drawer is partly under the cabinet."""

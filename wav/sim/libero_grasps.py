@@ -20,7 +20,7 @@ Points = NDArray[np.float64]
 SPACING = 0.005
 """Metres between the points of a cloud, twice that on large faces."""
 CELL = 0.01
-"""Metres of one cell of a height map."""
+"""Metres of one cell of a height map: solids grow by up to as much."""
 HUGE = 0.45
 """Half-length (m) from which a box counts as table, floor or wall and not as an obstacle."""
 FINGER_TIP = 0.0095
@@ -41,6 +41,8 @@ OPENING = 0.0385
 """Metres from the grip site to either pad when open."""
 MAX_WIDTH = 0.068
 """Widest run (m) that is grasped, a few millimetres less than the opening."""
+FLAT = 0.03
+"""Metres of height up to which a thing is grasped by its upper edge only: a plate's rim."""
 YAWS = np.deg2rad(np.arange(-90, 90, 10))
 
 
@@ -127,7 +129,8 @@ def grasps(
     top, bottom = target[:, 2].max(), max(target[:, 2].min(), floor)
     middle = (target.min(axis=0) + target.max(axis=0)) / 2
     lowest, highest = bottom + FINGER_TIP + 0.002, top - 0.004
-    heights = np.unique(np.clip(top - np.array([0.012, 0.02, 0.027]), lowest, max(lowest, highest)))
+    depths = (0.012, 0.02, 0.027) if top - bottom > FLAT else (0.004, 0.008, 0.012)
+    heights = np.unique(np.clip(top - np.array(depths), lowest, max(lowest, highest)))
     found = [grasp for yaw in YAWS for height in heights for grasp in _at(target, middle, float(yaw), float(height))]
     found.sort(key=lambda grasp: grasp.cost + extra(grasp))
     reach = float(np.ptp(target[:, :2], axis=0).max()) / 2 + HAND_HALF[1] + 0.02
@@ -197,15 +200,17 @@ def gripper_points(yaw: float, opening: float = OPENING) -> Points:
 class HeightMap:
     """Highest point of a cloud in every cell of a square around ``center`` (x, y)."""
 
-    def __init__(self, cloud: Points, center: NDArray[np.float64], floor: float, radius: float = 0.5) -> None:
-        self._low = np.asarray(center[:2]) - radius
-        self._size = int(np.ceil(2 * radius / CELL)) + 1
+    def __init__(
+        self, cloud: Points, center: NDArray[np.float64], floor: float, radius: float = 0.5, cell: float = CELL
+    ) -> None:
+        self._low, self._cell = np.asarray(center[:2]) - radius, cell
+        self._size = int(np.ceil(2 * radius / cell)) + 1
         self._heights = np.full((self._size, self._size), floor)
         cells = self._cells(cloud)
         np.maximum.at(self._heights, (cells[:, 0], cells[:, 1]), cloud[:, 2])
 
     def _cells(self, points: Points) -> NDArray[np.int64]:
-        cells = np.floor((points[:, :2] - self._low) / CELL).astype(np.int64)
+        cells = np.floor((points[:, :2] - self._low) / self._cell).astype(np.int64)
         return np.clip(cells, 0, self._size - 1)
 
     def clearance(self, shape: Points, place: NDArray[np.float64]) -> float:
