@@ -8,8 +8,9 @@ table; ``--json FILE`` writes it:
     python benchmarks/train.py --sizes medium --json benchmarks/results/train-medium-cpu.json
 
 On a CPU seconds are those of CPU time (one thread), because neighbours on a shared machine stretch the clock's, which
-are recorded as ``clock_seconds``. Both schedules take one (level, noise) draw per video pass for the ratio. Ours may take several per pass: ``effective``
-counts the expert draws that are trained per second with four, against the plain schedule's one.
+are recorded as ``clock_seconds``. Both schedules take one (level, noise) draw per video pass for the ratio. Ours may
+take several per pass: ``effective`` counts the expert draws that are trained per second with four, against the plain
+schedule's one.
 """
 
 from __future__ import annotations
