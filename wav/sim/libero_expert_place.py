@@ -25,7 +25,7 @@ CLOSE_STEPS = 5
 """Steps the fingers are given to close or to open."""
 ON_TOP = 0.012
 """Metres from its centre at which things are put on an object (LIBERO asks for 30 mm)."""
-DRAWER_GRASPS = 24
+DRAWER_GRASPS = 96
 """Grasps that are compared when a thing goes into a drawer."""
 REACH = 0.70
 """Metres from the robot's base up to which it works with a bent elbow; at 0.78 m the elbow is straight."""
