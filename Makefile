@@ -34,7 +34,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(BEAT) 'pip install wav' -- $(VENV)/bin/python -m pip install -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+$(VENV)/.installed-test: $(VENV)/.installed-libero
 	@$(BEAT) 'pip install wav[test]' -- $(VENV)/bin/python -m pip install -c constraints.txt -e '.[test]'
 	@touch $@
 
@@ -53,16 +53,16 @@ else
 	@python -m infra.local.services where workspaces/$(PRESET)
 endif
 
+# hf-libero without its dependencies: they would replace torch by a CUDA build whose torchvision does not import here.
 $(VENV)/.installed-libero: $(VENV)/.installed
 	@$(BEAT) 'pip install wav[libero]' -- $(VENV)/bin/python -m pip install -c constraints.txt -e '.[libero]'
 	@$(BEAT) 'pip install hf-libero' -- $(VENV)/bin/python -m pip install --no-deps 'hf-libero==0.1.4'
 	@touch $@
 
-# Without its dependencies: they would replace torch by a CUDA build whose torchvision does not import here.
 libero: check-system $(VENV)/.installed-libero ## LIBERO's simulator; then: wav render libero_spatial
 
 # EXPORT=folder (default: export), SUITES="libero_spatial ..." (all four), EPISODES=per task (50), ARGS=further options
-libero-table: $(VENV)/.installed ## an export over LIBERO's four suites, beside the published figures
+libero-table: $(VENV)/.installed-libero ## an export over LIBERO's four suites, beside the published figures
 	@wav libero-table $(or $(EXPORT),export) $(addprefix --suite ,$(SUITES)) --episodes $(or $(EPISODES),50) $(ARGS)
 
 test: check-system $(VENV)/.installed-test ## what the tests need, then the tests (with the smoke pipeline)

@@ -145,6 +145,14 @@ def test_what_is_missing_is_named_with_its_remedy(monkeypatch, tmp_path):
         libero_assets.package_folder()
 
 
+@needs_libero
+def test_hf_libero_disturbs_nothing_else():
+    """Installed without its dependencies, it lacks some that its simulator does not use; all others stay sound."""
+    done = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True, check=False)
+    complaints = [line for line in done.stdout.splitlines() if "requires" in line or "has requirement" in line]
+    assert [line for line in complaints if not line.startswith("hf-libero 0.1.4 requires ")] == []
+
+
 def test_versions_are_checked(monkeypatch):
     versions = dict(libero_assets.REQUIRED)
     monkeypatch.setattr(libero_assets.importlib.metadata, "version", versions.__getitem__)
