@@ -1,0 +1,66 @@
+"""``make deploy`` against a real server: pool, queue, automation, deployments, and runs on the calendar; twice is once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.client.orchestration import SyncPrefectClient
+
+from infra import deploy
+from infra.local import ports
+from wav.local import read_env
+
+PROJECT = Path(__file__).resolve().parents[1]
+SCHEDULED_WITHIN_S = 150.0
+
+
+def test_the_server_s_database_library_is_one_whose_scheduler_works() -> None:
+    """With SQLAlchemy 2.1 the scheduler of Prefect 3.8 raises at its first deployment, and no cron run is made."""
+    assert version("sqlalchemy").startswith("2.0.")
+    assert "\nSQLAlchemy==2.0." in (PROJECT / "constraints.txt").read_text()
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """Servers of this test's own."""
+    found = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "WAV_"))}
+    found |= ports.find_free() | {"WAV_LOCAL_DIR": str(tmp_path / "local")}
+
+    def services(command: str) -> None:
+        argv = [sys.executable, "-m", "infra.local.services", command]
+        subprocess.run(argv, cwd=PROJECT, env=found, check=True, capture_output=True)
+
+    services("up")
+    try:
+        yield found | read_env(tmp_path / "local" / "env")
+    finally:
+        services("down")
+
+
+@pytest.mark.long
+def test_deploy_twice_is_once_and_retrain_is_on_the_calendar(environment: dict[str, str]) -> None:
+    for _ in range(2):
+        subprocess.run([sys.executable, "-m", "infra.deploy"], cwd=PROJECT, env=environment, check=True)
+    names = sorted(entry["name"] for entry in yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"])
+    with SyncPrefectClient(environment["PREFECT_API_URL"]) as client:
+        pool = client.read_work_pool(deploy.POOL)
+        assert (pool.type, pool.concurrency_limit) == ("process", 1)
+        assert client.read_work_queue_by_name(deploy.QUEUE, work_pool_name=deploy.POOL).concurrency_limit == 1
+        assert len(client.read_automations_by_name(deploy.AUTOMATION)) == 1
+        assert sorted(deployment.name for deployment in client.read_deployments()) == names
+        deadline = time.monotonic() + SCHEDULED_WITHIN_S
+        while not (runs := client.read_flow_runs()) and time.monotonic() < deadline:
+            time.sleep(1)
+        times = [run.expected_start_time for run in runs if run.expected_start_time is not None]
+    assert times, "the scheduler made no run of retrain"
+    assert all(moment > datetime.now(timezone.utc) for moment in times)
+    assert {moment.strftime("%A %H:%M") for moment in times} == {"Sunday 02:00"}
