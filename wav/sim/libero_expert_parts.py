@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wav.errors import DataError
+from wav.errors import ConfigError, DataError
 from wav.sim.arm import Action, Arm, pointing
 from wav.sim.libero_expert_goals import Goal
 from wav.sim.libero_grasps import Grasp, HeightMap, Solids, grasps, gripper_points
@@ -27,11 +27,18 @@ STANDOFF = 0.09
 """Metres before a handle at which the gripper aligns."""
 TURN_BEYOND = 0.6
 """Radians a knob is turned beyond what its predicate asks for."""
+SLIDE = 2
+"""MuJoCo's number of the joint type mjJNT_SLIDE."""
 UP = np.array([0.0, 0.0, 1.0])
 
 
 class Part:
-    """A joint of a fixture and the body that moves with it."""
+    """A joint of a fixture and the body that moves with it.
+
+    Raises:
+        DataError: the name has no joint.
+        ConfigError: it is a region behind a door on hinges.
+    """
 
     def __init__(self, scene: Any, name: str) -> None:
         self.scene = scene
@@ -42,6 +49,11 @@ class Part:
             raise DataError(f"expert: {name} has no joint to work; choose another task")
         model = scene.sim.model
         self._joint = model.joint_name2id(joints[0])
+        if site is not None and model._model.jnt_type[self._joint] != SLIDE:
+            raise ConfigError(
+                f"expert: {name} is behind a door of {site.parent_name}: it works drawers and knobs, no doors; choose "
+                "another task"
+            )
         self._address = model.get_joint_qpos_addr(joints[0])
         self.body = int(model._model.jnt_bodyid[self._joint])
 
