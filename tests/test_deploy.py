@@ -1,4 +1,4 @@
-"""``make deploy`` against a real server: pool, queue, automation, deployments, and runs on the calendar; twice is once."""
+"""``make deploy`` on a real server: pool, queue, automation, deployments, runs on the calendar; twice is once."""
 
 from __future__ import annotations
 
