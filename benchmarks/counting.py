@@ -23,18 +23,21 @@ COPIES = ("clone", "cat", "copy_", "repeat", "stack", "index")
 class Counted(TorchDispatchMode):
     """Counts, while active, FLOPs of products and attention, bytes read and written, and bytes of pure copies.
 
-    ``products`` counts rows by (in, out) width of each linear, so that repeated projections show.
+    ``products`` counts rows by (in, out) width of each linear, so that repeated projections show; ``calls`` counts
+    operations by name.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops, self.moved, self.copied = 0, 0, 0
         self.products: Counter[tuple[int, int]] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.name().split("::")[1].split(".")[0]
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.calls[name] += 1
         self._products(name, args, outputs)
         if not any(word in name for word in VIEWS):
             tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)] + outputs
@@ -47,15 +50,25 @@ class Counted(TorchDispatchMode):
     def _products(self, name: str, args: Any, outputs: list[Tensor]) -> None:
         """Count the multiplications of one operation."""
         if name in ("mm", "addmm", "linear", "_linear_pointwise"):
-            rows, wide = args[1 if name == "addmm" else 0], outputs[0].shape[-1]
-            count = rows.numel() // rows.shape[-1]
-            self.products[rows.shape[-1], wide] += count
-            self.flops += 2 * count * rows.shape[-1] * wide
+            self._product(args[1 if name == "addmm" else 0], outputs[0].shape[-1])
+        elif name == "feed":  # wav::feed: two products with a GELU between
+            x, inner = args[0], args[6]
+            self._product(x, inner)
+            self._product(x, inner, backwards=True)
+        elif name == "attend":  # wav::attend
+            self.flops += 4 * args[0].numel() * args[1].shape[1]
         elif name in ("bmm", "baddbmm"):
             self.flops += 2 * outputs[0].numel() * args[1 if name == "baddbmm" else 0].shape[-1]
         elif "scaled_dot_product" in name:
             query, key = args[0], args[1]
             self.flops += 4 * math.prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]
+
+    def _product(self, rows: Tensor, wide: int, backwards: bool = False) -> None:
+        """Count a linear on ``rows`` (..., D) to ``wide`` columns, or back from them."""
+        dim = rows.shape[-1]
+        count = rows.numel() // dim
+        self.products[(wide, dim) if backwards else (dim, wide)] += count
+        self.flops += 2 * count * dim * wide
 
 
 def matrix_peak(size: int = 1024, seconds: float = 1.0) -> float:

@@ -319,3 +319,74 @@ def test_bad_numbers_and_names_are_refused() -> None:
         plan(broken, None, SETTINGS, noise(), returns)
     with pytest.raises(ConfigError, match="condition = 'plan': unknown"):
         plan(FakeModel(bowl), None, SETTINGS, noise(), returns, condition="plan")  # type: ignore[arg-type]
+
+
+def changed(**changes: object) -> PlannerSettings:
+    return PlannerSettings.model_validate(SETTINGS.model_dump() | changes)
+
+
+def test_scoring_may_take_fewer_steps_than_acting() -> None:
+    model = FakeModel(bowl)
+    plan(model, None, changed(score_steps=2), noise(), returns, with_value=True)
+    steps = [(kind, number) for kind, _, number in model.calls if kind != "video"]
+    assert steps == [("value", 2)] * SETTINGS.iterations + [("value", 10), ("action", 10)]
+
+
+class SelectingModel(FakeModel):
+    """A fake model whose candidates can be dropped; its first look is as good as its last."""
+
+    def select(self, features: Tensor, index: Tensor) -> Tensor:
+        return features[torch.arange(len(features))[:, None], index]
+
+
+def test_survivors_are_the_best_of_a_first_look() -> None:
+    """Only they are denoised in full, all elites are theirs, and where the first look is right nothing changes."""
+    model, whole = SelectingModel(bowl), FakeModel(bowl)
+    result = plan(model, None, changed(survivors=3), noise(2), returns)
+    wanted = plan(whole, None, SETTINGS, noise(2), returns)
+    looks = [(shape[1], steps) for kind, shape, steps in model.calls if kind == "value"]
+    assert looks == [(5, 1), (3, 10)] * SETTINGS.iterations
+    first, exact = result.history[0], wanted.history[0]
+    assert first.scores.isfinite().any(2).gather(1, exact.scores.amax(2).topk(3).indices).all()
+    assert torch.equal(first.video_elites, exact.video_elites)
+    for step in result.history:
+        kept = step.scores.isfinite().any(2)
+        assert kept.sum(1).tolist() == [3, 3]
+        assert kept.gather(1, step.value_elites // SETTINGS.value_samples).all()
+    assert (result.history[0].scores[result.history[0].scores.isfinite()] < 0).all()
+
+
+def test_a_row_stops_where_its_elites_settle_whatever_its_neighbours_do() -> None:
+    """Row 0's scores do not depend on the noise, so nothing rises; row 1 climbs."""
+
+    def score(z_video: Tensor, z_value: Tensor) -> Tensor:
+        scores = bowl(z_video, z_value)
+        scores[0] = torch.arange(scores[0].numel()).view_as(scores[0]).to(scores)
+        return scores
+
+    settings = changed(iterations=6, settle=0.3)
+    model = FakeModel(score)
+    both = plan(model, None, settings, noise(2), returns)
+    assert len(both.history) > 2, "row 1 goes on"
+    held = [step.video.mean[0] for step in both.history[1:]]
+    assert all(torch.equal(mean, held[0]) for mean in held), "row 0 has stopped after two iterations"
+    assert not torch.equal(both.history[1].video.mean[1], both.history[2].video.mean[1])
+    alone = plan(FakeModel(score), None, settings, SeededNoise([RowKey(0, "episode-0", 0)]), returns)
+    assert len(alone.history) == 2
+    torch.testing.assert_close(alone.actions[0], both.actions[0], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score_steps": 11}, "score_steps = 11: must be at most denoise_steps = 10"),
+        ({"survivors": 1}, "survivors = 1: must be 0, or from 2"),
+        ({"survivors": 5}, "survivors = 5: must be 0, or from 2"),
+        ({"survivors": 3, "score_steps": 1}, "survivors = 3: must be 0 where scoring takes 1 step"),
+        ({"reuse_reads": 3, "score_steps": 2}, "reuse_reads = 3: must be at most the 2 steps of scoring"),
+        ({"settle": 0.1, "iterations": 2}, "settle = 0.1: must be 0 below 3 iterations"),
+    ],
+)
+def test_meaningless_shortcuts_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        changed(**changes)

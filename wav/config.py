@@ -208,6 +208,36 @@ class PlannerSettings(Section):
         1, ge=1, description="above 1 needs a model trained with those conditioning levels"
     )
     warm_start: bool = False
+    score_steps: int = Field(0, ge=0, description="Euler steps of the values that are scored; 0: denoise_steps")
+    survivors: int = Field(0, ge=0, description="candidates scored in full after a first look at all; 0: all")
+    reuse_reads: int = Field(1, ge=1, description="Euler steps of scoring that share what the values read of the video")
+    settle: float = Field(
+        0.0, ge=0, description="stop once elites' scores rise by less (standard deviations); 0: never"
+    )
+
+    @model_validator(mode="after")
+    def _shortcuts(self) -> PlannerSettings:
+        steps = self.score_steps or self.denoise_steps
+        elites = max(self.video_elites, -(-self.value_elites // self.value_samples))
+        limits = (
+            (self.score_steps > self.denoise_steps, "score_steps", f"at most denoise_steps = {self.denoise_steps}"),
+            (self.reuse_reads > steps, "reuse_reads", f"at most the {steps} steps of scoring"),
+            (
+                self.survivors and not elites <= self.survivors < self.video_samples,
+                "survivors",
+                f"0, or from {elites} (all elites come from them) to video_samples - 1 = {self.video_samples - 1}",
+            ),
+            (
+                self.survivors and steps == 1,
+                "survivors",
+                "0 where scoring takes 1 step, which is the first look itself",
+            ),
+            (self.settle and self.iterations < 3, "settle", "0 below 3 iterations: the second is the first to compare"),
+        )
+        for wrong, name, wanted in limits:
+            if wrong:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be {wanted}")
+        return self
 
     @model_validator(mode="after")
     def _elites(self) -> PlannerSettings:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 import torch
 from torch import Tensor
 
+from wav import shortcuts
 from wav.errors import CheckpointError, ConfigError
 from wav.seeding import torch_generator
 
@@ -52,8 +53,11 @@ class PlannerModel(Protocol):
         """Features x(m) of noises (B, M, V, C, Ff, h, w); ``steps`` > 1 denoises before the features are read."""
         ...
 
-    def denoise_value(self, features: Any, noise: Tensor, steps: int) -> Tensor:
-        """Normalised value trajectories of noises (B, M, N, A, Cv), row (m, n) on candidate m's features."""
+    def denoise_value(self, features: Any, noise: Tensor, steps: int, **options: Any) -> Tensor:
+        """Normalised value trajectories of noises (B, M, N, A, Cv), row (m, n) on candidate m's features.
+
+        ``options``: ``reuse``, where ``planner.reuse_reads`` is above 1.
+        """
         ...
 
     def denoise_action(self, context: Any, features: Any, value: Tensor | None, noise: Tensor, steps: int) -> Tensor:
@@ -214,23 +218,47 @@ def search(
     start: tuple[Gaussian, Gaussian],
     compat: Compat = PAPER,
 ) -> tuple[Iteration, ...]:
-    """Algorithm 1, lines 2-12: K iterations from the ``start`` distributions of video and value noise."""
-    (video, value), history = start, []
+    """Algorithm 1, lines 2-12: K iterations from the ``start`` distributions of video and value noise.
+
+    The approximations (``settings.survivors``, ``settle``, ``score_steps``, ``reuse_reads``) are :mod:`wav.shortcuts`.
+    """
+    video, value = start
+    history: list[Iteration] = []
     M, N, shapes = settings.video_samples, settings.value_samples, model.shapes
     video_over = (1, 2) if compat.pooled_views else (1,)
+    steps = settings.score_steps or settings.denoise_steps
+    reuse = {"reuse": settings.reuse_reads} if settings.reuse_reads > 1 else {}
+
+    def evaluate(features: Any, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        if compat.tiled_attribution:
+            values = untiled(model.denoise_value(features, tiled(z), steps, **reuse))
+        else:
+            values = model.denoise_value(features, z, steps, **reuse)
+        return values, score_returns(returns(values), settings, compat)  # (B, M, N)
+
     for k in range(settings.iterations):
+        done = shortcuts.settled(history, settings.settle)
+        if done is not None and bool(done.all()):
+            break
         z_vid = video.sample(noise("plan.video", (M, *shapes.video), k))  # (B, M, V, C, Ff, h, w)
         features = model.video_features(context, z_vid, settings.video_denoise_steps)
         z_val = value.sample(noise("plan.value", (M, N, *(shapes.value or ())), k))  # (B, M, N, A, Cv)
-        if compat.tiled_attribution:
-            values = untiled(model.denoise_value(features, tiled(z_val), settings.denoise_steps))
+        if settings.survivors:
+            selecting = cast(shortcuts.SelectingModel, model)
+            values, scores = shortcuts.evaluate_survivors(
+                selecting, features, z_val, settings.survivors, steps, evaluate
+            )
         else:
-            values = model.denoise_value(features, z_val, settings.denoise_steps)
-        scores = score_returns(returns(values), settings, compat)  # (B, M, N)
+            values, scores = evaluate(features, z_val, steps)
         elite_vid = best(scores.amax(2), settings.video_elites)  # by phi(m) = max_n score(m, n)
         elite_val = best(scores.flatten(1), settings.value_elites)  # of all M * N
-        video = video.toward(pick(z_vid, elite_vid), settings, compat, video_over)
-        value = value.toward(pick(z_val.flatten(1, 2), elite_val), settings, compat, (1,))
+        found = (
+            video.toward(pick(z_vid, elite_vid), settings, compat, video_over),
+            value.toward(pick(z_val.flatten(1, 2), elite_val), settings, compat, (1,)),
+        )
+        if done is not None:
+            found = shortcuts.hold(done, video, found[0]), shortcuts.hold(done, value, found[1])
+        video, value = found
         history.append(Iteration(video, value, values, scores, elite_vid, elite_val))
     return tuple(history)
 
@@ -312,7 +340,9 @@ def _check_request(shapes: NoiseShapes, settings: PlannerSettings, condition: st
 
 def _check_finite(actions: Tensor, history: Sequence[Iteration]) -> None:
     """One check after the loop, so that the loop never waits for the device."""
-    finite = [torch.isfinite(step.scores).all() for step in history] + [torch.isfinite(actions).all()]
+    finite = [(step.scores.isfinite() | step.scores.isneginf()).all() for step in history] + [
+        torch.isfinite(actions).all()
+    ]
     if not bool(torch.stack(finite).all()):
         bad = next(i for i, ok in enumerate(finite) if not bool(ok))
         what = f"scores of iteration {bad + 1}" if bad < len(history) else "actions"

@@ -12,7 +12,7 @@ from torch import nn
 
 from wav.config import DataSettings, ModelSettings, PlannerSettings
 from wav.errors import ConfigError
-from wav.model import build_model
+from wav.model import build_model, native
 from wav.model import products as kernels
 from wav.model.inference import WAVPlannerModel, noise_shapes
 from wav.model.plain import PlainPlannerModel
@@ -68,14 +68,37 @@ def test_same_plan_as_the_plain_schedule(video_steps: int, masked: bool) -> None
         assert torch.equal(one.value_elites, two.value_elites)
 
 
-def test_same_plan_without_onednn_and_without_bounded_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("bounded", [True, False])
+def test_same_plan_without_compiled_kernels(onednn: bool, bounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With oneDNN and without, and with logits that are not bounded."""
     wanted = act(make()).actions
-    monkeypatch.setattr(kernels, "has_onednn", lambda: False)
-    monkeypatch.setattr(kernels, "LARGEST", 0.0)
+    monkeypatch.setattr(native, "available", lambda: False)
+    if not onednn:
+        monkeypatch.setattr(kernels, "has_onednn", lambda: False)
+    if not bounded:
+        monkeypatch.setattr(kernels, "LARGEST", 0.0)
     model = make()
-    assert not model.prepared.layers[0].own.small
-    assert not model.prepared.proj_in.onednn
+    product = model.prepared.proj_in
+    assert model.prepared.layers[0].own.small == bounded
+    assert not product.native
+    assert product.onednn == kernels.has_onednn()
     torch.testing.assert_close(act(model).actions, wanted, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(not native.available(), reason="no C compiler, or WAV_NATIVE=0")
+def test_compiled_kernels_leave_no_pass_of_their_own_to_norms_and_gates() -> None:
+    """Projections, attentions and feed-forwards carry the norms, modulations, rotations and gates around them."""
+    model = make()
+    act(model)
+    with torch.no_grad(), Counted() as counts:
+        act(model)
+    layers, reads = MODEL.layers, K * STEPS + STEPS + 1  # value passes: scoring, the reported value, the condition
+    video, action = K + 1, STEPS
+    assert counts.calls["attend"] == layers * (2 * reads + 3 * action + video)  # text is masked: not by the kernel
+    assert counts.calls["feed"] == layers * (reads + action + video)
+    for gone in ("linalg_vector_norm", "rsqrt_", "exp2_", "_linear_pointwise", "baddbmm", "repeat_interleave"):
+        assert counts.calls[gone] == 0
 
 
 def test_half_precision_runs_on_the_library_kernels() -> None:
@@ -160,8 +183,9 @@ def cast_linear(module: nn.Module) -> nn.Linear:
     return module
 
 
-def test_vector_tails_do_not_decide_bits() -> None:
+def test_vector_tails_do_not_decide_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of attention is bit-equal wherever it stands, though its logits do not fill whole vectors."""
+    monkeypatch.setattr(native, "available", lambda: False)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(5, 7, 12, generator=generator) for _ in range(3))
     there = kernels.attend(query, key, value, 2, True)
@@ -169,3 +193,37 @@ def test_vector_tails_do_not_decide_bits() -> None:
         moved = kernels.attend(query.roll(shift, 0), key.roll(shift, 0), value.roll(shift, 0), 2, True)
         assert torch.equal(moved.roll(-shift, 0), there)
     torch.testing.assert_close(there, kernels.attend(query, key, value, 2, False), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"survivors": 2}, {"reuse_reads": 3}, {"score_steps": 1}])
+def test_shortcuts_compute_less_and_still_plan(changes: dict[str, int]) -> None:
+    model, longer = make(), PLANNER.model_copy(update={"denoise_steps": 6})
+    exact = act(model, longer)
+    settings = longer.model_copy(update=changes)
+    result = act(model, settings)
+    assert torch.isfinite(result.actions).all()
+    assert not torch.equal(result.actions, exact.actions)
+    with torch.no_grad(), Counted() as whole:
+        act(model, longer)
+    with torch.no_grad(), Counted() as less:
+        act(model, settings)
+    assert less.flops < whole.flops
+
+
+def test_reads_of_every_step_are_the_exact_ones() -> None:
+    """Sharing what was read among one step each is no approximation; among all it reads the video once."""
+    model = make()
+    context = model.begin(torch.zeros(B, VIEWS, LATENT, MEMORY, *GRID), torch.zeros(B, WORDS, CAPTION), None, None)
+    noise = torch.randn(B, M, N, *model.shapes.value, generator=torch.Generator().manual_seed(3))
+    features = model.video_features(context, torch.zeros(B, M, *model.shapes.video), 1)
+    exact = model.denoise_value(features, noise, 1)
+    torch.testing.assert_close(model.denoise_value(features, noise, 1, reuse=2), exact, atol=1e-5, rtol=0)
+    model.denoise_value(features, noise, STEPS)  # noise levels are known
+    with torch.no_grad(), Counted() as counts:
+        model.denoise_value(features, noise, STEPS, reuse=STEPS)
+    with torch.no_grad(), Counted() as every:
+        model.denoise_value(features, noise, STEPS)
+    once, always = counts.products[VALUE, VALUE], every.products[VALUE, VALUE]
+    rows = MODEL.layers * B * M * N * CHUNK
+    assert always == rows * STEPS * 3  # self-attention's output, cross-attention's query and output
+    assert once == rows * (STEPS + 2)

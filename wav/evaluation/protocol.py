@@ -21,6 +21,7 @@ from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
 from wav.data.conventions import Conventions
 from wav.data.files import canonical_digest, file_digest
 from wav.errors import CheckpointError, ConfigError
+from wav.model import native
 from wav.planner import Condition
 from wav.sim.env import TaskSpec, select_tasks
 
@@ -129,6 +130,7 @@ def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[Ep
 def versions() -> dict[str, str]:
     """Versions that may change a result."""
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    found["kernels"] = native.description()
     return {**found, "wav": wav.__version__, "python": platform.python_version(), "machine": platform.machine()}
 
 
@@ -136,7 +138,8 @@ def versions() -> dict[str, str]:
 def code_digest() -> str:
     """Digest of the source files that decide an episode's result."""
     root = Path(wav.__file__).parent
-    files = [file for part in _CODE for file in ([root / part] if part.endswith(".py") else (root / part).glob("*.py"))]
+    parts = [[root / part] if part.endswith(".py") else (root / part).iterdir() for part in _CODE]
+    files = [file for part in parts for file in part if file.suffix in (".py", ".c")]
     return canonical_digest({file.relative_to(root).as_posix(): file_digest(file) for file in files})
 
 

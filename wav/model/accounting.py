@@ -21,6 +21,7 @@ import torch
 
 from wav.model.build import build_from_settings, value_channels
 from wav.model.transformer import JOINT_EVERY
+from wav.shortcuts import FIRST_LOOK
 
 if TYPE_CHECKING:
     from wav.config import PlannerSettings, Settings, TrainJointSettings, TrainSettings, TrainValueSettings
@@ -273,7 +274,7 @@ def plan_cost(sizes: Sizes, planner: PlannerSettings) -> PlanCost:
     """A call as built: instruction and memory once, keys and values once per candidate, no candidate tiled.
 
     AdaLN rows are kept from call to call and not counted. ``planner.iterations`` 0, or a model without value expert,
-    leaves the decoding alone.
+    leaves the decoding alone. ``planner.reuse_reads`` and ``settle`` are not counted.
     """
     M, N, steps = planner.video_samples, planner.value_samples, planner.denoise_steps
 
@@ -286,7 +287,9 @@ def plan_cost(sizes: Sizes, planner: PlannerSettings) -> PlanCost:
     act = text_flops(sizes, keys=True) + memory_flops(sizes) + features(1)
     act += video_keys(sizes, sizes.action_width) + action_flops(sizes, planning=True) * steps
     if sizes.value_width:
-        search = features(M) + value_flops(sizes, M * N, planning=True) * steps
+        kept = planner.survivors or M
+        search = features(M) + value_flops(sizes, kept * N, planning=True) * (planner.score_steps or steps)
+        search += value_flops(sizes, M * N if planner.survivors else 0, planning=True) * FIRST_LOOK
         act += value_flops(sizes, planning=True) + value_keys(sizes)
     return PlanCost((search * planner.iterations).forward, act.forward)
 

@@ -8,15 +8,15 @@ when its weights have changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from wav.model.experts import ExpertBlock
 from wav.model.layers import modulated_head
-from wav.model.products import CrossProduct, Product, SelfProduct, normed
+from wav.model.products import CrossProduct, FeedProduct, Product, SelfProduct
 from wav.model.rope import token_rope, video_rope
 from wav.model.video import VideoBlock, pack, unpack
 
@@ -42,17 +42,11 @@ class Layer:
     def __init__(self, block: VideoBlock | ExpertBlock) -> None:
         self.eps, self.table = block.eps, block.scale_shift_table
         self.own, self.cross = SelfProduct(block.attn1), CrossProduct(block.attn2)
-        net = block.ff.net
-        self.wide, self.narrow = Product(cast(Any, net[0]).proj), Product(cast(nn.Linear, net[2]))
-
-    def modulated(self, h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-        """RMS(h) * scale + shift."""
-        return torch.addcmul(shift, normed(h, None, self.eps), scale)
+        self.net = FeedProduct(block.ff, block.eps)
 
     def feed(self, h: Tensor, rows: Modulation) -> Tensor:
         """``h`` plus the gated feed-forward."""
-        x = self.wide.gelu(self.modulated(h, rows[3], rows[4]))
-        return torch.addcmul(h, self.narrow(x), rows[5])
+        return self.net.add(h, *rows[3:])
 
 
 class VideoLayer(Layer):
@@ -65,7 +59,7 @@ class VideoLayer(Layer):
     def projected(self, h: Tensor, rows: Modulation, rope: Tensor) -> tuple[Tensor, Tensor]:
         """Self-attention's rotated q and k (N, V, F * S, 2, D) and values of ``h`` (N, V, F, S, D)."""
         n, v = h.shape[:2]
-        pair, value = self.own.project(self.modulated(h, rows[0], rows[1]).flatten(2, 3).flatten(0, 1), rope)
+        pair, value = self.own.project(h, rows[0], rows[1], self.eps, rope)
         return pair.unflatten(0, (n, v)), value.unflatten(0, (n, v))
 
     def finish(
@@ -74,7 +68,7 @@ class VideoLayer(Layer):
         """The rest of the block, given its self-attention's projections."""
         n, v, f, s, d = h.shape
         pair, value = ((x.flatten(1, 2) if self.joint else x.flatten(0, 1)) for x in own)
-        h = torch.addcmul(h, self.own.out(self.own.read(pair, value)).view(h.shape), rows[2])
+        h = self.own.out.add(self.own.read(pair, value), h, rows[2])
         flat = h.view(n, v * f * s, d)
         return self.feed(self.cross.add(flat, text, flat, bias).view(h.shape), rows)
 
@@ -86,11 +80,28 @@ class ExpertLayer(Layer):
         super().__init__(block)
         self.third = None if block.attn3 is None else CrossProduct(block.attn3)
 
-    def __call__(self, h: Tensor, rows: Modulation, rope: Tensor, video: Tensor, value: Tensor | None) -> Tensor:
-        """(rows * n, T, d) to the same; ``video`` and ``value`` keys and values of ``rows`` rows."""
-        read = self.own.read(*self.own.project(self.modulated(h, rows[0], rows[1]), rope))
-        h = torch.addcmul(h, self.own.out(read), rows[2])
-        after = self.cross.add(h, video, h)
+    def __call__(
+        self,
+        h: Tensor,
+        rows: Modulation,
+        rope: Tensor,
+        video: Tensor,
+        value: Tensor | None,
+        reads: list[Tensor] | None = None,
+        index: int = 0,
+    ) -> Tensor:
+        """(rows * n, T, d) to the same; ``video`` and ``value`` keys and values of ``rows`` rows.
+
+        ``reads``: what earlier steps read of the video, by layer; used at ``index``, or appended to.
+        """
+        read = self.own.read(*self.own.project(h, rows[0], rows[1], self.eps, rope))
+        h = self.own.out.add(read, h, rows[2])
+        if reads is None:
+            after = self.cross.add(h, video, h)
+        else:
+            if len(reads) == index:
+                reads.append(self.cross.out(self.cross.read(h, video)))
+            after = h + reads[index]
         if value is not None and self.third is not None:
             after = self.third.add(h, value, after)
         return self.feed(after, rows)
@@ -130,10 +141,12 @@ class Expert:
         value: Sequence[Tensor] | None = None,
         history: Tensor | None = None,
         keep: bool = False,
+        reads: list[Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Velocities like ``tokens`` (n, A, C), and per-layer features (n, A, d) where ``keep``.
 
         ``video``, ``value``: per layer keys and values of rows that n / rows consecutive rows of tokens share.
+        ``reads``: per layer what an earlier step read of the video, used again; filled where it is empty.
         """
         chunk = tokens.shape[1]
         h = self.proj_in(tokens)
@@ -143,7 +156,8 @@ class Expert:
         rope = token_rope(h.shape[-1], h.shape[1], self.parts.rope_base, h.device)
         features = []
         for index, layer in enumerate(self.layers):
-            h = layer(h, modulations[index], rope, video[index], None if value is None else value[index])
+            condition = None if value is None else value[index]
+            h = layer(h, modulations[index], rope, video[index], condition, reads, index)
             if keep:
                 features.append(h[:, -chunk:])
         h = torch.addcmul(shift, F.layer_norm(h[:, -chunk:], h.shape[-1:], eps=1e-6), scale)

@@ -143,13 +143,26 @@ class WAVPlannerModel:
         return future.float()
 
     @torch.no_grad()
-    def denoise_value(self, features: Features, noise: Tensor, steps: int) -> Tensor:
-        """Normalised values (B, M, N, A, Cv) of noises of that shape, all N on their candidate's K/V."""
+    def denoise_value(self, features: Features, noise: Tensor, steps: int, reuse: int = 1) -> Tensor:
+        """Normalised values (B, M, N, A, Cv) of noises of that shape, all N on their candidate's K/V.
+
+        ``reuse`` (an approximation): what the values read of the video serves this many consecutive steps.
+        """
         values, expert = self._in(noise).flatten(0, 2), self._expert("value")  # (B M N, A, Cv)
-        for sigma, after in pairwise(inference_sigmas(steps).tolist()):
-            velocity, _ = expert(values, sigma * NOISE_LEVEL, features.keys)
+        reads: list[Tensor] = []
+        for step, (sigma, after) in enumerate(pairwise(inference_sigmas(steps).tolist())):
+            if step % reuse == 0:
+                reads = []
+            kept = reads if reuse > 1 else None
+            velocity, _ = expert(values, sigma * NOISE_LEVEL, features.keys, reads=kept)
             values = euler_step(values, velocity, sigma, after)
         return values.reshape(noise.shape).float()
+
+    def select(self, features: Features, index: Tensor) -> Features:
+        """Features of the candidates ``index`` (B, m), for scoring alone."""
+        rows = torch.arange(len(index), device=self.device)[:, None]
+        keys = (key.unflatten(0, (len(index), -1))[rows, index].flatten(0, 1) for key in features.keys)
+        return Features(tuple(keys), None)
 
     @torch.no_grad()
     def denoise_action(

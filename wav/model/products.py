@@ -1,8 +1,10 @@
 """What inference computes with, faster than training's modules and equal to them up to float32 rounding.
 
-Linears that read the same input are one product. On a CPU in float32 they run on oneDNN with bias, GELU and residual
-in the same pass, and attention takes powers of two without looking for the largest logit first, which is exact where
-the normalised queries and keys bound every logit. Elsewhere (CUDA, bfloat16, no oneDNN) the library's kernels run.
+Linears that read the same input are one product. On a CPU in float32 the kernels of :mod:`wav.model.native` run
+products with the norms, modulation, rotation, GELU, gate and residual around them in one pass over memory; without a
+compiler, oneDNN runs products with bias, GELU and residual. Attention takes powers of two without looking for the
+largest logit first, which is exact where the normalised queries and keys bound every logit. Elsewhere (CUDA, bfloat16)
+the library's kernels run.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wav.model.layers import Attention
+from wav.model import native
+from wav.model.layers import Attention, FeedForward
+from wav.model.native import LOG2E
 from wav.model.rope import rotate
 
-LOG2E = math.log2(math.e)
 LARGEST = 80.0  #: of a logit, as a power of two, for attention without the maximum: sums stay far inside float32
 LANES = 64  #: exp2 gives other last bits past the last whole vector, so it is always given whole ones
 SCORES = 1 << 18  #: logits computed at a time, 1 MiB, so that they stay in a core's cache
@@ -48,23 +51,39 @@ class Product:
         self.bias: Tensor | None = None
         if first.bias is not None:
             self.bias = torch.cat([linear.bias for linear in linears]).detach()
-        self.onednn = plain_cpu(weight) and has_onednn()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach()) if self.onednn else weight.detach()
+        self.native = plain_cpu(weight) and native.available()
+        self.onednn = plain_cpu(weight) and not self.native and has_onednn()
+        self.weight: Tensor = weight.detach()
+        if self.native:
+            self.weight, self.bias = native.pack(weight, self.bias)
+        elif self.onednn:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+
+    @property
+    def packed(self) -> tuple[Tensor, Tensor, int]:
+        """Weight, bias and width as the native kernels take them."""
+        return self.weight, cast(Tensor, self.bias), self.outs
 
     def __call__(self, x: Tensor) -> Tensor:
         """X W^T + b."""
+        if self.native:
+            return native.linear(x, *self.packed)
         if self.onednn:
             return self._pointwise(x, "none", "")
         return F.linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
-        """GELU-tanh of the product."""
+        """GELU-tanh of the product; the native kernels have it inside :class:`FeedProduct`."""
         if self.onednn:
             return self._pointwise(x, "gelu", "tanh")
         return F.gelu(F.linear(x, self.weight, self.bias), approximate="tanh")
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The product plus ``residual`` (..., outs)."""
+    def add(self, x: Tensor, residual: Tensor, gate: Tensor | None = None) -> Tensor:
+        """``residual`` (..., outs) plus the product, times ``gate`` where given."""
+        if self.native:
+            return native.linear(x.view(*residual.shape[:-1], -1), *self.packed, residual=residual, gate=gate)
+        if gate is not None:
+            return torch.addcmul(residual, self(x).view(residual.shape), gate)
         if self.onednn:
             flat = residual.reshape(-1, self.outs)
             both = torch.ops.mkldnn._linear_pointwise.binary
@@ -84,6 +103,11 @@ def normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
     y = x * _inverse_rms(x, eps)
     return y if weight is None else y.mul_(weight)
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """RMS(x) * scale + shift."""
+    return torch.addcmul(shift, normed(x, None, eps), scale)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -106,7 +130,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, small: bool, b
 
     ``small``: logits are :func:`bounded`. ``bias`` (rows, 1, 1, Lk) is added to the logits.
     """
-    if not small or bias is not None or not plain_cpu(query):
+    plain = small and bias is None and plain_cpu(query)
+    if plain and native.available():
+        return native.attend(query, key, value, heads)
+    if not plain:
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
     rows, length, dim = query.shape
@@ -140,11 +167,19 @@ class SelfProduct:
         self.eps = attention.norm_q.eps
         self.out = Product(cast(nn.Linear, attention.to_out[0]))
 
-    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated queries and keys (rows, L, 2, D) and values (rows, L, D) of ``x`` (rows, L, D)."""
-        qkv = self.qkv(x).unflatten(-1, (3, -1))
+    def project(self, h: Tensor, shift: Tensor, scale: Tensor, eps: float, rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated queries and keys (rows, L, 2, D) and values (rows, L, D) of RMS(h) * scale + shift.
+
+        ``h`` (..., D) holds ``rows`` times the L positions of ``rope``.
+        """
+        if self.qkv.native:
+            qkv = native.linear(
+                h, *self.qkv.packed, shift, scale, eps, norms=self.norms, norm_eps=self.eps, rope=rope
+            ).view(-1, len(rope), 3, h.shape[-1])
+            return qkv[:, :, :2], qkv[:, :, 2]
+        qkv = self.qkv(modulated(h, shift, scale, eps).view(-1, len(rope), h.shape[-1])).unflatten(-1, (3, -1))
         pair = qkv[:, :, :2]
-        if plain_cpu(x):
+        if plain_cpu(h):
             pair.mul_(_inverse_rms(pair, self.eps)).mul_(self.norms)
         else:
             pair = torch.stack([normed(pair[:, :, i], self.norms[i], self.eps) for i in range(2)], 2)
@@ -167,15 +202,38 @@ class CrossProduct:
 
     def keys_values(self, context: Tensor) -> Tensor:
         """Keys and values (rows, L, 2, D) of ``context`` (rows, L, C)."""
+        if self.kv.native:
+            both = native.linear(context, *self.kv.packed, norms=self.norm_k[None], norm_eps=self.eps)
+            return both.view(*both.shape[:-1], 2, -1)
         kv: Tensor = self.kv(context).unflatten(-1, (2, -1))
         kv[:, :, 0] = normed(kv[:, :, 0], self.norm_k, self.eps)
         return kv
 
     def read(self, h: Tensor, kv: Tensor, bias: Tensor | None = None) -> Tensor:
         """What ``h`` (rows * n, L, D) reads of ``kv`` (rows, Lk, 2, D), before the output projection."""
-        query = normed(self.query(h), self.norm_q, self.eps).view(kv.shape[0], -1, h.shape[-1])
+        if self.query.native:
+            query = native.linear(h, *self.query.packed, norms=self.norm_q[None], norm_eps=self.eps)
+        else:
+            query = normed(self.query(h), self.norm_q, self.eps)
+        query = query.view(kv.shape[0], -1, h.shape[-1])
         return attend(query, kv[:, :, 0], kv[:, :, 1], self.heads, self.small, bias).view(h.shape)
 
     def add(self, h: Tensor, kv: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
         """``residual`` plus the attention's output for ``h``."""
         return self.out.add(self.read(h, kv, bias), residual)
+
+
+class FeedProduct:
+    """Feed-forward under AdaLN."""
+
+    def __init__(self, feed: FeedForward, eps: float) -> None:
+        net = feed.net
+        self.wide, self.narrow = Product(cast(nn.Linear, net[0].proj)), Product(cast(nn.Linear, net[2]))
+        self.eps = eps
+
+    def add(self, h: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        """``h`` plus gate times the feed-forward of RMS(h) * scale + shift."""
+        if self.wide.native:
+            weight, bias, _ = self.narrow.packed
+            return native.feed(h, shift, scale, self.eps, *self.wide.packed, weight, bias, gate)
+        return torch.addcmul(h, self.narrow(self.wide.gelu(modulated(h, shift, scale, self.eps))), gate)
