@@ -1,0 +1,314 @@
+"""A smoke pipeline to kill things in: its processes, its services, and copies of it as far as any stage.
+
+One undisturbed run is the reference. A case is a new workspace that holds what the reference's earlier stages made, so
+that a stage in the middle can be disturbed without running the ones before again. It has no run cache, no work folder
+and its own part of the object store, so the disturbed stage and all that follow really run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from infra.local import ports
+from infra.local.workspace import make_workspace
+from wav.local import read_env
+
+PROJECT = Path(__file__).resolve().parents[1]
+STAGES: dict[str, Any] = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
+TRAININGS = ("pretrain_video", "train_value", "train_joint")
+#: trainings on two ranks, with torchrun between them and the flow; the others are one process
+SPREAD = ("train_joint",)
+SIMULATIONS = ("ingest", "eval_libero")
+#: victim -> stages in which it exists
+VICTIMS: dict[str, tuple[str, ...]] = {
+    "flow": tuple(STAGES),
+    "rank": TRAININGS,
+    "launcher": SPREAD,
+    "simulator": SIMULATIONS,
+    "s3": tuple(STAGES),
+    "prefect": tuple(STAGES),
+    "dvc": tuple(STAGES),
+}
+#: marks every process of the pipeline, and none of the services
+MARK = "WAV_KILL_TEST"
+REPRO_SECONDS = 1800.0
+END_SECONDS = 600.0
+#: fields of metrics files that hold wall-clock time, memory, or how much of the work an earlier process had done;
+#: everything else must be equal
+WALL_CLOCK = frozenset(
+    {
+        "seconds",
+        "samples_per_second",
+        "tokens_per_second",
+        "data_wait_share",
+        "peak_memory_gib",
+        "resumed_from_step",
+        "timing",  # of an evaluation: seconds, episodes per hour, episodes of earlier processes
+    }
+)
+
+
+def kind(process: psutil.Process) -> str:
+    """Which victim a process of the pipeline is; empty for none (shells, helpers)."""
+    words = process.cmdline()
+    text = " ".join(words)
+    if "guard.py" in text:
+        return ""
+    if "torch.distributed.run" in words:
+        return "launcher"
+    for module, name in (("wav.training.loop", "rank"), ("wav.sim.worker", "simulator"), ("dvc", "dvc")):
+        if module in words and "-m" in words:
+            return name
+    flows = [word for word in words if word.startswith("flows.")]
+    return "flow" if flows and "-m" in words and Path(words[0]).name.startswith("python") else ""
+
+
+@dataclass
+class Pipeline:
+    """One workspace, its environment and the log of its ``dvc repro`` runs."""
+
+    workspace: Path
+    environment: dict[str, str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """``dvc repro`` in a session of its own."""
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dvc", "repro"],
+                cwd=self.workspace,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def alive(self) -> list[psutil.Process]:
+        """Every process that carries this pipeline's mark."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                marked = process.environ().get(MARK) == self.environment[MARK]
+                if marked and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def victims(self, name: str) -> list[psutil.Process]:
+        """Processes of one kind."""
+        found = []
+        for process in self.alive():
+            with contextlib.suppress(psutil.Error):
+                if kind(process) == name:
+                    found.append(process)
+        return found
+
+    def stage(self) -> str:
+        """The stage that the last ``dvc repro`` said it runs; empty before the first."""
+        lines = [line for line in self.text().splitlines() if line.startswith("Running stage '")]
+        return lines[-1].split("'")[1] if lines else ""
+
+    def text(self) -> str:
+        """What all runs said."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def ending(self) -> str:
+        """The last lines in one, then more of them."""
+        lines = [line for line in self.text().splitlines() if line.strip()]
+        return " | ".join(lines[-2:]) + "\n" + "\n".join(lines[-60:])
+
+    def wait(self, seconds: float) -> int:
+        """Status of ``dvc repro``; everything is killed where it takes longer."""
+        assert self.process is not None
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.end()
+            raise AssertionError(f"dvc repro did not end within {seconds:.0f} s: {self.text()[-3000:]}") from None
+
+    def left_over(self, seconds: float = 15.0) -> list[str]:
+        """Command lines of processes that are still there after ``seconds``."""
+        deadline = time.monotonic() + seconds
+        while (alive := self.alive()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        found = []
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                found.append(f"{process.pid}: {' '.join(process.cmdline())[:200]}")
+        return found
+
+    def end(self) -> None:
+        """Kill what is left."""
+        for process in self.alive():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        if self.process is not None:
+            self.process.wait()
+
+
+@dataclass
+class Lab:
+    """Services, the reference run, and when each kind of process lived in it."""
+
+    root: Path
+    environment: dict[str, str]
+    #: (kind, stage) -> seconds between its first and last sighting in the reference run
+    spans: dict[tuple[str, str], float] = field(default_factory=dict)
+    reference: Pipeline | None = None
+
+    def services(self, command: str) -> None:
+        """``python -m infra.local.services COMMAND``: what make up and make down run."""
+        argv = [sys.executable, "-m", "infra.local.services", command]
+        subprocess.run(argv, cwd=PROJECT, env=self.environment, check=True, stdout=subprocess.DEVNULL)
+
+    def service(self, name: str) -> psutil.Process:
+        """The Prefect or S3 server."""
+        return psutil.Process(json.loads((self.root / "local" / f"{name}.json").read_text())["pid"])
+
+    def credentials(self) -> dict[str, str]:
+        """Keys of the S3 server."""
+        return read_env(self.root / "local" / "credentials.env")
+
+    @property
+    def endpoint(self) -> str:
+        """Address of the S3 server."""
+        return f"http://{ports.HOST}:{self.environment['WAV_S3_PORT']}"
+
+    def pipeline(self, name: str) -> Pipeline:
+        """An empty workspace with a cache, a mark and a place in the store of its own."""
+        folder, cache = self.root / name, self.root / f"{name}-cache"
+        make_workspace("smoke", folder, cache)
+        params = yaml.safe_load((folder / "params.yaml").read_text())
+        for stage in SPREAD:
+            params[stage]["ranks"] = 2
+        params["eval_libero"] |= {"conditions": ["planned"], "swapped_episodes": 0}  # two episodes, not ten
+        (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+        own = {MARK: uuid.uuid4().hex, "WAV_STORE": f"s3://wav/{name}", "WAV_S3_ENDPOINT": self.endpoint}
+        return Pipeline(folder, self.environment | own, self.root / f"{name}.log")
+
+    def run_reference(self) -> Pipeline:
+        """The undisturbed run, watched."""
+        reference = self.pipeline("reference")
+        seen: dict[tuple[str, str], list[float]] = {}
+        reference.start()
+        assert reference.process is not None
+        try:
+            deadline = time.monotonic() + REPRO_SECONDS
+            while reference.process.poll() is None and time.monotonic() < deadline:
+                stage, now = reference.stage(), time.monotonic()
+                for process in reference.alive():
+                    with contextlib.suppress(psutil.Error):
+                        seen.setdefault((kind(process), stage), []).append(now)
+                time.sleep(0.2)
+            assert reference.wait(1) == 0, reference.ending()
+            assert not reference.left_over()
+        finally:
+            reference.end()
+        self.spans = {key: times[-1] - times[0] for key, times in seen.items()}
+        return reference
+
+    def case(self, name: str, stage: str) -> Pipeline:
+        """A workspace in which everything before ``stage`` is done, as the reference did it."""
+        assert self.reference is not None
+        case, names = self.pipeline(name), list(STAGES)
+        lock = yaml.safe_load((self.reference.workspace / "dvc.lock").read_text())
+        done = names[: names.index(stage)]
+        cache = self.root / "reference-cache" / "files"  # "runs" beside it would spare stages from running
+        shutil.copytree(cache, self.root / f"{name}-cache" / "files")
+        lock["stages"] = {name: entry for name, entry in lock["stages"].items() if name in done}
+        if done:
+            (case.workspace / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
+        for path in (out for earlier in done for out in outputs(earlier)):
+            source, target = self.reference.workspace / path, case.workspace / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copytree if source.is_dir() else shutil.copy2
+            copy(source, target)
+        return case
+
+
+def outputs(stage: str) -> list[str]:
+    """Paths a stage makes, metrics included."""
+    entries = [*STAGES[stage].get("outs", []), *STAGES[stage].get("metrics", [])]
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+
+
+@contextlib.contextmanager
+def open_lab(root: Path, keep: bool) -> Iterator[Lab]:
+    """Services on free ports and a finished reference run, taken from ``root`` where it holds them.
+
+    With ``keep`` services and files stay for the next block; else they end with this one.
+    """
+    memory = root / "lab.json"
+    if memory.is_file():
+        raw = json.loads(memory.read_text())
+        lab = Lab(root, raw["environment"], {(name, stage): seconds for name, stage, seconds in raw["spans"]})
+        lab.reference = Pipeline(root / "reference", raw["reference"], root / "reference.log")
+    else:
+        lab = Lab(root, environment(root))
+    lab.services("up")
+    try:
+        if lab.reference is None:
+            lab.reference = lab.run_reference()
+            spans = [[*key, seconds] for key, seconds in lab.spans.items()]
+            raw = {"environment": lab.environment, "spans": spans, "reference": lab.reference.environment}
+            memory.write_text(json.dumps(raw))
+        yield lab
+    finally:
+        if not keep:
+            lab.services("down")
+
+
+def environment(root: Path) -> dict[str, str]:
+    """This process's environment, with services of its own and no other settings of the project."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "WAV_", "DVC_"))}
+    own = {"WAV_LOCAL_DIR": str(root / "local"), "DVC_SITE_CACHE_DIR": str(root / "dvc-site")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
+    return (
+        kept | ports.find_free() | own | {"WAV_WORKERS": "2", "WAV_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": path}
+    )
+
+
+def kill(process: psutil.Process) -> bool:
+    """SIGKILL; whether it was there."""
+    try:
+        process.send_signal(signal.SIGKILL)
+    except psutil.Error:
+        return False
+    return True
+
+
+def strip(value: Any) -> Any:
+    """Metrics without their wall-clock fields."""
+    if isinstance(value, dict):
+        return {name: strip(inner) for name, inner in value.items() if name not in WALL_CLOCK}
+    return [strip(inner) for inner in value] if isinstance(value, list) else value
+
+
+def results(workspace: Path) -> dict[str, Any]:
+    """Every metrics file without wall-clock fields, every weights file by digest, every episode record's outcome."""
+    import hashlib
+
+    found: dict[str, Any] = {}
+    for stage in STAGES:
+        for entry in STAGES[stage].get("metrics", []):
+            path = next(iter(entry))
+            found[path] = strip(json.loads((workspace / path).read_text()))
+    for path in sorted(workspace.glob("models/*/model/*.safetensors")):
+        found[str(path.relative_to(workspace))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
