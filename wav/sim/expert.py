@@ -7,6 +7,7 @@ actions are executed, clean ones are the labels). LIBERO's is in ``libero_expert
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from wav.errors import ConfigError
+from wav.errors import ConfigError, DataError
 from wav.seeding import derive_seed, numpy_generator
 from wav.sim.arm import Action, Arm
 from wav.sim.env import LIBERO_SUITES, Observation, SimEnv, make_env, simulator_versions, task_specs
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from wav.config import DataSettings
     from wav.data.episode import Episode
     from wav.sim.tabletop import TabletopEnv
+
+log = logging.getLogger(__name__)
 
 HOVER = 0.07
 """Metres above the grasp point at which the gripper aligns before it descends."""
@@ -238,7 +241,11 @@ def run_expert(
     observation: Observation | None = first
     limit = task_specs(suite)[task].max_steps
     for step in range(limit):
-        label = expert()
+        try:
+            label = expert()
+        except DataError as error:  # where things lie now it knows no way
+            log.info("%s, initial state %d: %s", task, index, error)
+            return False, step
         executed = label.copy()
         executed[:6] += rng.normal(0.0, noise, 6).astype(np.float32) * (1, 1, 1, 0.3, 0.3, 0.3)
         executed = np.clip(executed, -1, 1).astype(np.float32)
