@@ -49,7 +49,7 @@ class PlainTransformer(WAVTransformer):
         rope = video_rope(h.shape[-1], frames, height, width, scale, h.device)
         features = []
         for block in self.transformer_blocks.children():
-            h = self._block(block, h, temb, rope, context.states, context.bias)
+            h = self._block(len(features), block, h, temb, rope, context.states, context.bias)
             features.append(h.flatten(1, 3).clone())
         velocity = self.proj_out(modulated_head(h, self.scale_shift_table, e.unsqueeze(3)))
         velocity = unpack(velocity.view(*velocity.shape[:2], frames, cells, -1), height, width)
@@ -79,7 +79,7 @@ class PlainTransformer(WAVTransformer):
         temb, e = parts.time_embed(levels.contiguous())
         temb, rope, features = temb.unflatten(-1, (6, -1)), parts.rope(h), []
         for index, block in enumerate(parts.blocks.children()):
-            h = self._block(block, h, temb, rope, video[index], None if value is None else value[index])
+            h = self._block(index, block, h, temb, rope, video[index], None if value is None else value[index])
             features.append(h[:, -chunk:].clone().reshape(*shape[:-1], -1))
         velocity = parts.proj_out(modulated_head(h[:, -chunk:], parts.scale_shift_table, e[:, -chunk:]))
         return ExpertOutput(velocity.view(shape), tuple(features))

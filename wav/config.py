@@ -146,7 +146,9 @@ class TrainSettings(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     ranks: int = Field(1, ge=1, description="processes on this node (GPUs)")
     nodes: int = Field(1, ge=1, description="machines (WAV_HOSTFILE)")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = Field(
+        False, description="recompute blocks in the backward pass; auto: only as many as the free memory asks for"
+    )
     checkpoint_every: int = Field(500, ge=1)
     keep_last: int = Field(2, ge=1, description="checkpoints kept: the newest this many,")
     keep_best: int = Field(0, ge=0, description="and the best this many by validation loss,")

@@ -156,3 +156,19 @@ def test_random_labels_of_the_reference_are_not_taken_for_pure_noise() -> None:
     one, two = (gradients(make("train_value", kind, compat), inputs)[0] for kind in ("ours", "plain"))
     assert one == pytest.approx(two, rel=1e-5)
     assert one != pytest.approx(gradients(make("train_value"), inputs)[0], rel=1e-3)
+
+
+def test_layers_that_are_not_recomputed_keep_their_activations_and_no_number_changes() -> None:
+    def step(layers: int) -> tuple[int, list[torch.Tensor]]:
+        module, sizes = make("pretrain_video"), []
+        module.model.enable_gradient_checkpointing()
+        module.model.recomputed_layers = layers
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            loss, _ = module(inputs_of(random_batch(), "pretrain_video"))
+        loss.backward()
+        return sum(sizes), [p.grad for p in module.model.parameters() if p.grad is not None]
+
+    (most, first), (some, second), (least, third) = (step(layers) for layers in (0, 2, MODEL.layers))
+    assert most > some > least
+    for other in (second, third):
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))

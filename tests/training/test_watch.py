@@ -14,9 +14,20 @@ from torch import nn
 
 from tests.training.test_loop import finish
 from wav.errors import StorageError, TrainingError
+from wav.model.accounting import activation_bytes
 from wav.storage.commit import commits
+from wav.training.engine import World
+from wav.training.inputs import initial_model, open_inputs
 from wav.training.universal import Layout
-from wav.training.watch import is_spike, peak_operations, preflight, state_bytes, usual_loss
+from wav.training.watch import (
+    is_spike,
+    layers_to_recompute,
+    peak_operations,
+    preflight,
+    sizes_of,
+    state_bytes,
+    usual_loss,
+)
 
 ONE = Layout(1, 0, "fp32")
 CPU = torch.device("cpu")
@@ -37,6 +48,25 @@ def test_memory_is_cut_as_zero_cuts_it() -> None:
     assert state_bytes(1000, 800, Layout(4, 1, "fp32")) == 4000 + 3200 + 1600 + 800
     assert state_bytes(1000, 800, Layout(4, 2, "bf16")) == 2000 + 400 + 2400 + 800
     assert state_bytes(1000, 800, Layout(4, 3, "bf16")) == 500 + 400 + 2400 + 800
+
+
+def test_auto_recomputes_only_what_memory_asks_for(spec_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of()
+    inputs = open_inputs(spec)
+    model, world = initial_model(spec, inputs), World(0, 1, CPU)
+    needed = activation_bytes(sizes_of(spec, inputs, model), spec.train, 4)
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(("value_", "action_")))
+    state = state_bytes(parameters, trained, ONE)
+    memory = namedtuple("memory", "available")
+
+    def layers(free: float) -> int:
+        monkeypatch.setattr("wav.training.watch.psutil.virtual_memory", lambda: memory(int(free / 0.9) + 1))
+        return layers_to_recompute(spec, inputs, model, 4, world)
+
+    assert layers(state + 2 * needed) == 0
+    assert layers(state + 0.95 * needed) == 1
+    assert layers(state) == spec.model.layers == 2
 
 
 def test_preflight(spec_of, monkeypatch: pytest.MonkeyPatch) -> None:

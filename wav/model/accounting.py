@@ -235,8 +235,9 @@ class TrainingCost:
 def training_cost(sizes: Sizes, train: TrainSettings, batch: int) -> TrainingCost:
     """Operations per sample of a stage; ``batch``: samples of a forward pass, which share the view embedding.
 
-    The value stage runs the video part forward only. The joint stage's shares of action, value and video samples are
-    those of ``action_probability``; there a value draw reads its own copy of the keys and values.
+    The value stage runs the video part forward only, as planning does (AdaLN rows are kept and not counted). The joint
+    stage's shares of action, value and video samples are those of ``action_probability``; value draws of a sample share
+    its keys and values, which are kept, not recomputed.
     """
     video = text_flops(sizes, batch) + video_flops(sizes, batch, head=train.stage != "train_value")
     passes, idle = video, Flops()
@@ -245,14 +246,16 @@ def training_cost(sizes: Sizes, train: TrainSettings, batch: int) -> TrainingCos
             return TrainingCost(0.0, 0.0, 0.0)
         passes = value_flops(sizes, batch * cast("TrainValueSettings", train).value_draws)
         passes += video_keys(sizes, sizes.value_width, batch, frozen=True)
-        idle = video
+        idle = text_flops(sizes, batch, keys=True) + memory_flops(sizes) * batch
+        idle += video_flops(sizes, batch, head=False, planning=True)
     elif train.stage == "train_joint":
         joint = cast("TrainJointSettings", train)
         action = batch * joint.action_probability
         passes += action_flops(sizes, action * joint.action_draws) + video_keys(sizes, sizes.action_width, action)
         if sizes.value_width:
             rows = action + (batch - action) / 2 * joint.value_draws
-            passes += value_flops(sizes, rows) + video_keys(sizes, sizes.value_width, rows) + value_keys(sizes, action)
+            keys = video_keys(sizes, sizes.value_width, (batch + action) / 2)
+            passes += value_flops(sizes, rows) + replace(keys, blocks=0.0) + value_keys(sizes, action)
     again = passes.blocks if train.gradient_checkpointing else 0.0
     return TrainingCost((passes.forward + idle.forward) / batch, passes.backward / batch, again / batch)
 
@@ -356,7 +359,7 @@ def activation_bytes(sizes: Sizes, train: TrainSettings, micro_batch: int) -> fl
     """Estimate of the activations kept for the backward pass of one micro-batch.
 
     Every block's output is kept (the experts read it). With gradient checkpointing one video block's inner tensors
-    are alive on top, otherwise those of all blocks; a frozen video part keeps its outputs alone.
+    are alive on top, otherwise those of all blocks; a frozen video part keeps its outputs alone. ``auto`` counts as on.
     """
     number = 2 if train.precision == "bf16" else 4
     video, kept = sizes.tokens * sizes.width, 1 if train.gradient_checkpointing else sizes.layers

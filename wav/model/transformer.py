@@ -132,7 +132,7 @@ class WAVTransformer(ModelMixin, ConfigMixin):
             self._add_expert("value", value_num_attention_heads, value_attention_head_dim, None)
         if action_expert:
             self._add_expert("action", action_num_attention_heads, action_attention_head_dim, value_dim)
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing, self.recomputed_layers = False, num_layers
 
     def _add_expert(self, name: str, heads: int, head_dim: int, value_dim: int | None) -> None:
         """Register an expert's modules under ``{name}_...``."""
@@ -159,9 +159,9 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         """Whether there is a value expert, hence planning."""
         return bool(self.config.value_expert)
 
-    def _block(self, block: nn.Module, *args: Any) -> Tensor:
-        """One block, recomputed in the backward pass where gradient checkpointing is on."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+    def _block(self, index: int, block: nn.Module, *args: Any) -> Tensor:
+        """Block ``index``, recomputed in the backward pass where gradient checkpointing is on and reaches it."""
+        if self.gradient_checkpointing and index < self.recomputed_layers and torch.is_grad_enabled():
             return self._gradient_checkpointing_func(block, *args)  # type: ignore[no-any-return, misc]
         return block(*args)  # type: ignore[no-any-return]
 
@@ -226,7 +226,7 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         rope = video_rope(h.shape[-1], frames, height, width, scale, h.device)
         features = []
         for index, block in enumerate(self.transformer_blocks.children()):
-            h = self._block(block, h, temb, rope, text.layer(index), text.bias)
+            h = self._block(index, block, h, temb, rope, text.layer(index), text.bias)
             features.append(h.flatten(1, 3))
         velocity = None
         if need_head:
@@ -268,7 +268,7 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         rope = parts.rope(h)
         features = []
         for index, block in enumerate(parts.blocks.children()):
-            h = self._block(block, h, temb, rope, video[index], None if value is None else value[index])
+            h = self._block(index, block, h, temb, rope, video[index], None if value is None else value[index])
             features.append(h[:, -chunk:].reshape(*shape[:-1], -1))
         return ExpertOutput(parts.head(h[:, -chunk:], e).view(shape), tuple(features))
 

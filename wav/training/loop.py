@@ -48,6 +48,7 @@ from wav.training.spec import TrainSpec
 from wav.training.universal import Layout
 from wav.training.watch import (
     is_spike,
+    layers_to_recompute,
     operations_per_sample,
     peak_operations,
     preflight,
@@ -73,6 +74,9 @@ class Trainer:
         model = initial_model(spec, inputs)
         if self.settings.gradient_checkpointing:
             model.enable_gradient_checkpointing()
+        if self.settings.gradient_checkpointing == "auto":
+            model.recomputed_layers = layers_to_recompute(spec, inputs, model, self.plan.micro, world)
+            self._say(f"{spec.stage}: {model.recomputed_layers} of {spec.model.layers} layers are recomputed")
         self.model = model
         module = StageModule(model, self.settings, spec.data.memory_frames, spec.data.action_dim)
         self.trained = sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 from collections.abc import Sequence
@@ -14,11 +15,15 @@ from torch import nn
 from wav.config import TrainSettings
 from wav.data.files import require_free_space
 from wav.errors import TrainingError
+from wav.model.accounting import Sizes, activation_bytes
 from wav.storage.commit import Retention
+from wav.training.objectives import trainable_names
 from wav.training.record import Row
 from wav.training.universal import Layout
 
 if TYPE_CHECKING:
+    from wav.model import WAVTransformer
+    from wav.training.engine import World
     from wav.training.inputs import Inputs
     from wav.training.spec import TrainSpec
 
@@ -86,6 +91,56 @@ def state_bytes(parameters: int, trained: int, layout: Layout) -> int:
     gradients = trained * weight // (layout.ranks if layout.zero_stage >= 2 else 1)
     moments = trained * (8 if weight == 4 else 12) // (layout.ranks if layout.zero_stage >= 1 else 1)
     return weights + gradients + moments + 4 * trained // layout.ranks
+
+
+def layers_to_recompute(spec: TrainSpec, inputs: Inputs, model: WAVTransformer, micro: int, world: World) -> int:
+    """Layers that a pass over ``micro`` samples must recompute to fit beside weights, gradients and moments.
+
+    Between none and all layers the activations shrink by the same amount for each
+    (:func:`wav.model.accounting.activation_bytes`, an estimate). The weights are on the CPU still, so what is free now
+    is free for all of it; a tenth is left for what is not counted: buffers, fragmentation, the libraries' own.
+    """
+    chosen = trainable_names(model, spec.train)
+    trained = sum(p.numel() for name, p in model.named_parameters() if name in chosen)
+    layout = Layout(world.ranks, spec.train.zero_stage, spec.train.precision)
+    state = state_bytes(sum(p.numel() for p in model.parameters()), trained, layout)
+    if world.device.type == "cuda":
+        free = torch.cuda.mem_get_info(world.device)[0]
+    else:
+        free = psutil.virtual_memory().available // world.ranks
+    kept, least = (
+        activation_bytes(
+            sizes_of(spec, inputs, model), spec.train.model_copy(update={"gradient_checkpointing": on}), micro
+        )
+        for on in (False, True)
+    )
+    room = 0.9 * free - state
+    if kept <= room:
+        return 0
+    return min(spec.model.layers, math.ceil((kept - room) / max(1.0, (kept - least) / spec.model.layers)))
+
+
+def sizes_of(spec: TrainSpec, inputs: Inputs, model: WAVTransformer) -> Sizes:
+    """What the formulas of :mod:`wav.model.accounting` read, of a built model and the latents it trains on."""
+    part, config = spec.model, model.config
+    _, views, channels, future, height, width = inputs.latents.clip.shape
+    return Sizes(
+        layers=part.layers,
+        width=part.heads * part.head_dim,
+        value_width=part.value_heads * part.value_head_dim if part.value_expert else 0,
+        action_width=part.action_heads * part.action_head_dim,
+        views=views,
+        memory=spec.data.memory_frames,
+        future=future,
+        height=height,
+        image_width=width,
+        chunk=spec.data.action_chunk,
+        text=inputs.latents.text.shape[1],
+        latent_channels=channels,
+        caption_channels=inputs.latents.text.shape[2],
+        value_channels=config.value_in_channels,
+        action_channels=config.action_in_channels,
+    )
 
 
 def tokens_per_sample(spec: TrainSpec, inputs: Inputs) -> int:
