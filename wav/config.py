@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from wav.config_errors import explain
+from wav.config_errors import explain, refused_shortcut
 from wav.errors import ConfigError, exit_status
 
 
@@ -218,31 +218,7 @@ class PlannerSettings(Section):
     )
 
     @model_validator(mode="after")
-    def _shortcuts(self) -> PlannerSettings:
-        steps = self.score_steps or self.denoise_steps
-        elites = max(self.video_elites, -(-self.value_elites // self.value_samples))
-        limits = (
-            (self.score_steps > self.denoise_steps, "score_steps", f"at most denoise_steps = {self.denoise_steps}"),
-            (self.reuse_reads > steps, "reuse_reads", f"at most the {steps} steps of scoring"),
-            (
-                self.survivors and not elites <= self.survivors < self.video_samples,
-                "survivors",
-                f"0, or from {elites} (all elites come from them) to video_samples - 1 = {self.video_samples - 1}",
-            ),
-            (
-                self.survivors and steps == 1,
-                "survivors",
-                "0 where scoring takes 1 step, which is the first look itself",
-            ),
-            (self.settle and self.iterations < 3, "settle", "0 below 3 iterations: the second is the first to compare"),
-        )
-        for wrong, name, wanted in limits:
-            if wrong:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be {wanted}")
-        return self
-
-    @model_validator(mode="after")
-    def _elites(self) -> PlannerSettings:
+    def _consistent(self) -> PlannerSettings:
         if self.video_elites > self.video_samples:
             raise ValueError(
                 f"video_elites = {self.video_elites}: must be at most video_samples = {self.video_samples}; "
@@ -253,6 +229,8 @@ class PlannerSettings(Section):
                 f"value_elites = {self.value_elites}: must be at most video_samples * value_samples = "
                 f"{self.video_samples * self.value_samples}; lower value_elites or raise the samples"
             )
+        if fault := refused_shortcut(self):
+            raise ValueError(fault)
         return self
 
 
