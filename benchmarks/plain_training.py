@@ -5,8 +5,8 @@ video head computed in every stage; features copied into buffers, tiled for ever
 every draw; every block recomputed in the backward pass; norms and rotations as the operations of diffusers that the
 reference is built on; AdamW without its fused kernel. The frozen video expert of the value stage has no gradients (the
 reference freezes its parameters), so that nothing of it is kept for a backward pass either. Same weights, same draws,
-same losses as :class:`wav.training.objectives.StageModule`, which this model is put into; ``tests/golden`` holds it
-against the recorded iterations of the reference.
+same losses as :class:`wav.training.objectives.StageModule`, which this model is put into.
+``tests/training/test_schedule.py`` compares losses and gradients of both.
 """
 
 from __future__ import annotations
