@@ -21,7 +21,6 @@ import torch
 
 from wav.model.build import build_from_settings, value_channels
 from wav.model.transformer import JOINT_EVERY
-from wav.shortcuts import FIRST_LOOK
 
 if TYPE_CHECKING:
     from wav.config import PlannerSettings, Settings, TrainJointSettings, TrainSettings, TrainValueSettings
@@ -273,11 +272,12 @@ class PlanCost:
         return self.search + self.act
 
 
-def plan_cost(sizes: Sizes, planner: PlannerSettings) -> PlanCost:
+def plan_cost(sizes: Sizes, planner: PlannerSettings, first_look: int = 1) -> PlanCost:
     """A call as built: instruction and memory once, keys and values once per candidate, no candidate tiled.
 
     AdaLN rows are kept from call to call and not counted. ``planner.iterations`` 0, or a model without value expert,
-    leaves the decoding alone. ``planner.reuse_reads`` and ``settle`` are not counted.
+    leaves the decoding alone. ``planner.reuse_reads`` and ``settle`` are not counted. ``first_look``: Euler steps
+    after which ``planner.survivors`` are chosen (:data:`wav.shortcuts.FIRST_LOOK`).
     """
     M, N, steps = planner.video_samples, planner.value_samples, planner.denoise_steps
 
@@ -292,7 +292,7 @@ def plan_cost(sizes: Sizes, planner: PlannerSettings) -> PlanCost:
     if sizes.value_width:
         kept = planner.survivors or M
         search = features(M) + value_flops(sizes, kept * N, planning=True) * (planner.score_steps or steps)
-        search += value_flops(sizes, M * N if planner.survivors else 0, planning=True) * FIRST_LOOK
+        search += value_flops(sizes, M * N if planner.survivors else 0, planning=True) * first_look
         act += value_flops(sizes, planning=True) + value_keys(sizes)
     return PlanCost((search * planner.iterations).forward, act.forward)
 
