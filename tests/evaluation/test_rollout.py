@@ -11,9 +11,10 @@ from wav.evaluation.protocol import build_episodes
 from wav.evaluation.rollout import PATIENCE_CALLS, Scheduler
 
 
-def run(slots=4, order=0, crashes=None, **changes):
+def run(slots=4, order=0, crashes=None, pool=None, patience=60.0, **changes):
+    """Run all fake episodes; ``patience`` above what any machine takes, so that batches do not depend on its load."""
     settings = EVALUATION.model_copy(update=changes)
-    pool, policy, finished = FakePool(slots, order, crashes), FakePolicy(), []
+    pool, policy, finished = pool or FakePool(slots, order, crashes), FakePolicy(), []
     scheduler = Scheduler(
         pool,
         policy,
@@ -21,6 +22,7 @@ def run(slots=4, order=0, crashes=None, **changes):
         batch_size=settings.batch_size,
         with_value=True,
         on_finish=finished.append,
+        patience=patience,
     )
     episodes = build_episodes(DATA, settings)
     scheduler.run(episodes)
@@ -136,26 +138,16 @@ class SlowPool(FakePool):
 def test_a_batch_waits_for_stragglers_only_so_long():
     """Dynamic batching: those that are ready go on without a straggler, and nothing in the results changes."""
     clean = run(slots=3)[0]
-    settings = EVALUATION.model_copy(update={})
-    pool, policy, finished = SlowPool(3, {("lift_green_cube", 0)}, times=6), FakePolicy(), []
-    scheduler = Scheduler(
-        pool,
-        policy,
-        execute_steps=settings.execute_steps,
-        batch_size=settings.batch_size,
-        with_value=True,
-        on_finish=finished.append,
-        patience=0.02,
-    )
-    scheduler.run(build_episodes(DATA, settings))
-    assert outcome({r.spec: r for r in finished}) == outcome(clean)
+    slow = SlowPool(3, {("lift_green_cube", 0)}, times=6)
+    rollouts, scheduler, pool, policy, _ = run(pool=slow, patience=0.02)
+    assert outcome(rollouts) == outcome(clean)
     assert scheduler.clock.overdue_calls >= 5
     assert policy.calls[0][1] == 2  # two of three rows: the third was still being reset
     assert 0 <= max(pool.limits) <= 0.02
 
 
 def test_patience_follows_what_a_policy_call_takes():
-    _, scheduler, _, _, _ = run(slots=3)
+    _, scheduler, _, _, _ = run(slots=3, patience=None)
     clock = scheduler.clock
     assert scheduler.patience == pytest.approx(PATIENCE_CALLS * clock.policy_seconds / clock.policy_calls)
     assert clock.rendering_seconds == pytest.approx(clock.simulation_seconds)
