@@ -1,7 +1,8 @@
-"""FLOPs and bytes of what torch really ran, the machine it ran on, and its measured matrix peak."""
+"""FLOPs and bytes of what torch really ran, the machine it ran on, its measured matrix peak, and the result's file."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -98,3 +99,10 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "absent"
     return {"cpu": name, "cores": os.cpu_count(), "load": [round(x, 2) for x in os.getloadavg()], "versions": versions}
+
+
+def write_result(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a benchmark's result as JSON, making the folder; nothing without a path (``--json`` was not given)."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import time
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from counting import machine
+from counting import machine, write_result
 
 from wav.codec import PCACodec
 from wav.config import DataSettings, Settings, load_settings
@@ -254,9 +253,7 @@ def main() -> None:
     }
     result |= {"simulator": simulator_versions(arguments.suite), "machine": before, "load_after": machine()["load"]}
     show(result)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ stages on one GPU, plain beside ours. Instructions count as encoded already, on 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from dataclasses import asdict, replace
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from counting import machine
+from counting import machine, write_result
 from projection import accounted
 from sizes import SIZES, Sizes
 from torch import Tensor
@@ -182,9 +181,7 @@ def main() -> None:
         result["gpu"] = torch.cuda.get_device_name()
     result |= measure(arguments)
     show(result)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Training, ingest, labelling and encoding: ``growth_training.py``.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from counting import Counted, machine
+from counting import Counted, machine, write_result
 from fitting import fit_exponent
 from sizes import SIZES, Sizes
 from torch.profiler import ProfilerActivity, profile
@@ -150,9 +149,7 @@ def main() -> None:
         powers = [found["fits"][kind]["exponent"] for kind in ("seconds", "bytes", "gflop")]
         print(f"{name:18}{first['size']:>7} to {last['size']:<4}{ends[0]:>18}{ends[1]:>16}", end="")
         print(f"{powers[0]:8.2f}{powers[1]:10.2f}{powers[2]:9.2f}  {found['note']}")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ counted tensor by tensor, so that it is the same on every machine. Prints a tabl
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from counting import machine
+from counting import machine, write_result
 from fitting import fit_exponent
 from sizes import SIZES, Sizes, Train
 from torch import Tensor
@@ -107,10 +106,8 @@ def main() -> None:
             time_, memory = row["seconds"], row["bytes"]
             fits = f"{time_['exponent']:10.2f}{time_['r2']:7.3f}{memory['exponent']:10.2f}{memory['r2']:7.3f}"
             print(f"{stage:15}{against:8}{fits}   {points}")
-    if arguments.json:
-        result = {"stages": stages, "sizes": arguments.sizes, "threads": arguments.threads, "machine": before}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result | {"load_after": machine()["load"]}, indent=1) + "\n")
+    result = {"stages": stages, "sizes": arguments.sizes, "threads": arguments.threads, "machine": before}
+    write_result(arguments.json, result | {"load_after": machine()["load"]})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 import av
 import numpy as np
 
-from benchmarks.counting import machine
+from benchmarks.counting import machine, write_result
 from benchmarks.fitting import fit_exponent
 from tests.data.sources.datasets import lerobot_dataset, libero_episodes
 from wav.config import DataSettings, EncodeSettings, IngestSettings, LabelRewardsSettings
@@ -212,9 +212,7 @@ def main() -> None:
         "machine": before,
         "wall_seconds": time.perf_counter() - begun,
     }
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

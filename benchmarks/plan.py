@@ -8,7 +8,6 @@ Same weights, same noise, one CPU thread; text encoder and codec excluded. Print
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from counting import Counted, machine, matrix_peak
+from counting import Counted, machine, matrix_peak, write_result
 from torch import Tensor
 
 from wav.config import DataSettings, ModelSettings, PlannerSettings
@@ -171,9 +170,7 @@ def main() -> None:
         f"peak {result['peak_gflops']:.0f} GFLOP/s on {arguments.threads} thread(s), load {before['load'][0]}; "
         f"kernels: {result['kernels']}"
     )
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ and ``--share``, an assumption. Prints tables; ``--json FILE`` writes them:
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from counting import write_result
 from sizes import SIZES, Sizes, Train
 
 from wav.model import accounting
@@ -185,9 +185,7 @@ def main() -> None:
         f"planning: {plan['ours_tflop']:.0f} TFLOP a call ({plan['plain_search_tflop']:.0f} as the reference), "
         f"{plan['ours_seconds_a100']:.2f} s on one A100 at the assumed share"
     )
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

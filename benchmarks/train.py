@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from counting import Counted, machine, matrix_peak
+from counting import Counted, machine, matrix_peak, write_result
 from plain_training import NeverFrozen, diffusers_operations, plain
 from sizes import SIZES, Sizes, Train
 from torch import Tensor
@@ -268,9 +267,7 @@ def main() -> None:
     result |= {"dtype": arguments.dtype, "threads": arguments.threads, "machine": before}
     result["load_after"] = machine()["load"]
     show(result)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -48,21 +48,25 @@ class FileRecord:
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:
-    """:func:`hashlib.file_digest` for Python 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def canonical_digest(data: Any) -> str:
     """SHA-256 of plain data written as canonical JSON (sorted keys, no spaces): equal data, equal digest."""
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sources_digest(names: Iterable[str]) -> str:
+    """Digest of source files of this package (Python, and the C of its kernels).
+
+    Args:
+        names: files, or folders with all that is below them, relative to the package.
+    """
+    root = Path(__file__).resolve().parent.parent
+    parts = [[root / name] if (root / name).is_file() else (root / name).rglob("*") for name in names]
+    files = [file for part in parts for file in part if file.suffix in (".py", ".c")]
+    return canonical_digest({file.relative_to(root).as_posix(): file_digest(file) for file in files})
 
 
 @contextlib.contextmanager
@@ -192,6 +196,22 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(result == 0)
 
 
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling that becomes ``path`` when the block ends without an error, and is removed otherwise.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def write_json(path: str | Path, data: Any) -> None:
     """Write plain data as indented JSON with sorted keys, atomically (NaN is refused: it is not JSON)."""
     write_text(path, json.dumps(data, indent=2, sort_keys=True, allow_nan=False) + "\n")
@@ -203,14 +223,8 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         StorageError: the disk is full.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with disk_errors(path):
-        try:
-            temporary.write_text(text)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with atomic_file(Path(path)) as temporary:
+        temporary.write_text(text)
 
 
 def read_json(path: str | Path, remedy: str) -> Any:

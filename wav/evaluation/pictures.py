@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wav.data.files import disk_errors
+from wav.data.files import atomic_file
 from wav.errors import ServiceError
 
 Picture = NDArray[np.uint8]
@@ -58,20 +57,15 @@ def write_mp4(path: Path, frames: Iterable[Picture], fps: int, height: int = 192
     if not pictures:
         raise ValueError(f"{path}: a video needs at least one frame")
     rows, columns = (size + size % 2 for size in pictures[0].shape[:2])
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with disk_errors(path):
+    with atomic_file(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
-                stream = container.add_stream(encoder(), rate=Fraction(fps))
-                stream.width, stream.height, stream.pix_fmt = columns, rows, "yuv420p"
-                for picture in pictures:
-                    even = np.pad(picture, ((0, rows - picture.shape[0]), (0, columns - picture.shape[1]), (0, 0)))
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
-                container.mux(stream.encode())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
+            stream = container.add_stream(encoder(), rate=Fraction(fps))
+            stream.width, stream.height, stream.pix_fmt = columns, rows, "yuv420p"
+            for picture in pictures:
+                even = np.pad(picture, ((0, rows - picture.shape[0]), (0, columns - picture.shape[1]), (0, 0)))
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(even, format="rgb24")))
+            container.mux(stream.encode())
 
 
 def strip(frames: Sequence[Picture], count: int = 8) -> Picture:
@@ -118,11 +112,6 @@ def write_png(path: Path, image: Picture, height: int = 0) -> None:
     Raises:
         StorageError: the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with disk_errors(path):
+    with atomic_file(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(png_bytes(image, height))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        temporary.write_bytes(png_bytes(image, height))

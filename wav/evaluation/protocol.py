@@ -13,13 +13,12 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import wav
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
 from wav.data.conventions import Conventions
-from wav.data.files import canonical_digest, file_digest
+from wav.data.files import canonical_digest, sources_digest
 from wav.errors import CheckpointError, ConfigError
 from wav.model import native
 from wav.planner import Condition
@@ -42,6 +41,7 @@ _CODE = (
     "planner.py",
     "policy.py",
     "seeding.py",
+    "shortcuts.py",
     "text.py",
 )
 _PACKAGES = ("torch", "numpy", "mujoco", "robosuite")
@@ -137,10 +137,7 @@ def versions() -> dict[str, str]:
 @functools.cache
 def code_digest() -> str:
     """Digest of the source files that decide an episode's result."""
-    root = Path(wav.__file__).parent
-    parts = [[root / part] if part.endswith(".py") else (root / part).iterdir() for part in _CODE]
-    files = [file for part in parts for file in part if file.suffix in (".py", ".c")]
-    return canonical_digest({file.relative_to(root).as_posix(): file_digest(file) for file in files})
+    return sources_digest(_CODE)
 
 
 def episode_key(

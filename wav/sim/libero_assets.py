@@ -17,6 +17,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from wav.data.files import canonical_digest, write_text
 from wav.errors import ServiceError, SimulationError
 from wav.local import local_folder
 
@@ -81,9 +82,7 @@ def write_configuration(folder: Path, package: Path) -> Path:
     path = folder / "config.yaml"
     if not path.is_file() or path.read_text() != text:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".config.yaml.{os.getpid()}"
-        temporary.write_text(text)
-        temporary.replace(path)
+        write_text(path, text)
     return path
 
 
@@ -146,8 +145,6 @@ def _download(folder: Path) -> Path:
 @functools.cache
 def assets_digest(folder: Path) -> str:
     """Identity of a folder of assets (names and sizes of its files): scores on other pictures do not compare."""
-    from wav.data.files import canonical_digest
-
     names = [top for top in sorted(folder.iterdir()) if top.is_dir()]
     files = [file for top in names for file in sorted(top.rglob("*")) if file.is_file()]
     return canonical_digest([[file.relative_to(folder).as_posix(), file.stat().st_size] for file in files])[:16]

@@ -60,6 +60,11 @@ def _environment(data: DataSettings) -> SimEnv:
     return make_env(data.suite, data)
 
 
+def smallest_pictures(data: DataSettings) -> DataSettings:
+    """Settings for a simulator of which only the states are wanted."""
+    return data.model_copy(update={"image_height": 16, "image_width": 16, "views": data.views[:1], "render": "fast"})
+
+
 def replay_episode(
     data: DataSettings, start: ReplayStart, actions: NDArray[np.float32], states: NDArray[np.float32]
 ) -> ReplayOutcome:
@@ -75,8 +80,7 @@ def replay_episode(
     Raises:
         DataError: the beginning cannot be restored; names the episode and the remedy.
     """
-    small = data.model_copy(update={"image_height": 16, "image_width": 16, "views": data.views[:1], "render": "fast"})
-    env = _environment(small)
+    env = _environment(smallest_pictures(data))
     recorded = bool(start.file)
     observation = _begin_recorded(env, start, states[0]) if recorded else begin_scripted(env, data.suite, start)
     seen, success = [observation.state], env.successes()[start.task]

@@ -20,7 +20,7 @@ from wav.config import (
     TrainSettings,
     TrainValueSettings,
 )
-from wav.data.files import canonical_digest, file_digest, read_json
+from wav.data.files import canonical_digest, file_digest, read_json, sources_digest
 from wav.errors import ConfigError, DataError
 
 STAGES: dict[str, type[TrainSettings]] = {
@@ -207,9 +207,4 @@ def read_checkpoint_file(folder: Path) -> dict[str, str]:
 
 def code_digest() -> str:
     """Digest of the sources that decide what training computes (:data:`SOURCES`)."""
-    root = Path(__file__).resolve().parent.parent
-    files: list[Path] = []
-    for name in SOURCES:
-        path = root / name
-        files += [path] if path.suffix == ".py" else list(path.rglob("*.py"))
-    return canonical_digest({file.relative_to(root).as_posix(): file_digest(file) for file in sorted(files)})
+    return sources_digest(SOURCES)

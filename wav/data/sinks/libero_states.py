@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from wav.data.store import EpisodeInfo, EpisodeStore
 from wav.errors import DataError
 from wav.sim.env import LIBERO_SUITES
-from wav.sim.replay import ReplayStart, begin_scripted
+from wav.sim.replay import ReplayStart, begin_scripted, smallest_pictures
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
@@ -125,8 +125,7 @@ def simulator_states(
     Raises:
         DataError: it comes out otherwise; names the episode, the step and the difference.
     """
-    small = data.model_copy(update={"image_height": 16, "image_width": 16, "views": data.views[:1], "render": "fast"})
-    env = _environment(small)
+    env = _environment(smallest_pictures(data))
     observation = begin_scripted(env, data.suite, start)
     first, settled = env.taken, len(env.before) - 1
     for step, recorded in enumerate(states):
