@@ -1,11 +1,12 @@
 """Everything that is measured on a GPU machine, in one command; it needs torch, diffusers, safetensors and numpy alone.
 
-Planning end to end (the newest camera frames in, actions on the CPU out; random weights): p50 and p95, peak memory,
-share of the machine's measured matrix peak, the plain schedule beside ours. Training samples a second of the three
-stages on one GPU, plain beside ours. Instructions count as encoded already, on both sides (T5 needs transformers)::
+Planning end to end (the newest camera frames in, actions on the CPU out; random weights) at K=3, at K=5 and with the
+planner settings of presets/realtime.yaml: p50 and p95, peak memory, share of the machine's measured matrix peak, the
+plain schedule beside ours. Training samples a second of the three stages on one GPU, plain beside ours. Instructions
+count as encoded already, on both sides (T5 needs transformers)::
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
-    python benchmarks/gpu.py --device cpu --dtype float32 --sizes tiny --calls 3 --steps 2     # a trial
+    python benchmarks/gpu.py --device cpu --dtype float32 --sizes tiny --calls 3 --steps 2 --encoders none  # a trial
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from wav.model.plain import PlainPlannerModel
 from wav.planner import RowKey, SeededNoise, plan
 
 SCHEDULES: dict[str, Any] = {"plain": PlainPlannerModel, "ours": WAVPlannerModel}
+#: What presets/realtime.yaml changes of the planner; a test compares.
+REALTIME: dict[str, Any] = {"iterations": 1, "warm_start": True, "score_steps": 2}
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 2.0) -> float:
@@ -67,6 +70,7 @@ class Policy:
         self.earlier = self.earlier.to(device)
         self.text = torch.randn(1, sizes.text_tokens, sizes.caption, generator=generator)
         self.history = torch.randn(1, 1, sizes.action_channels, generator=generator)
+        self.means: tuple[Tensor, Tensor] | None = None  #: of the plan before, for a warm start
 
     def act(self, frames: np.ndarray, index: int) -> Tensor:
         """Actions (1, A, C) on the CPU; ``frames`` (V, H, W, 3) uint8.
@@ -82,8 +86,9 @@ class Policy:
         context = self.adapter.begin(memory, self.text, None, self.history)
         noise = SeededNoise([RowKey(0, "gpu", index)], self.device)
         settings: Any = self.sizes.planner
-        actions: Tensor = plan(self.adapter, context, settings, noise, lambda values: values[..., -1]).actions
-        return actions.cpu()
+        found = plan(self.adapter, context, settings, noise, lambda values: values[..., -1], warm=self.means)
+        self.means = found.means
+        return found.actions.cpu()
 
 
 def planning(sizes: Sizes, policies: dict[str, Policy], peak: float, calls: int) -> dict[str, Any]:
@@ -117,7 +122,7 @@ def planning(sizes: Sizes, policies: dict[str, Policy], peak: float, calls: int)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Planning at every K, then training."""
+    """Planning at every K and in real time, then training."""
     device, dtype = torch.device(arguments.device), DTYPES[arguments.dtype]
     sizes = SIZES[arguments.sizes]
     peak = matrix_rate(device, dtype, 8192 if device.type == "cuda" else 512)
@@ -126,10 +131,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with device:
         model = build_model(sizes.model, sizes, sizes.latent, sizes.caption, sizes.value_channels)  # type: ignore[arg-type]
     model = model.to(device, dtype).eval()
-    for iterations in arguments.iterations:
-        chosen = replace(sizes, planner=replace(sizes.planner, iterations=iterations))
-        policies = {name: Policy(name, model, chosen, encoders, device) for name in SCHEDULES}
-        result["planning"][f"K={iterations}"] = planning(chosen, policies, peak, arguments.calls)
+    changes: dict[str, dict[str, Any]] = {f"K={k}": {"iterations": k} for k in arguments.iterations}
+    for name, change in (changes | {"realtime": REALTIME}).items():
+        chosen = replace(sizes, planner=replace(sizes.planner, **change))
+        policies = {schedule: Policy(schedule, model, chosen, encoders, device) for schedule in SCHEDULES}
+        result["planning"][name] = planning(chosen, policies, peak, arguments.calls)
         del policies
     del model
     if device.type == "cuda":

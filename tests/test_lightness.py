@@ -76,3 +76,14 @@ def test_the_sizes_are_those_of_the_parameter_files() -> None:
         assert sizes.batch == settings.pretrain_video.batch_size
         assert sizes.model.max_views == settings.model.max_views
         assert sizes.model.rope_scale == pytest.approx(settings.model.rope_scale)
+
+
+def test_the_realtime_planner_measured_on_a_gpu_is_the_presets() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from gpu import REALTIME
+
+    from wav.config import load_settings
+
+    default, realtime = (load_settings(ROOT / file).planner for file in ("params.yaml", "presets/realtime.yaml"))
+    assert realtime == default.model_copy(update=REALTIME)
+    assert realtime != default
