@@ -12,6 +12,9 @@ import subprocess
 import sys
 from datetime import timedelta
 
+import flows  # noqa: F401 - before prefect: it fills in the local services' addresses, which Prefect reads when imported
+
+# isort: split
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import StateType

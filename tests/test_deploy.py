@@ -46,6 +46,23 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
         services("down")
 
 
+def test_make_up_on_other_ports_is_found_without_exporting_anything(tmp_path: Path) -> None:
+    """Prefect reads its environment when it is imported; the address that ``make up`` left must be there before."""
+    (tmp_path / "env").write_text("PREFECT_API_URL=http://127.0.0.1:9/api\n")
+    found = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "WAV_"))}
+    command = [sys.executable, "-m", "infra.deploy"]
+    done = subprocess.run(
+        command,
+        cwd=PROJECT,
+        env=found | {"WAV_LOCAL_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "Prefect server at http://127.0.0.1:9/api: not up" in done.stderr
+
+
 @pytest.mark.long
 def test_deploy_twice_is_once_and_retrain_is_on_the_calendar(environment: dict[str, str]) -> None:
     for _ in range(2):
