@@ -71,19 +71,25 @@ class StageRun:
         return folder
 
 
-def _answers(url: str, attempts: int = 2) -> str:
-    """Empty if a web server answers at ``url`` (whatever its status), else why not."""
-    problem = ""
-    for _ in range(attempts):
+def _answers(url: str, attempts: int = 2, patience_s: float = 60.0, timeout_s: float = 10.0) -> str:
+    """Empty if a web server answers at ``url`` (whatever its status), else why not.
+
+    One that is down refuses at once; one that takes the connection and says nothing is busy, and is asked for longer.
+    """
+    began, asked = time.monotonic(), 0
+    while True:
+        asked += 1
         try:
-            with urllib.request.urlopen(url, timeout=10):  # a busy machine answers late; one that is down, at once
+            with urllib.request.urlopen(url, timeout=timeout_s):
                 return ""
         except urllib.error.HTTPError:
             return ""
         except (urllib.error.URLError, OSError) as error:
-            problem = str(getattr(error, "reason", error))
-            time.sleep(0.5)
-    return problem
+            problem = getattr(error, "reason", error)
+        busy = isinstance(problem, TimeoutError) and time.monotonic() - began < patience_s
+        if asked >= attempts and not busy:
+            return str(problem)
+        time.sleep(0.5)
 
 
 def require_services(runtime: Runtime) -> None:
