@@ -25,6 +25,7 @@ CONTEXT = HookContext(prefect_version="3", api_url=None, logger_factory=logging.
         ("/venv/bin/prefect deployment run eval-libero/eval-libero --watch", 3),
         ("prefect --no-prompt --profile x deployment run --param a=1 --watch -t=x eval-libero", 10),
         ("/x/prefect/__main__.py deployment run eval-libero", 3),
+        ("prefect --no-prompt --profile x deployment run --empty-param eval-libero", 7),
         ("prefect deployment run --id 7", None),
         ("prefect deployment run", None),
         ("prefect deployment ls", None),
@@ -86,6 +87,10 @@ def test_prefect_itself_completes_the_name_in_the_project_folder(tmp_path: Path)
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
     assert (done.stdout.strip(), done.stderr) == ("eval-libero/eval-libero", "")
+    command = [sys.executable, "-m", "prefect", "deployment", "run", "eval-libero"]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "Invalid deployment name" not in done.stdout + done.stderr
     loop = "import asyncio\nasync def f():\n import flows, prefect\n print('imported')\nasyncio.run(f())"
     command = [sys.executable, "-c", loop]
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)

@@ -19,6 +19,7 @@ PREFECT_PLUGIN_API_REQUIRES = ">=0.1,<1"
 
 #: options of the command line that take no value
 _FLAGS = {"--watch", "--no-watch", "--help", "-h", "--prompt", "--no-prompt"}
+_FLAGS |= {"--empty-param", "--empty-job-variable", "--empty-tag"}
 
 
 def name_place(argv: Sequence[str]) -> int | None:
@@ -56,7 +57,10 @@ def deployment_names(folder: Path) -> set[str]:
 def setup_environment(*, ctx: HookContext) -> SetupResult | None:  # pluggy refuses a positional ctx
     """Complete a bare deployment name in ``sys.argv``; the environment for it, or None for every other command."""
     try:
-        place = name_place(sys.argv)
+        argv = list(sys.argv)
+        if argv[:1] == ["-m"]:  # `python -m MODULE`: its packages are imported before sys.argv names it
+            argv[0] = sys.orig_argv[-len(argv)]
+        place = name_place(argv)
         if place is None:
             return None
         name = sys.argv[place]
