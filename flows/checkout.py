@@ -176,13 +176,14 @@ class Checkout:
         return branch
 
     def _branch(self, date: str, commit: str) -> tuple[str, str]:
-        """Name and start of today's branch: the one that grew from ``commit`` already, else a new one."""
+        """Name and start of today's branch: the one that grew from ``commit`` by results alone, else a new one."""
         number = 1
         while True:
             name = f"retrain/{date}" + (f"-{number}" if number > 1 else "")
             if not self.git("branch", "--list", name):
                 return name, commit
-            if self.git("merge-base", name, commit) == commit:
+            grew = not self.git("rev-list", "--max-count=1", commit, f"^{name}")
+            if grew and set(self.git("diff", "--name-only", commit, name).splitlines()) <= set(self.own_files()):
                 return name, name
             number += 1
 

@@ -90,6 +90,18 @@ def test_two_retrains_of_a_day_keep_each_others_commits(checkout: Checkout, proj
     assert git(checkout.folder, "rev-parse", "retrain/2026-01-04") == first
 
 
+def test_an_older_base_does_not_get_the_newer_code_of_todays_branch(checkout: Checkout, project: Path) -> None:
+    (project / "code.py").write_text("x = 1\n")
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", "second")
+    checkout.prepare("HEAD", "2026-01-04")
+    results(checkout.folder, "1")
+    checkout.commit("first retrain")
+    assert checkout.prepare("HEAD~1", "2026-01-04") == "retrain/2026-01-04-2"
+    assert not (checkout.folder / "code.py").exists()
+    assert checkout.prepare("HEAD", "2026-01-04") == "retrain/2026-01-04"
+
+
 def test_a_dirty_checkout_is_refused(checkout: Checkout) -> None:
     checkout.prepare("HEAD", "2026-01-04")
     (checkout.folder / "dvc.yaml").write_text(DVC + "# edited\n")
