@@ -109,7 +109,8 @@ class Uploader:
 
     def holds(self, folder: Path) -> bool:
         """Whether ``folder`` is being uploaded or waits for it."""
-        return folder in (self.busy, self._next)
+        with self._lock:
+            return folder in (self.busy, self._next)
 
     def _work(self) -> None:
         while True:
