@@ -12,7 +12,8 @@ from tests.stage_folders import SETTINGS
 from wav import promotion
 from wav.errors import CheckpointError, DataError, StorageError
 from wav.promotion import Champion, Outcomes
-from wav.storage import open_store
+from wav.storage import ObjectInfo, open_store
+from wav.storage.file import FileStore
 
 
 def outcomes(*values: int) -> Outcomes:
@@ -54,10 +55,12 @@ def test_the_evaluation_identity_sees_code_simulator_and_protocol_but_not_the_pl
     planner = SETTINGS.model_copy(update={"planner": SETTINGS.planner.model_copy(update={"iterations": 2})})
     assert promotion.evaluation_identity(planner, "code", versions) == same
     protocol = SETTINGS.eval_libero.model_copy(update={"episodes_per_task": 3})
+    unplanned = SETTINGS.eval_libero.model_copy(update={"conditions": ("unplanned",)})
     others = [
         promotion.evaluation_identity(SETTINGS, "other code", versions),
         promotion.evaluation_identity(SETTINGS, "code", {"mujoco": "3.3.3"}),
         promotion.evaluation_identity(SETTINGS.model_copy(update={"eval_libero": protocol}), "code", versions),
+        promotion.evaluation_identity(SETTINGS.model_copy(update={"eval_libero": unplanned}), "code", versions),
     ]
     assert same not in others
 
@@ -94,6 +97,28 @@ def test_two_retrains_cannot_both_win(tmp_path: Path) -> None:
     last = promotion.read_champion(store, "x")
     assert last is not None
     assert last[0].policy == "p2"
+
+
+class Deaf(FileStore):
+    """A store whose answer to a write got lost: the client tried again and met its own object."""
+
+    def put_if_match(self, key: str, data: bytes, etag: str) -> ObjectInfo | None:
+        assert super().put_if_match(key, data, etag)
+        return super().put_if_match(key, data, etag)
+
+    def put_if_absent(self, key: str, data: bytes) -> ObjectInfo | None:
+        assert super().put_if_absent(key, data)
+        return super().put_if_absent(key, data)
+
+
+def test_a_retrain_whose_answer_was_lost_knows_that_it_won(tmp_path: Path) -> None:
+    store = Deaf(tmp_path)
+    first = promotion.crown(store, "x", CHAMPION, None)
+    assert first is not None
+    assert promotion.crown(store, "x", replace(CHAMPION, policy="p2"), first) is not None
+    read = promotion.read_champion(store, "x")
+    assert read is not None
+    assert read[0].policy == "p2"
 
 
 def test_a_promoted_policy_comes_back_whole_and_a_damaged_pointer_is_named(tmp_path: Path) -> None:

@@ -109,6 +109,12 @@ def policy_identity(export: Path) -> str:
     return canonical_digest(found)
 
 
+def judged_condition(settings: Settings) -> str:
+    """The condition whose outcomes are compared: with planning, or the first where that is not evaluated."""
+    conditions = settings.eval_libero.conditions
+    return "planned" if "planned" in conditions else conditions[0]
+
+
 def evaluation_identity(settings: Settings, code: str, versions: Mapping[str, str]) -> str:
     """Digest of all that decides an episode's outcome besides the policy: code, simulator versions, protocol.
 
@@ -120,7 +126,7 @@ def evaluation_identity(settings: Settings, code: str, versions: Mapping[str, st
     data, protocol = settings.data, settings.eval_libero
     scene = {"suite": data.suite, "tasks": sorted(data.tasks), "render": data.render, "control_hz": data.control_hz}
     names = ("episodes_per_task", "execute_steps", "batch_size", "budget", "seed")
-    chosen = {name: getattr(protocol, name) for name in names}
+    chosen = {name: getattr(protocol, name) for name in names} | {"condition": judged_condition(settings)}
     return canonical_digest({"code": code, "versions": dict(versions), "scene": scene, "protocol": chosen})
 
 
@@ -193,10 +199,11 @@ def crown(store: ObjectStore, name: str, champion: Champion, over: ObjectInfo | 
         champion: the new one.
         over: the pointer as :func:`read_champion` gave it; None: there was none.
     """
-    key = pointer_key(name)
-    if over is None:
-        return store.put_if_absent(key, champion.to_json())
-    return store.put_if_match(key, champion.to_json(), over.etag)
+    key, data = pointer_key(name), champion.to_json()
+    written = store.put_if_absent(key, data) if over is None else store.put_if_match(key, data, over.etag)
+    if written is None and (found := store.head(key)) and store.get_bytes(key, found.version) == data:
+        return found  # it was ours: the answer to the write got lost, and its repetition met what it had written
+    return written
 
 
 def upload_policy(store: ObjectStore, export: Path, prefix: str) -> tuple[StoredFile, ...]:
