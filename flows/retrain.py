@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+import shutil
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -27,9 +28,12 @@ from wav.errors import ConfigError, TrainingError, WavError, exit_status
 from wav.evaluation.records import metrics_table
 from wav.promotion import Champion, Outcomes, Verdict
 from wav.storage import ObjectInfo, ObjectStore, open_store
+from wav.storage.commit import fetch, publish, remote_manifest, seal
 
 FAILED = re.compile(r"failed to reproduce '([\w@.-]+)'")
 STARTED = re.compile(r"Running stage '([\w@.-]+)'")
+#: where the store keeps dvc.lock and metrics of the last retrain, by the champion's name
+RESULTS = "retrains/{}/results"
 
 
 @dataclass
@@ -53,13 +57,39 @@ class Retrain:
 
 @step("check out")
 def check_out(run: Retrain, base: str) -> str:
-    """The branch of today, the DVC configuration, and the champion's ``dvc.lock`` where this machine has none."""
+    """The branch of today, the DVC configuration, and the last retrain's results where this machine has none."""
     branch = run.checkout.prepare(base, datetime.now(timezone.utc).date().isoformat())
     run.checkout.configure_dvc(run.runtime.s3_endpoint)
-    lock = run.checkout.folder / "dvc.lock"
-    if not lock.is_file() and run.reigning and run.reigning[0].lock:
-        run.store.get_file(run.reigning[0].lock, lock)
+    if not (run.checkout.folder / "dvc.lock").is_file():
+        restore_results(run)
     return branch
+
+
+def keep_results(run: Retrain) -> None:
+    """What git keeps of a retrain, ``dvc.lock`` and metrics, as one commit in the store: a new server goes on from it.
+
+    DVC's remote holds the rest; without the metrics it would run every stage again, because an output is missing.
+    """
+    folder = run.folder / "results"
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in run.checkout.own_files():
+        if (run.checkout.folder / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(run.checkout.folder / name, folder / name)
+    seal(folder, {"run": run.flow_run})
+    publish(run.store, folder, RESULTS.format(run.name))
+
+
+def restore_results(run: Retrain) -> None:
+    """The results that the last retrain left in the store, into a checkout that has none."""
+    prefix, folder = RESULTS.format(run.name), run.folder / "restored"
+    if remote_manifest(run.store, prefix) is None:
+        return
+    names = {entry.path for entry in fetch(run.store, prefix, folder).files}
+    for name in names.intersection(run.checkout.own_files()):
+        (run.checkout.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, run.checkout.folder / name)
+    get_run_logger().info("no dvc.lock here: going on from %s", run.store.uri(prefix))
 
 
 @step("pull data")
@@ -123,6 +153,7 @@ def push(run: Retrain, branch: str, remote: str, push_to: str) -> str:
     done = run.checkout.dvc("push", "--run-cache", *chosen)
     if done.status != 0:
         raise TrainingError(f"retrain: dvc push failed: {done.tail}; {run.champion_name} stays; start retrain again")
+    keep_results(run)
     commit = run.checkout.commit(f"Retrain {branch.removeprefix('retrain/')}: {', '.join(run.ran) or 'nothing ran'}")
     if push_to:
         run.checkout.git("push", "--quiet", push_to, branch)
@@ -162,7 +193,11 @@ def champion_outcomes(run: Retrain, settings: Settings, evaluation: str, conditi
             f"retrain: the champion could not be evaluated again: {done.tail}; it stays; if it can never run again, "
             f"delete {run.store.uri(promotion.pointer_key(run.name))} and the next policy becomes champion"
         )
-    return promotion.read_outcomes(out / "reports/eval", condition)
+    outcomes = promotion.read_outcomes(out / "reports/eval", condition)
+    renewed = replace(champion, evaluation=evaluation, outcomes=outcomes)
+    if (written := promotion.crown(run.store, run.name, renewed, run.reigning[1])) is not None:
+        run.reigning = renewed, written  # the next retrain need not evaluate it again, whoever wins this one
+    return outcomes
 
 
 @step("promote")
@@ -221,8 +256,7 @@ def challenge(run: Retrain, margin: float, commit: str) -> Verdict:
     """Compare what the checkout holds with the champion and act on the verdict."""
     workspace = run.checkout.folder
     settings = load_settings(workspace / "params.yaml")
-    conditions = settings.eval_libero.conditions
-    condition = "planned" if "planned" in conditions else conditions[0]
+    condition = promotion.judged_condition(settings)
     export = workspace / "export"
     candidate = Champion(
         policy=promotion.policy_identity(export),
@@ -236,9 +270,10 @@ def challenge(run: Retrain, margin: float, commit: str) -> Verdict:
         previous=run.reigning[0].policy if run.reigning else "",
     )
     if run.reigning and run.reigning[0].policy == candidate.policy:
-        if run.reigning[0].evaluation == candidate.evaluation:
-            return Verdict(False, f"nothing changed: {run.champion_name} is what the pipeline makes")
-        verdict = Verdict(True, "the champion itself, under a new evaluation")
+        candidate = replace(candidate, previous=run.reigning[0].previous)
+        unchanged = run.reigning[0].evaluation == candidate.evaluation
+        told = f"nothing changed: {run.champion_name} is what the pipeline makes"
+        verdict = Verdict(not unchanged, told if unchanged else "the champion itself, under a new evaluation")
     else:
         outcomes = champion_outcomes(run, settings, candidate.evaluation, condition)
         verdict = promotion.judge(candidate.outcomes, outcomes, margin)

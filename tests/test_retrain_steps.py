@@ -109,6 +109,58 @@ def test_the_champion_is_evaluated_again_when_the_evaluation_changed(run: Retrai
     assert arguments[arguments.index("--condition") + 1] == "planned"
 
 
+def test_what_the_champion_reached_under_the_new_evaluation_is_kept(run: Retrain, tmp_path: Path) -> None:
+    """The next retrain need not evaluate it again, and a candidate that is better still wins."""
+    run.checkout.answer = evaluated  # type: ignore[attr-defined]
+    found = retrain.champion_outcomes.fn(run, SETTINGS, "e2", "planned")
+    kept = promotion.read_champion(run.store, "tabletop")
+    assert kept is not None
+    assert kept == run.reigning
+    assert (kept[0].policy, kept[0].evaluation, kept[0].outcomes) == ("p1", "e2", found)
+    assert retrain.champion_outcomes.fn(run, SETTINGS, "e2", "planned") == found
+    assert len(run.checkout.asked) == 1  # type: ignore[attr-defined]
+    winner = replace(kept[0], policy="p2", files=())
+    assert retrain.promote.fn(run, winner, Verdict(True, "not worse"), tmp_path / "old", tmp_path / "none").promote
+
+
+def test_a_champion_that_changed_while_the_old_one_was_evaluated_stays(run: Retrain, tmp_path: Path) -> None:
+    assert run.reigning is not None
+    other = replace(run.reigning[0], policy="p9", files=())
+
+    def overtaken(arguments: tuple[str, ...]) -> Finished:
+        assert run.reigning is not None
+        assert promotion.crown(run.store, "tabletop", other, run.reigning[1])
+        return evaluated(arguments)
+
+    run.checkout.answer = overtaken  # type: ignore[attr-defined]
+    retrain.champion_outcomes.fn(run, SETTINGS, "e2", "planned")
+    candidate = replace(run.reigning[0], policy="p2", files=())
+    told = retrain.promote.fn(run, candidate, Verdict(True, "not worse"), tmp_path / "old", tmp_path / "none")
+    assert not told.promote
+    assert "another retrain changed the champion meanwhile" in told.reason
+    reigning = promotion.read_champion(run.store, "tabletop")
+    assert reigning is not None
+    assert reigning[0] == other
+
+
+def test_a_new_server_goes_on_from_the_results_in_the_store(run: Retrain) -> None:
+    """With ``dvc.lock`` alone every stage would run again: DVC's remote does not hold its metrics."""
+    folder = run.checkout.folder
+    retrain.restore_results(run)
+    assert not (folder / "dvc.lock").exists(), "the first retrain ever: nothing to go on from"
+    names = ("dvc.lock", "reports/ingest/metrics.json", "reports/stages/ingest.json", "models/joint/metrics.json")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{name}\n")
+    (folder / "reports/other.json").write_text("not a retrain's own")
+    retrain.keep_results(run)
+    for name in (*names, "reports/other.json"):
+        (folder / name).unlink()
+    retrain.restore_results(run)
+    assert [(folder / name).read_text() for name in names] == [f"{name}\n" for name in names]
+    assert not (folder / "reports/other.json").exists()
+
+
 def test_a_champion_that_cannot_be_evaluated_stays_and_the_way_out_is_named(run: Retrain) -> None:
     run.checkout.answer = lambda arguments: Finished(1, ("export: format 0 is too old",))  # type: ignore[attr-defined]
     with pytest.raises(TrainingError, match=r"format 0 is too old; it stays; .*delete .*champions/tabletop.json"):
