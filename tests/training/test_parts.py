@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -100,11 +101,13 @@ class Slow:
 
     def __init__(self, store: Any) -> None:
         self._store, self.gate, self.down = store, threading.Event(), False
+        self.uploads: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
     def put_file(self, path: Path, key: str) -> Any:
+        self.uploads.append(path.parent.name)
         self.gate.wait(10)
         if self.down:
             raise StorageError("the server is down")
@@ -131,6 +134,25 @@ def test_uploads_skip_what_newer_ones_replace(tmp_path: Path) -> None:
     done = commits(store, "run")
     assert done[-1] == "run/step-3"
     assert len(done) <= 2
+
+
+def test_a_slow_store_gets_the_newest_first_and_then_what_retention_keeps(tmp_path: Path) -> None:
+    """Multiples of two are kept for good: none may be missing in the store because a newer one overtook it."""
+    store = Slow(open_store((tmp_path / "store").as_uri()))
+    uploader = Uploader(store, "run", Retention(last=1, every=2))
+    for step in range(6):
+        uploader.submit(checkpoint(tmp_path, step))
+        while step == 0 and not store.uploads:
+            threading.Event().wait(0.01)
+    assert uploader.holds(tmp_path / "step-0"), "on its way"
+    assert uploader.holds(tmp_path / "step-5"), "next"
+    for step in (1, 3):  # what pruning removes meanwhile
+        assert not uploader.holds(tmp_path / f"step-{step}")
+        shutil.rmtree(tmp_path / f"step-{step}")
+    store.gate.set()
+    uploader.wait()
+    assert store.uploads == ["step-0", "step-5", "step-4", "step-2"]
+    assert commits(store, "run") == [f"run/step-{step}" for step in (0, 2, 4, 5)]
 
 
 def test_a_failed_upload_is_an_error_only_if_it_is_the_last(tmp_path: Path) -> None:

@@ -82,20 +82,26 @@ class NotSavedError(StorageError):
 
 
 class Uploader:
-    """Uploads sealed checkpoint folders in a thread; while one is on its way only the newest other one waits."""
+    """Uploads sealed checkpoint folders in a thread: always the newest first, older ones while it has nothing to do.
+
+    A run does not wait for a slow store, so checkpoints may queue up. Of those only the one on its way and the newest
+    are held; the others go up if they are still there, which is to say if retention keeps them, when their turn comes.
+    """
 
     def __init__(self, store: ObjectStore, prefix: str, keep: Retention) -> None:
         self.store, self.prefix, self.keep = store, prefix, keep
         self.busy: Path | None = None
         self.error: StorageError | None = None
-        self._next: Path | None = None
+        self._queue: list[Path] = []
+        self._newest: Path | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def submit(self, folder: Path) -> None:
         """Queue a folder."""
         with self._lock:
-            self._next = folder
+            self._newest = folder
+            self._queue.append(folder)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, daemon=True, name="upload")
                 self._thread.start()
@@ -108,27 +114,33 @@ class Uploader:
             raise self.error
 
     def holds(self, folder: Path) -> bool:
-        """Whether ``folder`` is being uploaded or waits for it."""
+        """Whether ``folder`` is being uploaded or is next."""
         with self._lock:
-            return folder in (self.busy, self._next)
+            return folder in (self.busy, *self._queue[-1:])
+
+    def _next(self) -> Path | None:
+        """Take the newest folder of the queue that is still complete; None ends the thread."""
+        with self._lock:
+            self._queue = [folder for folder in self._queue if (folder / MANIFEST).is_file()]
+            self.busy = self._queue.pop() if self._queue else None
+            if self.busy is None:
+                self._thread = None
+            return self.busy
 
     def _work(self) -> None:
-        while True:
-            with self._lock:
-                self.busy, self._next = self._next, None
-                if self.busy is None:
-                    self._thread = None
-                    return
+        while (folder := self._next()) is not None:
+            error: StorageError | None = None
             try:
-                publish(self.store, self.busy, f"{self.prefix}/{self.busy.name}")
+                publish(self.store, folder, f"{self.prefix}/{folder.name}")
                 retain(self.store, self.prefix, self.keep)
-                self.error = None
-            except StorageError as error:  # training goes on; the next checkpoint tries again, the last one counts
+            except StorageError as refused:  # training goes on; the next checkpoint tries again, the last one counts
+                error = refused
+                LOG.warning("checkpoint %s stays local for now: %s", folder.name, error)
+            except Exception as bug:  # an upload must not end unseen, nor the thread with the queue still full
+                error = StorageError(f"{folder}: upload failed ({bug!r}); this is a bug, please report it")
+                LOG.exception("checkpoint %s stays local for now", folder.name)
+            if folder == self._newest:
                 self.error = error
-                LOG.warning("checkpoint %s stays local for now: %s", self.busy.name, error)
-            except Exception as error:  # an upload must not end unseen, nor the thread with the queue still full
-                self.error = StorageError(f"{self.busy}: upload failed ({error!r}); this is a bug, please report it")
-                LOG.exception("checkpoint %s stays local for now", self.busy.name)
 
 
 class Checkpoints:
