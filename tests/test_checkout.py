@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from flows.checkout import Checkout
+from flows.isolation import outputs, stage_table
 from wav.errors import ConfigError, ServiceError
 
+PROJECT = Path(__file__).resolve().parents[1]
 DVC = """
 stages:
   train:
@@ -111,6 +113,20 @@ def test_a_dirty_checkout_is_refused(checkout: Checkout) -> None:
     (checkout.folder / "notes.txt").write_text("?")
     with pytest.raises(ConfigError, match=r"notes\.txt"):
         checkout.prepare("HEAD", "2026-01-11")
+
+
+def test_what_a_killed_stage_left_is_no_dirt(tmp_path: Path) -> None:
+    """Outputs are assembled beside their final names: a SIGKILL there must not stop every retrain that follows."""
+    git(tmp_path, "init", "-q")
+    (tmp_path / ".gitignore").write_text((PROJECT / ".gitignore").read_text())
+    git(tmp_path, "add", ".gitignore")
+    for stage in stage_table(PROJECT):
+        for path in map(Path, outputs(stage, PROJECT)):
+            for part in (f".{path.name}.tmp-7", f".{path.name}.tmp-old-7"):
+                left = tmp_path / path.parent / part / "file"
+                left.parent.mkdir(parents=True, exist_ok=True)
+                left.write_text("half")
+    assert git(tmp_path, "ls-files", "--others", "--exclude-standard") == ""
 
 
 def test_an_unknown_base_and_a_busy_checkout_are_named(checkout: Checkout) -> None:
