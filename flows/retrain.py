@@ -17,7 +17,7 @@ from pathlib import Path
 from prefect import flow, get_run_logger
 from prefect.settings import get_current_settings
 
-from flows.artifacts import Progress, publish_markdown, publish_objects, publish_table
+from flows.artifacts import Progress, publish_markdown, publish_numbers, publish_objects, publish_table
 from flows.checkout import Checkout, Finished
 from flows.common import one_line_errors, require_services, run_folder, step
 from flows.provenance import PARENT_VARIABLE, locked_hashes, run_url
@@ -126,8 +126,10 @@ def reproduce(run: Retrain) -> None:
     log = run.folder / "dvc-repro.log"
     log.write_text("\n".join(done.lines) + "\n")
     uploaded = run.store.put_file(log, f"runs/{run.flow_run}/dvc-repro.log")
+    uri = run.store.uri(uploaded.key)
+    publish_objects("objects", [(uri, uploaded.version, uploaded.size)], run.runtime, "what dvc repro said")
     if done.status != 0:
-        raise TrainingError(_failure(run, done, log, run.store.uri(uploaded.key)))
+        raise TrainingError(_failure(run, done, log, uri))
 
 
 def _failure(run: Retrain, done: Finished, log: Path, uri: str) -> str:
@@ -194,6 +196,7 @@ def champion_outcomes(run: Retrain, settings: Settings, evaluation: str, conditi
             f"delete {run.store.uri(promotion.pointer_key(run.name))} and the next policy becomes champion"
         )
     outcomes = promotion.read_outcomes(out / "reports/eval", condition)
+    shutil.rmtree(export)  # it is in the store, and of gigabytes
     renewed = replace(champion, evaluation=evaluation, outcomes=outcomes)
     if (written := promotion.crown(run.store, run.name, renewed, run.reigning[1])) is not None:
         run.reigning = renewed, written  # the next retrain need not evaluate it again, whoever wins this one
@@ -315,6 +318,9 @@ def retrain(
     environment = {**os.environ, PARENT_VARIABLE: folder.name, "WAV_STORE": runtime.store, "WAV_WORKSPACE": "."}
     clone = Checkout(project, place, environment, logger.info)
     run = Retrain(clone, store, runtime, folder, folder.name, name, promotion.read_champion(store, name))
+    used = {"base": base, "checkout": place, "margin": margin, "remote": remote or "the default one"}
+    used |= {"push_to": push_to or "nowhere", "champion": run.champion_name}
+    publish_numbers("parameters", used, "what this retrain works with")
     with clone.locked():
         branch = check_out(run, base)
         pull(run, remote)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.sorting import ArtifactSort
 
 from infra.local import ports
 from wav.local import read_env
@@ -103,6 +107,21 @@ class Site:
         assert found is not None
         return found[0]
 
+    def shown(self, name: str) -> str:
+        """What the newest retrain shows in the UI under a name."""
+        with SyncPrefectClient(read_env(Path(self.environment["WAV_LOCAL_DIR"]) / "env")["PREFECT_API_URL"]) as client:
+            key = ArtifactFilterKey(any_=[f"retrain-{name}"])
+            found = client.read_artifacts(artifact_filter=ArtifactFilter(key=key), sort=ArtifactSort.CREATED_DESC)
+        return str(found[0].data)
+
+    def holding_keys(self) -> list[Path]:
+        """Files that hold an access key of the store: none but the ones that ``make up`` made for that."""
+        folders = [self.folder, Path(self.environment["WAV_LOCAL_DIR"])]
+        keys = [value.encode() for value in read_env(folders[1] / "credentials.env").values()]
+        files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+        assert any(path.name == "prefect.db" for path in files)
+        return [path for path in files if any(key in path.read_bytes() for key in keys)]
+
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
@@ -156,6 +175,9 @@ def test_retrain_first_unchanged_worse_failing_better(site: Site, monkeypatch: p
     assert "not promoted: nothing changed" in text
     assert "Running stage" not in text
     assert seconds < 60
+    assert site.shown("verdict").startswith("**not promoted**: nothing changed")
+    assert first.policy[:12] in site.shown("parameters")
+    assert "dvc-repro.log" in site.shown("objects")
 
     site.rate("2")
     code, text, _ = site.retrain()
@@ -180,6 +202,16 @@ def test_retrain_first_unchanged_worse_failing_better(site: Site, monkeypatch: p
     better = site.champion(monkeypatch)
     assert (better.checkpoint, better.previous) == ("15", first.policy)
     assert json.loads((clone / "reports/eval/metrics.json").read_text())["planned"]["success_rate"] == 0.75
+
+    shutil.rmtree(site.folder / ".wav")  # the server is lost: only the project's code and the store are left
+    shutil.rmtree(site.folder / ".dvc" / "cache")
+    code, text, _ = site.retrain()
+    assert code == 0, text[-4000:]
+    assert "not promoted: nothing changed" in text
+    assert "Running stage" not in text, "what can be fetched is not computed again"
+    assert site.champion(monkeypatch) == better
+    assert site.holding_keys() == [Path(site.environment["WAV_LOCAL_DIR"]) / "credentials.env"]
+
     (clone / "stage.py").write_text("# somebody's edit\n")
     code, text, _ = site.retrain()
     assert code == 1
