@@ -143,6 +143,14 @@ def edited(column, step, place, value):
             with_column("timestamp", lambda c: pa.array([2 * v for v in c.to_pylist()])),
             "timestamp of frame 1 is 0.1000",
         ),
+        (with_column("timestamp", lambda c: pa.array([str(v) for v in c.to_pylist()])), "'timestamp' has type string"),
+        (
+            with_column("task_index", lambda c: pa.array([str(v) for v in c.to_pylist()])),
+            "'task_index' has type string",
+        ),
+        (with_column("frame_index", lambda c: pa.array([0.5 for _ in c])), "'frame_index' has type double"),
+        (with_column("action", lambda c: pa.array([str(v) for v in c.to_pylist()])), "'action' has type string"),
+        (lambda table: table.slice(0, 0), "holds 0 frames where the metadata says 0 to 11"),
         (lambda table: table.slice(0, 7), "holds 7 frames where the metadata says 0 to 11"),
         (lambda table: table.drop_columns(["action"]), "column 'action' is missing"),
     ],
@@ -194,6 +202,34 @@ def test_short_video_names_the_first_missing_frame(data, lerobot_settings, root,
     assert "truncated, frame 5 of 12" in rejection.reason
 
 
+def test_frames_between_two_places_are_not_guessed(data, lerobot_settings, root, tmp_path):
+    lerobot_dataset(root, libero_episodes(4), "v3.0")
+    table_v3(START, lambda rows: [rows[0], rows[1] + 0.6 / 20, *rows[2:]])(root)
+    (rejection,) = run(data, lerobot_settings, tmp_path / "out").rejected
+    assert rejection.episode.endswith("episode_000001")
+    assert "frame at 0.600 s lies between two frames of an episode that begins at 0.630 s" in rejection.reason
+
+
+@pytest.mark.parametrize("rows", ["none", "all"])
+def test_an_episode_of_no_length_is_quarantined(data, lerobot_settings, root, tmp_path, rows):
+    lerobot_dataset(root, libero_episodes(4), "v2.1")
+    path = root / "meta" / "episodes.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["length"] = 0
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if rows == "none":
+        rewrite(root / PARQUET_V2, lambda table: table.slice(0, 0))
+    (rejection,) = run(data, lerobot_settings, tmp_path / "out").rejected
+    assert "length = 0" in rejection.reason
+
+
+def test_tasks_of_one_instruction_are_refused(data, lerobot_settings, root):
+    lerobot_dataset(root, libero_episodes(), "v2.1")
+    tasks = ("KITCHEN_SCENE1_open_the_drawer", "KITCHEN_SCENE2_open_the_drawer")
+    with pytest.raises(ConfigError, match=r"data\.tasks: 'KITCHEN_SCENE1_.*' and 'KITCHEN_SCENE2_.*' have one instruc"):
+        open_source(data.model_copy(update={"suite": "libero_90", "tasks": tasks}), lerobot_settings)
+
+
 @pytest.mark.parametrize(
     ("picture", "reason"),
     [
@@ -201,12 +237,19 @@ def test_short_video_names_the_first_missing_frame(data, lerobot_settings, root,
         (None, "frame 2 is empty"),
         ("grey", "has mode L"),
         ("small", "is 16x16 where the metadata says 32x32"),
+        ("alpha", "has mode RGBA"),
+        ("bomb", "is not a readable image"),
     ],
 )
 def test_damaged_images_are_quarantined(data, lerobot_settings, root, tmp_path, picture, reason):
     from tests.data.sources.datasets import png
 
-    made = {"grey": png(np.zeros((32, 32), np.uint8)), "small": png(np.zeros((16, 16, 3), np.uint8))}
+    made = {
+        "grey": png(np.zeros((32, 32), np.uint8)),
+        "small": png(np.zeros((16, 16, 3), np.uint8)),
+        "alpha": png(np.zeros((32, 32, 4), np.uint8)),
+        "bomb": png(np.zeros((15000, 12000), np.uint8)),
+    }
     lerobot_dataset(root, libero_episodes(4), "v3.0", images=True)
     key = "observation.images.image"
 
@@ -232,6 +275,21 @@ def info(change):
     return edit
 
 
+START = "videos/observation.images.image/from_timestamp"
+
+
+def strings(column):
+    return pa.array([str(value) for value in column.to_pylist()])
+
+
+def table_v3(name, change):
+    def edit(root):
+        path = root / "meta/episodes/chunk-000/file-000.parquet"
+        rewrite(path, with_column(name, lambda c: pa.array(change(c.to_pylist()))))
+
+    return edit
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -246,6 +304,29 @@ def info(change):
         (info(lambda raw: raw["features"]["action"].update(shape=[14])), r"data\.action_dim = 7: .*shape \[14\]"),
         (info(lambda raw: raw["features"].pop("observation.images.image2")), r"no camera for 'wrist'.*ingest\.cameras"),
         (info(lambda raw: raw["features"].pop("observation.state")), "has no feature observation.state or state"),
+        (info(lambda raw: raw.update(fps=True)), "fps = True: must be a positive number"),
+        (info(lambda raw: raw.update(features=[])), "features is list where an object is expected"),
+        (
+            info(lambda raw: raw["features"]["action"].update(shape=None)),
+            r"features\.action: shape = None: must be a list",
+        ),
+        (info(lambda raw: raw.update(codebase_version="v2.2")), "codebase_version = 'v2.2' is unknown"),
+        (info(lambda raw: raw.update(codebase_version="v2.1")), r"tasks\.jsonl: missing"),
+        (table_v3("length", lambda rows: [None, *rows[1:]]), "length = None: must be a number from 0 on"),
+        (table_v3("tasks", lambda rows: [None, *rows[1:]]), "tasks of episode 0 = None: must be a list of instruct"),
+        (
+            table_v3("tasks", lambda rows: [r[0] for r in rows]),
+            "tasks of episode 0 = 'pick up the bowl': must be a list",
+        ),
+        (table_v3(START, lambda rows: [float("nan"), *rows[1:]]), "from_timestamp of episode 0 = nan: must be seconds"),
+        (
+            lambda root: rewrite(root / PARQUET_V3, with_column("action", strings)),
+            "episode 0: .*'action' has type string",
+        ),
+        (
+            lambda root: rewrite(root / PARQUET_V3, with_column("episode_index", strings)),
+            "'episode_index' has type stri",
+        ),
         (lambda root: (root / PARQUET_V3).unlink(), r"file-000.parquet: missing \(1 of 3 files"),
         (lambda root: (root / "meta/info.json").write_text("{"), "info.json: not valid JSON"),
         (lambda root: (root / "meta/tasks.parquet").write_bytes(b"PAR1"), "tasks.parquet: truncated or damaged"),

@@ -25,6 +25,11 @@ def edit(path: Path, change) -> None:
         change(file["data"])
 
 
+def group_instead(group, name) -> None:
+    del group[name]
+    group.create_group(name)
+
+
 def replace(group, name, value) -> None:
     del group[name]
     group[name] = value
@@ -128,6 +133,16 @@ def test_contradictions_are_refused(data, libero, hdf5_settings, tmp_path):
         (lambda d: d["obs/ee_states"].__setitem__(0, 100.0), r"state reaches 100 m"),
         (lambda d: d["dones"].__setitem__(slice(None), 0), "dones never becomes 1"),
         (lambda d: d["obs/joint_states"].__setitem__((1, 1), np.inf), "obs/joint_states holds NaN"),
+        (lambda d: d["obs"].pop("joint_states"), "obs/joint_states is missing where the file's other demonstrations"),
+        (lambda d: replace(d["obs"], "agentview_rgb", np.zeros((12, 32, 32, 4), np.uint8)), r"uint8 \(12, 32, 32, 4\)"),
+        (lambda d: group_instead(d, "actions"), "actions is a group where numbers are expected"),
+        (lambda d: group_instead(d["obs"], "agentview_rgb"), "obs/agentview_rgb is missing"),
+        (lambda d: replace(d, "actions", np.zeros((0, 7))), "actions has 0 steps"),
+        (lambda d: replace(d, "actions", h5py.Empty("f")), "actions has shape None"),
+        (lambda d: replace(d, "actions", np.array([[b"a"] * 7] * 12)), r"actions has dtype \|S1"),
+        (lambda d: replace(d, "dones", np.array([b"x"] * 12)), "dones holds no numbers"),
+        (lambda d: d.attrs.__setitem__("init_index", "x"), "attribute init_index = 'x': must be an integer"),
+        (lambda d: d.attrs.__setitem__("success", "no"), "attribute success = 'no': must be an integer"),
     ],
 )
 def test_unsound_demonstration_is_quarantined_by_name(data, libero, hdf5_settings, tmp_path, change, reason):
@@ -140,6 +155,57 @@ def test_unsound_demonstration_is_quarantined_by_name(data, libero, hdf5_setting
     assert rejection.reason.startswith(f"{path.name}: demo_1: ")
     with pytest.raises(DataError, match=reason):
         raise DataError(rejection.reason)
+
+
+def test_whichever_demonstration_is_no_group_is_quarantined(data, libero, hdf5_settings, tmp_path):
+    for number in (0, 2):
+        edit(libero / f"{TASKS[0]}_demo.hdf5", lambda group, n=f"demo_{number}": replace(group, n, np.zeros(3)))
+    store = run(data, hdf5_settings, tmp_path / "out")
+    assert [r.reason.partition(": ")[2] for r in store.rejected] == [
+        f"demo_{number}: is no group; record it again or drop it" for number in (0, 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"macros_image_convention": np.bytes_(b"\xff\xfe")}, "macros_image_convention = .* is unknown"),
+        ({"env_args": json.dumps({"env_kwargs": None})}, "control rate is not recorded; declare"),
+        ({"env_args": json.dumps({"env_kwargs": [1]})}, r"env_args\.env_kwargs: \[1\] is no control_freq"),
+        ({"env_args": json.dumps({"env_kwargs": {"control_freq": "fast"}})}, "'fast' is no control_freq"),
+        ({"problem_info": "[1]"}, "problem_info: is list where an object is expected"),
+    ],
+)
+def test_attributes_of_other_types_are_refused_by_name(data, libero, hdf5_settings, tmp_path, attributes, message):
+    path = libero_file(libero / f"{TASKS[0]}_demo.hdf5", attributes=attributes)
+    with pytest.raises((ConfigError, DataError), match=rf"{path.name}: .*{message}"):
+        run(data, hdf5_settings, tmp_path / "out")
+
+
+def test_bytes_gzip_and_chunks_change_nothing(data, libero, hdf5_settings, tmp_path):
+    plain = run(data, hdf5_settings, tmp_path / "plain")
+    path = libero / f"{TASKS[0]}_demo.hdf5"
+    with h5py.File(path, "r+") as file:
+        for name, value in dict(file["data"].attrs).items():
+            file["data"].attrs[name] = np.bytes_(value)
+        demo, packed = file["data/demo_1"], {"compression": "gzip", "shuffle": True}
+        frames, actions = demo["obs/agentview_rgb"][()], demo["actions"][()].astype(">f8")
+        del demo["obs/agentview_rgb"], demo["actions"]
+        demo.create_dataset("obs/agentview_rgb", data=frames, chunks=(1, 32, 32, 3), **packed)
+        demo.create_dataset("actions", data=actions, chunks=(5, 7), **packed)
+    store = run(data, hdf5_settings, tmp_path / "out")
+    assert store.file_digests() == plain.file_digests()
+
+
+def test_files_with_and_without_joints_are_not_mixed(data, libero, hdf5_settings, tmp_path):
+    path = libero / f"{TASKS[0]}_demo.hdf5"
+    for number in range(3):
+        edit(path, lambda group, n=f"demo_{number}": group[n]["obs"].pop("joint_states"))
+    with pytest.raises(DataError, match=rf"{path.name}: obs/joint_states is missing where .*{TASKS[1]}_demo.hdf5 has"):
+        run(data, hdf5_settings, tmp_path / "out", alignment="after_action")
+    alone = run(data.model_copy(update={"tasks": TASKS[:1]}), hdf5_settings, tmp_path / "o", alignment="after_action")
+    assert len(alone) == 3
+    assert alone[0].joints is None
 
 
 def test_damaged_files_are_refused(data, libero, hdf5_settings, tmp_path):
@@ -223,3 +289,18 @@ def test_folder_of_suites_and_number_of_episodes(data, libero, hdf5_settings, tm
     shutil.copytree(libero, suites / "libero_goal")
     store = run(data, hdf5_settings, tmp_path / "out", path=str(suites), episodes_per_task=2)
     assert len(store) == 4
+
+
+def test_other_suites_folders_and_two_files_of_a_task_are_refused(data, libero, hdf5_settings, tmp_path):
+    (libero.parent / "all").mkdir()
+    libero.rename(libero.parent / "all" / "libero_goal")
+    settings = hdf5_settings.model_copy(update={"path": str(libero.parent / "all")})
+    with pytest.raises(ConfigError, match="holds libero_goal but no folder 'libero_object'"):
+        open_source(data, settings)
+    goal = data.model_copy(update={"suite": "libero_goal"})
+    assert len(open_source(goal, settings).files) == 2
+    folder = libero.parent / "all" / "libero_goal"
+    (folder / "no_noops").mkdir()
+    shutil.copy(folder / f"{TASKS[0]}_demo.hdf5", folder / "no_noops" / f"{TASKS[0]}_demo.hdf5")
+    with pytest.raises(ConfigError, match=rf"{TASKS[0]}_demo.hdf5 and .* are of one task"):
+        open_source(goal, settings)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Images = NDArray[np.uint8]
 RESIZE = "lanczos"
+MAX_OFFSET = 0.25
+"""Share of a frame's time by which a video's time stamps may miss the metadata's: at a half, which frame is a guess."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,15 @@ def decode_image(data: bytes | None, size: tuple[int, int] | None, where: str) -
     """
     if not data:
         raise DataError(f"{where} is empty; record every frame")
+    if not isinstance(data, bytes):
+        raise DataError(f"{where} is {type(data).__name__} where an encoded image is expected; store its bytes")
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
             if picture.mode != "RGB":
                 raise DataError(f"{where} has mode {picture.mode}; record RGB images of 8 bits")
             frame = np.asarray(picture)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{where} is not a readable image ({error}); download the file again") from None
     check_frame(frame, size, where)
     return frame
@@ -116,7 +120,13 @@ def decode_video(
             for frame in container.decode(stream):
                 if frame.time is None:
                     continue
-                index = round((frame.time - start) * fps)
+                place = (frame.time - start) * fps
+                index = round(place)
+                if abs(place - index) > MAX_OFFSET and -1 < place < count:
+                    raise DataError(
+                        f"{where}: frame at {frame.time:.3f} s lies between two frames of an episode that begins at "
+                        f"{start:.3f} s with fps = {fps:g}; correct from_timestamp or fps in the metadata"
+                    )
                 if index >= count:
                     break
                 if index >= 0:

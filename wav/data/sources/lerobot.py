@@ -128,7 +128,14 @@ def _chosen(
     dataset: Dataset, data: DataSettings, settings: IngestSettings
 ) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     """Entries of the wanted tasks, at most ``episodes_per_task`` of each, and their task names."""
-    wanted = {slug(re.sub(r"^[A-Z_]*SCENE\d+_", "", task)): task for task in data.tasks}
+    wanted: dict[str, str] = {}
+    for task in data.tasks:
+        same = wanted.setdefault(slug(re.sub(r"^[A-Z_]*SCENE\d+_", "", task)), task)
+        if same != task:
+            raise ConfigError(
+                f"data.tasks: {same!r} and {task!r} have one instruction, by which alone LeRobot tells tasks apart; "
+                "leave one out, or ingest LIBERO's HDF5 files"
+            )
     counts: dict[str, int] = {}
     entries, names = [], []
     for entry in dataset.entries:

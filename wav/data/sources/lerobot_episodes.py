@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from wav.data.conventions import ABSOLUTE_ACTIONS, DELTA_ACTIONS
 from wav.data.episode import Episode
 from wav.data.sources import checks
 from wav.data.sources.frames import decode_image, decode_video, preparation
-from wav.data.sources.lerobot_meta import Entry, Feature, parquet_columns, read_parquet
+from wav.data.sources.lerobot_meta import Entry, Feature, column_types, read_parquet
 from wav.data.store import Rejection
 from wav.errors import DataError
 
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
 
 _SAMPLES = 6  # episodes whose numbers settle the gripper
+_INDICES = ("episode_index", "frame_index")
+#: column -> (test of its type, what it should hold)
+_SCALARS: Mapping[str, tuple[Callable[[pa.DataType], bool], str]] = {
+    "episode_index": (pa.types.is_integer, "integers"),
+    "frame_index": (pa.types.is_integer, "integers"),
+    "task_index": (pa.types.is_integer, "integers"),
+    "timestamp": (pa.types.is_floating, "seconds as floating-point numbers"),
+}
 
 
 @dataclass(frozen=True)
@@ -46,14 +54,26 @@ class Plan:
 
 
 def gripper_samples(plan: Plan, entries: tuple[Entry, ...]) -> Iterator[tuple[checks.Floats, checks.Floats]]:
-    """(command, opening) of a few episodes spread over the dataset; unsound ones are judged when they are read."""
+    """(command, opening) of a few episodes spread over the dataset; unsound ones are judged when they are read.
+
+    Raises:
+        DataError: none of them is sound; what is wrong with the first.
+    """
+    refused: DataError | None = None
+    sound = False
     for entry in entries[:: max(1, len(entries) // _SAMPLES)][:_SAMPLES]:
         try:
             table = _rows(entry, [plan.state, plan.action])
             state = _numbers(table, plan.state, 8)
-            yield _numbers(table, plan.action, 7)[:, 6], state[:, 6] - state[:, 7]
-        except DataError:
+            command = _numbers(table, plan.action, 7)[:, 6]
+        except DataError as error:
+            refused = refused or DataError(f"episode {entry.index}: {error}")
             continue
+        if len(command):
+            sound = True
+            yield command, state[:, 6] - state[:, 7]
+    if refused is not None and not sound:
+        raise refused
 
 
 def read_episodes(
@@ -114,10 +134,14 @@ def _read_episode(
 
 def _rows(entry: Entry, columns: list[str]) -> pa.Table:
     """The rows of one episode, by frame."""
-    have = parquet_columns(entry.data)
-    lacking = [name for name in (*columns, "episode_index", "frame_index") if name not in have]
+    have = column_types(entry.data)
+    lacking = [name for name in (*columns, *_INDICES) if name not in have]
     if lacking:
         raise DataError(f"{entry.data}: column {lacking[0]!r} is missing; download the dataset again")
+    for name in {*columns, *_INDICES} & set(_SCALARS):
+        kind, (fits, wanted_kind) = have[name], _SCALARS[name]
+        if not fits(kind):
+            raise DataError(f"{entry.data}: column {name!r} has type {kind}; record {wanted_kind}")
     wanted = list(dict.fromkeys([*columns, "frame_index"]))
     table = read_parquet(entry.data, wanted, filters=[("episode_index", "=", entry.index)])
     return table.sort_by("frame_index")
@@ -126,6 +150,8 @@ def _rows(entry: Entry, columns: list[str]) -> pa.Table:
 def _check_rows(plan: Plan, entry: Entry, table: pa.Table) -> None:
     """Frames complete, evenly timed, and of the task the metadata names."""
     frames = table["frame_index"].to_numpy()
+    if not entry.length:
+        raise DataError(f"{entry.data}: the metadata says length = 0; drop the episode at the source")
     if not np.array_equal(frames, np.arange(entry.length)):
         raise DataError(
             f"{entry.data}: frame_index holds {len(frames)} frames where the metadata says 0 to {entry.length - 1}; "

@@ -8,6 +8,7 @@ v3.0: many episodes in one parquet and one mp4, found through ``meta/episodes/ch
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,9 +94,10 @@ def open_dataset(path: str) -> Dataset:
             "the dataset with lerobot's own scripts"
         )
     fps = _number(info, "fps", where)
-    features = {
-        str(key): _feature(raw, f"{where}: features.{key}") for key, raw in _part(info, "features", where).items()
-    }
+    raw = _part(info, "features", where)
+    if not isinstance(raw, dict):
+        raise DataError(f"{where}: features is {type(raw).__name__} where an object is expected; {DOWNLOAD}")
+    features = {str(key): _feature(value, f"{where}: features.{key}") for key, value in raw.items()}
     tasks = _tasks(root, version)
     keys = tuple(key for key, feature in features.items() if feature.dtype == "video")
     entries = (_entries_v3 if version == "v3.0" else _entries_v2)(root, info, keys, where)
@@ -122,15 +124,37 @@ def _part(raw: Any, name: str, where: Path) -> Any:
 
 def _number(raw: Any, name: str, where: Path) -> float:
     value = _part(raw, name, where)
-    if not isinstance(value, (int, float)) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise DataError(f"{where}: {name} = {value!r}: must be a positive number; correct it")
     return float(value)
+
+
+def _natural(raw: Any, name: str, where: Path) -> int:
+    """A required index or count."""
+    value = _part(raw, name, where)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise DataError(f"{where}: {name} = {value!r}: must be a number from 0 on; {DOWNLOAD}")
+    return value
+
+
+def _sentences(raw: Any, where: Path) -> tuple[str, ...]:
+    """An episode's field ``tasks``."""
+    value = _part(raw, "tasks", where)
+    if not isinstance(value, list) or not value or not all(isinstance(task, str) for task in value):
+        raise DataError(
+            f"{where}: tasks of episode {raw.get('episode_index')} = {value!r}: must be a list of instructions; "
+            f"{DOWNLOAD}"
+        )
+    return tuple(value)
 
 
 def _feature(raw: Any, where: str) -> Feature:
     if not isinstance(raw, dict) or "dtype" not in raw or "shape" not in raw:
         raise DataError(f"{where}: needs dtype and shape; {DOWNLOAD}")
-    return Feature(str(raw["dtype"]), tuple(int(n) for n in raw["shape"]), _names(raw.get("names")))
+    shape = raw["shape"]
+    if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
+        raise DataError(f"{where}: shape = {shape!r}: must be a list of integers; {DOWNLOAD}")
+    return Feature(str(raw["dtype"]), tuple(shape), _names(raw.get("names")))
 
 
 def _names(raw: Any) -> tuple[str, ...]:
@@ -139,7 +163,7 @@ def _names(raw: Any) -> tuple[str, ...]:
         return (raw,)
     if isinstance(raw, dict):
         return _names(list(raw.values()) if all(isinstance(v, list) for v in raw.values()) else list(raw))
-    return tuple(name for part in raw or () for name in _names(part))
+    return tuple(name for part in raw for name in _names(part)) if isinstance(raw, list) else ()
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -169,8 +193,14 @@ def read_parquet(path: Path, columns: list[str] | None = None, **options: Any) -
 
 def parquet_columns(path: Path) -> list[str]:
     """Names of a parquet file's columns; DataError as :func:`read_parquet`."""
+    return list(column_types(path))
+
+
+def column_types(path: Path) -> dict[str, pa.DataType]:
+    """Columns of a parquet file with their types; DataError as :func:`read_parquet`."""
     try:
-        return list(pq.read_schema(path).names)
+        schema = pq.read_schema(path)
+        return dict(zip(schema.names, schema.types, strict=True))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: truncated or damaged parquet ({' '.join(str(error).split())}); {DOWNLOAD}") from None
 
@@ -179,14 +209,14 @@ def _tasks(root: Path, version: str) -> dict[int, str]:
     """task_index -> instruction."""
     if version != "v3.0":
         path = root / "meta" / "tasks.jsonl"
-        return {int(_part(row, "task_index", path)): str(_part(row, "task", path)) for row in _lines(path)}
+        return {_natural(row, "task_index", path): str(_part(row, "task", path)) for row in _lines(path)}
     path = root / "meta" / "tasks.parquet"
     names = parquet_columns(path) if path.is_file() else []
     text = next((name for name in ("task", "__index_level_0__") if name in names), "")
     if not text or "task_index" not in names:
         raise DataError(f"{path}: needs columns task_index and task, has {', '.join(names) or 'none'}; {DOWNLOAD}")
-    table = read_parquet(path, ["task_index", text])
-    return {int(i): str(t) for i, t in zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True)}
+    rows = read_parquet(path, ["task_index", text]).to_pylist()
+    return {_natural(row, "task_index", path): str(row[text]) for row in rows}
 
 
 def _entries_v2(root: Path, info: dict[str, Any], keys: tuple[str, ...], where: Path) -> tuple[Entry, ...]:
@@ -195,7 +225,7 @@ def _entries_v2(root: Path, info: dict[str, Any], keys: tuple[str, ...], where: 
     path = root / "meta" / "episodes.jsonl"
     entries = []
     for row in _lines(path):
-        index = int(_part(row, "episode_index", path))
+        index = _natural(row, "episode_index", path)
         place = {"episode_chunk": index // chunk, "episode_index": index}
         videos = tuple(
             Video(key, root / _placed(info, "video_path", where, video_key=key, **place), 0.0) for key in keys
@@ -203,8 +233,8 @@ def _entries_v2(root: Path, info: dict[str, Any], keys: tuple[str, ...], where: 
         entries.append(
             Entry(
                 index,
-                int(_part(row, "length", path)),
-                tuple(str(task) for task in _part(row, "tasks", path)),
+                _natural(row, "length", path),
+                _sentences(row, path),
                 root / _placed(info, "data_path", where, **place),
                 videos,
             )
@@ -227,16 +257,20 @@ def _entries_v3(root: Path, info: dict[str, Any], keys: tuple[str, ...], where: 
         for row in read_parquet(path, columns).to_pylist():
             place = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
             data = root / _placed(info, "data_path", where, **place)
-            tasks = tuple(str(task) for task in row["tasks"])
-            videos = tuple(_video_v3(root, info, key, row, where) for key in keys)
-            entries.append(Entry(int(row["episode_index"]), int(row["length"]), tasks, data, videos))
+            videos = tuple(_video_v3(root, info, key, row, path) for key in keys)
+            index, length = _natural(row, "episode_index", path), _natural(row, "length", path)
+            entries.append(Entry(index, length, _sentences(row, path), data, videos))
     return tuple(sorted(entries, key=lambda entry: entry.index))
 
 
 def _video_v3(root: Path, info: dict[str, Any], key: str, row: dict[str, Any], where: Path) -> Video:
     place = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
-    path = root / _placed(info, "video_path", where, video_key=key, **place)
-    return Video(key, path, float(row[f"videos/{key}/from_timestamp"]))
+    path = root / _placed(info, "video_path", root / "meta" / "info.json", video_key=key, **place)
+    start = row[f"videos/{key}/from_timestamp"]
+    if not isinstance(start, (int, float)) or not 0 <= start < math.inf:
+        name = f"videos/{key}/from_timestamp of episode {row['episode_index']}"
+        raise DataError(f"{where}: {name} = {start!r}: must be seconds from 0 on; {DOWNLOAD}")
+    return Video(key, path, float(start))
 
 
 def _placed(info: dict[str, Any], name: str, where: Path, **values: Any) -> str:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from wav.data.sources import checks
 from wav.errors import ConfigError, DataError
+from wav.sim.env import LIBERO_SUITES
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
@@ -50,6 +51,8 @@ class TaskFile:
     mirrored: bool
     after: bool
     """Observation t was recorded after action t."""
+    joints: bool
+    """Demonstrations hold joint angles; one without is refused, as its rewards would be in other units."""
     gripper: str
     render: str
     simulator: tuple[tuple[str, str], ...]
@@ -65,6 +68,12 @@ def dataset_files(path: str, suite: str) -> list[Path]:
     if root.is_file():
         return [root]
     folder = root / suite if (root / suite).is_dir() else root
+    others = [name for name in LIBERO_SUITES if name != suite and (root / name).is_dir()]
+    if folder == root and others:
+        raise ConfigError(
+            f"ingest.path = {path!r}: holds {', '.join(others)} but no folder {suite!r}; set data.suite to one of "
+            f"them, or add the files of {suite}"
+        )
     found = sorted(folder.rglob("*.hdf5"))
     if not found:
         raise ConfigError(
@@ -108,10 +117,12 @@ def _describe(path: Path, group: Any, demos: tuple[str, ...], data: DataSettings
         raise DataError(f"{where}: macros_image_convention = {recorded!r} is unknown; expected opengl or opencv")
     rotation = checks.declared_rotation(settings.image_rotation, "none" if recorded else "", where)
     arguments = _json(attributes.get("env_args"), f"{where}: env_args")
-    rate = float(arguments.get("env_kwargs", {}).get("control_freq") or 0)
-    checks.check_control_hz(rate, settings.control_hz, data.control_hz, f"{where}: env_args.env_kwargs.control_freq")
+    checks.check_control_hz(
+        _rate(arguments, where), settings.control_hz, data.control_hz, f"{where}: env_args.env_kwargs.control_freq"
+    )
     cameras = _cameras(where, group, demos, data, settings)
     lengths = tuple(_length(group[demo]) for demo in demos)
+    joints = any(has_joints(group[demo]) for demo in demos)
     samples = _samples(group, demos)
     after = _alignment(where, samples, settings.alignment, _text(attributes.get("alignment")))
     pairs = [(checks.shifted_actions(s.actions) if after else s.actions)[:, 6] for s in samples]
@@ -127,6 +138,7 @@ def _describe(path: Path, group: Any, demos: tuple[str, ...], data: DataSettings
         rotation=rotation,
         mirrored=recorded == "opencv",
         after=after,
+        joints=joints,
         gripper=checks.settle_gripper(settings.gripper, detected, checks.CANONICAL_GRIPPER, where),
         render=_text(attributes.get("render")) or "full",
         simulator=tuple(sorted((str(k), str(v)) for k, v in simulator.items())),
@@ -137,7 +149,7 @@ def _instruction(where: str, attributes: Any, task: str) -> str:
     """The language command of problem_info, or LIBERO's rule for file names (no scene, spaces) where it is missing."""
     info = _json(attributes.get("problem_info"), f"{where}: problem_info")
     raw = info.get("language_instruction", "")
-    text = ("".join(raw) if isinstance(raw, list) else str(raw)).strip().strip('"')
+    text = ("".join(map(str, raw)) if isinstance(raw, list) else str(raw)).strip().strip('"')
     if not text:
         text = re.sub(r"^[A-Z_]*SCENE\d+_", "", task).replace("_", " ")
         _LOG.info("%s: no problem_info; the instruction is taken from the file's name: %r", where, text)
@@ -150,19 +162,19 @@ def _cameras(
     """(view, dataset, (H, W)) of every view, from the first demonstration that has all cameras."""
     best: dict[str, str] = {}
     for demo in demos:
-        observed = group[demo].get("obs", {})
+        observed = observations(group[demo])
         found = {}
         for view in data.views:
             usual = (*CAMERAS.get(view, ()), f"{view}_rgb", view)
             names = (settings.cameras[view],) if view in settings.cameras else usual
-            name = next((n for n in names if n in observed and observed[n].ndim == 4), "")
+            name = next((n for n in names if n in observed and getattr(observed[n], "ndim", 0) == 4), "")
             if name:
                 found[view] = name
         best = max(best, found, key=len)
         if len(found) == len(data.views):
             return tuple((v, n, (int(observed[n].shape[1]), int(observed[n].shape[2]))) for v, n in found.items())
     lacking = next(view for view in data.views if view not in best)
-    have = sorted(group[demos[0]].get("obs", {}))
+    have = sorted(observations(group[demos[0]]))
     raise ConfigError(
         f"{where}: no demonstration has camera {lacking!r} of data.views; obs/ holds {', '.join(have)}; "
         f"name the right one in ingest.cameras.{lacking}"
@@ -171,7 +183,28 @@ def _cameras(
 
 def _length(demo: Any) -> int:
     """Number of steps a demonstration claims."""
-    return int(demo["actions"].shape[0]) if "actions" in demo and demo["actions"].ndim else 0
+    actions = demo["actions"] if isinstance(demo, h5py.Group) and "actions" in demo else None
+    return int(actions.shape[0]) if isinstance(actions, h5py.Dataset) and actions.shape else 0
+
+
+def observations(demo: Any) -> Any:
+    """The group ``obs`` of a demonstration; an empty mapping where there is none."""
+    found = demo.get("obs") if isinstance(demo, h5py.Group) else None
+    return found if isinstance(found, h5py.Group) else {}
+
+
+def has_joints(demo: Any) -> bool:
+    """Whether a demonstration holds joint angles."""
+    return any(name in observations(demo) for name in ("joints", "joint_states"))
+
+
+def _rate(arguments: dict[str, Any], where: str) -> float:
+    """The control rate (Hz) of env_args; 0 where it tells none."""
+    kwargs = arguments.get("env_kwargs") or {}
+    rate = kwargs.get("control_freq") or 0 if isinstance(kwargs, dict) else kwargs
+    if not isinstance(rate, (int, float)):
+        raise DataError(f"{where}: env_args.env_kwargs: {rate!r} is no control_freq; download the file again")
+    return float(rate)
 
 
 @dataclass(frozen=True)
@@ -244,7 +277,9 @@ def _alignment(where: str, samples: list[_Sample], declared: str, recorded: str 
 
 
 def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else "" if value is None else str(value)
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return "" if value is None or isinstance(value, h5py.Empty) else str(value)
 
 
 def _json(value: Any, where: str) -> dict[str, Any]:

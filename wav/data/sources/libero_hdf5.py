@@ -14,6 +14,7 @@ attributes ``init_index``, ``seed`` and ``success``, datasets ``demo_i/expert_ac
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from wav.data.conventions import DELTA_ACTIONS, Conventions
 from wav.data.episode import Episode
 from wav.data.sources import checks
 from wav.data.sources.frames import Preparation, described, preparation
-from wav.data.sources.libero_file import TaskFile, dataset_files, flat, open_task_file, task_name
+from wav.data.sources.libero_file import TaskFile, dataset_files, flat, observations, open_task_file, task_name
 from wav.data.sources.staging import DatasetSource, Job, grouped
 from wav.data.state import STATE_LAYOUT
 from wav.data.store import Rejection
@@ -62,12 +63,25 @@ class LiberoHdf5Source(DatasetSource):
             )
         order = {task: number for number, task in enumerate(data.tasks or sorted(known))}
         chosen = sorted(((order[t], p) for p, t in wanted if t in order), key=lambda pair: (pair[0], str(pair[1])))
+        twice = next(((one, two) for (a, one), (b, two) in itertools.pairwise(chosen) if a == b), None)
+        if twice is not None:
+            raise ConfigError(
+                f"ingest.path = {settings.path!r}: {twice[0]} and {twice[1]} are of one task; give a folder with one "
+                "file for each task"
+            )
         self.files = [open_task_file(path, data, settings) for _, path in chosen]
         differing = next((f for f in self.files if (f.render, f.simulator) != self._made()), None)
         if differing is not None:
             raise DataError(
                 f"{differing.path}: was rendered with {differing.render} {dict(differing.simulator)} where "
                 f"{self.files[0].path} has {self._made()}; ingest files of one simulator"
+            )
+        bare = next((f for f in self.files if f.joints != self.files[0].joints), None)
+        if bare is not None:
+            having, lacking = (bare, self.files[0]) if bare.joints else (self.files[0], bare)
+            raise DataError(
+                f"{lacking.path}: obs/joint_states is missing where {having.path} has it, so rewards would be in other "
+                "units from task to task; ingest them separately"
             )
 
     def _made(self) -> tuple[str, tuple[tuple[str, str], ...]]:
@@ -143,7 +157,10 @@ def read_demos(
         for demo in demos:
             name = f"{data.suite}/{file.task}/{demo}"
             try:
-                episode = _read_demo(opened["data"][demo], file, name, prepare, settings)
+                group = opened["data"][demo]
+                if not isinstance(group, h5py.Group):
+                    raise DataError("is no group; record it again or drop it")
+                episode = _read_demo(group, file, name, prepare, settings)
                 episode.validate()
             except (DataError, OSError, RuntimeError, KeyError) as error:
                 reason = str(error) if isinstance(error, DataError) else f"damaged ({flat(error)}); download it again"
@@ -164,13 +181,17 @@ def _read_demo(demo: Any, file: TaskFile, name: str, prepare: Preparation, setti
     expert = _numbers(demo, "expert_actions", 7, steps) if "expert_actions" in demo else None
     actions = _executed(actions, file)
     expert = None if expert is None else _executed(expert, file)
-    done = bool(np.any(demo["dones"])) if "dones" in demo else True
-    if not bool(demo.attrs.get("success", done)):
+    if not _integer(demo, "success", int(_done(demo))):
         raise DataError("dones never becomes 1: the demonstration failed; drop it at the source")
     keep = checks.keep_steps(actions) if settings.drop_noops else np.ones(steps, bool)
     if keep.sum() < settings.min_length:
         raise DataError(f"{int(keep.sum())} steps, fewer than ingest.min_length = {settings.min_length}")
     joints = _joints(demo, steps)
+    if joints is None and file.joints:
+        raise DataError(
+            "obs/joint_states is missing where the file's other demonstrations have it, so its rewards would be in "
+            "other units; record it or drop the demonstration"
+        )
     return Episode(
         episode_id=name,
         task=file.task,
@@ -181,8 +202,8 @@ def _read_demo(demo: Any, file: TaskFile, name: str, prepare: Preparation, setti
         actions=actions[keep].astype(np.float32),
         expert_actions=None if expert is None else expert[keep].astype(np.float32),
         success=True,
-        init_index=int(demo.attrs.get("init_index", -1)),
-        seed=int(demo.attrs.get("seed", -1)),
+        init_index=_integer(demo, "init_index", -1),
+        seed=_integer(demo, "seed", -1),
         source=f"libero_hdf5:{file.path.name}#{name.rpartition('/')[2]}",
     )
 
@@ -194,10 +215,27 @@ def _executed(actions: NDArray[np.floating], file: TaskFile) -> NDArray[np.float
     return checks.shifted_actions(result) if file.after else result
 
 
+def _done(demo: Any) -> bool:
+    """Whether ``dones`` says that the demonstration succeeded; True where it says nothing."""
+    if "dones" not in demo:
+        return True
+    dones = demo["dones"]
+    if not isinstance(dones, h5py.Dataset) or dones.dtype.kind not in "biuf":
+        raise DataError("dones holds no numbers; record 1 where the demonstration succeeds, 0 elsewhere")
+    return bool(np.any(dones))
+
+
+def _integer(demo: Any, name: str, missing: int) -> int:
+    """An integer attribute of a demonstration."""
+    value = demo.attrs.get(name, missing)
+    if not isinstance(value, (int, np.integer, np.bool_)):
+        raise DataError(f"attribute {name} = {value!r}: must be an integer; correct or remove it")
+    return int(value)
+
+
 def _state(demo: Any, steps: int) -> NDArray[np.floating]:
     """(T, 8) end-effector position, axis-angle, finger positions."""
-    obs = demo.get("obs", {})
-    if "ee_states" in obs:
+    if "ee_states" in observations(demo):
         pose = _numbers(demo, "obs/ee_states", 6, steps)
     else:
         pose = np.concatenate([_numbers(demo, "obs/ee_pos", 3, steps), _numbers(demo, "obs/ee_ori", 3, steps)], axis=1)
@@ -206,7 +244,7 @@ def _state(demo: Any, steps: int) -> NDArray[np.floating]:
 
 def _joints(demo: Any, steps: int) -> NDArray[np.floating] | None:
     """(T, 8) joint angles (rad) and gripper opening (m), where recorded."""
-    obs = demo.get("obs", {})
+    obs = observations(demo)
     if "joints" in obs:
         return _numbers(demo, "obs/joints", 8, steps)
     if "joint_states" not in obs:
@@ -220,6 +258,8 @@ def _numbers(demo: Any, name: str, width: int, steps: int | None = None) -> NDAr
     if name not in demo:
         raise DataError(f"{name} is missing; record it or drop the demonstration")
     data = demo[name]
+    if not isinstance(data, h5py.Dataset):
+        raise DataError(f"{name} is a group where numbers are expected; record it or drop the demonstration")
     if data.dtype.kind != "f":
         raise DataError(f"{name} has dtype {data.dtype}; record floating-point numbers")
     if data.ndim != 2 or data.shape[1] != width or steps not in (None, data.shape[0]):
@@ -235,8 +275,8 @@ def _images(
     demo: Any, key: str, size: tuple[int, int], keep: NDArray[np.bool_], prepare: Preparation
 ) -> NDArray[np.uint8]:
     """(kept, height, width, 3) frames of a camera, read one at a time."""
-    obs, wanted = demo.get("obs", {}), (len(keep), *size, 3)
-    if key not in obs:
+    obs, wanted = observations(demo), (len(keep), *size, 3)
+    if not isinstance(obs.get(key), h5py.Dataset):
         raise DataError(f"obs/{key} is missing: no such camera in this demonstration; record it again")
     data = obs[key]
     if data.dtype != np.uint8 or data.shape != wanted:
