@@ -55,8 +55,13 @@ def check_versions() -> Iterator[Check]:
 
 def check_renderer() -> Iterator[Check]:
     """Whether a frame can be rendered offscreen, tried in a child process with a time limit."""
-    from wav.sim.rendering import choose_backend
+    from wav.sim.rendering import APT_LINE, choose_backend, probe
 
+    if given := os.environ.get("MUJOCO_GL", "").lower():  # what the user chose is used untried, so try it here
+        complaint = probe(given, _PROBE_SECONDS)
+        remedy = f" = {given} does not render ({complaint}); unset it, or on Debian/Ubuntu: {APT_LINE}"
+        yield Check("renderer", not complaint, f"MUJOCO_GL{remedy}" if complaint else given)
+        return
     try:
         yield Check("renderer", True, choose_backend(_PROBE_SECONDS))
     except WavError as error:
@@ -69,9 +74,7 @@ def check_libero() -> Iterator[Check]:
 
     try:
         found = libero_assets.check_versions()
-        folders = (os.environ.get(libero_assets.ASSETS_VARIABLE, ""), libero_assets.package_folder() / "assets")
-        places = [Path(p) for p in (*folders, libero_assets.download_folder()) if p]
-        assets = next((place for place in places if not libero_assets.missing_folders(place)), None)
+        assets = libero_assets.assets_here()
         remedy = f"no assets; set {libero_assets.ASSETS_VARIABLE}, else {libero_assets.ASSETS_REPO} is downloaded"
         text = f"hf-libero {found['hf-libero']}, {f'assets in {assets}' if assets else remedy}"
         yield Check("libero", assets is not None, text, needed=False)

@@ -103,6 +103,15 @@ def find_assets() -> Path:
     Raises:
         ServiceError: none exist and none can be had, or ``WAV_LIBERO_ASSETS`` names a folder without them.
     """
+    return assets_here() or _download(download_folder())
+
+
+def assets_here() -> Path | None:
+    """Folder of the assets on this machine, None where there are none; nothing is downloaded.
+
+    Raises:
+        ServiceError: ``WAV_LIBERO_ASSETS`` names a folder without them.
+    """
     named = os.environ.get(ASSETS_VARIABLE, "")
     if named:
         folder = Path(named).expanduser().absolute()
@@ -112,10 +121,13 @@ def find_assets() -> Path:
                 "(the one with scenes/ and textures/), or unset it"
             )
         return folder
-    for folder in (package_folder() / "assets", download_folder()):
-        if not missing_folders(folder):
-            return folder
-    return _download(download_folder())
+    whole = (folder for folder in (package_folder() / "assets", download_folder()) if not _unfinished(folder).exists())
+    return next((folder for folder in whole if not missing_folders(folder)), None)
+
+
+def _unfinished(folder: Path) -> Path:
+    """A file beside ``folder`` while it is downloaded: what an interrupted download leaves has all folders, too."""
+    return folder.with_name(f"{folder.name}.unfinished")
 
 
 def _download(folder: Path) -> Path:
@@ -126,7 +138,10 @@ def _download(folder: Path) -> Path:
         info: Any = HfApi().repo_info(ASSETS_REPO, repo_type="dataset", files_metadata=True, timeout=20)
         size = sum(file.size or 0 for file in info.siblings or [])
         log.warning("LIBERO assets: downloading %.0f MB from %s to %s", size / 1e6, ASSETS_REPO, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _unfinished(folder).touch()
         snapshot_download(ASSETS_REPO, repo_type="dataset", revision=info.sha, local_dir=folder)
+        _unfinished(folder).unlink()
     except Exception as error:  # the hub's own error classes differ between versions
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ServiceError(
@@ -144,8 +159,11 @@ def _download(folder: Path) -> Path:
 
 @functools.cache
 def assets_digest(folder: Path) -> str:
-    """Identity of a folder of assets (names and sizes of its files): scores on other pictures do not compare."""
-    names = [top for top in sorted(folder.iterdir()) if top.is_dir()]
+    """Identity of a folder of assets (names and sizes of its files): scores on other pictures do not compare.
+
+    Hidden folders are left out: a download keeps its own notes in one, which differ from machine to machine.
+    """
+    names = [top for top in sorted(folder.iterdir()) if top.is_dir() and not top.name.startswith(".")]
     files = [file for top in names for file in sorted(top.rglob("*")) if file.is_file()]
     return canonical_digest([[file.relative_to(folder).as_posix(), file.stat().st_size] for file in files])[:16]
 

@@ -36,7 +36,7 @@ r = mujoco.Renderer(m, 32, 32); r.update_scene(d); assert r.render().max() > 0
 """
 
 
-def _probe(backend: str, timeout: float) -> str:
+def probe(backend: str, timeout: float) -> str:
     """Empty string if a frame can be rendered with ``backend`` in a child process, else what went wrong."""
     env = {**os.environ, "MUJOCO_GL": backend, "PYOPENGL_PLATFORM": backend}
     try:
@@ -44,7 +44,7 @@ def _probe(backend: str, timeout: float) -> str:
             [sys.executable, "-c", _PROBE], env=env, timeout=timeout, capture_output=True, text=True, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"no frame within {timeout:.0f} s"
+        return f"no frame within {timeout:g} s"
     lines = done.stderr.strip().splitlines()
     return "" if done.returncode == 0 else (lines[-1] if lines else f"exit status {done.returncode}")
 
@@ -57,12 +57,12 @@ def choose_backend(timeout: float = 60.0) -> str:
     """
     chosen = os.environ.get("MUJOCO_GL", "").lower()
     if not chosen:
-        complaint = _probe("egl", timeout)
+        complaint = probe("egl", timeout)
         if not complaint:
             chosen = "egl"
         else:
             log.warning("EGL does not render here (%s); trying OSMesa, which is slower", complaint)
-            second = _probe("osmesa", timeout)
+            second = probe("osmesa", timeout)
             if second:
                 raise ServiceError(
                     f"no offscreen renderer: EGL: {complaint}; OSMesa: {second}; on Debian/Ubuntu: {APT_LINE}"
