@@ -153,3 +153,42 @@ def test_old_logs_are_removed(monkeypatch, tmp_path):
         os.utime(folder / f"1-{number:02d}.log", (number, number))
     process._log_path()
     assert sorted(path.name for path in folder.iterdir())[0] == "1-10.log"
+
+
+def test_a_simulator_that_failed_is_not_used_again(monkeypatch):
+    """A renderer that lost its context fails in every frame; only a fresh simulator gives the episode its chance."""
+    from wav.sim import worker
+
+    made = []
+
+    class Env:
+        def __init__(self):
+            self.closed = False
+            made.append(self)
+
+        def observe(self):
+            raise RuntimeError("context lost")
+
+        def reset(self, task, index):
+            if len(made) == 1:
+                self.observe()
+            return None
+
+        def successes(self):
+            return {"lift_red_cube": False}
+
+        def close(self):
+            self.closed = True
+            raise RuntimeError("no context to free")
+
+    monkeypatch.setattr(worker, "make_env", lambda suite, data: Env())
+    process = worker._Worker()
+    process.data = DATA
+    request = ("reset", (0, "lift_red_cube", 0, False))
+    with pytest.raises(RuntimeError, match="context lost"):
+        process.handle(*request)
+    process.forget(*request)
+    assert made[0].closed
+    assert not process.handle(*request).success
+    assert len(made) == 2
+    process.forget("call", (print, ()))  # hosts nothing

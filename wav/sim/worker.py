@@ -107,6 +107,12 @@ class _Worker:
         number, actions = payload
         return self.slots[number].begin().steps(actions)
 
+    def forget(self, kind: str, payload: Any) -> None:
+        """Give up the simulator that a request failed in: the next reset of its slot builds a fresh one."""
+        if kind != "call" and (slot := self.slots.pop(payload[0], None)) is not None:
+            with contextlib.suppress(Exception):
+                slot.env.close()
+
 
 def main() -> None:
     """Serve until the parent closes its end."""
@@ -131,6 +137,7 @@ def main() -> None:
             answer: Any = worker.handle(kind, payload)
         except Exception as error:  # whatever went wrong belongs to the request, not to the process
             traceback.print_exc()
+            worker.forget(kind, payload)
             answer = RuntimeError(f"{type(error).__name__}: {error}") if kind == "call" else str(error)
         connection.send(answer)
     os._exit(0)  # GL contexts need no orderly end, and a renderer's destructor may hang
