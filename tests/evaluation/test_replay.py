@@ -88,6 +88,15 @@ def test_episodes_without_a_known_beginning_are_named(demonstrations, tmp_path):
         replay(write(tmp_path / "b", demonstrations), DATA, IngestSettings(seed=4), workers=1)
 
 
+def test_a_few_replayed_demonstrations_are_no_verdict(demonstrations, tmp_path):
+    names = [dataclasses.replace(demonstrations[1], episode_id=str(n), source="lerobot:v3.0") for n in range(2)]
+    with pytest.raises(DataError, match="2 of 3 demonstrations could not be replayed, too many for a verdict"):
+        replay(store := write(tmp_path / "a", [demonstrations[0], *names]), DATA, INGEST, workers=1)
+    assert not report_path(store.path).exists()
+    report = replay(write(tmp_path / "b", [demonstrations[0], names[0]]), DATA, INGEST, workers=1)
+    assert (report.passed, report.episodes, len(report.not_replayed)) == (True, 1, 1)
+
+
 def test_state_errors_see_through_the_antipode():
     one = np.zeros((2, 8), np.float32)
     two = one.copy()
@@ -142,5 +151,8 @@ def test_rotated_and_swapped_pictures_are_refused(demonstrations, tmp_path, monk
     swapped = changed(lambda images: {"agentview": images["wrist"], "wrist": images["agentview"]})
     with pytest.raises(ConfigError, match=r"of camera 'wrist'"):
         check_first_frames(pool, write(tmp_path / "swapped", swapped), DATA, tmp_path)
+    renamed = [dataclasses.replace(e, task="slug", instruction=f" {e.instruction.upper()}") for e in rotated]
+    with pytest.raises(ConfigError, match="rotated by 180 degrees"):  # LeRobot knows tasks by their instruction
+        check_first_frames(pool, write(tmp_path / "renamed", renamed), DATA, tmp_path)
     other = DATA.model_copy(update={"tasks": ("put_can_in_bin",)})
     assert check_first_frames(pool, as_recorded, other, tmp_path) == []

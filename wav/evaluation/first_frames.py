@@ -21,7 +21,7 @@ from wav.errors import ConfigError, SimulationError
 from wav.evaluation import pictures
 from wav.evaluation.rollout import Pool
 from wav.rewards import ssim
-from wav.sim.env import select_tasks
+from wav.sim.env import TaskSpec, select_tasks
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +52,24 @@ class ViewLikeness:
         return self.alternative_ssim > self.as_recorded + MARGIN
 
 
-def dataset_frames(store: EpisodeStore, tasks: Sequence[str]) -> dict[str, list[dict[str, Picture]]]:
-    """Task -> first frames (view -> (H, W, 3)) of at most :data:`EPISODES` demonstrations, for tasks that have any."""
+def dataset_frames(store: EpisodeStore, tasks: Sequence[TaskSpec]) -> dict[str, list[dict[str, Picture]]]:
+    """Task -> first frames (view -> (H, W, 3)) of at most :data:`EPISODES` demonstrations, for tasks that have any.
+
+    LeRobot datasets know tasks by their instruction alone, so that tells where the name does not.
+    """
     found: dict[str, list[dict[str, Picture]]] = {}
+    names = {spec.name for spec in tasks}
+    told = {_words(spec.instruction): spec.name for spec in reversed(tasks)}
     for i, info in enumerate(store.episodes):
-        if info.task in tasks and len(found.get(info.task, [])) < EPISODES:
+        task = info.task if info.task in names else told.get(_words(info.instruction), "")
+        if task and len(found.get(task, [])) < EPISODES:
             images = store[i].images
-            found.setdefault(info.task, []).append({view: np.array(images[view][0]) for view in images})
+            found.setdefault(task, []).append({view: np.array(images[view][0]) for view in images})
     return dict(list(found.items())[:TASKS])
+
+
+def _words(instruction: str) -> str:
+    return " ".join(instruction.lower().split())
 
 
 def rendered_frames(pool: Pool, tasks: Sequence[str]) -> dict[str, dict[str, Picture]]:
@@ -115,7 +125,7 @@ def check_first_frames(pool: Pool, store: EpisodeStore, data: DataSettings, out:
         ConfigError: names view, similarities, the picture and the remedy.
         SimulationError: a simulator failed.
     """
-    recorded = dataset_frames(store, [spec.name for spec in select_tasks(data.suite, data.tasks)])
+    recorded = dataset_frames(store, select_tasks(data.suite, data.tasks))
     if not recorded:
         log.warning("first frames: the store has no demonstration of the evaluated tasks; nothing to compare with")
         return []

@@ -108,7 +108,7 @@ def replay(
         progress: called with every outcome.
 
     Raises:
-        DataError: no episode can be replayed.
+        DataError: most episodes cannot be replayed.
         ServiceError: the simulator is not ready here.
     """
     suite = store.conventions.suite
@@ -148,6 +148,11 @@ def _verdict(
     if not done:
         why = skipped[0]["reason"] if skipped else "the store is empty"
         raise DataError(f"{store.path}: no demonstration could be replayed: {why}")
+    if len(skipped) > len(done):
+        raise DataError(
+            f"{store.path}: {len(skipped)} of {len(done) + len(skipped)} demonstrations could not be replayed, too "
+            f"many for a verdict; the first, {skipped[0]['episode']}: {skipped[0]['reason']}"
+        )
     solved = sum(outcome.success for outcome in done)
     rate = wilson(solved, len(done))
     far = max(done, key=lambda outcome: outcome.position_error)
