@@ -124,13 +124,17 @@ class Progress:
         if kind is None:
             self._update(100.0, f"{self._what}: done in {time.monotonic() - self._began:.0f} s")
 
-    def __call__(self, done: int, total: int, note: str = "", log: bool = True) -> None:
-        """Report ``done`` of ``total``; ``note`` is appended (losses, successes)."""
+    def __call__(self, done: int, total: int, note: str = "", log: bool = True, left: float | None = None) -> None:
+        """Report ``done`` of ``total``; ``note`` is appended (losses, successes).
+
+        ``left``: seconds to go, from those who know better: a resumed run did not do all of ``done`` since it began.
+        """
         now = time.monotonic()
         if now - self._updated < UPDATE_SECONDS and done < total:
             return
         elapsed = now - self._began
-        left = elapsed / done * (total - done) if done else 0.0
+        if left is None:
+            left = elapsed / done * (total - done) if done else 0.0
         text = f"{self._what}: {done}/{total}, {elapsed:.0f} s, {left:.0f} s left{f', {note}' if note else ''}"
         self._update(100.0 * done / max(total, 1), text)
         self._updated = now

@@ -50,7 +50,10 @@ def closed_loop(run: StageRun, policy: Policy, digest: str, store: EpisodeStore 
             with_value=policy.model.shapes.value is not None,
             start=began.as_dict(),
             progress=lambda state: progress(
-                state.done, state.total, f"{state.successes}/{state.finished} solved ({state.label})"
+                state.done,
+                state.total,
+                f"{state.successes}/{state.finished} solved ({state.label})",
+                left=state.eta_seconds,
             ),
         )
 

@@ -76,6 +76,15 @@ def test_the_progress_of_training_moves_and_tells_loss_and_throughput(
     assert plain.groups() == ("4", "9", None, None)
 
 
+def test_a_resumed_run_knows_its_time_left_better(
+    published: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "UPDATE_SECONDS", 0.0)
+    with artifacts.Progress("episodes", logging.getLogger("test")) as progress:
+        progress(1901, 2000, "3/1901 solved", left=5400.0)
+    assert published[1]["description"].endswith("5400 s left, 3/1901 solved")
+
+
 def test_progress_outlives_the_server(
     published: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
