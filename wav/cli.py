@@ -88,7 +88,15 @@ def libero_table(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     workers = arguments.workers or runtime.workers or len(os.sched_getaffinity(0))
-    table = make(arguments.export, arguments.out, protocol, workers=workers, device=runtime.device, report=_say)
+    table = make(
+        arguments.export,
+        arguments.out,
+        protocol,
+        workers=workers,
+        device=runtime.device,
+        demonstrations=arguments.demonstrations,
+        report=_say,
+    )
     _say("\n" + markdown(table) + f"\n{arguments.out / 'table.md'}, {arguments.out / 'table.json'}")
     return 0
 
@@ -108,6 +116,12 @@ def _libero_table_parser(commands: argparse._SubParsersAction[argparse.ArgumentP
     )
     command.add_argument("--seed", type=int, default=7, help="seed of the policy's noise (default: 7)")
     command.add_argument("--workers", type=_positive, help="simulator processes (default: WAV_WORKERS or the cores)")
+    command.add_argument(
+        "--demonstrations",
+        type=Path,
+        default=Path("data/episodes"),
+        help="compared with, where the policy was trained on them (default: data/episodes)",
+    )
     command.add_argument("--out", type=Path, default=Path("reports/libero-table"), help="records and tables")
     command.set_defaults(run=libero_table)
 

@@ -12,9 +12,12 @@ from tests.sim.test_libero import KIT, needs_assets
 from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav import cli
 from wav.data.conventions import Conventions
+from wav.data.files import write_json
+from wav.data.store import EpisodeStore
 from wav.evaluation.intervals import independent_difference, wilson
 from wav.evaluation.published import AVERAGE, OTHERS, PAPER, PUBLISHED, SUITES
 from wav.evaluation.table import as_json, make_table, markdown
+from wav.evaluation.verdict import report_path
 from wav.export import export_policy, policy_from_stages
 from wav.sim import libero_assets
 from wav.sim.env import select_tasks
@@ -227,3 +230,14 @@ def test_the_table_of_a_random_policy(stages, tmp_path, capsys, monkeypatch):
     assert record.stat().st_mtime_ns == began
     assert cli.main(["eval", "--replay", str(record), "--export", str(export)]) == 0
     assert "the same" in capsys.readouterr().out
+
+
+def test_demonstrations_that_failed_their_replay_are_refused(stages, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("wav.evaluation.table.simulator_versions", lambda suite: {})
+    store = EpisodeStore.open(stages[0] / "episodes")
+    verdict = {"passed": False, "digest": store.digest, "success_share": 0.5, "episodes": 20}
+    write_json(report_path(store.path), verdict)
+    export = export_for(stages, "libero_goal")
+    options = ("--demonstrations", store.path, "--out", tmp_path / "out")
+    assert "only 50% of its replayed demonstrations succeed" in refused(capsys, export, *options)
+    assert not (tmp_path / "out").exists()

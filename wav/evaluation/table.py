@@ -23,7 +23,8 @@ from wav.evaluation.act import exported_data, policy_for_suite
 from wav.evaluation.evaluate import Progress, evaluate
 from wav.evaluation.intervals import Rate, independent_difference, wilson
 from wav.evaluation.published import AVERAGE, EPISODES, PUBLISHED, SUITES, TASKS, Published
-from wav.evaluation.start import check_all
+from wav.evaluation.start import check_all, own_store
+from wav.evaluation.verdict import refuse_failed
 from wav.export import verify_export
 from wav.planner import CONDITIONS
 from wav.policy import Policy
@@ -126,6 +127,7 @@ def libero_table(
     *,
     workers: int,
     device: str = "auto",
+    demonstrations: Path | None = None,
     report: Callable[[str], None],
 ) -> Table:
     """Evaluate ``export`` over the protocol's suites and write ``out/table.json`` and ``out/table.md``.
@@ -136,11 +138,14 @@ def libero_table(
         protocol: see :class:`Protocol`.
         workers: simulator processes.
         device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
+        demonstrations: episode store; where the policy was trained on it, its replay's verdict counts, and its pictures
+            are compared with those of the suite it is of.
         report: called with lines of progress.
 
     Raises:
         CheckpointError: the export is missing or damaged.
-        ConfigError: it was not trained on LIBERO, or under other conventions than the simulator's; a bad value.
+        ConfigError: it was not trained on LIBERO, or under other conventions than the simulator's, or its
+            demonstrations failed their replay or look otherwise; a bad value.
         ServiceError: LIBERO or its assets are missing.
     """
     for suite in protocol.suites:
@@ -156,6 +161,9 @@ def libero_table(
     simulator_versions(protocol.suites[0])
     digest = str(manifest["checkpoint"]["digest"])
     policy = Policy.load(export, batch_size=protocol.batch_size, device=device)
+    store = own_store(policy, demonstrations) if demonstrations is not None else None
+    if store is not None:
+        refuse_failed(store)
     heading = {
         "export": str(export),
         "name": manifest.get("name"),
@@ -173,7 +181,8 @@ def libero_table(
         report(f"{suite}: {SUITES[suite]}")
         policy_for_suite(policy, data)
         with SimPool(suite, data, workers=workers, slots=protocol.batch_size) as pool:
-            began = check_all(policy, data, pool=pool, out=out / suite, store=None)
+            same = store if store is not None and store.conventions.suite == suite else None
+            began = check_all(policy, data, pool=pool, out=out / suite, store=same)
             metrics[suite] = evaluate(
                 sections,
                 policy,
