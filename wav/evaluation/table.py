@@ -164,15 +164,7 @@ def libero_table(
     store = own_store(policy, demonstrations) if demonstrations is not None else None
     if store is not None:
         refuse_failed(store)
-    heading = {
-        "export": str(export),
-        "name": manifest.get("name"),
-        "checkpoint": digest,
-        "dtype": manifest.get("dtype"),
-        "trained_on": {"suite": own["data"]["suite"], "tasks": own["data"]["tasks"]},
-        "planner": own["planner"],
-        "protocol": asdict(protocol),
-    }
+    heading = _heading(export, manifest, own, protocol)
     metrics: dict[str, dict[str, Any]] = {}
     table = make_table(metrics, heading, complete=not protocol.tasks)
     for suite in protocol.suites:
@@ -197,6 +189,19 @@ def libero_table(
         write_json(out / "table.json", as_json(table))
         write_text(out / "table.md", markdown(table))
     return table
+
+
+def _heading(export: Path, manifest: Mapping[str, Any], own: Mapping[str, Any], protocol: Protocol) -> dict[str, Any]:
+    """What is evaluated, from the export's manifest and settings."""
+    return {
+        "export": str(export),
+        "name": manifest.get("name"),
+        "checkpoint": str(manifest["checkpoint"]["digest"]),
+        "dtype": manifest.get("dtype"),
+        "trained_on": {"suite": own["data"]["suite"], "tasks": own["data"]["tasks"]},
+        "planner": own["planner"],
+        "protocol": asdict(protocol),
+    }
 
 
 class _Teller:
