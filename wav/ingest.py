@@ -27,7 +27,8 @@ from wav.data.files import require_free_space
 from wav.data.sources import Source, open_source
 from wav.data.sources.staging import DatasetSource, Staged, collect, staging_folder
 from wav.data.store import EpisodeStore, EpisodeStoreWriter, Rejection
-from wav.errors import DataError
+from wav.errors import ConfigError, DataError
+from wav.sim.env import has_simulator
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
@@ -89,12 +90,13 @@ def ingest(
         source: a source to read instead of ``settings.source``.
 
     Raises:
-        ConfigError: the source or a task is unknown.
+        ConfigError: the source or a task is unknown, or the pictures are rendered otherwise than evaluation's.
         DataError: too few episodes are fit, or one does not fit the conventions.
         StorageError: the disk is or would be full.
     """
     began, out = time.monotonic(), Path(out)
     source = source or open_source(data, settings)
+    _check_render(source, data)
     expected = source.expected()
     # a lower bound: no episode is shorter
     require_free_space(out, expected * settings.min_length * len(data.views) * data.image_height * data.image_width * 3)
@@ -124,6 +126,16 @@ def ingest(
         seconds=time.monotonic() - began,
         digest=store.digest,
     )
+
+
+def _check_render(source: Source, data: DataSettings) -> None:
+    """Refuse pictures that the evaluation's simulator would not draw: it would say so only after the training."""
+    render = source.conventions().render
+    if has_simulator(data.suite) and render != data.render:
+        raise ConfigError(
+            f"data.render = {data.render!r}: the dataset's pictures are rendered with {render!r}, and evaluation must "
+            f"draw the same; set data.render: {render}"
+        )
 
 
 class _Tally:

@@ -5,9 +5,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from tests.data.sources.datasets import lerobot_dataset, libero_episodes, write_video
 from wav.data.store import EpisodeStore
+from wav.errors import ConfigError
 from wav.ingest import ingest
 
 FPS = 20
@@ -44,6 +46,15 @@ def scattered(root: Path, episodes: list[dict]) -> None:
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}.parquet")
+
+
+def test_pictures_that_evaluation_would_not_draw_are_refused(data, lerobot_settings, tmp_path):
+    lerobot_dataset(Path(lerobot_settings.path), libero_episodes(), "v2.1")
+    fast = data.model_copy(update={"render": "fast"})
+    with pytest.raises(ConfigError, match=r"data\.render = 'fast': .* rendered with 'full'.*set data\.render: full"):
+        ingest(fast, lerobot_settings, tmp_path / "out", workers=1)
+    real = fast.model_copy(update={"suite": "my_robot"})  # nothing is drawn for a robot without simulator
+    assert ingest(real, lerobot_settings, tmp_path / "out", workers=1).episodes == 3
 
 
 def test_episodes_are_found_wherever_they_lie(data, lerobot_settings, tmp_path):

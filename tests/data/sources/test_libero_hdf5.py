@@ -272,7 +272,7 @@ def test_extra_fields_come_back_bit_for_bit(data, libero, hdf5_settings, tmp_pat
 
     for task in TASKS:
         edit(libero / f"{task}_demo.hdf5", more)
-    store = run(data, hdf5_settings, tmp_path / "out")
+    store = run(data.model_copy(update={"render": "fast"}), hdf5_settings, tmp_path / "out")
     np.testing.assert_array_equal(store[0].joints, joints)
     np.testing.assert_array_equal(store[0].labels()[:-1], expert[1:])
     assert (store.episodes[0].init_index, store.episodes[0].seed) == (1003, 4)
