@@ -9,9 +9,9 @@ import pytest
 from wav.config import DataSettings, IngestSettings
 from wav.data.conventions import Conventions
 from wav.data.store import EpisodeStore, EpisodeStoreWriter
-from wav.errors import ConfigError, DataError
+from wav.errors import ConfigError, DataError, SimulationError
 from wav.evaluation import first_frames
-from wav.evaluation.first_frames import check_first_frames
+from wav.evaluation.first_frames import check_first_frames, rendered_frames
 from wav.evaluation.replay import replay
 from wav.evaluation.verdict import refuse_failed, report_path
 from wav.sim.env import Observation
@@ -130,6 +130,23 @@ class FakePool:
 
     def wait(self):
         return [(0, SimReply(Observation(self.images, np.zeros(8, np.float32), "x"), False, 0, [], {}))]
+
+
+def test_a_simulator_that_dies_at_the_first_frame_is_replaced():
+    image = {"agentview": np.zeros((4, 4, 3), np.uint8)}
+
+    class Dying(FakePool):
+        def __init__(self, deaths):
+            super().__init__(image)
+            self.deaths = deaths
+
+        def wait(self):
+            self.deaths -= 1
+            return super().wait() if self.deaths < 0 else [(0, SimReply(None, False, 0, [], {}, "it died; its log"))]
+
+    assert rendered_frames(Dying(2), ["a"])["a"].keys() == image.keys()
+    with pytest.raises(SimulationError, match=r"a, initial state 0: no first frame \(it died; its log\) in 3 tries"):
+        rendered_frames(Dying(3), ["a"])
 
 
 def test_rotated_and_swapped_pictures_are_refused(demonstrations, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from wav.config import DataSettings
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, SimulationError
 from wav.evaluation import pictures
-from wav.evaluation.rollout import Pool
+from wav.evaluation.rollout import MAX_ATTEMPTS, Pool
 from wav.rewards import ssim
 from wav.sim.env import TaskSpec, select_tasks
 
@@ -76,15 +76,20 @@ def rendered_frames(pool: Pool, tasks: Sequence[str]) -> dict[str, dict[str, Pic
     """Task -> first rendered frame of initial state 0.
 
     Raises:
-        SimulationError: a simulator failed.
+        SimulationError: a simulator failed :data:`wav.evaluation.rollout.MAX_ATTEMPTS` times.
     """
     frames: dict[str, dict[str, Picture]] = {}
     for task in tasks:
-        pool.submit_reset(0, task, 0)
-        (_, reply), *_ = pool.wait()
-        if reply.error is not None or reply.observation is None:
-            raise SimulationError(f"{task}, initial state 0: no first frame ({reply.error}); run `wav doctor`")
-        frames[task] = {view: np.asarray(image) for view, image in reply.observation.images.items()}
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            pool.submit_reset(0, task, 0)
+            (_, reply), *_ = pool.wait()
+            if reply.error is None and reply.observation is not None:
+                frames[task] = {view: np.asarray(image) for view, image in reply.observation.images.items()}
+                break
+            where = f"{task}, initial state 0: no first frame ({reply.error})"
+            if attempt == MAX_ATTEMPTS:
+                raise SimulationError(f"{where} in {MAX_ATTEMPTS} tries; run `wav doctor`")
+            log.warning("%s; a fresh simulator is tried", where)
     return frames
 
 
