@@ -58,11 +58,16 @@ class Counted(TorchDispatchMode):
             self._product(x, inner, backwards=True)
         elif name == "attend":  # wav::attend
             self.flops += 4 * args[0].numel() * args[1].shape[1]
+        elif name == "product":  # wav::product, a linear or its gradient for the input
+            self._product(args[0], outputs[0].shape[-1])
+        elif name == "product_gradient":
+            self.flops += 2 * args[0].numel() * args[1].shape[-1]
         elif name in ("bmm", "baddbmm"):
             self.flops += 2 * outputs[0].numel() * args[1 if name == "baddbmm" else 0].shape[-1]
-        elif "scaled_dot_product" in name:
-            query, key = args[0], args[1]
-            self.flops += 4 * math.prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]
+        elif "scaled_dot_product" in name or name.startswith("attention"):  # wav::attention and its gradient
+            backward = "backward" in name  # whose first argument is the gradient; logits computed again do not count
+            query, key = args[1:3] if backward else args[:2]
+            self.flops += (8 if backward else 4) * math.prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]
 
     def _product(self, rows: Tensor, wide: int, backwards: bool = False) -> None:
         """Count a linear on ``rows`` (..., D) to ``wide`` columns, or back from them."""

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from wav.model import WAVTransformer, kernels, layers
+from wav.model import WAVTransformer, kernels
 from wav.model.experts import ExpertParts
 from wav.model.layers import modulated_head
 from wav.model.rope import video_rope
@@ -36,6 +36,7 @@ class PlainTransformer(WAVTransformer):
         text: Tensor | TextContext,
         text_mask: Tensor | None = None,
         need_head: bool = True,
+        first_frame: int = 0,
     ) -> VideoOutput:
         """One pass of the video DiT: an AdaLN row per token, the head always, features copied into buffers."""
         _, views, _, frames, height, width = latents.shape
@@ -90,6 +91,7 @@ class PlainTransformer(WAVTransformer):
         Where the video expert is frozen, no parameter of it requires a gradient, so torch keeps nothing of its pass.
         """
         kwargs.pop("value_sources", None)
+        kwargs.pop("first_frame", None)
         output = super().forward(*args, **kwargs)
         return output if need_video and not freeze_video else output._replace(video=None)
 
@@ -106,6 +108,11 @@ def plain(model: WAVTransformer, checkpointing: bool = True) -> PlainTransformer
     if checkpointing:
         model.enable_gradient_checkpointing()
     return cast(PlainTransformer, model)
+
+
+def _never(x: Tensor) -> bool:
+    """Whether a compiled kernel computes on ``x``: none does."""
+    return False
 
 
 def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -125,10 +132,10 @@ def _rotate(x: Tensor, table: Tensor) -> Tensor:
 
 @contextmanager
 def diffusers_operations() -> Any:
-    """Within the block, norms and rotations of training are diffusers' operations instead of this library's."""
-    kept = layers.rms_norm, layers.rotate, kernels.rms_norm
-    layers.rms_norm, layers.rotate, kernels.rms_norm = _norm, _rotate, _norm
+    """Within the block no compiled kernel runs, and norms and rotations of training are diffusers' operations."""
+    kept = kernels.native, kernels.rotate, kernels.rms_norm
+    kernels.native, kernels.rotate, kernels.rms_norm = _never, _rotate, _norm
     try:
         yield
     finally:
-        layers.rms_norm, layers.rotate, kernels.rms_norm = kept
+        kernels.native, kernels.rotate, kernels.rms_norm = kept

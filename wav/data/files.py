@@ -65,7 +65,7 @@ def sources_digest(names: Iterable[str]) -> str:
     """
     root = Path(__file__).resolve().parent.parent
     parts = [[root / name] if (root / name).is_file() else (root / name).rglob("*") for name in names]
-    files = [file for part in parts for file in part if file.suffix in (".py", ".c")]
+    files = [file for part in parts for file in part if file.suffix in (".py", ".c", ".h")]
     return canonical_digest({file.relative_to(root).as_posix(): file_digest(file) for file in files})
 
 

@@ -13,7 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from wav.model.layers import Attention, FeedForward, KeyValue, TimeEmbedding, adaln_table, modulate, modulated_head
+from wav.model.kernels import gate, modulate
+from wav.model.layers import Attention, FeedForward, KeyValue, TimeEmbedding, adaln_table, modulated_head
 from wav.model.rope import token_rope
 
 
@@ -41,12 +42,12 @@ class ExpertBlock(nn.Module):
         """(N, T, d) to the same; ``temb`` (N, 1 or T, 6, d); ``video`` and ``value`` of B rows, N a multiple of B."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + temb).unbind(-2)
         x = modulate(h, shift1, scale1, self.eps)
-        h = torch.addcmul(h, self.attn1.attend_self(x, rope, h.shape[0]), gate1)
+        h = gate(h, self.attn1.attend_self(x, rope, h.shape[0]), gate1)
         read = self.attn2(h, video)
         if value is not None and self.attn3 is not None:
             read = read + self.attn3(h, value)
         h = h + read
-        return torch.addcmul(h, self.ff(modulate(h, shift2, scale2, self.eps)), gate2)
+        return gate(h, self.ff(modulate(h, shift2, scale2, self.eps)), gate2)
 
 
 @dataclass(frozen=True)

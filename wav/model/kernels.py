@@ -1,7 +1,9 @@
-"""RMS norm with a hand-written gradient, for float32 training on a CPU.
+"""What a transformer block computes with in training: products, norms, AdaLN, GELU and attention, under autograd.
 
-There, autograd takes RMS norm apart into a dozen passes over memory, a tenth of a training step. Elsewhere (GPU,
-bfloat16, no gradient wanted) the library's fused kernel runs. Both agree to float32 rounding.
+In float32 training on a CPU each is one pass of a compiled kernel with a hand-written gradient
+(:mod:`wav.model.native_training`). Elsewhere (GPU, bfloat16, no gradient wanted, no compiler, ``WAV_NATIVE=0``) the
+library's operations run, but for an RMS norm whose gradient autograd would take apart into a dozen passes over memory.
+All agree to float32 rounding.
 """
 
 from __future__ import annotations
@@ -12,8 +14,100 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wav.model import native_training
+from wav.model.rope import rotate
+
+_ops = torch.ops.wav
+
+
+def trains_here(x: Tensor) -> bool:
+    """Whether ``x`` is computed on in float32 on a CPU with gradients wanted."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled()
+
+
+def native(x: Tensor) -> bool:
+    """Whether the compiled kernels compute on ``x``."""
+    return trains_here(x) and native_training.available()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return _ops.product(x, weight, bias, True)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        grad_x = _ops.product(grad, weight, None, False) if wants_x else None
+        if not wants_weight:
+            return grad_x, None, grad.flatten(0, -2).sum(0) if wants_bias else None
+        grad_weight, grad_bias = _ops.product_gradient(grad, x, wants_bias)
+        return grad_x, grad_weight, grad_bias if wants_bias else None
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return _ops.gelu(x, None)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _ops.gelu(ctx.saved_tensors[0], grad)  # type: ignore[no-any-return]
+
+
+class _Modulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+        out, inverse = _ops.modulate(x, shift, scale, eps)
+        ctx.save_for_backward(x, scale, inverse)
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        return *_ops.modulate_backward(grad, *ctx.saved_tensors), None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return _ops.gate(residual, x, gate)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return grad, *_ops.gate_backward(grad, *ctx.saved_tensors)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, rope: Tensor | None) -> Tensor:
+        out, inverse = _ops.norm(x, weight, eps, rope)
+        ctx.save_for_backward(x, weight, inverse, rope)
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *_ops.norm_backward(grad, *ctx.saved_tensors), None, None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+        out, statistics = _ops.attention(query, key, value, bias)
+        ctx.save_for_backward(query, key, value, bias, statistics)
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        return *_ops.attention_backward(grad, *ctx.saved_tensors), None
+
 
 class _RmsNorm(torch.autograd.Function):
+    """RMS norm of torch's operations with few passes over memory."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         scale = torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -42,19 +136,60 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """X / sqrt(mean(x^2) + eps) * weight over the last dimension of ``x`` (..., dim)."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled():
+    if trains_here(x):
         return _RmsNorm.apply(x, weight, eps)  # type: ignore[no-any-return]
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
+def gelu(x: Tensor) -> Tensor:
+    """GELU, tanh form."""
+    if native(x):
+        return _Gelu.apply(x)  # type: ignore[no-any-return]
+    return F.gelu(x, approximate="tanh")
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """AdaLN: RMS(x) * (1 + scale) + shift; ``shift`` and ``scale`` (..., 1 or L, D) for ``x`` (..., L, D)."""
+    if native(x):
+        return _Modulate.apply(x, shift, scale, eps)  # type: ignore[no-any-return]
+    return torch.addcmul(shift, rms_norm(x, None, eps), 1 + scale)
+
+
+def gate(residual: Tensor, x: Tensor, factor: Tensor) -> Tensor:
+    """Residual + x * factor; ``factor`` broadcasts like ``shift`` of :func:`modulate`."""
+    if native(x):
+        return _Gate.apply(residual, x, factor)  # type: ignore[no-any-return]
+    return torch.addcmul(residual, x, factor)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Attention (rows, Lq, heads * size) of (rows, heads, length, size); ``bias`` (rows, 1, 1, Lk) or None."""
+    if native(query):
+        return _Attention.apply(query, key, value, bias)  # type: ignore[no-any-return]
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).transpose(1, 2).flatten(2)
+
+
+class Linear(nn.Linear):
+    """A linear layer."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        if native(input) and self.weight.dtype == torch.float32:
+            return _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-any-return]
+        return super().forward(input)
+
+
 class RmsNorm(nn.Module):
-    """RMS norm with a weight, over the last dimension."""
+    """RMS norm with a weight, over the last dimension, and a rotation."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., dim) to the same."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """(..., dim) to the same; ``rope`` (L, dim / 2) turns pairs of ``x`` (..., L, dim)."""
+        if native(x):
+            return _Norm.apply(x, self.weight, self.eps, rope)  # type: ignore[no-any-return]
+        y = rms_norm(x, self.weight, self.eps)
+        return y if rope is None else rotate(y, rope)

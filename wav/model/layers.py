@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wav.model.kernels import RmsNorm, rms_norm
-from wav.model.rope import rotate
+from wav.model.kernels import Linear, RmsNorm, attend, gelu
 
 
 class KeyValue(NamedTuple):
@@ -41,10 +40,10 @@ class Attention(nn.Module):
         self.heads = heads
         self.norm_q = RmsNorm(dim, eps=1e-5)
         self.norm_k = RmsNorm(dim, eps=1e-5)
-        self.to_q = nn.Linear(dim, dim, bias=bias)
-        self.to_k = nn.Linear(context_dim or dim, dim, bias=bias)
-        self.to_v = nn.Linear(context_dim or dim, dim, bias=bias)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=out_bias)])
+        self.to_q = Linear(dim, dim, bias=bias)
+        self.to_k = Linear(context_dim or dim, dim, bias=bias)
+        self.to_v = Linear(context_dim or dim, dim, bias=bias)
+        self.to_out = nn.ModuleList([Linear(dim, dim, bias=out_bias)])
 
     def _split(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
@@ -61,17 +60,19 @@ class Attention(nn.Module):
         """
         key, value = memory if isinstance(memory, tuple) else self.keys_values(memory)
         query = self._split(self.norm_q(self.to_q(x)).view(key.shape[0], -1, x.shape[-1]))
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        return self.to_out[0](attended.transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
+        return self.to_out[0](attend(query, key, value, bias).view(x.shape))  # type: ignore[no-any-return]
 
-    def attend_self(self, x: Tensor, rope: Tensor, rows: int) -> Tensor:
-        """Self-attention of ``x`` (..., L, dim), rotated by ``rope`` (L, dim / 2), within each of ``rows`` groups."""
+    def attend_self(self, x: Tensor, rope: Tensor, rows: int, first: int = 0) -> Tensor:
+        """Self-attention of ``x`` (..., L, dim), rotated by ``rope`` (L, dim / 2), within each of ``rows`` groups.
+
+        ``first``: tokens before it are only attended to; the result is of those from there on.
+        """
         shape = (rows, -1, x.shape[-1])
-        query = self._split(rotate(self.norm_q(self.to_q(x)), rope).view(shape))
-        key = self._split(rotate(self.norm_k(self.to_k(x)), rope).view(shape))
+        later, turns = (x[..., first:, :], rope[first:]) if first else (x, rope)  # a slice costs a pass backwards
+        query = self._split(self.norm_q(self.to_q(later), turns).view(shape))
+        key = self._split(self.norm_k(self.to_k(x), rope).view(shape))
         value = self._split(self.to_v(x).view(shape))
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.to_out[0](attended.transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
+        return self.to_out[0](attend(query, key, value).view(later.shape))  # type: ignore[no-any-return]
 
 
 class _Projection(nn.Module):
@@ -79,10 +80,10 @@ class _Projection(nn.Module):
 
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, inner)
+        self.proj = Linear(dim, inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        return gelu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -90,7 +91,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([_Projection(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+        self.net = nn.ModuleList([_Projection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
@@ -102,12 +103,12 @@ class CaptionProjection(nn.Module):
 
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(in_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = Linear(in_dim, dim)
+        self.linear_2 = Linear(dim, dim)
 
     def forward(self, text: Tensor) -> Tensor:
         """(B, L, in_dim) to (B, L, dim)."""
-        return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))  # type: ignore[no-any-return]
+        return self.linear_2(gelu(self.linear_1(text)))  # type: ignore[no-any-return]
 
 
 class _TimestepMlp(nn.Module):
@@ -115,8 +116,8 @@ class _TimestepMlp(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(256, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = Linear(256, dim)
+        self.linear_2 = Linear(dim, dim)
 
     def forward(self, timestep: Tensor) -> Tensor:
         waves = timestep_waves(timestep).to(self.linear_1.weight.dtype)
@@ -140,7 +141,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.emb = _Embedders(dim)
-        self.linear = nn.Linear(dim, 6 * dim)
+        self.linear = Linear(dim, 6 * dim)
 
     def forward(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """``timestep`` (...) in 0..1000 to temb (..., 6 dim) and e (..., dim)."""
@@ -158,11 +159,6 @@ def timestep_waves(timestep: Tensor, channels: int = 256) -> Tensor:
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
     angle = (timestep.float().unsqueeze(-1) * exponent.double().exp().float()).double()
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """AdaLN: RMS(x) * (1 + scale) + shift; ``shift`` and ``scale`` broadcast against ``x``."""
-    return torch.addcmul(shift, rms_norm(x, None, eps), 1 + scale)
 
 
 def modulated_head(x: Tensor, table: Tensor, e: Tensor) -> Tensor:

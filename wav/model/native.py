@@ -29,6 +29,7 @@ from torch.utils.flop_counter import register_flop_formula
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("native.c")
+HEADER = Path(__file__).with_name("native.h")
 VARIABLE = "WAV_NATIVE"
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
 LEAST_LANES = 8  #: below, the processor's vectors are too short for these kernels to be worth it
@@ -94,7 +95,7 @@ def _library() -> ctypes.CDLL | None:
         log.info("%s=0: CPU inference runs on torch's operations", VARIABLE)
         return None
     try:
-        library = ctypes.CDLL(str(_compiled()))
+        library = ctypes.CDLL(str(compiled(SOURCE)))
         if library.wav_lanes() < LEAST_LANES:
             raise RuntimeError(f"the processor's vectors hold {library.wav_lanes()} floats, fewer than {LEAST_LANES}")
         _check(library)
@@ -105,11 +106,11 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _compiled() -> Path:
-    """The shared library, compiled if it is not there."""
+def compiled(*sources: Path) -> Path:
+    """The shared library of C sources, compiled if it is not there."""
     compiler = os.environ.get("CC", "cc")
-    parts = (SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _processor())
-    name = f"native-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
+    parts = (*(path.read_text() for path in (HEADER, *sources)), compiler, *FLAGS, platform.machine(), _processor())
+    name = f"{sources[0].stem}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wav"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -122,7 +123,10 @@ def _compiled() -> Path:
     os.close(handle)
     try:
         done = subprocess.run(
-            [compiler, *FLAGS, str(SOURCE), "-o", built, "-lm"], capture_output=True, text=True, timeout=120
+            [compiler, *FLAGS, f"-I{HEADER.parent}", *map(str, sources), "-o", built, "-lm"],
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         if done.returncode:
             raise RuntimeError(f"{compiler} ended with {done.returncode}: {done.stderr}")
@@ -142,7 +146,7 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _threads(operations: float) -> int:
+def threads(operations: float) -> int:
     """Threads that a kernel of so many operations is worth."""
     return max(1, min(torch.get_num_threads(), int(operations / SPREAD)))
 
@@ -152,7 +156,7 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def _run(call: Any, job: ctypes.Structure, operations: float) -> None:
-    if call(ctypes.byref(job), _threads(operations)):
+    if call(ctypes.byref(job), threads(operations)):
         raise MemoryError("CPU kernels: no memory for a row's intermediate results; free some or plan fewer candidates")
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wav.model import native
+from wav.model import native, native_training
 from wav.model.layers import Attention, FeedForward
 from wav.model.native import LOG2E
 from wav.model.rope import rotate
@@ -128,8 +128,12 @@ def bounded(attention: Attention) -> bool:
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, small: bool, bias: Tensor | None = None) -> Tensor:
     """Attention of ``query`` (rows, Lq, D) on ``key`` and ``value`` (rows, Lk, D), heads still side by side.
 
-    ``small``: logits are :func:`bounded`. ``bias`` (rows, 1, 1, Lk) is added to the logits.
+    ``small``: logits are :func:`bounded`. ``bias`` (rows, 1, 1, Lk) is added to the logits: they have no bound, and the
+    kernel of training looks for the largest.
     """
+    if bias is not None and plain_cpu(query) and not torch.is_grad_enabled() and native_training.available():
+        parts = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value)]
+        return torch.ops.wav.attention(*parts, bias)[0]  # type: ignore[no-any-return]
     plain = small and bias is None and plain_cpu(query)
     if plain and native.available():
         return native.attend(query, key, value, heads)

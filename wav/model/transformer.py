@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wav.errors import ConfigError
 from wav.model.experts import ExpertBlock, ExpertParts
+from wav.model.kernels import Linear
 from wav.model.layers import CaptionProjection, KeyValue, TimeEmbedding, adaln_table, modulated_head
 from wav.model.rope import video_rope
 from wav.model.video import TextContext, VideoBlock, pack, unpack
@@ -116,17 +117,17 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         dim = num_attention_heads * attention_head_dim
         _check_config(self.config, dim)
         self.scale_shift_table = adaln_table(2, dim)
-        self.proj_in = nn.Linear(in_channels, dim)
+        self.proj_in = Linear(in_channels, dim)
         self.time_embed = TimeEmbedding(dim)
         if use_view_embed:
             self.view_embed = nn.Parameter(torch.randn(max_view, dim) / dim**0.5)
-            self.view_ada = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+            self.view_ada = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.caption_projection = CaptionProjection(caption_channels, dim)
         self.transformer_blocks = nn.ModuleList(
             VideoBlock(dim, num_attention_heads, i % JOINT_EVERY == 0, attention_bias, attention_out_bias, eps=norm_eps)
             for i in range(num_layers)
         )
-        self.proj_out = nn.Linear(dim, out_channels)
+        self.proj_out = Linear(dim, out_channels)
         value_dim = value_num_attention_heads * value_attention_head_dim if value_expert else None
         if value_expert:
             self._add_expert("value", value_num_attention_heads, value_attention_head_dim, None)
@@ -140,11 +141,11 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         channels = config[f"{name}_in_channels"]
         video_dim = config.num_attention_heads * config.attention_head_dim
         self.register_parameter(f"{name}_scale_shift_table", adaln_table(2, dim))
-        self.add_module(f"{name}_proj_in", nn.Linear(channels, dim))
+        self.add_module(f"{name}_proj_in", Linear(channels, dim))
         self.add_module(f"{name}_time_embed", TimeEmbedding(dim))
         blocks = (ExpertBlock(dim, heads, video_dim, value_dim, config.norm_eps) for _ in range(config.num_layers))
         self.add_module(f"{name}_blocks", nn.ModuleList(blocks))
-        self.add_module(f"{name}_proj_out", nn.Linear(dim, config.get(f"{name}_out_channels", channels)))
+        self.add_module(f"{name}_proj_out", Linear(dim, config.get(f"{name}_out_channels", channels)))
 
     def _expert(self, name: str) -> ExpertParts:
         if not self.config[f"{name}_expert"]:
@@ -199,6 +200,7 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         text: Tensor | TextContext,
         text_mask: Tensor | None = None,
         need_head: bool = True,
+        first_frame: int = 0,
     ) -> VideoOutput:
         """One pass of the video DiT.
 
@@ -208,6 +210,8 @@ class WAVTransformer(ModelMixin, ConfigMixin):
             text: (B, L, C) or :meth:`encode_text`'s result; N = B * M, rows b * M + m are candidates of sample b.
             text_mask: (B, L), for a ``text`` tensor.
             need_head: False skips the head where only features are wanted.
+            first_frame: where only the velocity from this frame on is wanted: the last block computes no others,
+                ``velocity`` is (N, V, C, F - first_frame, h, w), and there are no features.
 
         Raises:
             ConfigError: more views than the model embeds.
@@ -226,13 +230,15 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         rope = video_rope(h.shape[-1], frames, height, width, scale, h.device)
         features = []
         for index, block in enumerate(self.transformer_blocks.children()):
-            h = self._block(index, block, h, temb, rope, text.layer(index), text.bias)
+            first = first_frame if index == self.config.num_layers - 1 else 0
+            h = self._block(index, block, h, temb, rope, text.layer(index), text.bias, first)
             features.append(h.flatten(1, 3))
         velocity = None
         if need_head:
-            tokens = self.proj_out(modulated_head(h, self.scale_shift_table, e.unsqueeze(3)))
+            later = e[:, :, first_frame:] if e.shape[2] > 1 else e
+            tokens = self.proj_out(modulated_head(h, self.scale_shift_table, later.unsqueeze(3)))
             velocity = unpack(tokens, height, width)
-        return VideoOutput(velocity, tuple(features))
+        return VideoOutput(velocity, () if first_frame else tuple(features))
 
     def value_cache(self, features: Sequence[Tensor]) -> tuple[KeyValue, ...]:
         """K/V of the value expert's cross-attention, from video ``features`` (B, L, D) per layer."""
@@ -327,6 +333,7 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         *,
         need_video: bool = True,
         freeze_video: bool = False,
+        first_frame: int = 0,
         features: Sequence[Tensor] | None = None,
         value_tokens: Tensor | None = None,
         value_timestep: Tensor | None = None,
@@ -345,13 +352,15 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         attn3 must be one pass per sample (3-D tokens). Without ``value_tokens`` attn3 is skipped. ``value_sources``:
         ``value_rows`` picks among the first this many rows, some several times, and their keys and values are
         projected once. ``freeze_video`` runs the video pass without gradients and without its head; ``features``
-        replaces it by what it would give (:class:`wav.model.frozen.FrozenVideo`). Other arguments as in
+        replaces it by what it would give (:class:`wav.model.frozen.FrozenVideo`). ``first_frame``: of the velocity,
+        where there is no expert. Other arguments as in
         :meth:`video`, :meth:`value` and :meth:`action`.
         """
         video = None
         if features is None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_video):
-                video, features = self.video(latents, timestep, text, text_mask, need_video and not freeze_video)
+                head = need_video and not freeze_video
+                video, features = self.video(latents, timestep, text, text_mask, head, first_frame)
         value: ExpertOutput | None = None
         if value_tokens is not None and value_timestep is not None:
             value = self.value(value_tokens, value_timestep, self._value_reads(features, value_rows, value_sources))

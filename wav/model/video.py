@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from wav.model.layers import Attention, FeedForward, KeyValue, adaln_table, modulate
+from wav.model.kernels import gate, modulate
+from wav.model.layers import Attention, FeedForward, KeyValue, adaln_table
 
 
 class TextContext(NamedTuple):
@@ -40,8 +40,10 @@ class VideoBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.scale_shift_table = adaln_table(6, dim)
 
-    def forward(self, h: Tensor, temb: Tensor, rope: Tensor, text: KeyValue | Tensor, bias: Tensor | None) -> Tensor:
-        """(N, V, F, S, D) to the same.
+    def forward(
+        self, h: Tensor, temb: Tensor, rope: Tensor, text: KeyValue | Tensor, bias: Tensor | None, first: int = 0
+    ) -> Tensor:
+        """(N, V, F, S, D) to the same, or to (N, V, F - first, S, D).
 
         Args:
             h: hidden states.
@@ -49,14 +51,19 @@ class VideoBlock(nn.Module):
             rope: (F * S, D / 2).
             text: K/V or states of B rows, N a multiple of B.
             bias: (B, 1, 1, L) or None.
+            first: frames before it are only attended to: their output is not wanted.
         """
         n, v, f, s, d = h.shape
         rows = (self.scale_shift_table + temb).unsqueeze(3)  # (N, V, F, 1, 6, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = rows.unbind(-2)
+        shift1, scale1, *later = rows.unbind(-2)
         x = modulate(h, shift1, scale1, self.eps).view(n * v, f * s, d)
-        h = torch.addcmul(h, self.attn1.attend_self(x, rope, n if self.joint else n * v).view_as(h), gate1)
-        h = h + self.attn2(h.view(n, v * f * s, d), text, bias).view_as(h)
-        return torch.addcmul(h, self.ff(modulate(h, shift2, scale2, self.eps)), gate2)
+        read = self.attn1.attend_self(x, rope, n if self.joint else n * v, first * s)
+        if first:
+            h, later = h[:, :, first:].contiguous(), [row[:, :, first:] for row in later]
+        gate1, shift2, scale2, gate2 = later
+        h = gate(h, read.view_as(h), gate1)
+        h = h + self.attn2(h.view(n, -1, d), text, bias).view_as(h)
+        return gate(h, self.ff(modulate(h, shift2, scale2, self.eps)), gate2)
 
 
 def pack(latents: Tensor) -> Tensor:
