@@ -12,7 +12,7 @@ import torch
 
 from tests.training.micro import CAPTION, CHANNELS, CONFIG, SIZE, VIEWS, inputs_of, random_batch
 from wav.config import ModelSettings
-from wav.model import WAVTransformer, build_model
+from wav.model import WAVTransformer, build_model, native_training
 from wav.model.frozen import FrozenVideo
 from wav.training.draws import Compat
 from wav.training.objectives import StageModule
@@ -115,6 +115,34 @@ def test_counts_of_the_joint_stage() -> None:
     # One AdaLN row per sample and frame (and per view, for the view's own part), not per token.
     assert ours[D, 6 * D] == SIZE * 4 + VIEWS
     assert theirs[D, 6 * D] == SIZE * TOKENS + VIEWS
+
+
+def test_the_last_block_computes_what_the_video_loss_reads() -> None:
+    """Memory frames are only keys and values there, and have no velocity; the plain schedule computes all."""
+    inputs = inputs_of(random_batch(), "pretrain_video")
+    ours, theirs = (counted(make("pretrain_video", kind), inputs).products for kind in ("ours", "plain"))
+    future = TOKENS // 2
+    assert ours[D, 4 * D] == SIZE * ((MODEL.layers - 1) * TOKENS + future)
+    assert theirs[D, 4 * D] == SIZE * MODEL.layers * TOKENS
+    assert ours[D, CHANNELS] == SIZE * future
+    full = counted(make("pretrain_video", compat=Compat(diluted_video_loss=True)), inputs).products
+    assert full[D, CHANNELS] == SIZE * TOKENS  # the reference's loss is of all frames
+
+
+@pytest.mark.skipif(not native_training.available(), reason="no C compiler, or WAV_NATIVE=0")
+@pytest.mark.parametrize("stage", STAGES)
+def test_blocks_train_on_the_compiled_kernels(stage: str) -> None:
+    module, inputs = make(stage), inputs_of(random_batch(), stage)
+    with Counted() as counts:
+        loss, _ = module(inputs)
+        loss.backward()
+    library = ("mm", "bmm", "gelu_backward", "linalg_vecdot", "view_as_complex")
+    assert {name: counts.calls[name] for name in library} == dict.fromkeys(library, 0)
+    assert not any("scaled_dot_product" in name for name in counts.calls)
+    blocks = {"pretrain_video": 1, "train_value": 1, "train_joint": 3}[stage] * MODEL.layers
+    assert counts.calls["attention_backward"] >= 2 * blocks
+    assert counts.calls["modulate_backward"] == counts.calls["gate_backward"] == 2 * blocks
+    assert counts.calls["norm_backward"] >= 4 * blocks
 
 
 def test_frozen_features_are_the_models() -> None:

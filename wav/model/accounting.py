@@ -174,6 +174,14 @@ def memory_flops(sizes: Sizes) -> Flops:
     return Flops(linear=2 * tokens * 3 * sizes.width**2, first=2 * tokens * sizes.latent_channels * sizes.width)
 
 
+def unwanted_flops(sizes: Sizes) -> Flops:
+    """What the last block and the head would cost for a sample's memory tokens beyond their keys and values."""
+    tokens, D = sizes.tokens * sizes.memory / sizes.frames, sizes.width
+    seen = sizes.tokens / (1 if (sizes.layers - 1) % JOINT_EVERY == 0 else sizes.views)
+    block = Flops(linear=2 * tokens * D**2 * (2 + 2 + 8), attention=4 * tokens * (seen + sizes.text) * D).in_blocks()
+    return block + Flops(linear=2 * tokens * D * sizes.latent_channels)
+
+
 def _expert_flops(sizes: Sizes, width: int, channels: int, tokens: int, draws: float) -> Flops:
     """An expert's pass over ``draws`` rows of ``tokens``, without cross-attention keys and values, and AdaLN rows."""
     weights = sizes.layers * 2 * tokens * width**2 * (4 + 2 + 8)
@@ -234,11 +242,14 @@ class TrainingCost:
 def training_cost(sizes: Sizes, train: TrainSettings, batch: int) -> TrainingCost:
     """Operations per sample of a stage; ``batch``: samples of a forward pass, which share the view embedding.
 
-    The value stage runs the video part forward only, as planning does (AdaLN rows are kept and not counted). The joint
-    stage's shares of action, value and video samples are those of ``action_probability``; value draws of a sample share
-    its keys and values, which are kept, not recomputed.
+    The video stage has no loss on memory frames, whose last outputs are not computed. The value stage runs the video
+    part forward only, as planning does (AdaLN rows are kept and not counted). The joint stage's shares of action, value
+    and video samples are those of ``action_probability``; value draws of a sample share its keys and values, which are
+    kept, not recomputed.
     """
     video = text_flops(sizes, batch) + video_flops(sizes, batch, head=train.stage != "train_value")
+    if train.stage == "pretrain_video":
+        video += unwanted_flops(sizes) * -batch
     passes, idle = video, Flops()
     if train.stage == "train_value":
         if not sizes.value_width:

@@ -100,7 +100,8 @@ class StageModule(nn.Module):
     def _video(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
         latents, timestep = self._latents(inputs)
         batch = inputs.batch
-        output = self.model(latents, timestep, self._cast(batch.text), batch.text_mask)
+        first = 0 if self.compat.diluted_video_loss else self.memory_frames  # no loss on what is before
+        output = self.model(latents, timestep, self._cast(batch.text), batch.text_mask, first_frame=first)
         loss = self._video_loss(output.video, inputs)
         return loss, {"loss_video": loss.detach()}
 
@@ -197,7 +198,7 @@ class StageModule(nn.Module):
         if self.compat.diluted_video_loss:
             memory = torch.zeros_like(velocity[:, :, :, : self.memory_frames])
             return reference_loss(velocity, join_frames(memory, target), self.memory_frames).mean()
-        return masked_loss(velocity[:, :, :, self.memory_frames :], target, memory_frames=0).mean()
+        return masked_loss(velocity[:, :, :, -target.shape[3] :], target, memory_frames=0).mean()
 
     def _timestep(self, level: Tensor) -> Tensor:
         """What the model is told about a noise level."""
