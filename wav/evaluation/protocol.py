@@ -20,7 +20,7 @@ from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
 from wav.data.conventions import Conventions
 from wav.data.files import canonical_digest, sources_digest
 from wav.errors import CheckpointError, ConfigError
-from wav.model import native
+from wav.model import native_training
 from wav.planner import Condition
 from wav.sim.env import TaskSpec, select_tasks
 
@@ -130,7 +130,7 @@ def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[Ep
 def versions() -> dict[str, str]:
     """Versions that may change a result."""
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    found["kernels"] = native.description()
+    found["kernels"] = native_training.both()
     return {**found, "wav": wav.__version__, "python": platform.python_version(), "machine": platform.machine()}
 
 

@@ -44,7 +44,7 @@ from wav.training.launch import ERROR_MARK
 from wav.training.objectives import StageModule
 from wav.training.output import Metrics, collect_state, publish_model, save_model, write_output
 from wav.training.record import Progress, Recorder, Window
-from wav.training.spec import TrainSpec
+from wav.training.spec import TrainSpec, check_kernels
 from wav.training.universal import Layout
 from wav.training.watch import (
     is_spike,
@@ -307,6 +307,7 @@ def run(spec: TrainSpec) -> None:
     """Run a spec on this rank; errors are those of what it reads, of the store and of training itself."""
     if spec.threads:
         torch.set_num_threads(spec.threads)
+    check_kernels(spec)
     seed_globals(spec.train.seed)
     store = open_store(spec.store, spec.endpoint, spec.region)
     if int(os.environ["RANK"]) == 0:

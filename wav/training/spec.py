@@ -1,7 +1,8 @@
 """What a training run is given, and the key that says when two runs are the same run.
 
 A run is described by one JSON file (:class:`TrainSpec`). Its ``key`` digests everything that changes the result:
-the stage's parameters, its inputs and the code. A restart resumes checkpoints of an equal key and no others.
+the stage's parameters, its inputs, the code, and the kernels that compute on a CPU. A restart resumes checkpoints of an
+equal key and no others.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class TrainSpec:
     inputs: dict[str, str]
     code: str
     key: str
+    kernels: str  #: see :func:`kernels_here`
 
     @property
     def prefix(self) -> str:
@@ -89,7 +91,7 @@ class TrainSpec:
         """The spec as text; holds no credentials."""
         raw = {
             **{name: getattr(self, name) for name in ("stage", "store", "endpoint", "region", "device", "threads")},
-            **{name: getattr(self, name) for name in ("inputs", "code", "key")},
+            **{name: getattr(self, name) for name in ("inputs", "code", "key", "kernels")},
             **{name: getattr(self, name).model_dump(mode="json") for name in ("data", "model", "train")},
             "paths": {name: None if path is None else str(path) for name, path in asdict(self.paths).items()},
         }
@@ -163,9 +165,9 @@ def make_spec(
     absolute: dict[str, Any] = {n: None if p is None else Path(p).absolute() for n, p in asdict(paths).items()}
     paths = TrainPaths(**absolute)
     spec = TrainSpec(
-        stage, settings.data, settings.model, train, paths, store, endpoint, region, device, threads, {}, "", ""
+        stage, settings.data, settings.model, train, paths, store, endpoint, region, device, threads, {}, "", "", ""
     )
-    inputs, code = input_digests(paths), code_digest()
+    inputs, code, kernels = input_digests(paths), code_digest(), kernels_here(device)
     if stage == "pretrain_video" and spec.model.init_from:
         from wav.model.weights import weights_digest  # slow import
 
@@ -175,8 +177,8 @@ def make_spec(
         "model": spec.model.model_dump(mode="json"),
         "train": train.model_dump(mode="json", exclude=set(WATCHING | LAYOUT)),
     }
-    key = canonical_digest({"stage": stage, "parameters": parameters, "inputs": inputs, "code": code})[:24]
-    return replace(spec, inputs=inputs, code=code, key=key)
+    whole = {"stage": stage, "parameters": parameters, "inputs": inputs, "code": code, "kernels": kernels}
+    return replace(spec, inputs=inputs, code=code, key=canonical_digest(whole)[:24], kernels=kernels)
 
 
 def input_digests(paths: TrainPaths) -> dict[str, str]:
@@ -203,6 +205,31 @@ def read_checkpoint_file(folder: Path) -> dict[str, str]:
     if not isinstance(raw, dict) or "model_digest" not in raw:
         raise DataError(f"{path}: has no model_digest; {remedy}")
     return raw
+
+
+def kernels_here(device: str) -> str:
+    """What computes float32 training on ``device`` in this process; empty on a GPU.
+
+    Compiled kernels and torch's own operations round differently, and so do kernels of other vector lengths: a run that
+    was begun with one is not continued with another.
+    """
+    import torch  # slow imports
+
+    from wav.model import native_training
+
+    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
+        return ""
+    return native_training.both()
+
+
+def check_kernels(spec: TrainSpec) -> None:
+    """Raise ConfigError where this process would compute with other kernels than the run's key says."""
+    here = kernels_here(spec.device)
+    if here != spec.kernels:
+        raise ConfigError(
+            f"training run {spec.key}: begun with the CPU kernels {spec.kernels!r}, this process has {here!r}, which "
+            "round differently; give every rank the processor, compiler and WAV_NATIVE of the process that starts them"
+        )
 
 
 def code_digest() -> str:
