@@ -70,6 +70,17 @@ def make_episodes(settings: Settings, count: int, steps: int) -> list[EpisodeSpe
     ]
 
 
+def cpu_seconds(pids: list[int]) -> float:
+    """Processor time that processes have used so far, all their threads; 0 where /proc does not tell."""
+    total = 0.0
+    for pid in pids:
+        stat = Path(f"/proc/{pid}/stat")
+        if stat.is_file():
+            fields = stat.read_text().rpartition(")")[2].split()
+            total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
 class Side:
     """One way to evaluate: a pool of simulators and a policy, timed over the episodes."""
 
@@ -78,6 +89,7 @@ class Side:
         self.execute_steps = settings.eval_libero.execute_steps
         self.policy = make_policy(settings, [spec.instruction for spec in episodes], batch)
         self.seconds: list[float] = []
+        self.cpu: list[tuple[float, float]] = []  # of the policy's process and the simulators'
         self.clocks: list[Clock] = []
 
     def warm(self) -> None:
@@ -105,10 +117,11 @@ class Side:
             with_value=True,
             on_finish=lambda rollout: done.__setitem__(rollout.spec, rollout),
         )
-        start = time.perf_counter()
+        start, ours, theirs = time.perf_counter(), time.process_time(), cpu_seconds(self.pool.pids)
         scheduler.run(episodes)
         if keep:
             self.seconds.append(time.perf_counter() - start)
+            self.cpu.append((time.process_time() - ours, cpu_seconds(self.pool.pids) - theirs))
             self.clocks.append(scheduler.clock)
         return done
 
@@ -130,6 +143,11 @@ class Side:
             "episodes_per_hour": 3600 * count / seconds,
             "seconds_per_episode": parts,
             "share": {name: value / whole for name, value in parts.items()},
+            "waiting_seconds": mean["simulation_wait_seconds"] / count,
+            "cpu_seconds_per_episode": {
+                name: statistics.median(cpu[i] for cpu in self.cpu) / count
+                for i, name in enumerate(("policy", "simulators"))
+            },
             "policy_call_seconds": mean["policy_seconds"] / mean["policy_calls"],
             "calls_per_episode": mean["policy_rows"] / count,
             "rows_per_call": mean["policy_rows"] / mean["policy_calls"],
@@ -216,7 +234,8 @@ def show(result: dict[str, Any]) -> None:
         print(f"{name:6}{row['processes']:10}{row['batch']:7}{row['episodes_per_hour']:12.0f}{total:22.3f}", end="")
         print(f"{cells}{row['rows_per_call']:11.1f}")
         shares = ", ".join(f"{part} {share:.0%}" for part, share in row["share"].items())
-        print(f"      of the work: {shares}")
+        cpu = ", ".join(f"{part} {seconds:.3f} s" for part, seconds in row["cpu_seconds_per_episode"].items())
+        print(f"      of the work: {shares}; processor time of an episode: {cpu}")
     print(f"ratio {result['ratio']:.2f}; same outcomes, largest difference of an action {result['max_abs_diff']:.1e}")
     print("projection (not measured) to processes with a core each, episodes/h in turns to overlapped:")
     print(

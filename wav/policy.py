@@ -24,13 +24,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wav import lanes
 from wav.config import DataSettings, PlannerSettings
 from wav.data.conventions import DELTA_ACTIONS, Conventions
 from wav.data.files import canonical_digest, file_digest, read_json
 from wav.data.statistics import Statistics
 from wav.errors import CheckpointError, DataError
 from wav.model.inference import WAVPlannerModel, noise_shapes
-from wav.planner import CONDITIONS, Condition, Plan, RowKey, SeededNoise, plan, spread
+from wav.planner import CONDITIONS, Condition, Plan, RowKey, SeededNoise, spread
 from wav.sim.env import Observation
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ class Policy:
         states = [self._rows[row] for row in rows]
         groups = [slice(i, i + self.batch_size) for i in range(0, len(rows), self.batch_size)]
         options = (planner or self.planner, condition, with_value, with_future)
-        with torch.inference_mode():
+        with torch.inference_mode(), lanes.kernel_threads(self.model):
             parts = [self._act(observations[g], states[g], prompts[g], *options) for g in groups]
         return _concatenate(parts)
 
@@ -263,13 +264,13 @@ class Policy:
         index = [*range(n), *[0] * (self.batch_size - n)]
         padded = [states[i] for i in index]
         context = self._context([observations[i] for i in index], padded, [prompts[i] for i in index])
-        noise = SeededNoise([RowKey(s.seed, s.episode, s.call) for s in padded], self.model.device)
+        keys = [RowKey(s.seed, s.episode, s.call) for s in padded]
         warm = self._warm(padded) if settings.warm_start else None
-        model, options = self.model, {"condition": condition, "warm": warm, "with_value": with_value}
-        result = plan(model, context, settings, noise, self._returns, **options)  # type: ignore[arg-type]
+        options = {"condition": condition, "warm": warm, "with_value": with_value}
+        result = lanes.plan_rows(self.model, context, settings, keys, n, self._returns, **options)  # type: ignore[arg-type]
         future = None
         if with_future:
-            future = _numpy(model.denoise_video(context, result.z_video, settings.denoise_steps), n)
+            future = _numpy(self.model.denoise_video(context, result.z_video[index], settings.denoise_steps), n)
         for i, state in enumerate(states):
             state.call += 1
             state.means = None if result.means is None else (result.means[0][i].clone(), result.means[1][i].clone())

@@ -121,7 +121,8 @@ class Expert:
 
         ``history``: 0, or the number of tokens after a clean token in front.
         """
-        if (timestep, history) not in self.levels:
+        found = self.levels.get((timestep, history))  # other threads may clear and fill
+        if found is None:
             if len(self.levels) >= LEVELS:
                 self.levels.clear()
             times = torch.tensor([0.0, timestep], device=self.parts.scale_shift_table.device)
@@ -130,8 +131,8 @@ class Expert:
             rows = temb.unflatten(-1, (6, -1))[index]
             head = self.parts.scale_shift_table + e[1]
             modulations = [_modulation(layer.table, rows) for layer in self.layers]
-            self.levels[timestep, history] = (modulations, head[0].clone(), 1 + head[1])
-        return self.levels[timestep, history]
+            found = self.levels[timestep, history] = (modulations, head[0].clone(), 1 + head[1])
+        return found
 
     def __call__(
         self,
@@ -187,15 +188,16 @@ class Prepared:
     def at(self, timestep: float, views: int, memory: int, future: int) -> tuple[list[Modulation], Tensor]:
         """AdaLN rows of every layer (V, F, 1, D) and e (1, V, F, D), computed once per noise level."""
         key = (timestep, views, memory, future)
-        if key not in self.levels:
+        found = self.levels.get(key)  # other threads may clear and fill
+        if found is None:
             if len(self.levels) >= LEVELS:
                 self.levels.clear()
             times = torch.tensor([[0.0, timestep]], device=self.model.scale_shift_table.device)
             temb, e = self.model._time(times, views)  # (1, V, 2, ...)
             index = [0] * memory + [1] * future
             rows = temb[0][:, index].unsqueeze(2)
-            self.levels[key] = ([_modulation(layer.table, rows) for layer in self.layers], e[:, :, index])
-        return self.levels[key]
+            found = self.levels[key] = ([_modulation(layer.table, rows) for layer in self.layers], e[:, :, index])
+        return found
 
     def memory(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the memory frames (B, V, C, Fm, h, w) are for all candidates: embedding, layer 0's q, k and values."""

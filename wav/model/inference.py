@@ -41,6 +41,12 @@ class Context:
     bias: Tensor | None  #: (B, 1, 1, L), added to the logits; None where every token counts
     history: Tensor | None  #: (B, 1, Ca): [zeros | normalised state]
 
+    def rows(self, part: slice) -> Context:
+        """Conditioning of some of the observations, in the same memory."""
+        first, pair, value = self.memory
+        bias, history = (None if x is None else x[part] for x in (self.bias, self.history))
+        return Context((first[part], pair[part], value[part]), [x[part] for x in self.text], bias, history)
+
 
 @dataclass(frozen=True)
 class Features:
@@ -80,6 +86,14 @@ class WAVPlannerModel:
         """What the model computes in."""
         dtype: torch.dtype = next(self.model.parameters()).dtype
         return dtype
+
+    @property
+    def independent_rows(self) -> bool:
+        """Whether each row's numbers depend on that row alone, bit for bit: the compiled kernels compute.
+
+        True of features read at one step; a video is denoised through a head that is the library's product.
+        """
+        return self.prepared.proj_in.native
 
     @property
     def prepared(self) -> Prepared:

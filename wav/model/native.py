@@ -7,6 +7,7 @@ reason is logged and :mod:`wav.model.products` computes with torch's own operati
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -17,7 +18,8 @@ import platform
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +39,7 @@ SPREAD = 1 << 24  #: operations that are worth a thread of their own
 LOG2E = math.log2(math.e)
 
 _Floats, _Count = ctypes.c_void_p, ctypes.c_int64
+_wanted: ContextVar[int] = ContextVar("wav_kernel_threads", default=0)  # 0: as torch has them
 
 
 class _Product(ctypes.Structure):
@@ -146,9 +149,29 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def threads(operations: float) -> int:
+@contextlib.contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Run this thread's kernels on up to ``count`` threads, and torch's own operations on this thread alone.
+
+    Torch's OpenMP threads spin after each operation, on the cores that the kernels' threads need.
+    """
+    before, token = torch.get_num_threads(), _wanted.set(count)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        _wanted.reset(token)
+
+
+def threads() -> int:
+    """Threads that a kernel may use: those of :func:`on_threads`, or torch's."""
+    return _wanted.get() or torch.get_num_threads()
+
+
+def threads_for(operations: float) -> int:
     """Threads that a kernel of so many operations is worth."""
-    return max(1, min(torch.get_num_threads(), int(operations / SPREAD)))
+    return max(1, min(threads(), int(operations / SPREAD)))
 
 
 def _address(x: Tensor | None) -> int | None:
@@ -156,7 +179,7 @@ def _address(x: Tensor | None) -> int | None:
 
 
 def _run(call: Any, job: ctypes.Structure, operations: float) -> None:
-    if call(ctypes.byref(job), threads(operations)):
+    if call(ctypes.byref(job), threads_for(operations)):
         raise MemoryError("CPU kernels: no memory for a row's intermediate results; free some or plan fewer candidates")
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from wav.model import native
-from wav.model.native import LEAST_LANES, LOG2E, VARIABLE, compiled, threads
+from wav.model.native import LEAST_LANES, LOG2E, VARIABLE, compiled, threads_for
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Kernels:
     def _run(self, name: str, job: ctypes.Structure, operations: float, **values: Tensor | float | None) -> None:
         for field, value in values.items():
             setattr(job, field, value.data_ptr() if isinstance(value, Tensor) else value)
-        if getattr(self.library, f"wav_{name}")(ctypes.byref(job), threads(operations)):
+        if getattr(self.library, f"wav_{name}")(ctypes.byref(job), threads_for(operations)):
             raise MemoryError("CPU kernels: no memory for intermediate results; free some or train on smaller batches")
 
     def product(self, a: Tensor, b: Tensor, bias: Tensor | None, turned: bool) -> Tensor:

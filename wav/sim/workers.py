@@ -152,6 +152,11 @@ class SimPool:
             raise SimulationError(f"renderer: {answer}; the simulator's output is in {process.log}")
         return answer
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that are running."""
+        return [process.process.pid for process in self._processes if process is not None]
+
     def close(self) -> None:
         """End all processes."""
         for process in self._processes:

@@ -1,0 +1,127 @@
+"""A batch planned in lanes: its rows dealt out to threads, each of which plans its own share from start to end.
+
+Splitting every kernel over the threads makes them meet thousands of times in a call; in lanes they meet once. Torch's
+own operations run on the thread that calls them: its OpenMP threads spin for milliseconds after each operation, on the
+cores that other lanes and the kernels' threads need. No bit depends on it, because it is done only where each row's
+numbers depend on that row alone (:attr:`wav.model.inference.WAVPlannerModel.independent_rows`); for the same reason
+rows that only pad the batch are not planned there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from wav.model import native
+from wav.planner import Condition, Gaussian, Iteration, Plan, Returns, RowKey, SeededNoise, plan
+
+if TYPE_CHECKING:
+    from wav.config import PlannerSettings
+    from wav.model.inference import Context, WAVPlannerModel
+
+Result = TypeVar("Result")
+
+
+@contextlib.contextmanager
+def kernel_threads(model: WAVPlannerModel) -> Iterator[None]:
+    """Give torch's threads to the compiled kernels, if ``model`` computes with them; else leave them alone."""
+    with native.on_threads(native.threads()) if model.independent_rows else contextlib.nullcontext():
+        yield
+
+
+def plan_rows(
+    model: WAVPlannerModel,
+    context: Context,
+    settings: PlannerSettings,
+    keys: Sequence[RowKey],
+    rows: int,
+    returns: Returns,
+    *,
+    condition: Condition = "planned",
+    warm: tuple[Tensor, Tensor] | None = None,
+    with_value: bool = False,
+) -> Plan:
+    """:func:`wav.planner.plan` of the first ``rows`` rows at least: of all where the rows are not independent.
+
+    Args:
+        model: the world model.
+        context: its handle of as many observations as there are keys.
+        settings: section ``planner``.
+        keys: what names the draws of each row.
+        rows: rows that are wanted; the others fill the batch's fixed shape.
+        returns: as in :func:`wav.planner.plan`; so are the next three.
+        condition: planned, unplanned or temperature.
+        warm: means to start from.
+        with_value: also denoise and return the values.
+
+    Raises:
+        ConfigError, CheckpointError: as :func:`wav.planner.plan`, from whichever lane is first.
+    """
+
+    def work(part: slice) -> Plan:
+        noise = SeededNoise(keys[part], model.device)
+        means = None if warm is None else (warm[0][part], warm[1][part])
+        options = {"condition": condition, "warm": means, "with_value": with_value}
+        return plan(model, context.rows(part), settings, noise, returns, **options)  # type: ignore[arg-type]
+
+    if not model.independent_rows or settings.video_denoise_steps > 1:
+        return work(slice(0, len(keys)))
+    together = settings.settle > 0  # rows that have settled wait for the others
+    return join(run(work, rows, 1 if together else native.threads()))
+
+
+def shares(rows: int, lanes: int) -> list[slice]:
+    """``rows`` rows in at most ``lanes`` consecutive shares, none empty, their sizes at most one apart."""
+    lanes = min(lanes, rows)
+    return [slice(rows * lane // lanes, rows * (lane + 1) // lanes) for lane in range(lanes)]
+
+
+def run(work: Callable[[slice], Result], rows: int, lanes: int) -> list[Result]:
+    """``work`` on each of at most ``lanes`` shares of ``rows`` rows at once, in inference mode; the results in order.
+
+    The lanes share the kernels' threads; a single one runs in the calling thread.
+    """
+    parts = shares(rows, lanes)
+    if len(parts) == 1:
+        return [work(parts[0])]
+    threads = native.threads() // len(parts)
+
+    def lane(part: slice) -> Result:
+        with torch.inference_mode(), native.on_threads(threads):
+            return work(part)
+
+    with native.on_threads(1), ThreadPoolExecutor(len(parts), "wav-lane") as pool:
+        return list(pool.map(lane, parts))
+
+
+def join(plans: Sequence[Plan]) -> Plan:
+    """Plans of consecutive rows as one; all have searched for the same number of iterations."""
+    if len(plans) == 1:
+        return plans[0]
+    history = tuple(_iteration(steps) for steps in zip(*(plan.history for plan in plans), strict=True))
+    values, z_value = ([getattr(plan, name) for plan in plans] for name in ("values", "z_value"))
+    return Plan(
+        torch.cat([plan.actions for plan in plans]),
+        None if values[0] is None else torch.cat(values),
+        torch.cat([plan.z_video for plan in plans]),
+        None if z_value[0] is None else torch.cat(z_value),
+        history,
+    )
+
+
+def _iteration(steps: Sequence[Iteration]) -> Iteration:
+    """One iteration of consecutive rows as one."""
+
+    def joined(name: str) -> Tensor | Gaussian:
+        found = [getattr(step, name) for step in steps]
+        if isinstance(found[0], Gaussian):
+            return Gaussian(torch.cat([g.mean for g in found]), torch.cat([g.std for g in found]))
+        return torch.cat(found)
+
+    return Iteration(**{field.name: joined(field.name) for field in fields(Iteration)})  # type: ignore[arg-type]
