@@ -81,6 +81,15 @@ def cpu_seconds(pids: list[int]) -> float:
     return total
 
 
+def busy_seconds() -> float:
+    """Processor time that the machine has spent or that was taken from it, by whomever; 0 where /proc does not tell."""
+    stat = Path("/proc/stat")
+    if not stat.is_file():
+        return 0.0
+    user, nice, system, _, _, *rest = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
 class Side:
     """One way to evaluate: a pool of simulators and a policy, timed over the episodes."""
 
@@ -90,6 +99,7 @@ class Side:
         self.policy = make_policy(settings, [spec.instruction for spec in episodes], batch)
         self.seconds: list[float] = []
         self.cpu: list[tuple[float, float]] = []  # of the policy's process and the simulators'
+        self.others: list[float] = []  # share of the cores that other processes had meanwhile
         self.clocks: list[Clock] = []
 
     def warm(self) -> None:
@@ -117,13 +127,26 @@ class Side:
             with_value=True,
             on_finish=lambda rollout: done.__setitem__(rollout.spec, rollout),
         )
-        start, ours, theirs = time.perf_counter(), time.process_time(), cpu_seconds(self.pool.pids)
+        start, ours, theirs, busy = (
+            time.perf_counter(),
+            time.process_time(),
+            cpu_seconds(self.pool.pids),
+            busy_seconds(),
+        )
         scheduler.run(episodes)
         if keep:
-            self.seconds.append(time.perf_counter() - start)
-            self.cpu.append((time.process_time() - ours, cpu_seconds(self.pool.pids) - theirs))
+            seconds = time.perf_counter() - start
+            cpu = time.process_time() - ours, cpu_seconds(self.pool.pids) - theirs
+            self.seconds.append(seconds)
+            self.cpu.append(cpu)
+            self.others.append(max(0.0, busy_seconds() - busy - sum(cpu)) / seconds / (os.cpu_count() or 1))
             self.clocks.append(scheduler.clock)
         return done
+
+    def drop(self) -> None:
+        """Forget the last turn."""
+        for kept in (self.seconds, self.cpu, self.others, self.clocks):
+            kept.pop()  # type: ignore[attr-defined]
 
     def row(self) -> dict[str, Any]:
         """Medians over the turns, per episode where it is a time."""
@@ -143,6 +166,7 @@ class Side:
             "episodes_per_hour": 3600 * count / seconds,
             "seconds_per_episode": parts,
             "share": {name: value / whole for name, value in parts.items()},
+            "others": self.others,
             "waiting_seconds": mean["simulation_wait_seconds"] / count,
             "cpu_seconds_per_episode": {
                 name: statistics.median(cpu[i] for cpu in self.cpu) / count
@@ -189,7 +213,7 @@ def measure(settings: Settings, arguments: argparse.Namespace) -> dict[str, Any]
     begun = time.perf_counter()
     episodes = make_episodes(settings, arguments.episodes, arguments.steps)
     data, slots = settings.data, arguments.slots or settings.eval_libero.batch_size
-    largest, ratios = 0.0, []
+    largest, ratios, disturbed = 0.0, [], 0
     with contextlib.ExitStack() as stack:
         pools = {
             "one": stack.enter_context(SimPool(data.suite, data, workers=1, slots=1)),
@@ -200,19 +224,28 @@ def measure(settings: Settings, arguments: argparse.Namespace) -> dict[str, Any]
             side.warm()
         renderer = pools["many"].renderer()
         print(f"simulators and policies ready after {time.perf_counter() - begun:.0f} s", flush=True)
-        for _ in range(arguments.repeats):
+        while len(ratios) < arguments.repeats:
             start = time.perf_counter()
             found = {name: side.run(episodes) for name, side in sides.items()}
             largest = max(largest, compare(found["one"], found["many"]))
             ratios.append(sides["one"].seconds[-1] / sides["many"].seconds[-1])
+            others = max(side.others[-1] for side in sides.values())
             times = ", ".join(f"{name} {side.seconds[-1]:.1f} s" for name, side in sides.items())
-            print(f"turn {len(ratios)}: {times} ({time.perf_counter() - begun:.0f} s so far)", flush=True)
-            if time.perf_counter() - begun + 1.2 * (time.perf_counter() - start) > arguments.budget:
+            so_far = f"other processes had {others:.0%} of the cores, {time.perf_counter() - begun:.0f} s so far"
+            print(f"turn {len(ratios)}: {times} ({so_far})", flush=True)
+            last = time.perf_counter() - begun + 1.2 * (time.perf_counter() - start) > arguments.budget
+            if others > arguments.quiet and not (last and len(ratios) == 1):
+                disturbed += 1
+                ratios.pop()
+                for side in sides.values():
+                    side.drop()
+            if last:
                 break
     rows = {name: side.row() for name, side in sides.items()}
     return {
         "ratio": statistics.median(ratios),
         "ratios": ratios,
+        "turns_left_out_as_disturbed": disturbed,
         "max_abs_diff": largest,
         "plain_seconds": rows["one"]["seconds"]["median"],
         "ours_seconds": rows["many"]["seconds"]["median"],
@@ -256,6 +289,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="environment steps of an episode")
     parser.add_argument("--repeats", type=int, default=5, help="turns at most")
     parser.add_argument("--budget", type=float, default=85.0, help="seconds after which no further turn starts")
+    parser.add_argument(
+        "--quiet", type=float, default=1.0, help="leave turns out in which others had more than this share of the cores"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     settings = load_settings(ROOT / "params.yaml")
@@ -267,7 +303,10 @@ def main() -> None:
     result = measure(settings, arguments)
     result["sizes"] = {
         **{name: getattr(settings, name).model_dump(mode="json") for name in ("data", "model", "planner")},
-        **{name: getattr(arguments, name) for name in ("suite", "episodes", "steps", "workers", "slots", "threads")},
+        **{
+            name: getattr(arguments, name)
+            for name in ("suite", "episodes", "steps", "workers", "slots", "threads", "quiet")
+        },
         "execute_steps": settings.eval_libero.execute_steps,
     }
     result |= {"simulator": simulator_versions(arguments.suite), "machine": before, "load_after": machine()["load"]}

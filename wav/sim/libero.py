@@ -23,6 +23,7 @@ from wav.seeding import derive_seed
 from wav.sim.env import Observation
 from wav.sim.libero_assets import bootstrap
 from wav.sim.libero_tasks import INIT_STATES, bddl_file, initial_states, task_specs
+from wav.sim.quick import quicken
 from wav.sim.rendering import simplify_model
 from wav.sim.robosuite import quiet
 
@@ -130,6 +131,7 @@ class LiberoEnv:
         with _global_seed(self.suite, task, index):
             _attempt(scene.reset, f"{self.suite}: {task}, initial state {index}")
         robot = scene.robots[0]
+        quicken(robot)
         robot.gripper.current_action = np.zeros(robot.gripper.dof)
         if state is not None:
             width = 1 + scene.sim.model.nq + scene.sim.model.nv

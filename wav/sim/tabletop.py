@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from wav.data.state import encode_state
 from wav.errors import ConfigError
 from wav.sim.env import Observation
+from wav.sim.quick import quicken
 from wav.sim.rendering import simplify_model
 from wav.sim.robosuite import quiet
 from wav.sim.tabletop_tasks import (
@@ -176,6 +177,7 @@ class TabletopEnv:
             self._scenes[name] = _Scene(name, fast=self.data.render == "fast")
         self._scene, self._task = self._scenes[name], task
         self._scene.reset()
+        quicken(self._scene.robots[0])
         self._set_state(initial_state(task, index))
         still = np.array([0, 0, 0, 0, 0, 0, OPEN], dtype=np.float32)
         for _ in range(SETTLE_STEPS):
