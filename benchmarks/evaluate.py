@@ -1,10 +1,11 @@
 """Episodes per hour of simulators that feed one batched policy, against one simulator and one policy in turns.
 
 Both run the same episodes on this machine, alternating, with the default policy's sizes and random weights; simulators
-are started before the clock. Prints a table and a projection from the measured parts; ``--json FILE`` writes them:
+are started before the clock. LIBERO needs `make libero` and its assets. Prints a table and a projection from the
+measured parts; ``--json FILE`` writes them:
 
     python benchmarks/evaluate.py --json benchmarks/results/evaluate-cpu.json
-    python benchmarks/evaluate.py --suite libero_spatial --steps 24          # needs `make libero` and the assets
+    python benchmarks/evaluate.py --suite libero_object --tasks 1 --slots 4 --episodes 4 --steps 10
 """
 
 from __future__ import annotations
@@ -88,6 +89,15 @@ def busy_seconds() -> float:
         return 0.0
     user, nice, system, _, _, *rest = map(int, stat.read_text().split("\n", 1)[0].split()[1:9])
     return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_for_quiet(share: float, until: float) -> None:
+    """Sleep until others leave the cores alone for two seconds, or until ``time.perf_counter()`` is ``until``."""
+    while share < 1 and time.perf_counter() < until:
+        busy = busy_seconds()
+        time.sleep(2)
+        if (busy_seconds() - busy) / 2 / (os.cpu_count() or 1) < share:
+            return
 
 
 class Side:
@@ -225,6 +235,7 @@ def measure(settings: Settings, arguments: argparse.Namespace) -> dict[str, Any]
         renderer = pools["many"].renderer()
         print(f"simulators and policies ready after {time.perf_counter() - begun:.0f} s", flush=True)
         while len(ratios) < arguments.repeats:
+            wait_for_quiet(arguments.quiet, begun + arguments.budget)
             start = time.perf_counter()
             found = {name: side.run(episodes) for name, side in sides.items()}
             largest = max(largest, compare(found["one"], found["many"]))
@@ -282,6 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--suite", default="tabletop")
+    parser.add_argument("--tasks", type=int, default=2, help="of a suite other than the default one, its first")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="simulator processes")
     parser.add_argument("--slots", type=int, default=0, help="episodes at once, and the batch; 0: as in params.yaml")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the policy, on both sides")
@@ -290,14 +302,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns at most")
     parser.add_argument("--budget", type=float, default=85.0, help="seconds after which no further turn starts")
     parser.add_argument(
-        "--quiet", type=float, default=1.0, help="leave turns out in which others had more than this share of the cores"
+        "--quiet", type=float, default=1.0, help="wait for, and keep, turns in which others have less of the cores"
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     settings = load_settings(ROOT / "params.yaml")
     if arguments.suite != settings.data.suite:
         data = DataSettings.model_validate(settings.data.model_dump() | {"suite": arguments.suite, "tasks": ()})
-        tasks = tuple(spec.name for spec in select_tasks(arguments.suite, ())[:2])
+        tasks = tuple(spec.name for spec in select_tasks(arguments.suite, ())[: arguments.tasks])
         settings = settings.model_copy(update={"data": data.model_copy(update={"tasks": tasks})})
     before = machine()
     result = measure(settings, arguments)
