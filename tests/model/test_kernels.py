@@ -153,7 +153,7 @@ def test_no_run_and_no_number_of_threads_changes_a_bit() -> None:
     try:
         for number in (1, 1, 2, 3):
             torch.set_num_threads(number)
-            assert native.threads(2 * 4000 * 96 * 530) == number
+            assert native.threads_for(2 * 4000 * 96 * 530) == number
             assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True)), number
     finally:
         torch.set_num_threads(threads)

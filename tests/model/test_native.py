@@ -96,7 +96,7 @@ def test_place_company_and_threads_change_no_bit() -> None:
         assert torch.equal(native.attend(*[x[first : first + 1]] * 3, 4), read[first : first + 1])
     try:
         torch.set_num_threads(3)
-        assert native.threads(2 * x.numel() * 256) == 3
+        assert native.threads_for(2 * x.numel() * 256) == 3
         assert torch.equal(product(x), there)
         assert torch.equal(native.attend(x, x, x, 4), read)
     finally:
