@@ -16,6 +16,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from wav.data.windows import BatchSampler, WindowDataset
 from wav.ingest import ingest
 from wav.rewards import RewardStore, label_store, mse, ssim
 
-COUNTS = (8, 16, 32, 64)
+COUNTS = (32, 128, 512, 1024)
 STAGES = ("ingest", "label_rewards", "encode")
 KEYS = ("observation.images.image", "observation.images.image2")
 FPS = 20
@@ -49,11 +50,47 @@ def cpu_seconds() -> float:
     )
 
 
+class OwnMemory:
+    """Largest memory of this process that is not pages of mapped files, which the kernel takes back when it wants."""
+
+    def __enter__(self) -> OwnMemory:
+        self.bytes, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            own = next(line for line in lines if line.startswith("RssAnon"))
+            self.bytes = max(self.bytes, 1024 * int(own.split()[1]))
+            if self._done.wait(0.02):
+                return
+
+
 def stage(name: str, root: Path) -> dict[str, Any]:
     """Run one stage on a folder that holds ``dataset`` and what earlier stages made; seconds and peak memory."""
     before = cpu_seconds()
+    with OwnMemory() as memory:
+        run_stage(name, root)
+    episodes = len(EpisodeStore.open(root / "episodes"))
+    return {"episodes": episodes, "seconds": cpu_seconds() - before, "bytes": memory.bytes}
+
+
+def run_stage(name: str, root: Path) -> None:
+    """The stage itself, in this process."""
     if name == "ingest":
-        settings = IngestSettings(source="lerobot", path=str(root / "dataset"), min_length=4, image_rotation="180")
+        settings = IngestSettings(
+            source="lerobot",
+            path=str(root / "dataset"),
+            min_length=4,
+            image_rotation="180",
+            episodes_per_task=max(COUNTS),
+        )
         ingest(DATA, settings, root / "episodes", workers=1)
     elif name == "label_rewards":
         label_store(EpisodeStore.open(root / "episodes"), LabelRewardsSettings(), DATA.action_chunk, root / "rewards")
@@ -61,8 +98,6 @@ def stage(name: str, root: Path) -> dict[str, Any]:
         episodes = EpisodeStore.open(root / "episodes")
         text = build_text_encoder(ENCODE, DATA, episodes.instructions, root / "encoder")
         encode_store(episodes, fit_codec(episodes, DATA, ENCODE), text, DATA, root / "latents")
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"seconds": cpu_seconds() - before, "bytes": 1024 * peak}
 
 
 def growth(folder: Path, counts: list[int], steps: int) -> dict[str, Any]:
@@ -74,7 +109,9 @@ def growth(folder: Path, counts: list[int], steps: int) -> dict[str, Any]:
         for name in STAGES:
             command = [sys.executable, "-m", "benchmarks.ingest", "--stage", name, "--folder", str(root)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            points[name].append({"episodes": count, **json.loads(done.stdout.splitlines()[-1])})
+            points[name].append(json.loads(done.stdout.splitlines()[-1]))
+            if points[name][-1]["episodes"] != count:
+                raise RuntimeError(f"{name}: {points[name][-1]['episodes']} of {count} episodes came through")
     found: dict[str, Any] = {}
     for name, row in points.items():
         found[name] = {"points": row, "frames_per_second": counts[-1] * steps / row[-1]["seconds"]}
