@@ -84,6 +84,20 @@ def test_linear_without_bias_or_with_frozen_parts(monkeypatch: pytest.MonkeyPatc
 
 
 @needs_kernels
+@pytest.mark.parametrize("rows", [1, 13, 48, 301])
+@pytest.mark.parametrize(("inner", "outs"), [(1, 1), (7, 15), (64, 64), (40, 65), (300, 130)])
+def test_linear_of_gelu_and_onto_a_residual(monkeypatch: pytest.MonkeyPatch, rows: int, inner: int, outs: int) -> None:
+    layer, x, residual = Linear(inner, outs, gelu=True), leaf(rows, inner), leaf(rows, outs, seed=1)
+    compare(monkeypatch, lambda: layer(x), [x, layer.weight, layer.bias])
+    compare(monkeypatch, lambda: layer(x, residual), [x, residual, layer.weight, layer.bias])
+    compare(monkeypatch, lambda: layer(x, x[:, :1].expand(-1, outs)), [x, layer.weight])  # not contiguous
+    layer.weight.requires_grad_(False)
+    compare(monkeypatch, lambda: layer(x, residual), [x, residual, layer.bias])
+    plain = Linear(inner, outs)
+    compare(monkeypatch, lambda: plain(x, residual), [x, residual, plain.weight, plain.bias])
+
+
+@needs_kernels
 @pytest.mark.parametrize("count", [1, 17, 5000, 20001])
 def test_gelu(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     with torch.no_grad():
@@ -140,11 +154,11 @@ def test_attention_of_any_size(monkeypatch: pytest.MonkeyPatch, size: int, queri
 @needs_kernels
 def test_no_run_and_no_number_of_threads_changes_a_bit() -> None:
     """Resuming is held to the bit, so gradients must not depend on how the work was cut."""
-    wide, narrow, norm = Linear(96, 530), Linear(530, 96), RmsNorm(96, 1e-5)
+    wide, narrow, norm = Linear(96, 530), Linear(530, 96, gelu=True), RmsNorm(96, 1e-5)
     x, rows = leaf(40, 100, 96), leaf(40, 1, 96, seed=1)
 
     def gradients() -> list[Tensor]:
-        y = gate(x, narrow(gelu(wide(modulate(x, rows, rows, 1e-6)))), rows)
+        y = gate(x, narrow(wide(modulate(x, rows, rows, 1e-6)), x), rows)
         q = norm(y).view(40, 100, 4, 24).transpose(1, 2)
         leaves = [x, rows, *wide.parameters(), *narrow.parameters(), *norm.parameters()]
         return list(torch.autograd.grad(attend(q, q, q).square().sum(), leaves))

@@ -43,10 +43,10 @@ class ExpertBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + temb).unbind(-2)
         x = modulate(h, shift1, scale1, self.eps)
         h = gate(h, self.attn1.attend_self(x, rope, h.shape[0]), gate1)
-        read = self.attn2(h, video)
-        if value is not None and self.attn3 is not None:
-            read = read + self.attn3(h, value)
-        h = h + read
+        if value is None or self.attn3 is None:
+            h = self.attn2(h, video, residual=h)
+        else:
+            h = h + self.attn3(h, value, residual=self.attn2(h, video))
         return gate(h, self.ff(modulate(h, shift2, scale2, self.eps)), gate2)
 
 

@@ -31,20 +31,26 @@ def native(x: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return _ops.product(x, weight, bias, True)  # type: ignore[no-any-return]
+    """A linear layer of ``x``, or of its GELU, plus a residual. Inner activations are computed again backwards."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gelu: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x if gelu or weight.requires_grad else None, weight)
+        ctx.gelu = gelu
+        return _ops.product(x, weight, bias, residual, turned=True, gelu=gelu)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        grad_x = _ops.product(grad, weight, None, False) if wants_x else None
+        wants_x, wants_weight, wants_bias, wants_residual, _ = ctx.needs_input_grad
+        grad_x = _ops.product(grad, weight, slope=x if ctx.gelu else None) if wants_x else None
+        residual = grad if wants_residual else None
         if not wants_weight:
-            return grad_x, None, grad.flatten(0, -2).sum(0) if wants_bias else None
-        grad_weight, grad_bias = _ops.product_gradient(grad, x, wants_bias)
-        return grad_x, grad_weight, grad_bias if wants_bias else None
+            return grad_x, None, grad.flatten(0, -2).sum(0) if wants_bias else None, residual, None
+        grad_weight, grad_bias = _ops.product_gradient(grad, x, wants_bias, ctx.gelu)
+        return grad_x, grad_weight, grad_bias if wants_bias else None, residual, None
 
 
 class _Gelu(torch.autograd.Function):
@@ -170,13 +176,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None
 
 
 class Linear(nn.Linear):
-    """A linear layer."""
+    """A linear layer. ``gelu``: of the GELU of its input, whose inner activations are then kept nowhere."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) to (..., out)."""
+    def __init__(self, inner: int, outs: int, bias: bool = True, gelu: bool = False) -> None:
+        super().__init__(inner, outs, bias)
+        self.gelu = gelu
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(..., in) to (..., out); plus ``residual`` (..., out)."""
         if native(input) and self.weight.dtype == torch.float32:
-            return _Linear.apply(input, self.weight, self.bias)  # type: ignore[no-any-return]
-        return super().forward(input)
+            return _Linear.apply(input, self.weight, self.bias, residual, self.gelu)  # type: ignore[no-any-return]
+        out = super().forward(gelu(input) if self.gelu else input)
+        return out if residual is None else residual + out
 
 
 class RmsNorm(nn.Module):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wav.model.kernels import Linear, RmsNorm, attend, gelu
+from wav.model.kernels import Linear, RmsNorm, attend
 
 
 class KeyValue(NamedTuple):
@@ -52,15 +52,19 @@ class Attention(nn.Module):
         """Keys and values of ``context`` (rows, L, context_dim), computed once and attended to any number of times."""
         return KeyValue(self._split(self.norm_k(self.to_k(context))), self._split(self.to_v(context)))
 
-    def forward(self, x: Tensor, memory: KeyValue | Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, memory: KeyValue | Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
         """Cross-attention of ``x`` (rows * n, L, dim) on ``memory`` of ``rows`` rows, shared by n consecutive rows.
+
+        ``residual`` (like ``x``) is added to it.
 
         Without a causal mask, queries of rows that share keys are just more queries: they are folded into the length
         axis instead of tiling the keys. ``bias`` (rows, 1, 1, Lk) is added to the logits.
         """
         key, value = memory if isinstance(memory, tuple) else self.keys_values(memory)
         query = self._split(self.norm_q(self.to_q(x)).view(key.shape[0], -1, x.shape[-1]))
-        return self.to_out[0](attend(query, key, value, bias).view(x.shape))  # type: ignore[no-any-return]
+        return self.to_out[0](attend(query, key, value, bias).view(x.shape), residual)  # type: ignore[no-any-return]
 
     def attend_self(self, x: Tensor, rope: Tensor, rows: int, first: int = 0) -> Tensor:
         """Self-attention of ``x`` (..., L, dim), rotated by ``rope`` (L, dim / 2), within each of ``rows`` groups.
@@ -76,14 +80,14 @@ class Attention(nn.Module):
 
 
 class _Projection(nn.Module):
-    """Holds ``proj`` so that the first linear of a feed-forward is named ``net.0.proj``."""
+    """Holds ``proj`` so that the first linear of a feed-forward is named ``net.0.proj``; GELU is the second's."""
 
     def __init__(self, dim: int, inner: int) -> None:
         super().__init__()
         self.proj = Linear(dim, inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu(self.proj(x))
+        return self.proj(x)  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Module):
@@ -91,7 +95,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([_Projection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim)])
+        self.net = nn.ModuleList([_Projection(dim, 4 * dim), nn.Identity(), Linear(4 * dim, dim, gelu=True)])
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., dim) to (..., dim)."""
@@ -104,11 +108,11 @@ class CaptionProjection(nn.Module):
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
         self.linear_1 = Linear(in_dim, dim)
-        self.linear_2 = Linear(dim, dim)
+        self.linear_2 = Linear(dim, dim, gelu=True)
 
     def forward(self, text: Tensor) -> Tensor:
         """(B, L, in_dim) to (B, L, dim)."""
-        return self.linear_2(gelu(self.linear_1(text)))  # type: ignore[no-any-return]
+        return self.linear_2(self.linear_1(text))  # type: ignore[no-any-return]
 
 
 class _TimestepMlp(nn.Module):

@@ -32,7 +32,7 @@ class _Draws:
 
 def check(kernels: Kernels) -> None:
     """Raise RuntimeError where a kernel is off, on sizes that fill no vector evenly."""
-    parts = {"product": _product, "gelu": _gelu, "modulate": _modulate, "norm": _norm, "attention": _attention}
+    parts = {"gelu": _gelu, "product": _product, "modulate": _modulate, "norm": _norm, "attention": _attention}
     with torch.inference_mode(False), torch.enable_grad():
         for name, part in parts.items():
             for found, wanted in part(kernels, _Draws()):
@@ -44,9 +44,15 @@ def _product(kernels: Kernels, draw: _Draws) -> Pairs:
     x, weight, bias = draw(3, 95, 20), draw(83, 20), draw(83)
     wanted = F.linear(x, weight, bias)
     grad, gradients = draw.backward(wanted, x, weight, bias)
-    found = kernels.product(x, weight, bias, True)
-    grads = (kernels.product(grad, weight, None, False), *kernels.product_gradient(grad, x, True))
-    return [(found, wanted), *zip(grads, gradients, strict=True)]
+    found = kernels.product(x, weight, bias, turned=True)
+    grads = (kernels.product(grad, weight), *kernels.product_gradient(grad, x, True))
+    pairs = [(found, wanted), *zip(grads, gradients, strict=True)]
+    residual = draw(3, 95, 83)
+    wanted = residual + F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+    grad, gradients = draw.backward(wanted, x, weight, bias)
+    found = kernels.product(x, weight, bias, residual, turned=True, gelu=True)
+    grads = (kernels.product(grad, weight, slope=x), *kernels.product_gradient(grad, x, True, True))
+    return [*pairs, (found, wanted), *zip(grads, gradients, strict=True)]
 
 
 def _gelu(kernels: Kernels, draw: _Draws) -> Pairs:

@@ -39,8 +39,10 @@ def _structure(name: str, **kinds: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-_Product = _structure("_Product", floats="a b bias", counts="rows inner outs turned", floats2="panels out")
-_Gradient = _structure("_Gradient", floats="grad x", counts="rows outs inner tiles", floats2="weight bias")
+_Product = _structure(
+    "_Product", floats="a b bias residual slope", counts="rows inner outs turned gelu", floats2="panels out"
+)
+_Gradient = _structure("_Gradient", floats="grad x", counts="rows outs inner gelu tiles", floats2="weight bias")
 _Gelu = _structure("_Gelu", floats="x grad", counts="count", floats2="out")
 _Modulation = _structure(
     "_Modulation",
@@ -86,24 +88,38 @@ class Kernels:
         if getattr(self.library, f"wav_{name}")(ctypes.byref(job), threads_for(operations)):
             raise MemoryError("CPU kernels: no memory for intermediate results; free some or train on smaller batches")
 
-    def product(self, a: Tensor, b: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
-        """``a`` (..., inner) times ``b`` (inner, outs), or (outs, inner) where ``turned``, plus ``bias`` (outs)."""
+    def product(
+        self,
+        a: Tensor,
+        b: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        slope: Tensor | None = None,
+        turned: bool = False,
+        gelu: bool = False,
+    ) -> Tensor:
+        """``a`` (..., inner), or its GELU, times ``b`` (inner, outs), or (outs, inner) where ``turned``.
+
+        Then times GELU'(``slope``), plus ``bias`` (outs) and ``residual``; both are (..., outs) like the result.
+        """
         a, b = a.contiguous(), b.contiguous()
+        residual, slope = (None if x is None else x.contiguous() for x in (residual, slope))
         inner, outs = (b.shape[1], b.shape[0]) if turned else b.shape
         out = a.new_empty(*a.shape[:-1], outs)
         panels = a.new_empty(inner * -(-outs // LARGEST_VECTOR) * LARGEST_VECTOR)
         rows = a.numel() // inner
-        self._run("product", _Product(rows=rows, inner=inner, outs=outs, turned=turned), 2 * rows * inner * outs,
-                  a=a, b=b, bias=bias, panels=panels, out=out)  # fmt: skip
+        job = _Product(rows=rows, inner=inner, outs=outs, turned=turned, gelu=gelu)
+        self._run("product", job, 2 * rows * inner * outs, a=a, b=b, bias=bias, residual=residual, slope=slope,
+                  panels=panels, out=out)  # fmt: skip
         return out
 
-    def product_gradient(self, grad: Tensor, x: Tensor, bias: bool) -> tuple[Tensor, Tensor]:
-        """Gradients of a linear's weight (outs, inner) and bias (outs; empty unless asked for)."""
+    def product_gradient(self, grad: Tensor, x: Tensor, bias: bool, gelu: bool = False) -> tuple[Tensor, Tensor]:
+        """Gradients of a linear's weight (outs, inner) and bias (outs; empty unless wanted) on ``x`` or its GELU."""
         grad, x = grad.contiguous(), x.contiguous()
         outs, inner = grad.shape[-1], x.shape[-1]
         rows = x.numel() // inner
         weight, sums = grad.new_empty(outs, inner), grad.new_empty(outs if bias else 0)
-        self._run("gradient", _Gradient(rows=rows, outs=outs, inner=inner), 2 * rows * inner * outs,
+        self._run("gradient", _Gradient(rows=rows, outs=outs, inner=inner, gelu=gelu), 2 * rows * inner * outs,
                   grad=grad, x=x, weight=weight, bias=sums if bias else None)  # fmt: skip
         return weight, sums
 
@@ -276,8 +292,9 @@ def kernels() -> Kernels | None:
 
 #: Signatures of the methods of :class:`Kernels` as torch operations, so that profilers and counters see them.
 _SCHEMAS = (
-    "product(Tensor a, Tensor b, Tensor? bias, bool turned) -> Tensor",
-    "product_gradient(Tensor grad, Tensor x, bool bias) -> (Tensor, Tensor)",
+    "product(Tensor a, Tensor b, Tensor? bias=None, Tensor? residual=None, Tensor? slope=None, bool turned=False, "
+    "bool gelu=False) -> Tensor",
+    "product_gradient(Tensor grad, Tensor x, bool bias, bool gelu=False) -> (Tensor, Tensor)",
     "gelu(Tensor x, Tensor? grad) -> Tensor",
     "modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
     "modulate_backward(Tensor grad, Tensor x, Tensor scale, Tensor inverse) -> (Tensor, Tensor, Tensor)",

@@ -21,12 +21,27 @@
 
 INLINE int64_t panel_width(int64_t columns, int64_t column) { return least(WIDE * LANES, lanes(columns - column)); }
 
+// --- GELU-tanh: x s(x) with s = 1 / (1 + e^(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3) -------------------------------
+
+INLINE vec squash(vec x) {
+    vec power = x * (all(-2.3022082f) + all(-0.10294324f) * x * x);  // -2u log2(e)
+    const ints low = power < all(-120.0f), high = power > all(120.0f);
+    power = (vec)(((ints)power & ~(low | high)) | ((ints)all(-120.0f) & low) | ((ints)all(120.0f) & high));
+    return all(1.0f) / (all(1.0f) + power_of_two(power));
+}
+
+INLINE vec gelu_slope(vec x) {
+    const vec s = squash(x);
+    return s + x * s * (all(1.0f) - s) * (all(1.5957691f) + all(0.21406533f) * x * x);  // 2 du/dx
+}
+
 // --- Products --------------------------------------------------------------------------------------------------------
 
-// out (rows, outs) = a (rows, inner) b (inner, outs) + bias; ``turned``: b is (outs, inner).
+// out (rows, outs) = a (rows, inner) b (inner, outs) + bias + residual; ``turned``: b is (outs, inner).
 typedef struct {
     const float *a, *b, *bias;
-    int64_t rows, inner, outs, turned;
+    const float *residual, *slope;  // (rows, outs) each, or NULL; the result is multiplied by GELU'(slope)
+    int64_t rows, inner, outs, turned, gelu;  // gelu: GELU(a) stands for a
     float *panels, *out;  // panels: inner * lanes(outs) floats, b in panels of WIDE * LANES columns
 } product;
 
@@ -45,42 +60,77 @@ static void pack_panel(const void *job, int64_t index, float *scratch) {
             memcpy(to + k * wide, p->b + k * p->outs + column, sizeof(float) * count);
 }
 
-INLINE void product_tile(const product *p, int64_t row, int64_t column, int rows, int vectors) {
+// Writes a tile's sums; ``whole``: all columns exist.
+INLINE void product_finish(const product *p, vec (*sum)[WIDE], int64_t row, int64_t column, int rows, int vectors,
+                           int whole) {
+    for (int q = 0; q < rows; q++)
+        for (int v = 0; v < vectors; v++) {
+            const int64_t at = (row + q) * p->outs + column + v * LANES;
+            const int64_t left = whole ? LANES : p->outs - column - v * LANES;
+            if (p->slope) sum[q][v] *= gelu_slope(load_some(p->slope + at, left));
+            if (p->residual) sum[q][v] += load_some(p->residual + at, left);
+        }
+    for (int q = 0; q < rows; q++)
+        for (int v = 0; v < vectors; v++) {
+            const int64_t at = (row + q) * p->outs + column + v * LANES;
+            store_some(p->out + at, sum[q][v], whole ? LANES : p->outs - column - v * LANES);
+        }
+}
+
+// Asks for what the next tile multiplies and for what this one writes (and multiplies by) at its end.
+INLINE void product_fetch(const product *p, const float *a, int64_t row, int64_t column, int vectors) {
+    for (int q = 0; q < TALL; q++)
+        for (int v = 0; v < vectors; v++) {
+            const int64_t at = (row + q) * p->outs + column + v * LANES;
+            __builtin_prefetch(p->out + at, 1);
+            if (p->slope) __builtin_prefetch(p->slope + at);
+            if (p->residual) __builtin_prefetch(p->residual + at);
+        }
+    if (column == 0 && !p->gelu)
+        for (int64_t k = 0; k < TALL * p->inner; k += LANES) __builtin_prefetch(a + TALL * p->inner + k);
+}
+
+// ``a``: what is multiplied of the rows from ``row`` on.
+INLINE void product_tile(const product *p, const float *a, int64_t row, int64_t column, int rows, int vectors) {
     const float *from[TALL], *panel = p->panels + column * p->inner;
     vec sum[TALL][WIDE];
-    for (int q = 0; q < TALL; q++) from[q] = p->a + (row + (q < rows ? q : 0)) * p->inner;
+    for (int q = 0; q < TALL; q++) from[q] = a + (q < rows ? q : 0) * p->inner;
     for (int v = 0; v < vectors; v++) {
         const vec bias = p->bias ? load_some(p->bias + column + v * LANES, p->outs - column - v * LANES) : (vec){0};
         for (int q = 0; q < TALL; q++) sum[q][v] = bias;
     }
+    product_fetch(p, a, row, column, vectors);
     multiply_add(from, 1, panel, vectors * LANES, p->inner, vectors, sum);
-    for (int q = 0; q < rows; q++)
-        for (int v = 0; v < vectors; v++) {
-            const int64_t at = column + v * LANES;
-            store_some(p->out + (row + q) * p->outs + at, sum[q][v], p->outs - at);
-        }
+    if (rows == TALL && p->outs - column >= vectors * LANES) product_finish(p, sum, row, column, TALL, vectors, 1);
+    else product_finish(p, sum, row, column, rows, vectors, 0);
 }
 
 static void product_rows(const void *job, int64_t index, float *scratch) {
     const product *p = job;
-    const int64_t end = least(p->rows, (index + 1) * ROWS);
-    (void)scratch;
+    const int64_t begin = index * ROWS, end = least(p->rows, begin + ROWS), count = (end - begin) * p->inner;
+    const float *a = p->a + begin * p->inner;
+    for (int64_t i = 0; p->gelu && i < count; i += LANES) {
+        const vec x = load_some(a + i, count - i);
+        store_some(scratch + i, x * squash(x), count - i);
+    }
+    if (p->gelu) a = scratch;
     for (int64_t column = 0; column < p->outs; column += WIDE * LANES) {
         const int64_t vectors = panel_width(p->outs, column) / LANES;
-        for (int64_t row = index * ROWS; row < end; row += TALL)
-            WITH_VECTORS(vectors, product_tile, p, row, column, (int)least(TALL, end - row));
+        for (int64_t row = begin; row < end; row += TALL)
+            WITH_VECTORS(vectors, product_tile, p, a + (row - begin) * p->inner, row, column,
+                         (int)least(TALL, end - row));
     }
 }
 
 int wav_product(const product *p, int threads) {
     return spread(pack_panel, p, (p->outs + WIDE * LANES - 1) / (WIDE * LANES), 0, threads) ||
-           spread(product_rows, p, (p->rows + ROWS - 1) / ROWS, 0, threads);
+           spread(product_rows, p, (p->rows + ROWS - 1) / ROWS, p->gelu ? ROWS * p->inner : 0, threads);
 }
 
 // weight (outs, inner) = grad^T x and bias (outs) = sum of grad (rows, outs), or NULL; x (rows, inner).
 typedef struct {
     const float *grad, *x;
-    int64_t rows, outs, inner, tiles;  // tiles: of a work item; how many changes no bit
+    int64_t rows, outs, inner, gelu, tiles;  // gelu: GELU(x) stands for x; tiles: of a work item, change no bit
     float *weight, *bias;
 } gradient;
 
@@ -130,8 +180,11 @@ static void gradient_block(const void *job, int64_t index, float *scratch) {
         for (int64_t column = left; column < right; column += WIDE * LANES) {
             const int64_t wide = panel_width(right, column), count = least(wide, right - column);
             for (int64_t r = 0; r < deep; r++)
-                for (int64_t v = 0; v < wide; v += LANES)
-                    store(panels + r * wide + v, load_some(x + r * g->inner + column + v, count - v));
+                for (int64_t v = 0; v < wide; v += LANES) {
+                    vec y = load_some(x + r * g->inner + column + v, count - v);
+                    if (g->gelu) y *= squash(y);
+                    store(panels + r * wide + v, y);
+                }
             for (int64_t row = first; row < last; row += TALL)
                 WITH_VECTORS(wide / LANES, gradient_tile, g, slices + (row - first) / TALL * SLICE, panels, deep, row,
                              column, (int)least(TALL, last - row), start > 0);
@@ -145,15 +198,6 @@ int wav_gradient(gradient *g, int threads) {
     g->tiles = least(TILES, (tiles + shares - 1) / shares);
     const int64_t down = (tiles + g->tiles - 1) / g->tiles;
     return spread(gradient_block, g, down * across, g->tiles * SLICE + 8 + DEEP * WIDE * LANES, threads);
-}
-
-// --- GELU-tanh: x s(x) with s = 1 / (1 + e^(-2u)), u = sqrt(2 / pi) (x + 0.044715 x^3) -------------------------------
-
-INLINE vec squash(vec x) {
-    vec power = x * (all(-2.3022082f) + all(-0.10294324f) * x * x);  // -2u log2(e)
-    const ints low = power < all(-120.0f), high = power > all(120.0f);
-    power = (vec)(((ints)power & ~(low | high)) | ((ints)all(-120.0f) & low) | ((ints)all(120.0f) & high));
-    return all(1.0f) / (all(1.0f) + power_of_two(power));
 }
 
 typedef struct {
@@ -170,12 +214,9 @@ static void gelu_piece(const void *job, int64_t index, float *scratch) {
     (void)scratch;
     for (int64_t i = index * PIECE; i < end; i += LANES) {
         const int64_t left = end - i;
-        const vec x = load_some(g->x + i, left), s = squash(x);
-        vec y = x * s;
-        if (g->grad)
-            y = load_some(g->grad + i, left) *
-                (s + y * (all(1.0f) - s) * (all(1.5957691f) + all(0.21406533f) * x * x));  // 2 du/dx
-        store_some(g->out + i, y, left);
+        const vec x = load_some(g->x + i, left);
+        if (g->grad) store_some(g->out + i, load_some(g->grad + i, left) * gelu_slope(x), left);
+        else store_some(g->out + i, x * squash(x), left);
     }
 }
 

@@ -62,7 +62,8 @@ class VideoBlock(nn.Module):
             h, later = h[:, :, first:].contiguous(), [row[:, :, first:] for row in later]
         gate1, shift2, scale2, gate2 = later
         h = gate(h, read.view_as(h), gate1)
-        h = h + self.attn2(h.view(n, -1, d), text, bias).view_as(h)
+        flat = h.view(n, -1, d)
+        h = self.attn2(flat, text, bias, flat).view_as(h)
         return gate(h, self.ff(modulate(h, shift2, scale2, self.eps)), gate2)
 
 
