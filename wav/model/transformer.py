@@ -19,11 +19,11 @@ from wav.errors import ConfigError
 from wav.model.experts import ExpertBlock, ExpertParts
 from wav.model.kernels import Linear
 from wav.model.layers import CaptionProjection, KeyValue, TimeEmbedding, adaln_table, modulated_head
+from wav.model.reads import Rows, divide, select
 from wav.model.rope import video_rope
 from wav.model.video import TextContext, VideoBlock, pack, unpack
 
 JOINT_EVERY = 3  # layers 0, 3, 6, ... attend across views
-Rows = Tensor | slice | None
 
 
 class VideoOutput(NamedTuple):
@@ -351,42 +351,33 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         their rows read, ``action_value_rows`` which value rows feed attn3 (None: all, in order). Value rows that feed
         attn3 must be one pass per sample (3-D tokens). Without ``value_tokens`` attn3 is skipped. ``value_sources``:
         ``value_rows`` picks among the first this many rows, some several times, and their keys and values are
-        projected once. ``freeze_video`` runs the video pass without gradients and without its head; ``features``
-        replaces it by what it would give (:class:`wav.model.frozen.FrozenVideo`). ``first_frame``: of the velocity,
-        where there is no expert. Other arguments as in
-        :meth:`video`, :meth:`value` and :meth:`action`.
+        projected once; as many value rows as sources are these in order. ``freeze_video`` runs the video pass without
+        gradients and without its head; ``features`` replaces it by what it would give
+        (:class:`wav.model.frozen.FrozenVideo`). ``first_frame``: of the velocity, where there is no expert. Other
+        arguments as in :meth:`video`, :meth:`value` and :meth:`action`.
         """
         video = None
         if features is None:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not freeze_video):
                 head = need_video and not freeze_video
                 video, features = self.video(latents, timestep, text, text_mask, head, first_frame)
+        for_value, for_action = divide(
+            features, None if value_tokens is None else value_rows, value_sources,
+            None if action_tokens is None else action_rows,
+        )  # fmt: skip
         value: ExpertOutput | None = None
         if value_tokens is not None and value_timestep is not None:
-            value = self.value(value_tokens, value_timestep, self._value_reads(features, value_rows, value_sources))
+            reads: Sequence[Tensor | KeyValue] = for_value
+            if value_sources is not None:
+                reads = cache = self.value_cache(for_value)
+                if len(value_tokens) != value_sources:
+                    reads = [KeyValue(k[value_rows], v[value_rows]) for k, v in cache]
+            value = self.value(value_tokens, value_timestep, reads)
         action = None
         if action_tokens is not None and action_timestep is not None:
-            action = self.action(
-                action_tokens,
-                action_timestep,
-                _select(features, action_rows),
-                None if value is None else _select(value.features, action_value_rows),
-                history,
-            )
+            conditions = None if value is None else select(value.features, action_value_rows)
+            action = self.action(action_tokens, action_timestep, for_action, conditions, history)
         return WAVOutput(video, None if value is None else value.velocity, action)
-
-    def _value_reads(
-        self, features: Sequence[Tensor], rows: Rows, sources: int | None
-    ) -> Sequence[Tensor] | Sequence[KeyValue]:
-        """What the value expert cross-attends to: features of ``rows``, or rows of the sources' keys and values."""
-        if sources is None:
-            return _select(features, rows)
-        cache = self.value_cache([layer[:sources] for layer in features])
-        return [KeyValue(key[rows], value[rows]) for key, value in cache]
-
-
-def _select(features: Sequence[Tensor], rows: Rows) -> Sequence[Tensor]:
-    return features if rows is None else [f[rows] for f in features]
 
 
 def _check_config(config: Any, dim: int) -> None:
