@@ -181,6 +181,7 @@ static void gradient_block(const void *job, int64_t index, float *scratch) {
             const int64_t wide = panel_width(right, column), count = least(wide, right - column);
             for (int64_t r = 0; r < deep; r++)
                 for (int64_t v = 0; v < wide; v += LANES) {
+                    __builtin_prefetch(x + (r + 8) * g->inner + column + v);
                     vec y = load_some(x + r * g->inner + column + v, count - v);
                     if (g->gelu) y *= squash(y);
                     store(panels + r * wide + v, y);
