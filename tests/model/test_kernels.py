@@ -133,8 +133,8 @@ def test_norm_and_rotation(monkeypatch: pytest.MonkeyPatch, dim: int, turned: bo
 
 
 @needs_kernels
-@pytest.mark.parametrize("size", [1, 6, 16, 24, 64, 100])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (6, 16), (37, 36), (11, 133)])
+@pytest.mark.parametrize("size", [1, 6, 16, 20, 24, 32, 64, 100])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (6, 16), (37, 36), (11, 133), (64, 64), (49, 1), (128, 16)])
 def test_attention_of_any_size(monkeypatch: pytest.MonkeyPatch, size: int, queries: int, keys: int) -> None:
     flat = leaf(3, queries, 2 * size), leaf(3, keys, 2 * size, seed=1), leaf(3, keys, 2 * size, seed=2)
     bias = torch.zeros(3, 1, 1, keys)
@@ -207,7 +207,7 @@ def test_no_compiler_is_announced_once_and_training_goes_on(
         ("training.c", "all(0.21406533f)", "all(0.2f)", "gelu"),
         ("training_rows.c", "scales[i] += grad[i] * (x[i] * inverse)", "scales[i] = grad[i]", "modulate"),
         ("training_rows.c", "sums[i] += turned[i]", "sums[i] = turned[i]", "norm"),
-        ("training_attention.c", "(load(shares + k) - mean)", "load(shares + k)", "attention"),
+        ("training_attention.c", "(shares[i][v] - load(h->mean + q + v * LANES))", "shares[i][v]", "attention"),
     ],
 )
 def test_wrong_gradients_are_refused(

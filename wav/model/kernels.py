@@ -103,7 +103,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
         out, statistics = _ops.attention(query, key, value, bias)
-        ctx.save_for_backward(query, key, value, bias, statistics)
+        ctx.save_for_backward(query, key, value, bias, out, statistics)
         return out  # type: ignore[no-any-return]
 
     @staticmethod

@@ -92,7 +92,7 @@ def _norm(kernels: Kernels, draw: _Draws) -> Pairs:
 
 
 def _attention(kernels: Kernels, draw: _Draws) -> Pairs:
-    query, key, value = draw(2, 3, 11, 6), draw(2, 3, 19, 6), draw(2, 3, 19, 6)
+    query, key, value = draw(2, 3, 43, 22), draw(2, 3, 19, 22), draw(2, 3, 19, 22)  # no block, tile or vector is full
     mask = torch.zeros(2, 1, 1, 19)
     mask[1, ..., 7:] = -10000.0
     pairs: Pairs = []
@@ -101,5 +101,6 @@ def _attention(kernels: Kernels, draw: _Draws) -> Pairs:
         grad, gradients = draw.backward(wanted, query, key, value)
         found, statistics = kernels.attention(query, key, value, bias)
         pairs.append((found, wanted))
-        pairs += zip(kernels.attention_backward(grad, query, key, value, bias, statistics), gradients, strict=True)
+        grads = kernels.attention_backward(grad, query, key, value, bias, found, statistics)
+        pairs += zip(grads, gradients, strict=True)
     return pairs

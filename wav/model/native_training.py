@@ -196,21 +196,28 @@ class Kernels:
         ``bias`` (rows, 1, 1, Lk) is added to the logits.
         """
         rows, heads, queries, size = query.shape
-        out, statistics = query.new_empty(rows, queries, heads * size), query.new_empty(rows, heads, queries, 2)
+        out, statistics = query.new_empty(rows, queries, heads * size), query.new_empty(rows, heads, 2, queries)
         job, kept = _operands(query, key, value, bias)
         self._run("attention", job, 4 * query.numel() * key.shape[2], statistics=statistics, out=out)
         del kept
         return out, statistics
 
     def attention_backward(
-        self, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, statistics: Tensor
+        self,
+        grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        out: Tensor,
+        statistics: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value, with heads side by side in memory."""
-        grad = grad.contiguous()
+        grad, out = grad.contiguous(), out.contiguous()
         rows, heads, _, size = query.shape
         sides = [query.new_empty(rows, x.shape[2], heads, size) for x in (query, key, value)]
         job, kept = _operands(query, key, value, bias)
-        self._run("attention", job, 10 * query.numel() * key.shape[2], statistics=statistics, grad=grad,
+        self._run("attention", job, 10 * query.numel() * key.shape[2], statistics=statistics, out=out, grad=grad,
                   grad_query=sides[0], grad_key=sides[1], grad_value=sides[2])  # fmt: skip
         del kept
         first, second, third = (side.transpose(1, 2) for side in sides)
@@ -303,8 +310,8 @@ _SCHEMAS = (
     "norm(Tensor x, Tensor weight, float eps, Tensor? rope) -> (Tensor, Tensor)",
     "norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse, Tensor? rope) -> (Tensor, Tensor)",
     "attention(Tensor query, Tensor key, Tensor value, Tensor? bias) -> (Tensor, Tensor)",
-    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor statistics) "
-    "-> (Tensor, Tensor, Tensor)",
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor out, "
+    "Tensor statistics) -> (Tensor, Tensor, Tensor)",
 )
 _registry = torch.library.Library("wav", "FRAGMENT")
 
