@@ -116,7 +116,11 @@ INLINE void ask_ahead(const attention *a, int64_t index, int64_t at, int64_t til
     ask(start(&a->query, row, n), a->query.step, a->queries, a->size, at, tiles);
     ask(start(&a->key, row, n), a->key.step, a->keys, a->size, at, tiles);
     ask(start(&a->value, row, n), a->value.step, a->keys, a->size, at, tiles);
-    if (!a->grad) return;
+    if (!a->grad) {
+        const int64_t queries = index / a->heads * a->queries * step + index % a->heads * a->size;
+        ask(a->out + queries, step, a->queries, a->size, at, tiles);
+        return;
+    }
     const int64_t queries = row * a->queries * step + n * a->size;
     ask(a->grad + queries, step, a->queries, a->size, at, tiles);
     ask(a->out + queries, step, a->queries, a->size, at, tiles);
