@@ -122,7 +122,7 @@ def test_summary_of_the_paper_size(capsys):
         r"value +163,792,394",
         r"action +193,243,663",
         r"total +2,305,605,785",
-        r"pretrain_video +2\.7 +5\.41 +2\.7 +10\.8 +48\.4",
+        r"pretrain_video +2\.65 +5\.29 +2\.64 +10\.6 +47\.4",  # the last block computes no memory frames
         r"search, K=3 M=30 N=5 +285",
         r"search as the reference computes it +1,158",
         r"train_joint +2 +4\.29 +0\.537 +3\.22 +1\.07 .* 16 bf16",

@@ -38,6 +38,7 @@ _CODE = (
     "evaluation/protocol.py",
     "evaluation/rollout.py",
     "flow_matching.py",
+    "lanes.py",
     "planner.py",
     "policy.py",
     "seeding.py",
