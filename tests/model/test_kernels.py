@@ -188,11 +188,8 @@ def uses_torch() -> bool:
 
 
 def test_no_compiler_is_announced_once_and_training_goes_on(
-    again: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    again: None, no_compiler: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
-    monkeypatch.delenv(native.VARIABLE, raising=False)
     with caplog.at_level(logging.WARNING):
         assert uses_torch()
         assert uses_torch()

@@ -112,11 +112,8 @@ def again() -> Iterator[None]:
 
 
 def test_no_compiler_is_announced_and_nothing_breaks(
-    again: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    again: None, no_compiler: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
-    monkeypatch.delenv(native.VARIABLE, raising=False)
     with caplog.at_level(logging.WARNING):
         assert not native.available()
     assert "no-such-compiler" in caplog.text

@@ -93,18 +93,30 @@ def description() -> str:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled kernels, checked; None where there are none."""
+    """The compiled kernels of inference, checked; None where there are none."""
+    return load("inference", (SOURCE,), "wav_lanes", _check)
+
+
+def load(purpose: str, sources: Sequence[Path], lanes: str, check: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL | None:
+    """The kernels of ``purpose``, compiled and checked; None where there are none, and the log says why.
+
+    Args:
+        purpose: inference or training, for the log.
+        sources: their C sources.
+        lanes: name of the function that says how many floats a vector holds.
+        check: raises RuntimeError where they compute something else than torch.
+    """
     if os.environ.get(VARIABLE, "1") == "0":
-        log.info("%s=0: CPU inference runs on torch's operations", VARIABLE)
+        log.info("%s=0: CPU %s runs on torch's operations", VARIABLE, purpose)
         return None
     try:
-        library = ctypes.CDLL(str(compiled(SOURCE)))
-        if library.wav_lanes() < LEAST_LANES:
-            raise RuntimeError(f"the processor's vectors hold {library.wav_lanes()} floats, fewer than {LEAST_LANES}")
-        _check(library)
+        library = ctypes.CDLL(str(compiled(*sources)))
+        if (found := library[lanes]()) < LEAST_LANES:
+            raise RuntimeError(f"the processor's vectors hold {found} floats, fewer than {LEAST_LANES}")
+        check(library)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:300]
-        log.warning("CPU kernels: not used (%s); inference runs on torch's operations, slower", reason)
+        log.warning("CPU kernels of %s: not used (%s); it runs on torch's operations, slower", purpose, reason)
         return None
     return library
 

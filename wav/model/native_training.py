@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import logging
 import math
-import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from wav.model import native
-from wav.model.native import LEAST_LANES, LOG2E, VARIABLE, compiled, threads_for
-
-log = logging.getLogger(__name__)
+from wav.model.native import LOG2E, threads_for
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("training.c", "training_rows.c", "training_attention.c"))
 LARGEST_VECTOR = 16  #: floats that the packed columns of a product are padded to at most
@@ -280,21 +275,10 @@ def both() -> str:
 @functools.cache
 def kernels() -> Kernels | None:
     """The compiled kernels, checked; None where there are none."""
-    if os.environ.get(VARIABLE, "1") == "0":
-        log.info("%s=0: CPU training runs on torch's operations", VARIABLE)
-        return None
     from wav.model.native_check import check
 
-    try:
-        library = ctypes.CDLL(str(compiled(*SOURCES)))
-        if library.wav_training_lanes() < LEAST_LANES:
-            raise RuntimeError(f"the processor's vectors hold {library.wav_training_lanes()} floats: too few")
-        check(Kernels(library))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        reason = " ".join(str(error).split())[:300]
-        log.warning("CPU kernels of training: not used (%s); training runs on torch's operations, slower", reason)
-        return None
-    return Kernels(library)
+    library = native.load("training", SOURCES, "wav_training_lanes", lambda found: check(Kernels(found)))
+    return None if library is None else Kernels(library)
 
 
 #: Signatures of the methods of :class:`Kernels` as torch operations, so that profilers and counters see them.
