@@ -53,17 +53,6 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias if wants_bias else None, residual, None
 
 
-class _Gelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _ops.gelu(x, None)  # type: ignore[no-any-return]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _ops.gelu(ctx.saved_tensors[0], grad)  # type: ignore[no-any-return]
-
-
 class _Modulate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -147,13 +136,6 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU, tanh form."""
-    if native(x):
-        return _Gelu.apply(x)  # type: ignore[no-any-return]
-    return F.gelu(x, approximate="tanh")
-
-
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     """AdaLN: RMS(x) * (1 + scale) + shift; ``shift`` and ``scale`` (..., 1 or L, D) for ``x`` (..., L, D)."""
     if native(x):
@@ -186,7 +168,7 @@ class Linear(nn.Linear):
         """(..., in) to (..., out); plus ``residual`` (..., out)."""
         if native(input) and self.weight.dtype == torch.float32:
             return _Linear.apply(input, self.weight, self.bias, residual, self.gelu)  # type: ignore[no-any-return]
-        out = super().forward(gelu(input) if self.gelu else input)
+        out = super().forward(F.gelu(input, approximate="tanh") if self.gelu else input)
         return out if residual is None else residual + out
 
 

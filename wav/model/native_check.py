@@ -32,7 +32,7 @@ class _Draws:
 
 def check(kernels: Kernels) -> None:
     """Raise RuntimeError where a kernel is off, on sizes that fill no vector evenly."""
-    parts = {"gelu": _gelu, "product": _product, "modulate": _modulate, "norm": _norm, "attention": _attention}
+    parts = {"product": _product, "modulate": _modulate, "norm": _norm, "attention": _attention}
     with torch.inference_mode(False), torch.enable_grad():
         for name, part in parts.items():
             for found, wanted in part(kernels, _Draws()):
@@ -53,14 +53,6 @@ def _product(kernels: Kernels, draw: _Draws) -> Pairs:
     found = kernels.product(x, weight, bias, residual, turned=True, gelu=True)
     grads = (kernels.product(grad, weight, slope=x), *kernels.product_gradient(grad, x, True, True))
     return [*pairs, (found, wanted), *zip(grads, gradients, strict=True)]
-
-
-def _gelu(kernels: Kernels, draw: _Draws) -> Pairs:
-    with torch.no_grad():
-        x = draw(7, 33, gradient=False) * 4
-    wanted = F.gelu(x.requires_grad_(), approximate="tanh")
-    grad, (gradient,) = draw.backward(wanted, x)
-    return [(kernels.gelu(x, None), wanted), (kernels.gelu(x, grad), gradient)]
 
 
 def _modulate(kernels: Kernels, draw: _Draws) -> Pairs:

@@ -38,7 +38,6 @@ _Product = _structure(
     "_Product", floats="a b bias residual slope", counts="rows inner outs turned gelu", floats2="panels out"
 )
 _Gradient = _structure("_Gradient", floats="grad x", counts="rows outs inner gelu tiles", floats2="weight bias")
-_Gelu = _structure("_Gelu", floats="x grad", counts="count", floats2="out")
 _Modulation = _structure(
     "_Modulation",
     floats="x shift scale",
@@ -117,14 +116,6 @@ class Kernels:
         self._run("gradient", _Gradient(rows=rows, outs=outs, inner=inner, gelu=gelu), 2 * rows * inner * outs,
                   grad=grad, x=x, weight=weight, bias=sums if bias else None)  # fmt: skip
         return weight, sums
-
-    def gelu(self, x: Tensor, grad: Tensor | None) -> Tensor:
-        """GELU-tanh of ``x``; with ``grad`` its gradient instead."""
-        x = x.contiguous()
-        grad = None if grad is None else grad.contiguous()
-        out = torch.empty_like(x)
-        self._run("gelu", _Gelu(count=x.numel()), 32 * x.numel(), x=x, grad=grad, out=out)
-        return out
 
     def modulate(self, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """RMS(x) * (1 + scale) + shift, and the inverses (rows) of the root mean squares.
@@ -286,7 +277,6 @@ _SCHEMAS = (
     "product(Tensor a, Tensor b, Tensor? bias=None, Tensor? residual=None, Tensor? slope=None, bool turned=False, "
     "bool gelu=False) -> Tensor",
     "product_gradient(Tensor grad, Tensor x, bool bias, bool gelu=False) -> (Tensor, Tensor)",
-    "gelu(Tensor x, Tensor? grad) -> Tensor",
     "modulate(Tensor x, Tensor shift, Tensor scale, float eps) -> (Tensor, Tensor)",
     "modulate_backward(Tensor grad, Tensor x, Tensor scale, Tensor inverse) -> (Tensor, Tensor, Tensor)",
     "gate(Tensor residual, Tensor x, Tensor gate) -> Tensor",

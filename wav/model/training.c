@@ -1,6 +1,6 @@
-// CPU kernels of training in float32: a block's products, norms, GELU and attention, with their gradients.
+// CPU kernels of training in float32: a block's products (GELU in them), norms and attention, with their gradients.
 //
-// wav/model/training.py compiles this at first use and checks it against torch's gradients before anything relies on
+// wav/model/native_training.py compiles this at first use and checks it against torch's gradients before anything relies on
 // it. All memory is the caller's, contiguous where no stride is named. Every sum has one fixed order, so the number of
 // threads changes no bit.
 #include "native.h"
@@ -199,30 +199,6 @@ int wav_gradient(gradient *g, int threads) {
     g->tiles = least(TILES, (tiles + shares - 1) / shares);
     const int64_t down = (tiles + g->tiles - 1) / g->tiles;
     return spread(gradient_block, g, down * across, g->tiles * SLICE + 8 + DEEP * WIDE * LANES, threads);
-}
-
-typedef struct {
-    const float *x, *grad;  // grad NULL: out = GELU(x); otherwise out = grad * GELU'(x)
-    int64_t count;
-    float *out;
-} gelu_pass;
-
-#define PIECE 8192  // numbers of a work item
-
-static void gelu_piece(const void *job, int64_t index, float *scratch) {
-    const gelu_pass *g = job;
-    const int64_t end = least(g->count, (index + 1) * PIECE);
-    (void)scratch;
-    for (int64_t i = index * PIECE; i < end; i += LANES) {
-        const int64_t left = end - i;
-        const vec x = load_some(g->x + i, left);
-        if (g->grad) store_some(g->out + i, load_some(g->grad + i, left) * gelu_slope(x), left);
-        else store_some(g->out + i, x * squash(x), left);
-    }
-}
-
-int wav_gelu(const gelu_pass *g, int threads) {
-    return spread(gelu_piece, g, (g->count + PIECE - 1) / PIECE, 0, threads);
 }
 
 int wav_training_lanes(void) { return LANES; }
