@@ -81,7 +81,7 @@ static void finish(const linear *l, int64_t row, int64_t rows, int64_t outs, flo
             float *restrict x = out + r * outs + part * n;
             const float *norm = l->norms + part * n, inverse = inverse_rms(x, n, l->norm_eps);
             for (int64_t i = 0; i < n; i++) x[i] = x[i] * inverse * norm[i];
-            if (l->rope) rotate(x, l->rope + (row + r) % l->length * n, n);
+            if (l->rope) rotate(x, l->rope + (row + r) % l->length * n, n, 1.0f, x);
         }
 }
 

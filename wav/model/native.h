@@ -138,19 +138,20 @@ INLINE float inverse_rms(const float *x, int64_t n, float eps) {
 #define TAKE(x, a, b, c, d) __builtin_shufflevector(x, x, a, b, c, d)
 #endif
 
-// Multiplies neighbouring pairs of x, complex numbers, with those of rope.
-INLINE void rotate(float *x, const float *rope, int64_t n) {
+// out = neighbouring pairs of x, complex numbers, times those of rope, or their conjugates where ``direction`` is -1 and
+// not 1: the rotation's transpose. out may be x.
+INLINE void rotate(const float *x, const float *rope, int64_t n, float direction, float *out) {
     vec sign;
-    for (int i = 0; i < LANES; i++) sign[i] = i % 2 ? 1.0f : -1.0f;
+    for (int i = 0; i < LANES; i++) sign[i] = i % 2 ? direction : -direction;
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) {
         const vec y = load(x + i), turn = load(rope + i);
-        store(x + i, y * TAKE(turn, 0, 0, 2, 2) + TAKE(y, 1, 0, 3, 2) * (sign * TAKE(turn, 1, 1, 3, 3)));
+        store(out + i, y * TAKE(turn, 0, 0, 2, 2) + TAKE(y, 1, 0, 3, 2) * (sign * TAKE(turn, 1, 1, 3, 3)));
     }
     for (; i < n; i += 2) {
         const float even = x[i], odd = x[i + 1];
-        x[i] = even * rope[i] - odd * rope[i + 1];
-        x[i + 1] = odd * rope[i] + even * rope[i + 1];
+        out[i] = even * rope[i] - odd * (direction * rope[i + 1]);
+        out[i + 1] = odd * rope[i] + even * (direction * rope[i + 1]);
     }
 }
 

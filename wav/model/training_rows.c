@@ -119,23 +119,7 @@ static void norm_rows(const void *job, int64_t index, float *scratch) {
         float *restrict out = m->out + row * n;
         m->inverse[row] = inverse;
         for (int64_t i = 0; i < n; i++) out[i] = x[i] * inverse * weight[i];
-        if (m->rope) rotate(out, m->rope + row % m->length * n, n);
-    }
-}
-
-// Turns pairs back: the rotation's transpose.
-static void rotate_back(const float *restrict grad, const float *restrict rope, int64_t n, float *restrict out) {
-    vec sign;
-    for (int i = 0; i < LANES; i++) sign[i] = i % 2 ? -1.0f : 1.0f;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        const vec y = load(grad + i), pair = load(rope + i);
-        store(out + i, y * TAKE(pair, 0, 0, 2, 2) + TAKE(y, 1, 0, 3, 2) * (sign * TAKE(pair, 1, 1, 3, 3)));
-    }
-    for (; i < n; i += 2) {
-        const float even = grad[i], odd = grad[i + 1];
-        out[i] = even * rope[i] + odd * rope[i + 1];
-        out[i + 1] = odd * rope[i] - even * rope[i + 1];
+        if (m->rope) rotate(out, m->rope + row % m->length * n, n, 1.0f, out);
     }
 }
 
@@ -149,7 +133,7 @@ static void norm_rows_backward(const void *job, int64_t index, float *scratch) {
         const float *restrict x = m->x + row * n, *restrict grad = m->grad + row * n;
         const float inverse = m->inverse[row];
         float *restrict out = m->grad_x + row * n;
-        if (m->rope) rotate_back(grad, m->rope + row % m->length * n, n, turned);
+        if (m->rope) rotate(grad, m->rope + row % m->length * n, n, -1.0f, turned);
         else memcpy(turned, grad, sizeof(float) * n);
         for (int64_t i = 0; i < n; i++) {
             sums[i] += turned[i] * (x[i] * inverse);
