@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.sources.datasets import TASKS, lerobot_dataset, libero_episodes
+from tests.data.sources.datasets import TASKS, lerobot_dataset, libero_episodes, write_video
 from wav.config import IngestSettings
 from wav.data.sources import open_source
 from wav.data.store import EpisodeStore
@@ -189,8 +189,6 @@ def test_truncated_files_are_quarantined_by_name(data, lerobot_settings, root, t
 
 
 def test_short_video_names_the_first_missing_frame(data, lerobot_settings, root, tmp_path):
-    from tests.data.sources.datasets import write_video
-
     episodes = libero_episodes(4)
     lerobot_dataset(root, episodes, "v3.0")
     clips = [e["images"]["observation.images.image"] for e in episodes]
@@ -200,6 +198,34 @@ def test_short_video_names_the_first_missing_frame(data, lerobot_settings, root,
     (rejection,) = store.rejected
     assert rejection.episode.endswith("episode_000003")
     assert "truncated, frame 5 of 12" in rejection.reason
+
+
+def test_a_video_longer_than_its_table_is_quarantined(data, lerobot_settings, root, tmp_path):
+    episodes = libero_episodes(4)
+    lerobot_dataset(root, episodes, "v2.1")
+    clip = episodes[1]["images"]["observation.images.image2"]
+    path = root / "videos/chunk-000/observation.images.image2/episode_000001.mp4"
+    write_video(path, [clip, clip[:3]], 20)
+    store = run(data, lerobot_settings, tmp_path / "out")
+    (rejection,) = store.rejected
+    assert rejection.episode.endswith("episode_000001")
+    assert f"{path}: holds 15 frames where the episode's table has 12 rows" in rejection.reason
+    assert "download its video and table again" in rejection.reason
+    assert len(store) == 3
+
+
+def test_frames_that_no_episode_names_are_left_alone(data, lerobot_settings, root, tmp_path):
+    """v3.0 gives each episode's range: what lies between or behind them, of dropped episodes say, is nobody's."""
+    episodes = libero_episodes(4)
+    lerobot_dataset(root, episodes, "v3.0")
+    clips = [e["images"]["observation.images.image"] for e in episodes]
+    parts = [clips[0], clips[1], clips[0][:5], clips[2], clips[3], clips[1][:7]]
+    write_video(root / "videos/observation.images.image/chunk-000/file-000.mp4", parts, 20)
+    table_v3(START, lambda rows: [*rows[:2], *(row + 5 / 20 for row in rows[2:])])(root)
+    store = run(data, lerobot_settings, tmp_path / "out")
+    assert (len(store), store.rejected) == (4, ())
+    for number, clip in enumerate(clips):
+        np.testing.assert_array_equal(store[number].images["agentview"], clip)
 
 
 def test_frames_between_two_places_are_not_guessed(data, lerobot_settings, root, tmp_path):

@@ -98,18 +98,35 @@ def decode_image(data: bytes | None, size: tuple[int, int] | None, where: str) -
 
 
 def decode_video(
-    path: Path, start: float, count: int, fps: float, prepare: Preparation, size: tuple[int, int] | None
+    path: Path,
+    start: float,
+    count: int,
+    fps: float,
+    prepare: Preparation,
+    size: tuple[int, int] | None,
+    alone: bool = False,
 ) -> Images:
     """``count`` frames from ``start`` (s) on of a video at ``fps``, prepared, (count, height, width, 3).
 
     Frames are placed by their time stamps, so a missing one is noticed; only one decoded frame is held at a time.
 
+    Args:
+        path: the video.
+        start: time of the first frame.
+        count: frames wanted.
+        fps: frames per second.
+        prepare: what is done to every frame.
+        size: (H, W) they must have; None: any.
+        alone: the file should hold these frames and no others. Otherwise frames before and after them are other
+            episodes', or nobody's.
+
     Raises:
-        DataError: the file is missing, damaged or too short, or its frames have another size.
+        DataError: the file is missing, damaged, too short or, where ``alone``, too long, or its frames have another
+            size.
     """
     result = np.empty((count, prepare.height, prepare.width, 3), np.uint8)
     seen = np.zeros(count, bool)
-    where = str(path)
+    where, found = str(path), 0
     try:
         with av.open(where) as container:
             if not container.streams.video:
@@ -120,6 +137,7 @@ def decode_video(
             for frame in container.decode(stream):
                 if frame.time is None:
                     continue
+                found += 1
                 place = (frame.time - start) * fps
                 index = round(place)
                 if abs(place - index) > MAX_OFFSET and -1 < place < count:
@@ -127,9 +145,9 @@ def decode_video(
                         f"{where}: frame at {frame.time:.3f} s lies between two frames of an episode that begins at "
                         f"{start:.3f} s with fps = {fps:g}; correct from_timestamp or fps in the metadata"
                     )
-                if index >= count:
+                if index >= count and not alone:
                     break
-                if index >= 0:
+                if 0 <= index < count:
                     pixels = frame.to_ndarray(format="rgb24")
                     check_frame(pixels, size, f"{where}: frame at {frame.time:.3f} s")
                     result[index], seen[index] = prepare(pixels), True
@@ -142,5 +160,10 @@ def decode_video(
         raise DataError(
             f"{where}: truncated, frame {lost} of {count} (at {start + lost / fps:.3f} s) is missing; "
             "download the file again"
+        )
+    if alone and found > count:
+        raise DataError(
+            f"{where}: holds {found} frames where the episode's table has {count} rows, so which frame belongs to "
+            "which row is unknown; drop the episode, or download its video and table again"
         )
     return result

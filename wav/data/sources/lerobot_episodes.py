@@ -208,7 +208,8 @@ def _images(plan: Plan, entry: Entry, key: str, keep: NDArray[np.bool_], data: D
     feature = plan.features[key]
     if feature.dtype == "video":
         video = next(video for video in entry.videos if video.key == key)
-        frames = decode_video(video.path, video.start, entry.length, plan.fps, prepare, feature.image_size)
+        size, fps = feature.image_size, plan.fps
+        frames = decode_video(video.path, video.start, entry.length, fps, prepare, size, video.alone)
         return frames if keep.all() else frames[keep]
     column = _rows(entry, [key])[key].combine_chunks()
     if not pa.types.is_struct(column.type) or column.type.get_field_index("bytes") < 0:

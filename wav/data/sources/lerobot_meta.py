@@ -32,6 +32,8 @@ class Video:
     path: Path
     start: float
     """Time (s) of the episode's first frame in the file."""
+    alone: bool
+    """The file is this episode's (v2.x). In v3.0 the metadata names a range of it; frames in no range are nobody's."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,8 @@ def _entries_v2(root: Path, info: dict[str, Any], keys: tuple[str, ...], where: 
         index = _natural(row, "episode_index", path)
         place = {"episode_chunk": index // chunk, "episode_index": index}
         videos = tuple(
-            Video(key, root / _placed(info, "video_path", where, video_key=key, **place), 0.0) for key in keys
+            Video(key, root / _placed(info, "video_path", where, video_key=key, **place), 0.0, alone=True)
+            for key in keys
         )
         entries.append(
             Entry(
@@ -270,7 +273,7 @@ def _video_v3(root: Path, info: dict[str, Any], key: str, row: dict[str, Any], w
     if not isinstance(start, (int, float)) or not 0 <= start < math.inf:
         name = f"videos/{key}/from_timestamp of episode {row['episode_index']}"
         raise DataError(f"{where}: {name} = {start!r}: must be seconds from 0 on; {DOWNLOAD}")
-    return Video(key, path, float(start))
+    return Video(key, path, float(start), alone=False)
 
 
 def _placed(info: dict[str, Any], name: str, where: Path, **values: Any) -> str:
