@@ -157,6 +157,30 @@ def test_unsound_demonstration_is_quarantined_by_name(data, libero, hdf5_setting
         raise DataError(rejection.reason)
 
 
+def halve(group, *names) -> None:
+    for name in names:
+        replace(group[f"{name}/obs"], "agentview_rgb", group[f"{name}/obs/agentview_rgb"][:, ::2, ::2])
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_of_the_image_sizes_in_a_file_the_usual_one_counts(data, libero, hdf5_settings, tmp_path, odd):
+    edit(libero / f"{TASKS[0]}_demo.hdf5", lambda group: halve(group, f"demo_{odd}"))
+    store = run(data, hdf5_settings, tmp_path / "out")
+    (rejection,) = store.rejected
+    assert rejection.episode == f"libero_object/{TASKS[0]}/demo_{odd}"
+    assert "agentview_rgb is uint8 (12, 16, 16, 3) where uint8 (12, 32, 32, 3) is expected" in rejection.reason
+    assert len(store) == 5
+
+
+def test_of_equally_many_image_sizes_that_of_the_settings_counts(data, libero, hdf5_settings, tmp_path):
+    path = libero / f"{TASKS[0]}_demo.hdf5"
+    edit(path, lambda group: (group.pop("demo_2"), halve(group, "demo_0")))
+    for size, lost in ((32, "demo_0"), (16, "demo_1"), (24, "demo_1")):  # of neither: the first one's
+        sized = data.model_copy(update={"image_height": size, "image_width": size})
+        (rejection,) = run(sized, hdf5_settings, tmp_path / f"out-{size}", path=str(path)).rejected
+        assert rejection.episode.endswith(lost)
+
+
 def test_whichever_demonstration_is_no_group_is_quarantined(data, libero, hdf5_settings, tmp_path):
     for number in (0, 2):
         edit(libero / f"{TASKS[0]}_demo.hdf5", lambda group, n=f"demo_{number}": replace(group, n, np.zeros(3)))

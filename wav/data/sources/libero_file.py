@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ class TaskFile:
     demos: tuple[str, ...]
     lengths: tuple[int, ...]
     cameras: tuple[tuple[str, str, tuple[int, int]], ...]
-    """(view, name of the dataset under obs/, recorded (H, W))."""
+    """(view, name of the dataset under obs/, recorded (H, W)); one that holds others is refused."""
     rotation: str
     mirrored: bool
     after: bool
@@ -159,26 +160,37 @@ def _instruction(where: str, attributes: Any, task: str) -> str:
 def _cameras(
     where: str, group: Any, demos: tuple[str, ...], data: DataSettings, settings: IngestSettings
 ) -> tuple[tuple[str, str, tuple[int, int]], ...]:
-    """(view, dataset, (H, W)) of every view, from the first demonstration that has all cameras."""
-    best: dict[str, str] = {}
-    for demo in demos:
-        observed = observations(group[demo])
-        found = {}
-        for view in data.views:
-            usual = (*CAMERAS.get(view, ()), f"{view}_rgb", view)
-            names = (settings.cameras[view],) if view in settings.cameras else usual
-            name = next((n for n in names if n in observed and getattr(observed[n], "ndim", 0) == 4), "")
-            if name:
-                found[view] = name
-        best = max(best, found, key=len)
-        if len(found) == len(data.views):
-            return tuple((v, n, (int(observed[n].shape[1]), int(observed[n].shape[2]))) for v, n in found.items())
+    """(view, dataset, (H, W)) of every view, as most of the demonstrations that have all cameras hold it."""
+    found = [_recorded(group[demo], data, settings) for demo in demos]
+    whole = [cameras for cameras in found if len(cameras) == len(data.views)]
+    if whole:
+        size = (data.image_height, data.image_width)
+        return tuple((view, *_usual([cameras[view] for cameras in whole], size)) for view in data.views)
+    best = max(found, key=len)
     lacking = next(view for view in data.views if view not in best)
     have = sorted(observations(group[demos[0]]))
     raise ConfigError(
         f"{where}: no demonstration has camera {lacking!r} of data.views; obs/ holds {', '.join(have)}; "
         f"name the right one in ingest.cameras.{lacking}"
     )
+
+
+def _recorded(demo: Any, data: DataSettings, settings: IngestSettings) -> dict[str, tuple[str, tuple[int, int]]]:
+    """(dataset, (H, W)) of the views that a demonstration holds."""
+    observed, found = observations(demo), {}
+    for view in data.views:
+        usual = (*CAMERAS.get(view, ()), f"{view}_rgb", view)
+        names = (settings.cameras[view],) if view in settings.cameras else usual
+        name = next((n for n in names if n in observed and getattr(observed[n], "ndim", 0) == 4), "")
+        if name:
+            found[view] = (name, (int(observed[name].shape[1]), int(observed[name].shape[2])))
+    return found
+
+
+def _usual(cameras: list[tuple[str, tuple[int, int]]], size: tuple[int, int]) -> tuple[str, tuple[int, int]]:
+    """The (dataset, (H, W)) that most demonstrations have; of equally many the one of ``size``, then the first."""
+    counts = Counter(cameras)
+    return max(counts, key=lambda camera: (counts[camera], camera[1] == size))
 
 
 def _length(demo: Any) -> int:

@@ -281,6 +281,7 @@ def _images(
     data = obs[key]
     if data.dtype != np.uint8 or data.shape != wanted:
         raise DataError(
-            f"obs/{key} is {data.dtype} {data.shape} where uint8 {wanted} is expected; record every frame alike"
+            f"obs/{key} is {data.dtype} {data.shape} where uint8 {wanted} is expected; record every frame alike, in "
+            "the size that most of the file's demonstrations have"
         )
     return prepare.stack((data[int(step)] for step in np.flatnonzero(keep)), int(keep.sum()))
