@@ -1,4 +1,4 @@
-"""Frames of datasets: decoding (mp4, PNG and JPEG bytes), rotation and size, one frame or episode at a time.
+"""Frames of datasets: decoding of PNG and JPEG bytes, rotation and size, one frame or episode at a time.
 
 Sizes are in pixels; images are (H, W, 3) uint8, RGB.
 """
@@ -8,10 +8,8 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
 
 Images = NDArray[np.uint8]
 RESIZE = "lanczos"
-MAX_OFFSET = 0.25
-"""Share of a frame's time by which a video's time stamps may miss the metadata's: at a half, which frame is a guess."""
 
 
 @dataclass(frozen=True)
@@ -95,75 +91,3 @@ def decode_image(data: bytes | None, size: tuple[int, int] | None, where: str) -
         raise DataError(f"{where} is not a readable image ({error}); download the file again") from None
     check_frame(frame, size, where)
     return frame
-
-
-def decode_video(
-    path: Path,
-    start: float,
-    count: int,
-    fps: float,
-    prepare: Preparation,
-    size: tuple[int, int] | None,
-    alone: bool = False,
-) -> Images:
-    """``count`` frames from ``start`` (s) on of a video at ``fps``, prepared, (count, height, width, 3).
-
-    Frames are placed by their time stamps, so a missing one is noticed; only one decoded frame is held at a time.
-
-    Args:
-        path: the video.
-        start: time of the first frame.
-        count: frames wanted.
-        fps: frames per second.
-        prepare: what is done to every frame.
-        size: (H, W) they must have; None: any.
-        alone: the file should hold these frames and no others. Otherwise frames before and after them are other
-            episodes', or nobody's.
-
-    Raises:
-        DataError: the file is missing, damaged, too short or, where ``alone``, too long, or its frames have another
-            size.
-    """
-    result = np.empty((count, prepare.height, prepare.width, 3), np.uint8)
-    seen = np.zeros(count, bool)
-    where, found = str(path), 0
-    try:
-        with av.open(where) as container:
-            if not container.streams.video:
-                raise DataError(f"{where}: holds no video stream; download the file again")
-            stream = container.streams.video[0]
-            if start > 0 and stream.time_base is not None:
-                container.seek(int(start / stream.time_base), stream=stream, backward=True)
-            for frame in container.decode(stream):
-                if frame.time is None:
-                    continue
-                found += 1
-                place = (frame.time - start) * fps
-                index = round(place)
-                if abs(place - index) > MAX_OFFSET and -1 < place < count:
-                    raise DataError(
-                        f"{where}: frame at {frame.time:.3f} s lies between two frames of an episode that begins at "
-                        f"{start:.3f} s with fps = {fps:g}; correct from_timestamp or fps in the metadata"
-                    )
-                if index >= count and not alone:
-                    break
-                if 0 <= index < count:
-                    pixels = frame.to_ndarray(format="rgb24")
-                    check_frame(pixels, size, f"{where}: frame at {frame.time:.3f} s")
-                    result[index], seen[index] = prepare(pixels), True
-    except FileNotFoundError:
-        raise DataError(f"{where}: missing; download the dataset again") from None
-    except av.error.FFmpegError as error:
-        raise DataError(f"{where}: damaged or truncated video ({error}); download the file again") from None
-    if not seen.all():
-        lost = int(np.flatnonzero(~seen)[0])
-        raise DataError(
-            f"{where}: truncated, frame {lost} of {count} (at {start + lost / fps:.3f} s) is missing; "
-            "download the file again"
-        )
-    if alone and found > count:
-        raise DataError(
-            f"{where}: holds {found} frames where the episode's table has {count} rows, so which frame belongs to "
-            "which row is unknown; drop the episode, or download its video and table again"
-        )
-    return result

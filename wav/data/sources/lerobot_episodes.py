@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 from wav.data.conventions import ABSOLUTE_ACTIONS, DELTA_ACTIONS
 from wav.data.episode import Episode
 from wav.data.sources import checks
-from wav.data.sources.frames import decode_image, decode_video, preparation
-from wav.data.sources.lerobot_meta import Entry, Feature, column_types, read_parquet
+from wav.data.sources.frames import decode_image, preparation
+from wav.data.sources.kept import kept_files_closed
+from wav.data.sources.lerobot_meta import Entry, Feature
+from wav.data.sources.lerobot_rows import episode_rows
+from wav.data.sources.videos import Clip, decode_video
 from wav.data.store import Rejection
 from wav.errors import DataError
 
@@ -22,14 +25,6 @@ if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
 
 _SAMPLES = 6  # episodes whose numbers settle the gripper
-_INDICES = ("episode_index", "frame_index")
-#: column -> (test of its type, what it should hold)
-_SCALARS: Mapping[str, tuple[Callable[[pa.DataType], bool], str]] = {
-    "episode_index": (pa.types.is_integer, "integers"),
-    "frame_index": (pa.types.is_integer, "integers"),
-    "task_index": (pa.types.is_integer, "integers"),
-    "timestamp": (pa.types.is_floating, "seconds as floating-point numbers"),
-}
 
 
 @dataclass(frozen=True)
@@ -61,17 +56,18 @@ def gripper_samples(plan: Plan, entries: tuple[Entry, ...]) -> Iterator[tuple[ch
     """
     refused: DataError | None = None
     sound = False
-    for entry in entries[:: max(1, len(entries) // _SAMPLES)][:_SAMPLES]:
-        try:
-            table = _rows(entry, [plan.state, plan.action])
-            state = _numbers(table, plan.state, 8)
-            command = _numbers(table, plan.action, 7)[:, 6]
-        except DataError as error:
-            refused = refused or DataError(f"episode {entry.index}: {error}")
-            continue
-        if len(command):
-            sound = True
-            yield command, state[:, 6] - state[:, 7]
+    with kept_files_closed():
+        for entry in entries[:: max(1, len(entries) // _SAMPLES)][:_SAMPLES]:
+            try:
+                table = episode_rows(entry, [plan.state, plan.action])
+                state = _numbers(table, plan.state, 8)
+                command = _numbers(table, plan.action, 7)[:, 6]
+            except DataError as error:
+                refused = refused or DataError(f"episode {entry.index}: {error}")
+                continue
+            if len(command):
+                sound = True
+                yield command, state[:, 6] - state[:, 7]
     if refused is not None and not sound:
         raise refused
 
@@ -102,7 +98,7 @@ def _read_episode(
     columns = ["frame_index", "timestamp", "task_index", plan.state, plan.action]
     columns += [plan.joints] if plan.joints else []
     columns += ["next.success"] if plan.success else []
-    table = _rows(entry, columns)
+    table = episode_rows(entry, columns)
     _check_rows(plan, entry, table)
     state, actions = _numbers(table, plan.state, data.state_dim), _numbers(table, plan.action, data.action_dim)
     if plan.kind == DELTA_ACTIONS:
@@ -130,21 +126,6 @@ def _read_episode(
         seed=-1,
         source=f"lerobot:{plan.version}#{entry.index}",
     )
-
-
-def _rows(entry: Entry, columns: list[str]) -> pa.Table:
-    """The rows of one episode, by frame."""
-    have = column_types(entry.data)
-    lacking = [name for name in (*columns, *_INDICES) if name not in have]
-    if lacking:
-        raise DataError(f"{entry.data}: column {lacking[0]!r} is missing; download the dataset again")
-    for name in {*columns, *_INDICES} & set(_SCALARS):
-        kind, (fits, wanted_kind) = have[name], _SCALARS[name]
-        if not fits(kind):
-            raise DataError(f"{entry.data}: column {name!r} has type {kind}; record {wanted_kind}")
-    wanted = list(dict.fromkeys([*columns, "frame_index"]))
-    table = read_parquet(entry.data, wanted, filters=[("episode_index", "=", entry.index)])
-    return table.sort_by("frame_index")
 
 
 def _check_rows(plan: Plan, entry: Entry, table: pa.Table) -> None:
@@ -208,10 +189,10 @@ def _images(plan: Plan, entry: Entry, key: str, keep: NDArray[np.bool_], data: D
     feature = plan.features[key]
     if feature.dtype == "video":
         video = next(video for video in entry.videos if video.key == key)
-        size, fps = feature.image_size, plan.fps
-        frames = decode_video(video.path, video.start, entry.length, fps, prepare, size, video.alone)
+        clip = Clip(video.path, video.start, entry.length, plan.fps, feature.image_size, video.alone)
+        frames = decode_video(clip, prepare)
         return frames if keep.all() else frames[keep]
-    column = _rows(entry, [key])[key].combine_chunks()
+    column = episode_rows(entry, [key])[key].combine_chunks()
     if not pa.types.is_struct(column.type) or column.type.get_field_index("bytes") < 0:
         raise DataError(f"{entry.data}: column {key!r} has type {column.type}; store images as bytes, or as video")
     pictures = column.field("bytes")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,32 +180,31 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_parquet(path: Path, columns: list[str] | None = None, **options: Any) -> pa.Table:
-    """Columns of a parquet file.
-
-    Raises:
-        DataError: it is missing, damaged, or lacks a column.
-    """
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading a parquet file into a DataError that names it."""
     try:
-        return pq.read_table(path, columns=columns, use_threads=False, **options)
+        yield
     except FileNotFoundError:
         raise DataError(f"{path}: missing; {DOWNLOAD}") from None
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(f"{path}: truncated or damaged parquet ({' '.join(str(error).split())}); {DOWNLOAD}") from None
 
 
+def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Columns of a parquet file.
+
+    Raises:
+        DataError: it is missing, damaged, or lacks a column.
+    """
+    with damage_named(path):
+        return pq.read_table(path, columns=columns, use_threads=False)
+
+
 def parquet_columns(path: Path) -> list[str]:
     """Names of a parquet file's columns; DataError as :func:`read_parquet`."""
-    return list(column_types(path))
-
-
-def column_types(path: Path) -> dict[str, pa.DataType]:
-    """Columns of a parquet file with their types; DataError as :func:`read_parquet`."""
-    try:
-        schema = pq.read_schema(path)
-        return dict(zip(schema.names, schema.types, strict=True))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: truncated or damaged parquet ({' '.join(str(error).split())}); {DOWNLOAD}") from None
+    with damage_named(path):
+        return list(pq.read_schema(path).names)
 
 
 def _tasks(root: Path, version: str) -> dict[int, str]:

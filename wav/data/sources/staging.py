@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.files import canonical_digest, read_json, require_free_space, write_json
+from wav.data.sources.kept import kept_files_closed
 from wav.data.store import EpisodeStore, EpisodeStoreWriter, Rejection
 from wav.errors import DataError, SimulationError, StorageError
 
@@ -93,8 +94,9 @@ class DatasetSource(ABC):
 
     def outcomes(self, workers: int) -> Iterator[Episode | Rejection]:
         """Episodes and rejections one by one in this process (``workers`` changes nothing here)."""
-        for job in self.jobs():
-            yield from job.read(*job.arguments)
+        with kept_files_closed():
+            for job in self.jobs():
+                yield from job.read(*job.arguments)
 
     def job(
         self, read: Callable[..., Iterator[Episode | Rejection]], arguments: tuple[Any, ...], size: int, **what: Any
@@ -235,9 +237,10 @@ def collect(jobs: Sequence[Job], conventions: Conventions, folder: Path, workers
 def _run(arguments: list[tuple[Any, ...]], workers: int) -> Iterator[tuple[int, Exception | None]]:
     """(number of the job, None or its error) as jobs finish."""
     if workers == 1 or len(arguments) == 1:
-        for number, job in enumerate(arguments):
-            stage(*job)
-            yield number, None
+        with kept_files_closed():
+            for number, job in enumerate(arguments):
+                stage(*job)
+                yield number, None
         return
     from wav.sim.workers import map_in_processes
 

@@ -1,0 +1,157 @@
+"""Videos of datasets: the frames of one episode at a time, decoded in the order they lie in, each file opened once.
+
+A file stays open from one episode to the next (:mod:`wav.data.sources.kept`), and an episode that begins where the last
+one ended is decoded on from there; any other is sought.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from numpy.typing import NDArray
+
+from wav.data.sources.frames import Images, Preparation, check_frame
+from wav.data.sources.kept import kept_files
+from wav.errors import DataError
+
+MAX_OFFSET = 0.25
+"""Share of a frame's time by which a video's time stamps may miss the metadata's: at a half, which frame is a guess."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An episode's part of a video."""
+
+    path: Path
+    start: float
+    """Time (s) of its first frame."""
+    count: int
+    """Frames."""
+    fps: float
+    size: tuple[int, int] | None
+    """(H, W) that the frames must have; None: any."""
+    alone: bool
+    """The file should hold these frames and no others; otherwise those around them are other episodes', or nobody's."""
+
+    def place(self, seconds: float) -> float:
+        """Where a frame of that time lies, counted in frames from the first."""
+        return (seconds - self.start) * self.fps
+
+    def index(self, seconds: float) -> int:
+        """The same as a whole number; DataError for a frame inside the clip that lies between two places."""
+        place = self.place(seconds)
+        index = round(place)
+        if abs(place - index) > MAX_OFFSET and -1 < place < self.count:
+            raise DataError(
+                f"{self.path}: frame at {seconds:.3f} s lies between two frames of an episode that begins at "
+                f"{self.start:.3f} s with fps = {self.fps:g}; correct from_timestamp or fps in the metadata"
+            )
+        return index
+
+
+class VideoFile:
+    """An open video; remembers the frame it stopped at."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._converter = path, VideoReformatter()
+        self._open()
+
+    def _open(self) -> None:
+        self._container = av.open(str(self.path))
+        if not self._container.streams.video:
+            self._container.close()
+            raise DataError(f"{self.path}: holds no video stream; download the file again")
+        self._stream = self._container.streams.video[0]
+        self._frames: Iterator[av.VideoFrame] = self._container.decode(self._stream)
+        self._next: av.VideoFrame | None = None
+        self._begun = False
+        self.ended = False
+        """All frames were read."""
+
+    def frames(self, clip: Clip) -> Iterator[tuple[float, av.VideoFrame]]:
+        """(time in s, frame) from at or before the clip's first frame on; the one stopped at comes again next time."""
+        waiting = self._next is not None and abs(clip.place(self._next.time)) <= MAX_OFFSET
+        first = [self._next] if waiting else []
+        if not waiting:
+            self._seek(clip.start)
+        self._begun = True
+        for frame in chain(first, self._frames):
+            if frame.time is not None:
+                self._next = frame
+                yield float(frame.time), frame
+        self._next, self.ended = None, True
+
+    def pixels(self, frame: av.VideoFrame) -> Images:
+        """(H, W, 3) RGB, through one converter for all frames: making one costs more than a small frame's decoding."""
+        return np.asarray(self._converter.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
+
+    def _seek(self, start: float) -> None:
+        """To a key frame at or before ``start`` (s); the beginning is read from a file opened anew, as any other is."""
+        if start > 0 and self._stream.time_base is not None:
+            self._container.seek(int(start / self._stream.time_base), stream=self._stream, backward=True)
+            self._frames = self._container.decode(self._stream)
+        elif self._begun:
+            self.close()
+            self._open()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._next, self._frames = None, iter(())
+        self._container.close()
+
+
+VIDEOS = kept_files(VideoFile)
+
+
+def decode_video(clip: Clip, prepare: Preparation) -> Images:
+    """The clip's frames, prepared, (count, height, width, 3) uint8.
+
+    Frames are placed by their time stamps, so a missing one is noticed; decoded frames are held one by one.
+
+    Raises:
+        DataError: the file is missing, damaged, too short or, where the clip is alone in it, too long, or its frames
+            have another size.
+    """
+    try:
+        with VIDEOS.using(clip.path) as video:
+            result, seen, found = _decode(video, clip, prepare)
+            if video.ended:
+                VIDEOS.drop(clip.path)  # no episode goes on here
+    except FileNotFoundError:
+        raise DataError(f"{clip.path}: missing; download the dataset again") from None
+    except av.error.FFmpegError as error:
+        raise DataError(f"{clip.path}: damaged or truncated video ({error}); download the file again") from None
+    if not seen.all():
+        lost = int(np.flatnonzero(~seen)[0])
+        raise DataError(
+            f"{clip.path}: truncated, frame {lost} of {clip.count} (at {clip.start + lost / clip.fps:.3f} s) is "
+            "missing; download the file again"
+        )
+    if clip.alone and found > clip.count:
+        raise DataError(
+            f"{clip.path}: holds {found} frames where the episode's table has {clip.count} rows, so which frame "
+            "belongs to which row is unknown; drop the episode, or download its video and table again"
+        )
+    return result
+
+
+def _decode(video: VideoFile, clip: Clip, prepare: Preparation) -> tuple[Images, NDArray[np.bool_], int]:
+    """The clip's frames, which of them are there, and how many frames were read."""
+    result = np.empty((clip.count, prepare.height, prepare.width, 3), np.uint8)
+    seen, found = np.zeros(clip.count, bool), 0
+    for seconds, frame in video.frames(clip):
+        found += 1
+        index = clip.index(seconds)
+        if index >= clip.count and not clip.alone:
+            break
+        if 0 <= index < clip.count:
+            pixels = video.pixels(frame)
+            check_frame(pixels, clip.size, f"{clip.path}: frame at {seconds:.3f} s")
+            result[index], seen[index] = prepare(pixels), True
+    return result, seen, found
