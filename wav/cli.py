@@ -61,6 +61,21 @@ def act(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _act_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Options of ``wav act``."""
+    command = commands.add_parser("act", help="run an exported policy in a simulator")
+    command.add_argument("export", type=Path, help="folder that the export stage wrote")
+    command.add_argument("--suite", default="tabletop", help="task suite (default: tabletop)")
+    command.add_argument("--task", action="append", default=[], help="task, may be repeated (default: the export's)")
+    command.add_argument("--episodes", type=_positive, default=2, help="episodes in all (default: 2)")
+    command.add_argument("--condition", choices=_CONDITIONS, default="planned")
+    command.add_argument("--seed", type=int, default=7, help="seed of the policy's noise (default: 7)")
+    command.add_argument("--execute-steps", type=_positive, default=8, help="actions executed per call (default: 8)")
+    command.add_argument("--workers", type=_positive, help="simulator processes (default: WAV_WORKERS or the cores)")
+    command.add_argument("--videos", type=Path, help="folder for one mp4 per episode")
+    command.set_defaults(run=act)
+
+
 def evaluate(arguments: argparse.Namespace) -> int:
     """``wav eval --replay``: a recorded episode run again; status 1 where it comes out otherwise."""
     from wav.evaluation.rerun import rerun_episode
@@ -69,6 +84,14 @@ def evaluate(arguments: argparse.Namespace) -> int:
     for line in found.lines:
         _say(line)
     return 0 if found.same else 1
+
+
+def _eval_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Options of ``wav eval``."""
+    command = commands.add_parser("eval", help="run a recorded episode again and compare")
+    command.add_argument("--replay", required=True, type=Path, metavar="EPISODE.json", help="record of the episode")
+    command.add_argument("--export", default=Path("export"), type=Path, help="the policy (default: export)")
+    command.set_defaults(run=evaluate)
 
 
 def libero_table(arguments: argparse.Namespace) -> int:
@@ -143,11 +166,27 @@ def doctor(arguments: argparse.Namespace) -> int:
     return 0 if good else 1
 
 
+def _doctor_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Options of ``wav doctor``."""
+    command = commands.add_parser("doctor", help="check renderer, versions, services and disk")
+    command.add_argument("--json", action="store_true", help="findings as JSON")
+    command.set_defaults(run=doctor)
+
+
 def config_check(arguments: argparse.Namespace) -> int:
     """``wav config check``: one line, status 1 if the file is not valid."""
     load_settings(arguments.path)
     _say(f"{arguments.path}: valid")
     return 0
+
+
+def _config_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Options of ``wav config``."""
+    command = commands.add_parser("config", help="parameter files")
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser("check", help="check a parameter file")
+    check.add_argument("path", nargs="?", default="params.yaml")
+    check.set_defaults(run=config_check)
 
 
 def summary(arguments: argparse.Namespace) -> int:
@@ -161,6 +200,15 @@ def summary(arguments: argparse.Namespace) -> int:
     for line in (str(arguments.path), *lines(settings, arguments.gpus)):
         _say(line)
     return 0
+
+
+def _summary_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Options of ``wav summary``."""
+    command = commands.add_parser("summary", help="layers, parameters, operations and memory of a parameter file")
+    command.add_argument("path", nargs="?", default="params.yaml", help="parameter file (default: params.yaml)")
+    command.add_argument("--gpus", type=_positive, default=8, help="GPUs that ZeRO shards over (default: 8)")
+    command.add_argument("--json", action="store_true", help="the numbers as JSON (operations, bytes)")
+    command.set_defaults(run=summary)
 
 
 def storage(arguments: argparse.Namespace) -> int:
@@ -228,6 +276,18 @@ def render(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _render_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Options of ``wav render``."""
+    command = commands.add_parser("render", help="the first frame of an initial state as a picture")
+    command.add_argument("suite", help="tabletop, libero_spatial, ...")
+    command.add_argument("--task", action="append", default=[], help="task (default: the suite's first)")
+    command.add_argument("--index", type=int, default=0, help="initial state (default: 0)")
+    command.add_argument("--size", type=_positive, default=256, help="pixels per side (default: 256)")
+    command.add_argument("--render", choices=("fast", "full"), default="full")
+    command.add_argument("--out", type=Path, default=Path("first-frame.png"), help="PNG (default: first-frame.png)")
+    command.set_defaults(run=render)
+
+
 def replay(arguments: argparse.Namespace) -> int:
     """``wav replay``: stored demonstrations open loop; status 1 if too few succeed again."""
     from wav.data.store import EpisodeStore
@@ -249,6 +309,16 @@ def replay(arguments: argparse.Namespace) -> int:
     return 0 if report.passed else 1
 
 
+def _replay_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Options of ``wav replay``."""
+    command = commands.add_parser("replay", help="replay stored demonstrations open loop in the simulator")
+    command.add_argument("store", nargs="?", type=Path, default=Path("data/episodes"), help="default: data/episodes")
+    command.add_argument("--params", default="params.yaml", help="parameters the store was made with")
+    command.add_argument("--episodes", type=int, default=20, help="how many, spread over the store (0: all)")
+    command.add_argument("--workers", type=_positive, help="simulator processes (default: WAV_WORKERS or the cores)")
+    command.set_defaults(run=replay)
+
+
 def export_hdf5(arguments: argparse.Namespace) -> int:
     """``wav export-hdf5``: an episode store as LIBERO's HDF5 files, one line per file."""
     from wav.data.sinks.libero_hdf5 import Recover
@@ -268,56 +338,8 @@ def export_hdf5(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    """All commands; each sets ``run``."""
-    top = argparse.ArgumentParser(prog="wav", description="World-Value-Action policies: run, check, inspect")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    command = commands.add_parser("act", help="run an exported policy in a simulator")
-    command.add_argument("export", type=Path, help="folder that the export stage wrote")
-    command.add_argument("--suite", default="tabletop", help="task suite (default: tabletop)")
-    command.add_argument("--task", action="append", default=[], help="task, may be repeated (default: the export's)")
-    command.add_argument("--episodes", type=_positive, default=2, help="episodes in all (default: 2)")
-    command.add_argument("--condition", choices=_CONDITIONS, default="planned")
-    command.add_argument("--seed", type=int, default=7, help="seed of the policy's noise (default: 7)")
-    command.add_argument("--execute-steps", type=_positive, default=8, help="actions executed per call (default: 8)")
-    command.add_argument("--workers", type=_positive, help="simulator processes (default: WAV_WORKERS or the cores)")
-    command.add_argument("--videos", type=Path, help="folder for one mp4 per episode")
-    command.set_defaults(run=act)
-
-    command = commands.add_parser("eval", help="run a recorded episode again and compare")
-    command.add_argument("--replay", required=True, type=Path, metavar="EPISODE.json", help="record of the episode")
-    command.add_argument("--export", default=Path("export"), type=Path, help="the policy (default: export)")
-    command.set_defaults(run=evaluate)
-
-    _libero_table_parser(commands)
-
-    command = commands.add_parser("doctor", help="check renderer, versions, services and disk")
-    command.add_argument("--json", action="store_true", help="findings as JSON")
-    command.set_defaults(run=doctor)
-
-    command = commands.add_parser("summary", help="layers, parameters, operations and memory of a parameter file")
-    command.add_argument("path", nargs="?", default="params.yaml", help="parameter file (default: params.yaml)")
-    command.add_argument("--gpus", type=_positive, default=8, help="GPUs that ZeRO shards over (default: 8)")
-    command.add_argument("--json", action="store_true", help="the numbers as JSON (operations, bytes)")
-    command.set_defaults(run=summary)
-
-    command = commands.add_parser("render", help="the first frame of an initial state as a picture")
-    command.add_argument("suite", help="tabletop, libero_spatial, ...")
-    command.add_argument("--task", action="append", default=[], help="task (default: the suite's first)")
-    command.add_argument("--index", type=int, default=0, help="initial state (default: 0)")
-    command.add_argument("--size", type=_positive, default=256, help="pixels per side (default: 256)")
-    command.add_argument("--render", choices=("fast", "full"), default="full")
-    command.add_argument("--out", type=Path, default=Path("first-frame.png"), help="PNG (default: first-frame.png)")
-    command.set_defaults(run=render)
-
-    command = commands.add_parser("replay", help="replay stored demonstrations open loop in the simulator")
-    command.add_argument("store", nargs="?", type=Path, default=Path("data/episodes"), help="default: data/episodes")
-    command.add_argument("--params", default="params.yaml", help="parameters the store was made with")
-    command.add_argument("--episodes", type=int, default=20, help="how many, spread over the store (0: all)")
-    command.add_argument("--workers", type=_positive, help="simulator processes (default: WAV_WORKERS or the cores)")
-    command.set_defaults(run=replay)
-
+def _export_hdf5_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Options of ``wav export-hdf5``."""
     command = commands.add_parser("export-hdf5", help="demonstrations in LIBERO's own HDF5 layout")
     command.add_argument("store", type=Path, help="episode store, such as data/episodes")
     command.add_argument("folder", type=Path, help="new folder for one <task>_demo.hdf5 per task")
@@ -331,12 +353,20 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--params", default="params.yaml", help="--states: parameters the store was made with")
     command.set_defaults(run=export_hdf5)
 
-    command = commands.add_parser("config", help="parameter files")
-    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
-    check = actions.add_parser("check", help="check a parameter file")
-    check.add_argument("path", nargs="?", default="params.yaml")
-    check.set_defaults(run=config_check)
 
+def parser() -> argparse.ArgumentParser:
+    """All commands; each sets ``run``."""
+    top = argparse.ArgumentParser(prog="wav", description="World-Value-Action policies: run, check, inspect")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _act_parser(commands)
+    _eval_parser(commands)
+    _libero_table_parser(commands)
+    _doctor_parser(commands)
+    _summary_parser(commands)
+    _render_parser(commands)
+    _replay_parser(commands)
+    _export_hdf5_parser(commands)
+    _config_parser(commands)
     _storage_parser(commands)
     return top
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings, parse_settings
 from wav.data.files import read_json, write_json, write_text
+from wav.data.store import EpisodeStore
 from wav.errors import ConfigError
 from wav.evaluation.act import exported_data, policy_for_suite
 from wav.evaluation.evaluate import Progress, evaluate
@@ -151,6 +152,26 @@ def libero_table(
     for suite in protocol.suites:
         if suite not in SUITES:
             raise ConfigError(f"--suite = {suite}: not in the table; its suites are {', '.join(SUITES)}")
+    manifest, own = _trained_on_libero(export)
+    simulator_versions(protocol.suites[0])
+    policy = Policy.load(export, batch_size=protocol.batch_size, device=device)
+    store = own_store(policy, demonstrations) if demonstrations is not None else None
+    if store is not None:
+        refuse_failed(store)
+    heading = _heading(export, manifest, own, protocol)
+    evaluation = _Evaluation(export, policy, heading["checkpoint"], protocol, workers, store, report)
+    metrics: dict[str, dict[str, Any]] = {}
+    table = make_table(metrics, heading, complete=not protocol.tasks)
+    for suite in protocol.suites:
+        metrics[suite] = evaluation.suite(suite, out / suite)
+        table = make_table(metrics, heading, complete=not protocol.tasks)
+        write_json(out / "table.json", as_json(table))
+        write_text(out / "table.md", markdown(table))
+    return table
+
+
+def _trained_on_libero(export: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Manifest and settings of a sound export; CheckpointError where it is damaged, ConfigError for another robot's."""
     manifest = verify_export(export)
     own = read_json(export / "settings.json", "export the policy again (`dvc repro export`)")
     if own["data"]["suite"] not in LIBERO_SUITES:
@@ -158,37 +179,42 @@ def libero_table(
             f"{export}: trained on {own['data']['suite']!r}, whose scenes and conventions are not LIBERO's; "
             "give an export trained on LIBERO data (presets/libero.yaml)"
         )
-    simulator_versions(protocol.suites[0])
-    digest = str(manifest["checkpoint"]["digest"])
-    policy = Policy.load(export, batch_size=protocol.batch_size, device=device)
-    store = own_store(policy, demonstrations) if demonstrations is not None else None
-    if store is not None:
-        refuse_failed(store)
-    heading = _heading(export, manifest, own, protocol)
-    metrics: dict[str, dict[str, Any]] = {}
-    table = make_table(metrics, heading, complete=not protocol.tasks)
-    for suite in protocol.suites:
-        data = exported_data(export, suite, protocol.tasks).model_copy(update={"tasks": protocol.tasks})
+    return manifest, own
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What is the same for every suite."""
+
+    export: Path
+    policy: Policy
+    checkpoint: str
+    protocol: Protocol
+    workers: int
+    store: EpisodeStore | None
+    """The demonstrations it was trained on, where they are at hand."""
+    report: Callable[[str], None]
+
+    def suite(self, suite: str, out: Path) -> dict[str, Any]:
+        """Evaluate one suite into ``out``; its metrics."""
+        protocol, policy = self.protocol, self.policy
+        data = exported_data(self.export, suite, protocol.tasks).model_copy(update={"tasks": protocol.tasks})
         sections = _Sections(data, policy.planner, protocol.settings(data))
-        report(f"{suite}: {SUITES[suite]}")
+        self.report(f"{suite}: {SUITES[suite]}")
         policy_for_suite(policy, data)
-        with SimPool(suite, data, workers=workers, slots=protocol.batch_size) as pool:
-            same = store if store is not None and store.conventions.suite == suite else None
-            began = check_all(policy, data, pool=pool, out=out / suite, store=same)
-            metrics[suite] = evaluate(
+        with SimPool(suite, data, workers=self.workers, slots=protocol.batch_size) as pool:
+            same = self.store if self.store is not None and self.store.conventions.suite == suite else None
+            began = check_all(policy, data, pool=pool, out=out, store=same)
+            return evaluate(
                 sections,
                 policy,
-                out / suite,
+                out,
                 pool=pool,
-                checkpoint=digest,
+                checkpoint=self.checkpoint,
                 with_value=policy.model.shapes.value is not None,
                 start=began.as_dict(),
-                progress=_Teller(suite, report),
+                progress=_Teller(suite, self.report),
             )
-        table = make_table(metrics, heading, complete=not protocol.tasks)
-        write_json(out / "table.json", as_json(table))
-        write_text(out / "table.md", markdown(table))
-    return table
 
 
 def _heading(export: Path, manifest: Mapping[str, Any], own: Mapping[str, Any], protocol: Protocol) -> dict[str, Any]:
