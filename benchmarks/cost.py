@@ -1,7 +1,10 @@
 """What one retrain costs at the paper's size: GPU hours, and gigabytes in S3. A projection, not a measurement.
 
 Operations and parameters come from the parameter file (``wav summary``). Bytes per parameter of a checkpoint and bytes
-per frame of the stores are measured on a workspace that ran, whatever its size, and scaled up.
+per frame of the stores are measured on a workspace that ran and scaled up. Its model should have millions of
+parameters, or what does not grow with them (rows, names, code) counts: ``presets/smoke.yaml`` with ``layers: 4``,
+``heads: 4``, ``head_dim: 64``, and ``precision: bf16``, ``zero_stage: 2`` in ``pretrain_video``, gives 18.1 bytes per
+parameter, and with its own model 22.
 
     python benchmarks/cost.py --workspace workspaces/smoke --json benchmarks/results/cost.json
 """
