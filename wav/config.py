@@ -255,6 +255,7 @@ class ExportSettings(Section):
 
     name: str = Field("wav-tabletop", pattern=r"^[A-Za-z0-9._-]+$")
     dtype: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = Field(False, description="plan on compiled code and CUDA graphs; no effect where CPU kernels run")
 
 
 #: Which sections of params.yaml each stage may read; dvc.yaml lists the same (tests/test_pipeline.py compares).

@@ -246,12 +246,17 @@ def verify_export(folder: str | Path) -> dict[str, Any]:
 
 
 def load_export(
-    folder: str | Path, *, batch_size: int = 8, device: str = "auto", planner: PlannerSettings | None = None
+    folder: str | Path,
+    *,
+    batch_size: int = 8,
+    device: str = "auto",
+    planner: PlannerSettings | None = None,
+    compile: bool | None = None,
 ) -> Policy:
-    """Load a verified export; ``planner`` overrides its planner settings.
+    """Load a verified export; ``planner`` and ``compile`` override its settings.
 
     Raises:
         CheckpointError: a file is missing or altered.
     """
     verify_export(folder)
-    return Policy.load(folder, batch_size=batch_size, device=device, planner=planner)
+    return Policy.load(folder, batch_size=batch_size, device=device, planner=planner, compile=compile)

@@ -25,13 +25,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from wav import lanes
-from wav.config import DataSettings, PlannerSettings
+from wav.config import DataSettings, ExportSettings, PlannerSettings
 from wav.data.conventions import DELTA_ACTIONS, Conventions
 from wav.data.files import canonical_digest, file_digest, read_json
 from wav.data.statistics import Statistics
 from wav.errors import CheckpointError, DataError
-from wav.model.inference import WAVPlannerModel, noise_shapes
+from wav.model.compiled import CompiledPlannerModel, planner_model
+from wav.model.inference import noise_shapes
 from wav.planner import CONDITIONS, Condition, Plan, RowKey, SeededNoise, spread
+from wav.policy_parts import check_parts
 from wav.sim.env import Observation
 
 if TYPE_CHECKING:
@@ -96,6 +98,7 @@ class Policy:
         device: cpu, cuda, cuda:1, or auto.
         prompts: instruction -> embedding (L, Ct), mask (L,).
         digest: names the weights.
+        compile: plan on compiled code and CUDA graphs (:mod:`wav.model.compiled`), where the CPU kernels do not run.
 
     Raises:
         CheckpointError: model, codec, statistics and data settings do not belong together.
@@ -114,17 +117,18 @@ class Policy:
         device: str = "cpu",
         prompts: Mapping[str, Prompt] | None = None,
         digest: str = "",
+        compile: bool = False,
     ) -> None:
         self.codec, self.text_encoder, self.statistics = codec, text_encoder, statistics
         self.conventions, self.data, self.planner, self.batch_size = conventions, data, planner, batch_size
         self.digest = digest
-        _check_parts(model, codec, statistics, conventions, data)
+        check_parts(model, codec, statistics, conventions, data)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         grid = (data.image_height // codec.spatial, data.image_width // codec.spatial)
         future = 1 + (data.future_frames - 1) // codec.temporal
         shapes = noise_shapes(model, len(data.views), grid, future, data.action_chunk)
-        self.model = WAVPlannerModel(model.to(device).eval(), shapes)
+        self.model = planner_model(model.to(device).eval(), shapes, compile)
         self._prompts: dict[str, Prompt] = dict(prompts or {})
         self._rows: dict[Hashable, _Row] = {}
 
@@ -135,8 +139,11 @@ class Policy:
         batch_size: int = 8,
         device: str = "auto",
         planner: PlannerSettings | None = None,
+        compile: bool | None = None,
     ) -> Policy:
         """Load a policy folder: model/, codec/, text_encoder/, statistics.json, conventions.json, settings.json.
+
+        ``planner`` and ``compile`` as in the folder's settings unless given.
 
         Raises:
             CheckpointError: a part is missing, unreadable, or does not belong to the others.
@@ -153,6 +160,8 @@ class Policy:
         try:
             data = DataSettings.model_validate(settings["data"])
             planner = planner or PlannerSettings.model_validate(settings["planner"])
+            if compile is None:
+                compile = ExportSettings.model_validate(settings.get("export", {})).compile
         except (KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{folder / 'settings.json'}: not a policy's settings ({reason}); {remedy}") from None
@@ -168,7 +177,13 @@ class Policy:
             batch_size,
             device,
             digest=canonical_digest([file_digest(file) for file in weights]),
+            compile=compile,
         )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled code plans, which rounds otherwise."""
+        return isinstance(self.model, CompiledPlannerModel)
 
     def reset(self, row: Hashable, episode: int | str, seed: int) -> None:
         """Start an episode on a row: its memory is empty and its next call is number 0."""
@@ -346,33 +361,6 @@ class Policy:
                 f"state: shape {state.shape}, values {state.tolist()}; pass {data.state_dim} finite numbers "
                 f"({self.conventions.state_layout})"
             )
-
-
-def _check_parts(
-    model: WAVTransformer, codec: Codec, statistics: Statistics, conventions: Conventions, data: DataSettings
-) -> None:
-    """Raise CheckpointError where the parts of a policy do not belong together."""
-    pairs = [
-        ("latent channels", model.config.in_channels, codec.channels, "codec"),
-        (
-            "action and state channels",
-            model.config.action_in_channels,
-            data.action_dim + data.state_dim,
-            "data settings",
-        ),
-        ("actions", data.action_dim, statistics.key("action").dimension, "statistics"),
-        ("state", data.state_dim, statistics.key("state").dimension, "statistics"),
-        ("views", tuple(data.views), tuple(conventions.views), "conventions"),
-        ("image height", data.image_height, conventions.image_height, "conventions"),
-        ("image width", data.image_width, conventions.image_width, "conventions"),
-    ]
-    if model.has_value:
-        pairs.append(
-            ("value channels", model.config.value_in_channels, statistics.key("value").dimension, "statistics")
-        )
-    for what, wanted, found, where in pairs:
-        if wanted != found:
-            raise CheckpointError(f"policy: {what} = {wanted} but the {where} have {found}; use parts of one training")
 
 
 def _numpy(tensor: Tensor, rows: int) -> NDArray[np.float32]:

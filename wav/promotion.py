@@ -104,6 +104,8 @@ def policy_identity(export: Path) -> str:
     try:
         parts = {name: settings[name] for name in ("data", "model", "planner")}
         found = {"checkpoint": manifest["checkpoint"], "dtype": manifest["dtype"], "settings": parts}
+        if settings.get("export", {}).get("compile"):  # rounds otherwise
+            found["compile"] = True
     except (KeyError, TypeError):
         raise CheckpointError(f"{export}: its manifest or settings are incomplete; {remedy}") from None
     return canonical_digest(found)

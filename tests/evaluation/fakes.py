@@ -127,6 +127,7 @@ class FakePolicy:
     def __init__(self, conventions: Conventions | None = None) -> None:
         self.conventions = conventions or Conventions.for_simulator(DATA)
         self.statistics = Digest()
+        self.compiled = False
         self.rows: dict = {}
         self.calls: list[tuple[str, int, bool]] = []
         self.noise: list[tuple] = []

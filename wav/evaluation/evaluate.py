@@ -67,6 +67,10 @@ class EvaluatedPolicy(Actor, Protocol):
     def statistics(self) -> Any:
         """Normalisation statistics; has ``digest``."""
 
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled code plans."""
+
     def decode_future(self, future: Any) -> NDArray[np.uint8]:
         """(V, C, F, h, w) future latents as frames (V, F_raw, H, W, 3)."""
 
@@ -224,7 +228,7 @@ class _Session:
     ) -> None:
         self.settings, self.policy, self.out, self.progress = settings, policy, out, progress
         self.checkpoint, self.conventions = checkpoint, policy.conventions.to_json()
-        self.versions = versions()
+        self.versions = versions(policy.compiled)
         wanted = settings.eval_libero.model_copy(update={"conditions": conditions})
         self.episodes = build_episodes(settings.data, wanted)
         self.records: dict[EpisodeSpec, EpisodeRecord] = {}
@@ -239,6 +243,7 @@ class _Session:
             conventions=self.conventions,
             planner=self.settings.planner,
             settings=self.settings.eval_libero,
+            compiled=self.policy.compiled,
         )
 
     def video_path(self, spec: EpisodeSpec) -> Path:

@@ -128,10 +128,10 @@ def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[Ep
     return tuple(episodes)
 
 
-def versions() -> dict[str, str]:
-    """Versions that may change a result."""
+def versions(compiled: bool = False) -> dict[str, str]:
+    """Versions that may change a result, and whether compiled code planned (:mod:`wav.model.compiled`)."""
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    found["kernels"] = native_training.both()
+    found["kernels"] = native_training.both() + (", compiled" if compiled else "")
     return {**found, "wav": wav.__version__, "python": platform.python_version(), "machine": platform.machine()}
 
 
@@ -149,6 +149,7 @@ def episode_key(
     conventions: Mapping[str, Any],
     planner: PlannerSettings,
     settings: EvalLiberoSettings,
+    compiled: bool = False,
 ) -> str:
     """Digest of everything that determines the episode's result; a finished record with this key is not repeated.
 
@@ -165,7 +166,7 @@ def episode_key(
             "checkpoint": checkpoint,
             "statistics": statistics,
             "conventions": dict(conventions),
-            "versions": versions(),
+            "versions": versions(compiled),
             "code": code_digest(),
         }
     )

@@ -127,7 +127,7 @@ def rerun_episode(path: Path, export: Path, *, device: str = "auto", pool_factor
             with_value=value_expert,
             on_finish=finished.append,
         ).run([spec])
-    return Rerun(record, finished[0], _notes(record, export, manifest))
+    return Rerun(record, finished[0], _notes(record, export, manifest, policy.compiled))
 
 
 def _asked(record: EpisodeRecord, path: Path) -> tuple[EpisodeSpec, PlannerSettings]:
@@ -154,9 +154,9 @@ def _asked(record: EpisodeRecord, path: Path) -> tuple[EpisodeSpec, PlannerSetti
     return spec, planner
 
 
-def _notes(record: EpisodeRecord, export: Path, manifest: Mapping[str, Any]) -> tuple[str, ...]:
+def _notes(record: EpisodeRecord, export: Path, manifest: Mapping[str, Any], compiled: bool) -> tuple[str, ...]:
     """What else is not as it was; each may explain a difference in the last bits."""
-    now = versions()
+    now = versions(compiled)
     notes = [
         f"{name} was {record.versions.get(name, 'unknown')}, is {now.get(name, 'unknown')}"
         for name in sorted({*record.versions, *now})

@@ -8,7 +8,7 @@ when its weights have changed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -110,11 +110,18 @@ class ExpertLayer(Layer):
 class Expert:
     """One expert: tokens in, velocities and features out."""
 
+    layer_kind: ClassVar[type[ExpertLayer]] = ExpertLayer
+    most_levels: ClassVar[float] = LEVELS
+
     def __init__(self, model: WAVTransformer, name: str) -> None:
         self.parts = model._expert(name)
-        self.layers = [ExpertLayer(block) for block in self.parts.layers]
+        self.layers = [self.layer_kind(block) for block in self.parts.layers]
         self.proj_in, self.proj_out = Product(self.parts.proj_in), Product(self.parts.proj_out)
         self.levels: dict[tuple[float, int], tuple[list[Modulation], Tensor, Tensor]] = {}
+
+    def rope(self, dim: int, length: int, device: torch.device) -> Tensor:
+        """Rotations of ``length`` tokens, as the layers take them."""
+        return token_rope(dim, length, self.parts.rope_base, device)
 
     def at(self, timestep: float, history: int) -> tuple[list[Modulation], Tensor, Tensor]:
         """AdaLN rows of every layer and the head's shift and 1 + scale at a timestep, computed once.
@@ -123,7 +130,7 @@ class Expert:
         """
         found = self.levels.get((timestep, history))  # other threads may clear and fill
         if found is None:
-            if len(self.levels) >= LEVELS:
+            if len(self.levels) >= self.most_levels:
                 self.levels.clear()
             times = torch.tensor([0.0, timestep], device=self.parts.scale_shift_table.device)
             temb, e = self.parts.time_embed(times)
@@ -154,7 +161,7 @@ class Expert:
         if history is not None:
             h = torch.cat([self.proj_in(history), h], dim=1)
         modulations, shift, scale = self.at(timestep, chunk if history is not None else 0)
-        rope = token_rope(h.shape[-1], h.shape[1], self.parts.rope_base, h.device)
+        rope = self.rope(h.shape[-1], h.shape[1], h.device)
         features = []
         for index, layer in enumerate(self.layers):
             condition = None if value is None else value[index]
@@ -168,11 +175,16 @@ class Expert:
 class Prepared:
     """The whole transformer for inference. Weights are copied: twice the memory, on a CPU and for q, k and v."""
 
+    video_kind: ClassVar[type[VideoLayer]] = VideoLayer
+    expert_kind: ClassVar[type[Expert]] = Expert
+    most_levels: ClassVar[float] = LEVELS
+
     def __init__(self, model: WAVTransformer) -> None:
         self.model, self.version = model, _version(model)
         blocks = cast("list[VideoBlock]", list(model.transformer_blocks))
-        self.layers = [VideoLayer(block) for block in blocks]
-        self.experts = {name: Expert(model, name) for name in ("value", "action") if model.config[f"{name}_expert"]}
+        self.layers = [self.video_kind(block) for block in blocks]
+        names = (name for name in ("value", "action") if model.config[f"{name}_expert"])
+        self.experts = {name: self.expert_kind(model, name) for name in names}
         self.proj_in = Product(model.proj_in)
         self.levels: dict[tuple[float, int, int, int], tuple[list[Modulation], Tensor]] = {}
 
@@ -190,7 +202,7 @@ class Prepared:
         key = (timestep, views, memory, future)
         found = self.levels.get(key)  # other threads may clear and fill
         if found is None:
-            if len(self.levels) >= LEVELS:
+            if len(self.levels) >= self.most_levels:
                 self.levels.clear()
             times = torch.tensor([[0.0, timestep]], device=self.model.scale_shift_table.device)
             temb, e = self.model._time(times, views)  # (1, V, 2, ...)
@@ -203,14 +215,14 @@ class Prepared:
         """What the memory frames (B, V, C, Fm, h, w) are for all candidates: embedding, layer 0's q, k and values."""
         _, views, _, frames, height, width = latents.shape
         h = self.proj_in(pack(latents))
-        rope = video_rope(h.shape[-1], frames, height, width, self._scale, h.device)
+        rope = self.rope(h.shape[-1], frames, height, width, h.device)
         rows = self.at(0.0, views, frames, 0)[0][0]
-        return h, *self.layers[0].projected(h, rows, rope)
+        return h, *VideoLayer.projected(self.layers[0], h, rows, rope)  # once per observation: never compiled
 
-    @property
-    def _scale(self) -> tuple[float, float, float]:
+    def rope(self, dim: int, frames: int, height: int, width: int, device: torch.device) -> Tensor:
+        """Rotations of a latent grid, as the layers take them."""
         first, second, third = self.model.config.rope_interpolation_scale
-        return first, second, third
+        return video_rope(dim, frames, height, width, (first, second, third), device)
 
     def video(
         self,
@@ -230,7 +242,7 @@ class Prepared:
         clean, clean_pair, clean_value = memory
         _, views, _, frames, height, width = future.shape
         before, size = clean.shape[2], height * width
-        rope = video_rope(clean.shape[-1], before + frames, height, width, self._scale, clean.device)
+        rope = self.rope(clean.shape[-1], before + frames, height, width, clean.device)
         modulations, e = self.at(timestep, views, before, frames)
         h = self.proj_in(pack(future))
         later = tuple(row[:, before:] for row in modulations[0])

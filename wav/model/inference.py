@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,6 +66,8 @@ class WAVPlannerModel:
     Latents and tokens come and go in float32; the model computes in its own dtype.
     """
 
+    prepared_kind: ClassVar[type[Prepared]] = Prepared
+
     def __init__(self, model: WAVTransformer, shapes: NoiseShapes) -> None:
         self.model, self._shapes = aligned(model), shapes
         self._prepared: Prepared | None = None
@@ -100,7 +102,7 @@ class WAVPlannerModel:
         """The model as inference computes it, made again after its weights have changed."""
         if self._prepared is None or not self._prepared.current:
             with torch.inference_mode(False), torch.no_grad():
-                self._prepared = Prepared(self.model)
+                self._prepared = self.prepared_kind(self.model)
         return self._prepared
 
     @torch.no_grad()

@@ -64,6 +64,11 @@ class Product:
         """Weight, bias and width as the native kernels take them."""
         return self.weight, cast(Tensor, self.bias), self.outs
 
+    def unpack(self) -> None:
+        """Hold the weights in torch's own order, which is the only one that ``torch.compile`` takes."""
+        if self.onednn:
+            self.weight, self.onednn = self.weight.to_dense(), False
+
     def __call__(self, x: Tensor) -> Tensor:
         """X W^T + b."""
         if self.native:
@@ -129,8 +134,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, small: bool, b
     """Attention of ``query`` (rows, Lq, D) on ``key`` and ``value`` (rows, Lk, D), heads still side by side.
 
     ``small``: logits are :func:`bounded`. ``bias`` (rows, 1, 1, Lk) is added to the logits: they have no bound, and the
-    kernel of training looks for the largest.
+    kernel of training looks for the largest. Compiled code runs the library's kernel.
     """
+    if torch.compiler.is_compiling():
+        return _library_attention(query, key, value, heads, bias)
     if bias is not None and plain_cpu(query) and not torch.is_grad_enabled() and native_training.available():
         parts = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value)]
         return torch.ops.wav.attention(*parts, bias)[0]  # type: ignore[no-any-return]
@@ -138,8 +145,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, small: bool, b
     if plain and native.available():
         return native.attend(query, key, value, heads)
     if not plain:
-        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+        return _library_attention(query, key, value, heads, bias)
     rows, length, dim = query.shape
     size, others = dim // heads, key.shape[1]
     read = query.new_empty(heads, rows, length, size)
@@ -159,6 +165,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, small: bool, b
             torch.sum(logits, -1, keepdim=True, out=total[head, row])
             torch.bmm(logits, value[row, :, part], out=read[head, row])
     return (read / total).permute(1, 2, 0, 3).flatten(2)
+
+
+def _library_attention(query: Tensor, key: Tensor, value: Tensor, heads: int, bias: Tensor | None) -> Tensor:
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
 
 
 class SelfProduct:

@@ -2,7 +2,8 @@
 
 Angles reach 1.6e4 rad, where one float32 ulp is 1e-3 rad, so the tables are built in float32 in the reference's order
 of operations, on the CPU whatever the device. They are kept as complex numbers: the pairwise rotation
-(x0, x1) -> (x0 c - x1 s, x1 c + x0 s) is then one multiplication.
+(x0, x1) -> (x0 c - x1 s, x1 c + x0 s) is then one multiplication. Compiled code (:mod:`wav.model.compiled`), which has
+no complex arithmetic, reads the same tables as pairs of real numbers.
 """
 
 from __future__ import annotations
@@ -58,6 +59,13 @@ def token_rope(dim: int, length: int, base: int, device: torch.device) -> Tensor
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate neighbouring pairs of the last dimension of ``x`` (..., L, dim) by ``table`` (L, dim / 2), in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+    """Rotate neighbouring pairs of the last dimension of ``x`` (..., L, dim) by ``table``, in float32.
+
+    ``table``: (L, dim / 2) complex, or its ``torch.view_as_real`` (L, dim / 2, 2).
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if table.is_complex():
+        return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2).to(x.dtype)
+    (first, second), (cosine, sine) = pairs.unbind(-1), table.unbind(-1)
+    turned = torch.stack([first * cosine - second * sine, second * cosine + first * sine], -1)
+    return turned.flatten(-2).to(x.dtype)
