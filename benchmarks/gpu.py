@@ -2,8 +2,9 @@
 
 Planning end to end (the newest camera frames in, actions on the CPU out; random weights) at K=3, at K=5 and with the
 planner settings of presets/realtime.yaml: p50 and p95, peak memory, share of the machine's measured matrix peak, the
-plain schedule beside ours. Training samples a second of the three stages on one GPU, plain beside ours. Instructions
-count as encoded already, on both sides (T5 needs transformers)::
+plain schedule beside ours and ours on compiled code and CUDA graphs (``--no-compile`` leaves that out). Training
+samples a second of the three stages on one GPU, plain beside ours. Instructions count as encoded already, on all sides
+(T5 needs transformers)::
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --device cpu --dtype float32 --sizes tiny --calls 3 --steps 2 --encoders none  # a trial
@@ -12,6 +13,7 @@ count as encoded already, on both sides (T5 needs transformers)::
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import time
 from dataclasses import asdict, replace
@@ -29,11 +31,16 @@ from train import measure as measure_training
 from training_data import VaeEncoders, make_encoders
 
 from wav.model import accounting, build_model
+from wav.model.compiled import planner_model
 from wav.model.inference import WAVPlannerModel, noise_shapes
 from wav.model.plain import PlainPlannerModel
 from wav.planner import RowKey, SeededNoise, plan
 
-SCHEDULES: dict[str, Any] = {"plain": PlainPlannerModel, "ours": WAVPlannerModel}
+SCHEDULES: dict[str, Any] = {
+    "plain": PlainPlannerModel,
+    "ours": WAVPlannerModel,
+    "ours, compiled": functools.partial(planner_model, compile=True),
+}
 #: What presets/realtime.yaml changes of the planner; a test compares.
 REALTIME: dict[str, Any] = {"iterations": 1, "warm_start": True, "score_steps": 2}
 
@@ -79,7 +86,7 @@ class Policy:
         """
         memory = self.earlier.clone()
         if isinstance(self.encoders, VaeEncoders):
-            again = 1 if self.name == "ours" else self.sizes.memory
+            again = self.sizes.memory if self.name == "plain" else 1
             for _ in range(again):
                 newest = self.encoders._encode(frames[:, None])
             memory[0, :, :, -1] = newest[:, :, 0]
@@ -92,7 +99,7 @@ class Policy:
 
 
 def planning(sizes: Sizes, policies: dict[str, Policy], peak: float, calls: int) -> dict[str, Any]:
-    """Latency of both schedules at the sizes' planner, in turns."""
+    """Latency of the schedules at the sizes' planner, in turns; differences of actions are to ours."""
     rng, first = np.random.default_rng(0), next(iter(policies.values()))
     height, width = (first.encoders.patch * cells for cells in sizes.grid)
     frames = [rng.integers(0, 256, (sizes.views, height, width, 3), np.uint8) for _ in range(calls + 1)]
@@ -111,10 +118,11 @@ def planning(sizes: Sizes, policies: dict[str, Policy], peak: float, calls: int)
     for name, taken in seconds.items():
         p50, p95 = (float(np.quantile(taken[1:], q)) for q in (0.5, 0.95))  # the first call prepares
         rows[name] = {"p50": p50, "p95": p95, "first": taken[0], "peak_gib": memory[name]}
-    rows["ours"]["share_of_measured_peak"] = operations / rows["ours"]["p50"] / peak
+    for name in rows.keys() - {"plain"}:
+        rows[name]["share_of_measured_peak"] = operations / rows[name]["p50"] / peak
     return {
-        "ratio": rows["plain"]["p50"] / rows["ours"]["p50"],
-        "max_abs_diff": float((last["plain"] - last["ours"]).abs().max()),
+        "ratios": {name: rows["plain"]["p50"] / row["p50"] for name, row in rows.items() if name != "plain"},
+        "max_abs_diff": {name: float((found - last["ours"]).abs().max()) for name, found in last.items()},
         "tflop": operations / 1e12,
         "schedules": rows,
         "planner": asdict(sizes.planner),
@@ -134,7 +142,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     changes: dict[str, dict[str, Any]] = {f"K={k}": {"iterations": k} for k in arguments.iterations}
     for name, change in (changes | {"realtime": REALTIME}).items():
         chosen = replace(sizes, planner=replace(sizes.planner, **change))
-        policies = {schedule: Policy(schedule, model, chosen, encoders, device) for schedule in SCHEDULES}
+        schedules = [s for s in SCHEDULES if not (arguments.no_compile and s == "ours, compiled")]
+        policies = {schedule: Policy(schedule, model, chosen, encoders, device) for schedule in schedules}
         result["planning"][name] = planning(chosen, policies, peak, arguments.calls)
         del policies
     del model
@@ -153,10 +162,13 @@ def show(result: dict[str, Any]) -> None:
             share = found.get("share_of_measured_peak")
             text = "" if share is None else f", {share:.0%} of the measured peak"
             print(
-                f"planning {name} {schedule:6} p50 {found['p50']:.3f} s, p95 {found['p95']:.3f} s, "
-                f"peak {found['peak_gib']:.1f} GiB{text}"
+                f"planning {name} {schedule:14} p50 {found['p50']:.3f} s, p95 {found['p95']:.3f} s, "
+                f"first {found['first']:.1f} s, peak {found['peak_gib']:.1f} GiB{text}"
             )
-        print(f"planning {name} ratio {row['ratio']:.2f}, actions differ by {row['max_abs_diff']:.1e}")
+        for schedule, ratio in row["ratios"].items():
+            print(f"planning {name} plain / {schedule} {ratio:.2f}")
+        off = ", ".join(f"{schedule} {largest:.1e}" for schedule, largest in row["max_abs_diff"].items())
+        print(f"planning {name} actions differ from those of ours: {off}")
     for stage, row in result.get("training", {}).get("stages", {}).items():
         rates = ", ".join(f"{n} {r['samples_per_second']:.1f}" for n, r in row["schedules"].items())
         print(f"training {stage}: samples/s {rates}; ratio {row['ratio']:.2f}")
@@ -173,6 +185,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, nargs="+", default=[3, 5], help="K of the planning calls")
     parser.add_argument("--calls", type=int, default=20, help="planning calls that are timed")
     parser.add_argument("--no-training", action="store_true")
+    parser.add_argument("--no-compile", action="store_true", help="leave out the schedule on compiled code")
     parser.add_argument("--stage", choices=STAGES, action="append", help="training stages (default: all three)")
     parser.add_argument("--batch", type=int, default=8, help="training samples of a step")
     parser.add_argument("--steps", type=int, default=8, help="training steps at most")

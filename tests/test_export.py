@@ -1,6 +1,7 @@
 """Stage folders to a policy to an export and back: the same actions, and every mix-up refused."""
 
 import json
+import logging
 import shutil
 
 import numpy as np
@@ -10,6 +11,7 @@ from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav.data.store import EpisodeStore
 from wav.errors import CheckpointError, DataError, StorageError, WavError
 from wav.export import export_policy, load_export, policy_from_stages, verify_export
+from wav.model import native
 from wav.policy import Observation
 
 METRICS = {
@@ -115,6 +117,21 @@ def test_bfloat16_halves_the_weights(policy, exported, tmp_path):
 
     assert size(out) < 0.6 * size(exported)
     assert all(p.dtype.is_floating_point and p.element_size() == 4 for p in policy[0].model.model.parameters())
+
+
+def test_compiled_code_is_a_setting_of_the_export(policy, exported, tmp_path, monkeypatch, caplog):
+    """It travels with the folder and can be overridden; where the CPU kernels run the log says that it does nothing."""
+    setting = SETTINGS.model_copy(update={"export": SETTINGS.export.model_copy(update={"compile": True})})
+    out = export_policy(*policy, tmp_path / "export", settings=setting, metrics=None)
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert load_export(out, device="cpu").compiled
+    assert not load_export(out, device="cpu", compile=False).compiled
+    assert not load_export(exported, device="cpu").compiled
+    assert load_export(exported, device="cpu", compile=True).compiled
+    monkeypatch.setattr(native, "available", lambda: True)
+    with caplog.at_level(logging.INFO):
+        assert not load_export(out, device="cpu").compiled
+    assert "compile = True: no effect here" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["model/config.json", "statistics.json", "README.md", "codec"])

@@ -17,7 +17,7 @@ from wav.data.files import write_json
 from wav.data.statistics import Statistics, compute_statistics
 from wav.errors import CheckpointError, ConfigError, DataError
 from wav.flow_matching import inference_sigmas
-from wav.model import build_model
+from wav.model import build_model, compiled, native
 from wav.model.inference import WAVPlannerModel
 from wav.policy import CONDITIONS, Observation, Policy
 from wav.text import TextEncoder, build_small
@@ -102,6 +102,21 @@ def run(policy: Policy, rows: list[int], calls: int = 2, **options: Any) -> list
         policy.act([observe(100 * row + call, TASKS[row % 2]) for row in rows], rows, **options)
         for call in range(calls)
     ]
+
+
+def test_compiled_code_acts_alike(make_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of any size are padded to one shape: only the first call compiles."""
+    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    policy, plain = make_policy(compile=True), make_policy()
+    assert (policy.compiled, plain.compiled) == (True, False)
+    for rows in ([0, 1], [2]):
+        for one, two in zip(run(policy, rows, with_value=True), run(plain, rows, with_value=True), strict=True):
+            np.testing.assert_allclose(one.actions, two.actions, atol=1e-5)
+            np.testing.assert_allclose(one.returns, two.returns, atol=1e-4)
+    shapes = dict(policy.model._calls)
+    run(policy, [3, 4, 5], with_value=True)
+    assert policy.model._calls == shapes
 
 
 def test_shapes_and_units(make_policy: Any) -> None:

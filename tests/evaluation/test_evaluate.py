@@ -13,7 +13,7 @@ from wav.data.conventions import Conventions
 from wav.errors import CheckpointError, ConfigError, DataError, SimulationError
 from wav.evaluation import check_start, evaluate, metrics_table, read_record
 from wav.evaluation.intervals import wilson
-from wav.evaluation.protocol import build_episodes
+from wav.evaluation.protocol import build_episodes, versions
 from wav.sim.env import select_tasks, task_specs
 
 
@@ -60,6 +60,17 @@ def test_record_says_how_it_came_about(tmp_path):
     assert len(record.values) == record.policy_calls == len(record.plan["sigma_video"]) == len(record.call_digests)
     assert (record.execute_steps, record.batch) == (4, [3, 2])
     assert record.planner == settings().planner.model_dump(mode="json")
+
+
+def test_compiled_code_makes_other_episodes(tmp_path):
+    """It rounds otherwise: the record says so, and the uncompiled policy runs them again."""
+    policy = FakePolicy()
+    policy.compiled = True
+    evaluate(settings(), policy, tmp_path, pool=FakePool(3), checkpoint="weights")
+    record = read_record(tmp_path / "episodes" / "planned" / "lift_green_cube-002.json")
+    assert record.versions["kernels"] == versions()["kernels"] + ", compiled"
+    again = evaluate(settings(), FakePolicy(), tmp_path, pool=FakePool(3), checkpoint="weights")
+    assert again["timing"]["episodes_resumed"] == 0
 
 
 def test_pictures_can_be_opened(tmp_path):

@@ -17,6 +17,7 @@ from wav.evaluation.records import read_record, write_record
 from wav.evaluation.rerun import Rerun
 from wav.evaluation.rollout import Rollout
 from wav.export import export_policy, policy_from_stages
+from wav.policy import Policy
 from wav.sim.env import select_tasks
 from wav.sim.workers import SimPool
 
@@ -99,6 +100,18 @@ def test_the_recorded_planner_decides_not_the_exports(recorded, tmp_path, capsys
     assert any(line.startswith("note: the code that decides a result was ffffffffffff, is ") for line in lines)
     assert "note: planner settings as recorded, which differ from the export's: iterations 0 against 1" in lines
     assert lines[-1].endswith("first at policy call 0 (step 0)")
+
+
+def test_a_compiled_episode_is_asked_of_compiled_code(recorded, tmp_path, capsys, monkeypatch):
+    episodes, export = recorded
+    was = read_record(episodes / "lift_red_cube-000.json")
+    load, asked = Policy.load, []
+    monkeypatch.setattr(Policy, "load", lambda *a, compile, **k: asked.append(compile) or load(*a, **k))
+    run(capsys, episodes / "lift_red_cube-000.json", export)
+    values = {"versions": {**was.versions, "kernels": was.versions["kernels"] + ", compiled"}}
+    _, lines, _ = run(capsys, changed(episodes / "lift_red_cube-000.json", tmp_path, **values), export)
+    assert asked == [False, True]
+    assert any(line.startswith("note: kernels was ") and ", compiled, is " in line for line in lines)
 
 
 @pytest.mark.parametrize(

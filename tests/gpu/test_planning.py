@@ -1,20 +1,25 @@
-"""Planning on the GPU: the fast path against the plain schedule and against the CPU, and what it keeps in memory."""
+"""Planning on the GPU: the fast path against the plain schedule and against the CPU, compiled, and its memory."""
 
 from __future__ import annotations
 
 import copy
+import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from sizes import SIZES
+from torch._dynamo.utils import counters
 
 from wav.model import WAVTransformer, build_model
+from wav.model.compiled import CompiledPlannerModel, Recorded, planner_model
 from wav.model.inference import WAVPlannerModel, noise_shapes
 from wav.model.plain import PlainPlannerModel
 from wav.planner import Plan, RowKey, SeededNoise, plan
 
 SMALL = SIZES["tiny"]
+COMPILED = functools.partial(planner_model, compile=True)
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +31,19 @@ def model() -> WAVTransformer:
     return made.eval()
 
 
+def adapted(kind: Any, model: WAVTransformer, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """The planner's view of a copy of the model on the device."""
+    moved = copy.deepcopy(model).to(device, dtype)
+    return kind(moved, noise_shapes(moved, SMALL.views, SMALL.grid, SMALL.future, SMALL.chunk))
+
+
 def call(kind: Any, model: WAVTransformer, device: torch.device, dtype: torch.dtype = torch.float32) -> Plan:
     """A plan of fixed inputs and draws; the inputs are made on the CPU."""
-    moved = copy.deepcopy(model).to(device, dtype)
-    adapter = kind(moved, noise_shapes(moved, SMALL.views, SMALL.grid, SMALL.future, SMALL.chunk))
+    return planned(adapted(kind, model, device, dtype), device)
+
+
+def planned(adapter: Any, device: torch.device, seed: int = 0, **changes: Any) -> Plan:
+    """The plan of an adapter; ``seed`` names the draws."""
     generator = torch.Generator().manual_seed(1)
     shapes = (
         (2, SMALL.views, SMALL.latent, SMALL.memory, *SMALL.grid),
@@ -38,8 +52,8 @@ def call(kind: Any, model: WAVTransformer, device: torch.device, dtype: torch.dt
     )
     memory, text, history = (torch.randn(shape, generator=generator) for shape in shapes)
     context = adapter.begin(memory, text, torch.ones(2, SMALL.text_tokens), history)
-    noise = SeededNoise([RowKey(0, row, 0) for row in range(2)], device)
-    settings: Any = SMALL.planner
+    noise = SeededNoise([RowKey(seed, row, 0) for row in range(2)], device)
+    settings: Any = replace(SMALL.planner, **changes)
     return plan(adapter, context, settings, noise, lambda values: values[..., -1], with_value=True)
 
 
@@ -62,6 +76,50 @@ def test_elites_are_those_of_the_cpu(model: WAVTransformer, device: torch.device
 def test_bfloat16_plans_finite_actions(model: WAVTransformer, device: torch.device) -> None:
     made = call(WAVPlannerModel, model, device, torch.bfloat16)
     assert made.actions.isfinite().all()
+
+
+@pytest.mark.parametrize("changes", [{}, {"iterations": 2, "video_denoise_steps": 2}, {"reuse_reads": 2}])
+def test_compiled_plans_are_the_uncompiled_ones(
+    model: WAVTransformer, device: torch.device, changes: dict[str, int]
+) -> None:
+    """Three calls: one records, two launch what was recorded, with other draws."""
+    compiled, plain = adapted(COMPILED, model, device), adapted(WAVPlannerModel, model, device)
+    for seed in range(3):
+        with torch.inference_mode():
+            compare(planned(compiled, device, seed, **changes), planned(plain, device, seed, **changes), 1e-4)
+
+
+def test_a_compiled_plan_that_is_kept_is_not_overwritten(model: WAVTransformer, device: torch.device) -> None:
+    adapter = adapted(COMPILED, model, device)
+    first = planned(adapter, device)
+    kept = [t.clone() for t in (first.actions, first.history[0].values, first.history[0].video.mean)]
+    second = planned(adapter, device, seed=1)
+    assert not torch.equal(first.actions, second.actions)
+    for before, now in zip(kept, (first.actions, first.history[0].values, first.history[0].video.mean), strict=True):
+        assert torch.equal(before, now)
+
+
+def test_changed_weights_are_compiled_plans_of_the_changed_weights(model: WAVTransformer, device: torch.device) -> None:
+    adapter = adapted(COMPILED, model, device)
+    planned(adapter, device)
+    with torch.no_grad():
+        for parameter in adapter.model.parameters():
+            parameter.mul_(1.1)
+    compare(planned(adapter, device), call(WAVPlannerModel, adapter.model, device), 1e-4)
+
+
+def test_compiled_calls_are_recorded_graphs_and_nothing_is_compiled_twice(
+    model: WAVTransformer, device: torch.device
+) -> None:
+    if device.type != "cuda":
+        pytest.skip("graphs are recorded on a GPU")
+    adapter = adapted(CompiledPlannerModel, model, device, torch.bfloat16)
+    planned(adapter, device)
+    recorded, made = dict(adapter._calls), counters["stats"]["unique_graphs"]
+    assert all(isinstance(call, Recorded) for call in recorded.values())
+    assert planned(adapter, device, seed=1).actions.isfinite().all()
+    assert adapter._calls == recorded
+    assert counters["stats"]["unique_graphs"] == made
 
 
 def test_scoring_takes_less_memory_than_the_buffers_of_the_reference(device: torch.device) -> None:

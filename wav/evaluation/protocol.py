@@ -45,6 +45,8 @@ _CODE = (
     "shortcuts.py",
     "text.py",
 )
+#: Ends ``versions.kernels`` where compiled code planned (:mod:`wav.model.compiled`), which rounds otherwise.
+COMPILED = ", compiled"
 _PACKAGES = ("torch", "numpy", "mujoco", "robosuite")
 
 
@@ -129,9 +131,9 @@ def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[Ep
 
 
 def versions(compiled: bool = False) -> dict[str, str]:
-    """Versions that may change a result, and whether compiled code planned (:mod:`wav.model.compiled`)."""
+    """Versions that may change a result; ``compiled``: whether compiled code plans."""
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    found["kernels"] = native_training.both() + (", compiled" if compiled else "")
+    found["kernels"] = native_training.both() + (COMPILED if compiled else "")
     return {**found, "wav": wav.__version__, "python": platform.python_version(), "machine": platform.machine()}
 
 

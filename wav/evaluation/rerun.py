@@ -18,7 +18,14 @@ from wav.data.files import read_json
 from wav.errors import CheckpointError, DataError
 from wav.evaluation.act import PoolFactory, exported_data, open_pool, policy_for_suite
 from wav.evaluation.evaluate import applicable, check_start
-from wav.evaluation.protocol import EpisodeSpec, check_conventions, check_statistics, code_digest, versions
+from wav.evaluation.protocol import (
+    COMPILED,
+    EpisodeSpec,
+    check_conventions,
+    check_statistics,
+    code_digest,
+    versions,
+)
 from wav.evaluation.records import EpisodeRecord, read_record
 from wav.evaluation.rollout import Rollout, Scheduler
 from wav.export import verify_export
@@ -110,7 +117,8 @@ def rerun_episode(path: Path, export: Path, *, device: str = "auto", pool_factor
         )
     spec, planner = _asked(record, path)
     data = exported_data(export, record.suite, (record.task,)).model_copy(update={"render": record.render})
-    policy = Policy.load(export, batch_size=record.batch[0], device=device, planner=planner)
+    compile = record.versions.get("kernels", "").endswith(COMPILED)
+    policy = Policy.load(export, batch_size=record.batch[0], device=device, planner=planner, compile=compile)
     policy = policy_for_suite(policy, data)
     check_statistics(record.statistics, policy.statistics.digest, str(export))
     check_conventions(policy.conventions, Conventions.from_json(record.conventions, str(path)), "record")

@@ -172,6 +172,7 @@ class CompiledPlannerModel(WAVPlannerModel):
         before, found = self._prepared, super().prepared
         if found is not before:
             self._calls.clear()
+            self._pool = None
         return found
 
     def begin(self, memory: Tensor, text: Tensor, text_mask: Tensor | None, history: Tensor | None) -> Context:
@@ -219,6 +220,7 @@ class CompiledPlannerModel(WAVPlannerModel):
             found = Recorded(call, arguments, self.device, self._graphs()) if self.records else call
             result = found(*arguments)
         except RuntimeError as error:
+            self._pool = None
             reason = " ".join(str(error).split())[:500]
             raise ConfigError(f"compile = True: {key[0]} cannot be compiled here ({reason}); leave it False") from error
         self._calls[key] = found
@@ -226,7 +228,10 @@ class CompiledPlannerModel(WAVPlannerModel):
         return result
 
     def _graphs(self) -> Any:
-        """The memory that all recorded graphs share: each one's results are copied before the next is launched."""
+        """The memory that all recorded graphs share: each one's results are copied before the next is launched.
+
+        Torch lets nobody into memory that its last graph has left, so it is new after graphs were dropped.
+        """
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool
