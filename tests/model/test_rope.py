@@ -46,3 +46,13 @@ def test_bfloat16_is_rotated_in_float32() -> None:
     half = x.bfloat16()
     assert rotate(half, table).dtype == torch.bfloat16
     torch.testing.assert_close(rotate(half, table), rotate(half.float(), table).bfloat16())
+
+
+def test_real_tables_turn_as_complex_ones_do() -> None:
+    """Compiled code has no complex arithmetic."""
+    table = token_rope(8, 11, 57, CPU)
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        x = torch.randn(2, 11, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        real = rotate(x, torch.view_as_real(table))
+        assert real.dtype == dtype
+        torch.testing.assert_close(real, rotate(x, table), atol=tolerance, rtol=0)
