@@ -95,7 +95,7 @@ def test_nothing_is_compiled_again_for_other_numbers_or_modes(monkeypatch: pytes
     torch._dynamo.reset()
     before, model = compilations(), make(CompiledPlannerModel)
     first, made = act(model), compilations()
-    assert made > before
+    assert 0 < made - before < 16  # layers share what was compiled
     recorded = dict(model._calls)
     with torch.inference_mode():
         assert_same(act(model), first)
