@@ -62,6 +62,8 @@ class Counted(TorchDispatchMode):
             self._product(args[0], outputs[0].shape[-1])
         elif name == "product_gradient":
             self.flops += 2 * args[0].numel() * args[1].shape[-1]
+        elif name == "convolution":
+            self.flops += 2 * outputs[0].numel() * args[1][0].numel()
         elif name in ("bmm", "baddbmm"):
             self.flops += 2 * outputs[0].numel() * args[1 if name == "baddbmm" else 0].shape[-1]
         elif "scaled_dot_product" in name or name.startswith("attention"):  # wav::attention and its gradient

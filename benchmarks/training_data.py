@@ -1,17 +1,19 @@
-"""Windows to train on: random pictures and instructions, their latents, and the encoders that made them.
+"""Windows to train on: pictures and instructions, their latents, and the encoders that made them.
 
-The plain schedule encodes pictures and instructions within the step, as the reference does; ours reads what was encoded
-once. ``pca``: the default pipeline's codec and small T5 (needs scipy and transformers). ``vae``: LTX-Video's VAE with
-random weights (needs diffusers alone; the instructions are taken as encoded already on both sides, because T5 needs
-transformers). ``none``: no encoder on either side.
+The plain schedule decodes and encodes pictures, and encodes instructions, within the step, as the reference does; ours
+reads what was encoded once. Pictures come from mp4 files where PyAV is installed (:mod:`recordings`); without it they
+are random and nothing is decoded on either side. ``pca``: the default pipeline's codec and small T5 (needs scipy and
+transformers). ``vae``: LTX-Video's VAE with random weights (needs diffusers alone; the instructions are taken as
+encoded already on both sides, because T5 needs transformers). ``none``: no encoder on either side.
 """
 
 from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ from sizes import Sizes
 from torch import Tensor
 
 from wav.data.windows import WindowBatch
+
+if TYPE_CHECKING:
+    from recordings import Recordings, Samples
 
 INSTRUCTIONS = ("lift the red cube", "lift the green cube", "put the cube into the box", "open the drawer")
 ENCODERS = ("pca", "vae", "none")
@@ -33,12 +38,14 @@ class Pictures:
     clip: NDArray[np.uint8]
     ids: Tensor  #: (B, L) tokens of the instructions
     mask: Tensor  #: (B, L)
+    samples: Samples | None = None  #: where the recordings hold them, if there are any
 
 
 class Encoders:
     """Pictures to latents and tokens to embeddings; also the captions that :func:`wav.training.draws.draw` asks for."""
 
     patch, temporal = 16, 4
+    recordings: Recordings | None = None
 
     def __init__(self, sizes: Sizes, device: torch.device, seed: int = 0) -> None:
         self.sizes, self.device = sizes, device
@@ -49,19 +56,40 @@ class Encoders:
     def _normal(self, *shape: int) -> NDArray[np.float32]:
         return self.generator.standard_normal(shape, np.float32)
 
+    def record(self) -> None:
+        """Take pictures from mp4 files from now on, where they can be written and read."""
+        if find_spec("av") is not None:
+            from recordings import Recordings
+
+            height, width = (cells * self.patch for cells in self.sizes.grid)
+            self.recordings = Recordings(self.sizes.views, (height, width), self.sizes.memory, self._clip_frames)
+
+    @property
+    def _clip_frames(self) -> int:
+        return 1 + self.temporal * (self.sizes.future - 1)
+
+    def decode(self, pictures: Pictures) -> Pictures:
+        """The same pictures, decoded again from where they are recorded."""
+        if self.recordings is None or pictures.samples is None:
+            return pictures
+        memory, clip = self.recordings.read(pictures.samples)
+        return replace(pictures, memory=memory, clip=clip)
+
     def pictures(self, size: int) -> Pictures:
-        """Random pictures of ``size`` samples, smooth enough to be encoded."""
+        """Recorded pictures of ``size`` samples, or random ones, smooth enough to be encoded."""
         sizes, height, width = self.sizes, *(cells * self.patch for cells in self.sizes.grid)
 
         def draw(frames: int) -> NDArray[np.uint8]:
             coarse = self.generator.integers(0, 256, (size, sizes.views, frames, height // 8, width // 8, 3), np.uint8)
             return coarse.repeat(8, 3).repeat(8, 4)
 
-        frames = 1 + self.temporal * (sizes.future - 1)
         length = self.generator.integers(3, sizes.text_tokens + 1, size)
         mask = torch.from_numpy(np.arange(sizes.text_tokens) < length[:, None])
         ids = torch.from_numpy(self.generator.integers(3, 20, (size, sizes.text_tokens))) * mask
-        return Pictures(draw(sizes.memory), draw(frames), ids, mask)
+        if self.recordings is None:
+            return Pictures(draw(sizes.memory), draw(self._clip_frames), ids, mask)
+        samples = self.recordings.draw(size, self.generator)
+        return Pictures(*self.recordings.read(samples), ids, mask, samples)
 
     def text(self, pictures: Pictures) -> Tensor:
         """Embeddings (B, L, Ct); made up here, where no text encoder runs."""
@@ -90,6 +118,7 @@ class PcaEncoders(Encoders):
         from wav.codec.pca import PCACodec
 
         super().__init__(sizes, device, seed)
+        self.record()
         many = self.pictures(64)
         frames, clips = (x.reshape(-1, *x.shape[-3:]) for x in (many.memory, many.clip))
         clips = clips.reshape(-1, *many.clip.shape[2:])
@@ -122,6 +151,7 @@ class VaeEncoders(Encoders):
         from diffusers import AutoencoderKLLTXVideo
 
         super().__init__(sizes, device, seed)
+        self.record()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             vae = AutoencoderKLLTXVideo(latent_channels=sizes.latent)
