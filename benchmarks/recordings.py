@@ -1,8 +1,10 @@
 """Demonstrations as mp4 files, and training samples decoded from them: the loader of a trainer that keeps no latents.
 
-What the plain schedule of ``benchmarks/train.py`` reads in every step, as the reference does. Where a choice had to be
-made it is the one that is cheaper for the plain schedule: H.264 instead of LeRobot's AV1, a key frame every other
-frame, pictures that hardly move, files that stay open, one read for a clip. Needs PyAV.
+What the plain schedule of ``benchmarks/train.py`` reads in every step, as the reference does: every sample opens a file
+of each camera and takes its frames. The loader that the reference builds on runs an ffmpeg process for each file and
+sample; where a choice had to be made here it is the one that is cheaper for the plain schedule: libraries in this
+process, H.264 instead of LeRobot's AV1, a key frame every other frame, pictures that hardly move, one read for a clip,
+one converter of colours for a file's frames. Needs PyAV.
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 EPISODES = 8
@@ -46,12 +48,10 @@ class Recordings:
         self.frames = HORIZON + 30 + STRIDE * clip
         rng = np.random.default_rng(seed)
         self._folder = tempfile.TemporaryDirectory()  # removed with this object
-        self._open: list[list[Any]] = []
-        for episode in range(EPISODES):
-            files = [Path(self._folder.name) / f"{episode}-{view}.mp4" for view in range(views)]
-            for file in files:
-                _write(file, _moving(rng, size, self.frames))
-            self._open.append([_opened(file) for file in files])
+        root = Path(self._folder.name)
+        self._files = [[root / f"{episode}-{view}.mp4" for view in range(views)] for episode in range(EPISODES)]
+        for file in (file for files in self._files for file in files):
+            _write(file, _moving(rng, size, self.frames))
 
     def draw(self, size: int, rng: np.random.Generator) -> Samples:
         """Random samples; memories from the last :data:`HORIZON` frames, sorted."""
@@ -65,9 +65,10 @@ class Recordings:
         """Memory (B, V, Fm, H, W, 3) and clip (B, V, Fr, H, W, 3) of samples, decoded now."""
         memories, clips = [], []
         for episode, memory, clip in zip(samples.episode, samples.memory, samples.clip, strict=True):
-            files = self._open[episode]
-            memories.append(np.stack([np.concatenate([_decoded(file, [row]) for row in memory]) for file in files]))
-            clips.append(np.stack([_decoded(file, list(clip)) for file in files]))
+            groups = [[row] for row in memory] + [list(clip)]
+            views = [np.concatenate(_decoded(file, groups)) for file in self._files[episode]]
+            memories.append(np.stack([view[: self.memory] for view in views]))
+            clips.append(np.stack([view[self.memory :] for view in views]))
         return np.stack(memories), np.stack(clips)
 
 
@@ -92,20 +93,20 @@ def _write(file: Path, pictures: NDArray[np.uint8]) -> None:
         container.mux(stream.encode())
 
 
-def _opened(file: Path) -> Any:
-    container = av.open(str(file))
-    container.streams.video[0].codec_context.thread_count = 1
-    return container
-
-
-def _decoded(container: Any, rows: list[int]) -> NDArray[np.uint8]:
-    """Frames (n, H, W, 3) of ascending ``rows``."""
-    stream, found = container.streams.video[0], {}
-    container.seek(int(rows[0] / FPS / stream.time_base), stream=stream)
-    for frame in container.decode(stream):
-        number = round(float(frame.pts * stream.time_base) * FPS)
-        if number in rows:
-            found[number] = frame.to_ndarray(format="rgb24")
-        if number >= rows[-1]:
-            break
-    return np.stack([found[row] for row in rows])
+def _decoded(file: Path, groups: list[list[int]]) -> list[NDArray[np.uint8]]:
+    """Frames (n, H, W, 3) of each group of ascending rows, which is sought once."""
+    result, converter = [], VideoReformatter()
+    with av.open(str(file)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        for rows in groups:
+            found = {}
+            container.seek(int(rows[0] / FPS / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                number = round(float(frame.pts * stream.time_base) * FPS)
+                if number in rows:
+                    found[number] = converter.reformat(frame, format="rgb24").to_ndarray()
+                if number >= rows[-1]:
+                    break
+            result.append(np.stack([found[row] for row in rows]))
+    return result
