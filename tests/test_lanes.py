@@ -16,6 +16,7 @@ from tests.test_policy import PLANNER, observe
 from wav import lanes, planner
 from wav.errors import CheckpointError
 from wav.model import native
+from wav.model.inference import WAVPlannerModel
 from wav.policy import Policy
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason="no C compiler, or WAV_NATIVE=0")
@@ -95,6 +96,35 @@ def test_lanes_have_their_rows_and_their_share_of_the_threads(
         act(policy, rows)
         assert sorted(watched) == sorted(plans * 2)
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("wav-lane")]
+
+
+@needs_kernels
+def test_threads_without_a_row_of_their_own_take_candidates(
+    policy: Policy, torch_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row on two threads: candidates in two shares, which change no bit; the plan that is acted on has one."""
+    seen: list[tuple[str, int]] = []
+    features = WAVPlannerModel.video_features
+
+    def watch(model: Any, context: Any, noise: torch.Tensor, steps: int) -> Any:
+        seen.append((threading.current_thread().name.split("_")[0], noise.shape[1]))
+        return features(model, context, noise, steps)
+
+    candidates = PLANNER.video_samples
+    split = [("wav-lane", candidates // 2), ("wav-lane", candidates - candidates // 2)]
+    expected = {
+        (1, 0): [("MainThread", candidates)] * PLANNER.iterations,
+        (2, 0): split * PLANNER.iterations,
+        (2, 2): [("MainThread", candidates)] * PLANNER.iterations,  # the survivors come from all shares
+    }
+    monkeypatch.setattr(WAVPlannerModel, "video_features", watch)
+    outputs = {}
+    for (threads, survivors), calls in expected.items():
+        torch_threads(threads)
+        seen.clear()
+        outputs[threads, survivors] = act(policy, 1, planner=PLANNER.model_copy(update={"survivors": survivors}))
+        assert sorted(seen) == sorted([*calls, ("MainThread", 1)] * 2)
+    same(outputs[2, 0], outputs[1, 0])
 
 
 @needs_kernels

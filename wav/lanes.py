@@ -1,7 +1,8 @@
 """A batch planned in lanes: its rows dealt out to threads, each of which plans its own share from start to end.
 
-Splitting every kernel over the threads makes them meet thousands of times in a call; in lanes they meet once. Torch's
-own operations run on the thread that calls them: its OpenMP threads spin for milliseconds after each operation, on the
+Splitting every kernel over the threads makes them meet thousands of times in a call; in lanes they meet once. Where
+there are more threads than rows (a robot is one row), a row's candidates are dealt out too: they meet twice an
+iteration (:class:`CandidateLanes`). Torch's own operations run on the thread that calls them: its OpenMP threads spin for milliseconds after each operation, on the
 cores that other lanes and the kernels' threads need. No bit depends on it, because it is done only where each row's
 numbers depend on that row alone (:attr:`wav.model.inference.WAVPlannerModel.independent_rows`); for the same reason
 rows that only pad the batch are not planned there.
@@ -12,18 +13,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from wav.model import native
-from wav.planner import Condition, Gaussian, Iteration, Plan, Returns, RowKey, SeededNoise, plan
+from wav.planner import Condition, Gaussian, Iteration, NoiseShapes, Plan, Returns, RowKey, SeededNoise, plan
 
 if TYPE_CHECKING:
     from wav.config import PlannerSettings
-    from wav.model.inference import Context, WAVPlannerModel
+    from wav.model.inference import Context, Features, WAVPlannerModel
 
 Result = TypeVar("Result")
 
@@ -68,12 +69,65 @@ def plan_rows(
         noise = SeededNoise(keys[part], model.device)
         means = None if warm is None else (warm[0][part], warm[1][part])
         options = {"condition": condition, "warm": means, "with_value": with_value}
-        return plan(model, context.rows(part), settings, noise, returns, **options)  # type: ignore[arg-type]
+        split = native.threads() > 1 and not settings.survivors  # which picks candidates of all shares
+        world = CandidateLanes(model, native.threads()) if split else model
+        return plan(world, context.rows(part), settings, noise, returns, **options)  # type: ignore[arg-type]
 
     if not model.independent_rows or settings.video_denoise_steps > 1:
-        return work(slice(0, len(keys)))
+        noise = SeededNoise(keys, model.device)
+        return plan(
+            model, context, settings, noise, returns, condition=condition, warm=warm, with_value=with_value
+        )
     together = settings.settle > 0  # rows that have settled wait for the others
     return join(run(work, rows, 1 if together else native.threads()))
+
+
+@dataclass(frozen=True)
+class SplitFeatures:
+    """Features of consecutive shares of the candidates."""
+
+    parts: list[Features]
+    shares: list[slice]
+
+
+class CandidateLanes:
+    """A :class:`wav.planner.PlannerModel` that computes the candidates of each row in lanes.
+
+    Args:
+        model: the world model, whose rows are independent.
+        lanes: shares that the candidates are dealt out to, at most.
+    """
+
+    def __init__(self, model: WAVPlannerModel, lanes: int) -> None:
+        self.model, self.lanes = model, lanes
+
+    @property
+    def shapes(self) -> NoiseShapes:
+        """Shapes of the noises."""
+        return self.model.shapes
+
+    def video_features(self, context: Context, noise: Tensor, steps: int) -> Features | SplitFeatures:
+        """Features of noises (B, M, V, C, Ff, h, w); in shares where there are several candidates."""
+        parts = shares(noise.shape[1], self.lanes)
+        if len(parts) == 1:
+            return self.model.video_features(context, noise, steps)
+        found = run(lambda part: self.model.video_features(context, noise[:, part], steps), noise.shape[1], self.lanes)
+        return SplitFeatures(found, parts)
+
+    def denoise_value(self, features: Features | SplitFeatures, noise: Tensor, steps: int, **options: int) -> Tensor:
+        """Values of noises (B, M, N, A, Cv), each share on its own features."""
+        if not isinstance(features, SplitFeatures):
+            return self.model.denoise_value(features, noise, steps, **options)
+        of = dict(zip((part.start for part in features.shares), features.parts, strict=True))
+
+        def values(part: slice) -> Tensor:
+            return self.model.denoise_value(of[part.start], noise[:, part], steps, **options)
+
+        return torch.cat(run(values, noise.shape[1], self.lanes), 1)
+
+    def denoise_action(self, *arguments: Any) -> Tensor:
+        """Actions of the one candidate that is acted on."""
+        return self.model.denoise_action(*arguments)
 
 
 def shares(rows: int, lanes: int) -> list[slice]:
