@@ -70,7 +70,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, int]]:
 
 @needs_kernels
 @pytest.mark.parametrize("condition", ["planned", "temperature", "unplanned"])
-def test_threads_change_no_bit(policy: Policy, torch_threads: Callable[[int], None], condition: str) -> None:
+def test_threads_change_no_bit(
+    policy: Policy, torch_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, condition: str
+) -> None:
+    monkeypatch.setattr(lanes, "WORTH", 1)  # threads without a row take candidates
     torch_threads(1)
     wanted = act(policy, 3, condition=condition)
     for threads in (2, 3, 7):
@@ -102,7 +105,10 @@ def test_lanes_have_their_rows_and_their_share_of_the_threads(
 def test_threads_without_a_row_of_their_own_take_candidates(
     policy: Policy, torch_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One row on two threads: candidates in two shares, which change no bit; the plan that is acted on has one."""
+    """One row on two threads: candidates in two shares, which change no bit; the plan that is acted on has one.
+
+    A small model's are left together.
+    """
     seen: list[tuple[str, int]] = []
     features = WAVPlannerModel.video_features
 
@@ -112,19 +118,22 @@ def test_threads_without_a_row_of_their_own_take_candidates(
 
     candidates = PLANNER.video_samples
     split = [("wav-lane", candidates // 2), ("wav-lane", candidates - candidates // 2)]
+    together = [("MainThread", candidates)]
     expected = {
-        (1, 0): [("MainThread", candidates)] * PLANNER.iterations,
-        (2, 0): split * PLANNER.iterations,
-        (2, 2): [("MainThread", candidates)] * PLANNER.iterations,  # the survivors come from all shares
+        (1, 0, 1): together,
+        (2, 0, 1): split,
+        (2, 0, lanes.WORTH): together,
+        (2, 2, 1): together,  # the survivors come from all shares
     }
     monkeypatch.setattr(WAVPlannerModel, "video_features", watch)
-    outputs = {}
-    for (threads, survivors), calls in expected.items():
+    outputs = []
+    for (threads, survivors, worth), calls in expected.items():
         torch_threads(threads)
+        monkeypatch.setattr(lanes, "WORTH", worth)
         seen.clear()
-        outputs[threads, survivors] = act(policy, 1, planner=PLANNER.model_copy(update={"survivors": survivors}))
-        assert sorted(seen) == sorted([*calls, ("MainThread", 1)] * 2)
-    same(outputs[2, 0], outputs[1, 0])
+        outputs.append(act(policy, 1, planner=PLANNER.model_copy(update={"survivors": survivors})))
+        assert sorted(seen) == sorted([*calls * PLANNER.iterations, ("MainThread", 1)] * 2)
+    same(outputs[1], outputs[0])
 
 
 @needs_kernels

@@ -1,11 +1,12 @@
 """A batch planned in lanes: its rows dealt out to threads, each of which plans its own share from start to end.
 
 Splitting every kernel over the threads makes them meet thousands of times in a call; in lanes they meet once. Where
-there are more threads than rows (a robot is one row), a row's candidates are dealt out too: they meet twice an
-iteration (:class:`CandidateLanes`). Torch's own operations run on the thread that calls them: its OpenMP threads spin for milliseconds after each operation, on the
-cores that other lanes and the kernels' threads need. No bit depends on it, because it is done only where each row's
-numbers depend on that row alone (:attr:`wav.model.inference.WAVPlannerModel.independent_rows`); for the same reason
-rows that only pad the batch are not planned there.
+there are more threads than rows (a robot is one row), the candidates of a large model are dealt out too: they meet
+twice an iteration (:class:`CandidateLanes`). Torch's own operations run on the thread that calls them: its OpenMP
+threads spin for milliseconds after each operation, on the cores that other lanes and the kernels' threads need. No bit
+depends on it, because it is done only where each row's numbers depend on that row alone
+(:attr:`wav.model.inference.WAVPlannerModel.independent_rows`); for the same reason rows that only pad the batch are not
+planned there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,10 @@ from wav.planner import Condition, Gaussian, Iteration, NoiseShapes, Plan, Retur
 if TYPE_CHECKING:
     from wav.config import PlannerSettings
     from wav.model.inference import Context, Features, WAVPlannerModel
+
+WORTH = 1 << 16
+"""Numbers that the memory tokens of a share's candidates are, for a share to be worth a thread: with fewer, Python, of
+which one thread runs at a time, takes as long as the kernels do."""
 
 Result = TypeVar("Result")
 
@@ -69,15 +74,14 @@ def plan_rows(
         noise = SeededNoise(keys[part], model.device)
         means = None if warm is None else (warm[0][part], warm[1][part])
         options = {"condition": condition, "warm": means, "with_value": with_value}
-        split = native.threads() > 1 and not settings.survivors  # which picks candidates of all shares
-        world = CandidateLanes(model, native.threads()) if split else model
-        return plan(world, context.rows(part), settings, noise, returns, **options)  # type: ignore[arg-type]
+        rows = context.rows(part)
+        world = model if settings.survivors else CandidateLanes(model, native.threads())  # survivors: of all shares
+        return plan(world, rows, settings, noise, returns, **options)  # type: ignore[arg-type]
 
     if not model.independent_rows or settings.video_denoise_steps > 1:
         noise = SeededNoise(keys, model.device)
-        return plan(
-            model, context, settings, noise, returns, condition=condition, warm=warm, with_value=with_value
-        )
+        world: Any = model
+        return plan(world, context, settings, noise, returns, condition=condition, warm=warm, with_value=with_value)
     together = settings.settle > 0  # rows that have settled wait for the others
     return join(run(work, rows, 1 if together else native.threads()))
 
@@ -108,10 +112,11 @@ class CandidateLanes:
 
     def video_features(self, context: Context, noise: Tensor, steps: int) -> Features | SplitFeatures:
         """Features of noises (B, M, V, C, Ff, h, w); in shares where there are several candidates."""
-        parts = shares(noise.shape[1], self.lanes)
+        candidates = noise.shape[1]
+        parts = shares(candidates, min(self.lanes, candidates * context.memory[0].numel() // WORTH))
         if len(parts) == 1:
             return self.model.video_features(context, noise, steps)
-        found = run(lambda part: self.model.video_features(context, noise[:, part], steps), noise.shape[1], self.lanes)
+        found = run(lambda part: self.model.video_features(context, noise[:, part], steps), candidates, len(parts))
         return SplitFeatures(found, parts)
 
     def denoise_value(self, features: Features | SplitFeatures, noise: Tensor, steps: int, **options: int) -> Tensor:
@@ -123,7 +128,7 @@ class CandidateLanes:
         def values(part: slice) -> Tensor:
             return self.model.denoise_value(of[part.start], noise[:, part], steps, **options)
 
-        return torch.cat(run(values, noise.shape[1], self.lanes), 1)
+        return torch.cat(run(values, noise.shape[1], len(features.shares)), 1)
 
     def denoise_action(self, *arguments: Any) -> Tensor:
         """Actions of the one candidate that is acted on."""
@@ -132,7 +137,7 @@ class CandidateLanes:
 
 def shares(rows: int, lanes: int) -> list[slice]:
     """``rows`` rows in at most ``lanes`` consecutive shares, none empty, their sizes at most one apart."""
-    lanes = min(lanes, rows)
+    lanes = max(1, min(lanes, rows))
     return [slice(rows * lane // lanes, rows * (lane + 1) // lanes) for lane in range(lanes)]
 
 
