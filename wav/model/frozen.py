@@ -6,6 +6,7 @@ Every sample of that stage is at t = 1000, so a view has two AdaLN rows, made on
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from wav.model.transformer import WAVTransformer
 
 NOISE_LEVEL = 1000.0  #: timestep of pure noise
+LAYER_WEIGHTS = 14
+"""Weights of a block, in squares of its width: a pass takes as many rows as have that many numbers, which stay in a
+core's cache from one product to the next; with fewer the weights would be read too often."""
 
 
 class FrozenVideo:
@@ -44,16 +48,24 @@ class FrozenVideo:
         """
         model, prepared = self._model[0], self._current()
         context = model.encode_text(text, text_mask)
-        layers: list[Tensor] = []
-        prepared.video(
-            prepared.memory(memory),
-            noise,
-            NOISE_LEVEL,
-            prepared.text(context.states),
-            context.bias,
-            lambda _, features: layers.append(features),
-            head=False,
-        )
+        keys, (clean, *own) = prepared.text(context.states), prepared.memory(memory)
+        size, tokens, width = len(noise), clean.shape[1:4].numel() + noise[0].numel() // noise.shape[2], clean.shape[-1]
+        layers = [clean.new_empty(size, tokens, width) for _ in prepared.layers]
+        rows = max(1, LAYER_WEIGHTS * width // tokens)
+
+        def read(part: slice, index: int, features: Tensor) -> None:
+            layers[index][part] = features
+
+        for part in (slice(start, start + rows) for start in range(0, size, rows)):
+            prepared.video(
+                (clean[part], own[0][part], own[1][part]),
+                noise[part],
+                NOISE_LEVEL,
+                [layer[part] for layer in keys],
+                None if context.bias is None else context.bias[part],
+                partial(read, part),
+                head=False,
+            )
         return tuple(layers)
 
     def _current(self) -> Prepared:
