@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect.artifacts import (
     create_markdown_artifact,
     create_progress_artifact,
@@ -23,6 +22,7 @@ from prefect.artifacts import (
 )
 from prefect.context import FlowRunContext
 
+from flows.outage import show
 from flows.provenance import object_url
 from wav import plots
 from wav.config import Runtime
@@ -42,12 +42,13 @@ def _key(name: str) -> str:
 
 def publish_markdown(name: str, text: str, description: str = "") -> None:
     """Markdown on the flow run."""
-    create_markdown_artifact(text, key=_key(name), description=description or None)
+    show(name, lambda: create_markdown_artifact(text, key=_key(name), description=description or None), wait=True)
 
 
 def publish_table(name: str, rows: Sequence[Mapping[str, Any]], description: str = "") -> None:
     """A table, one row per mapping."""
-    create_table_artifact([dict(row) for row in rows], key=_key(name), description=description or None)
+    table = [dict(row) for row in rows]
+    show(name, lambda: create_table_artifact(table, key=_key(name), description=description or None), wait=True)
 
 
 def publish_numbers(name: str, numbers: Mapping[str, Any], description: str = "") -> None:
@@ -116,8 +117,7 @@ class Progress:
         self._artifact: UUID | None = None
 
     def __enter__(self) -> Progress:
-        created = create_progress_artifact(0.0, key=_key("progress"), description=self._what)
-        self._artifact = created if isinstance(created, UUID) else None
+        self._update(0.0, self._what)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -143,9 +143,11 @@ class Progress:
             self._logged = now
 
     def _update(self, percent: float, text: str) -> None:
-        if self._artifact is None:
+        if self._artifact is None:  # also where the server was away when the work began
+            created = show(
+                "progress", lambda: create_progress_artifact(percent, key=_key("progress"), description=text)
+            )
+            self._artifact = created if isinstance(created, UUID) else None
             return
-        try:
-            update_progress_artifact(self._artifact, min(percent, 100.0), description=text)
-        except httpx.HTTPError as error:  # a bar that stands still must not end days of training
-            self._logger.warning("%s: progress could not be shown (%r); the work goes on", self._what, error)
+        artifact = self._artifact
+        show("progress", lambda: update_progress_artifact(artifact, min(percent, 100.0), description=text))

@@ -18,8 +18,6 @@ import logging
 import os
 import platform
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -28,7 +26,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import httpx
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
@@ -36,6 +33,7 @@ from prefect.settings import get_current_settings
 
 from flows.artifacts import publish_markdown, publish_numbers, publish_objects, publish_table
 from flows.memory import PeakMemory
+from flows.outage import answers, await_server, finished, run_flow, show
 from flows.provenance import hash_table, parent_run, run_url
 from wav.config import Runtime, Settings, load_settings
 from wav.data.files import write_json
@@ -71,29 +69,10 @@ class StageRun:
         return folder
 
 
-def _answers(url: str, attempts: int = 2, patience_s: float = 60.0, timeout_s: float = 10.0) -> str:
-    """Empty if a web server answers at ``url`` (whatever its status), else why not.
-
-    One that is down refuses at once; one that takes the connection and says nothing is busy, and is asked for longer.
-    """
-    began, asked = time.monotonic(), 0
-    while True:
-        asked += 1
-        try:
-            with urllib.request.urlopen(url, timeout=timeout_s):
-                return ""
-        except urllib.error.HTTPError:
-            return ""
-        except (urllib.error.URLError, OSError) as error:
-            problem = getattr(error, "reason", error)
-        busy = isinstance(problem, TimeoutError) and time.monotonic() - began < patience_s
-        if asked >= attempts and not busy:
-            return str(problem)
-        time.sleep(0.5)
-
-
 def require_services(runtime: Runtime) -> None:
     """Fail within seconds where Prefect or the object store does not answer (never start an ephemeral server).
+
+    What a worker or a retrain started waits for Prefect instead: the server was there, and comes back.
 
     Raises:
         ServiceError: which server, its address, why, and the remedy.
@@ -101,9 +80,9 @@ def require_services(runtime: Runtime) -> None:
     api = get_current_settings().api.url
     if not api:
         raise ServiceError(f"Prefect server: PREFECT_API_URL is not set and no local server was started; {REMEDY}")
-    if problem := _answers(f"{api.rstrip('/')}/health"):
+    if problem := await_server("the run begins"):
         raise ServiceError(f"Prefect server at {api}: not up ({problem}); {REMEDY}")
-    if runtime.store.startswith("s3://") and runtime.s3_endpoint and (problem := _answers(runtime.s3_endpoint)):
+    if runtime.store.startswith("s3://") and runtime.s3_endpoint and (problem := answers(runtime.s3_endpoint)):
         raise ServiceError(f"S3 server at {runtime.s3_endpoint} (WAV_S3_ENDPOINT): not up ({problem}); {REMEDY}")
     if runtime.store.startswith("s3://") and not runtime.s3_endpoint and not os.environ.get("AWS_ACCESS_KEY_ID"):
         import boto3
@@ -143,9 +122,13 @@ def _tell_parent(flow_run: str) -> None:
     from prefect.client.orchestration import get_client
 
     publish_markdown("parent", f"Started by [retrain {parent}]({run_url(parent, get_current_settings().api.url)})")
-    with get_client(sync_client=True) as client:
-        tags = set(client.read_flow_run(UUID(flow_run)).tags) | {f"retrain:{parent}"}
-        client.update_flow_run(UUID(flow_run), tags=sorted(tags))
+
+    def tag() -> None:
+        with get_client(sync_client=True) as client:
+            tags = set(client.read_flow_run(UUID(flow_run)).tags) | {f"retrain:{parent}"}
+            client.update_flow_run(UUID(flow_run), tags=sorted(tags))
+
+    show("the tag of its retrain", tag, wait=True)
 
 
 def step(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -185,9 +168,11 @@ def finish(run: StageRun, results: Iterable[Path]) -> None:
         key = f"runs/{run.flow_run}/{path.relative_to(run.workspace).as_posix()}"
         info = run.store.put_file(path, key)
         uploaded.append((run.store.uri(key), info.version, info.size))
+    await_server("the results are shown")
     publish_objects("objects", uploaded, run.runtime, f"{run.stage}: objects in the store")
     publish_table("dvc", hash_table(run.stage, run.workspace), f"{run.stage}: DVC hashes of inputs and outputs")
     run.logger.info("%s: done in %.0f s, peak memory %.2f GiB", run.stage, facts["seconds"], facts["peak_memory_gib"])
+    finished()
 
 
 class _OneLineErrors(logging.Filter):
@@ -220,12 +205,6 @@ def main(stage_flow: Callable[..., Any]) -> int:
 
     def run() -> None:
         require_services(Runtime())
-        try:
-            stage_flow(workspace=os.getcwd())
-        except httpx.TransportError as error:
-            url = get_current_settings().api.url
-            raise ServiceError(
-                f"Prefect server at {url}: went away ({error!r}); {REMEDY}, then run again: it goes on"
-            ) from error
+        run_flow(lambda: stage_flow(workspace=os.getcwd()))
 
     return exit_status(run, interrupted="interrupted; dvc repro continues from the last finished stage")

@@ -20,6 +20,7 @@ from prefect.settings import get_current_settings
 from flows.artifacts import Progress, publish_markdown, publish_numbers, publish_objects, publish_table
 from flows.checkout import Checkout, Finished
 from flows.common import one_line_errors, require_services, run_folder, step
+from flows.outage import await_server, finished, run_flow
 from flows.provenance import PARENT_VARIABLE, locked_hashes, run_url
 from wav import promotion
 from wav.config import STAGE_SECTIONS, Runtime, Settings, load_settings
@@ -327,22 +328,20 @@ def retrain(
         try:
             reproduce(run)
         except WavError as error:
+            await_server("the failure is told")
             _tell_stages(run)
             publish_markdown("verdict", f"**failed**: {error}", "promotion")
             raise
         commit = push(run, branch, remote, push_to)
         verdict = challenge(run, margin, commit)
     logger.info("%s: %s", "promoted" if verdict.promote else "not promoted", verdict.reason)
+    finished()
     return verdict.reason
 
 
 def main() -> int:
     """Retrain now, without a worker."""
-
-    def run() -> None:
-        retrain()
-
-    return exit_status(run)
+    return exit_status(lambda: run_flow(retrain))
 
 
 if __name__ == "__main__":

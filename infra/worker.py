@@ -4,6 +4,7 @@ On SIGTERM Prefect's worker stops looking for work and lets its flow runs go on,
 a training behind. The process here starts Prefect's worker and, on SIGTERM, SIGINT or SIGHUP, ends it and every flow
 run with all their processes: first SIGTERM (Prefect hears that the run crashed, a training saves what it can), then
 SIGKILL. Should this process itself be killed, the kernel ends the worker and the flow runs notice (``flows/``).
+The worker itself is Prefect's, made to outlive its server (:mod:`infra.patient`).
 """
 
 from __future__ import annotations

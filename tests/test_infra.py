@@ -15,7 +15,7 @@ import yaml
 
 from infra.deepspeed.__main__ import configuration
 from infra.local.ports import PORTS
-from infra.local.services import BUCKETS
+from infra.local.services import AWAITED, BUCKETS
 from wav.config import Runtime
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -111,6 +111,7 @@ def test_compose_is_consistent_with_itself_and_the_code() -> None:
         assert variables["WAV_STORE"] == f"s3://{BUCKETS[0]}"
     assert services["prefect"]["ports"] == [f"127.0.0.1:{PORTS['prefect'][1]}:{PORTS['prefect'][1]}"]
     assert services["s3"]["ports"] == [f"127.0.0.1:{PORTS['s3'][1]}:{PORTS['s3'][1]}"]
+    assert services["prefect"]["environment"]["PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER"] == AWAITED
     assert f"-s3.port={PORTS['s3'][1]}" in services["s3"]["command"]
     assert f'("{BUCKETS[0]}", True), ("{BUCKETS[1]}", False)' in (INFRA / "docker/make_buckets.py").read_text()
     asked = set(re.findall(r"\$\{(\w+)", (INFRA / "docker/compose.yaml").read_text()))

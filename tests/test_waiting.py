@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 
-from flows.common import _answers
+from flows.outage import answers
 
 
 def test_a_server_that_is_down_is_said_at_once() -> None:
@@ -14,14 +14,14 @@ def test_a_server_that_is_down_is_said_at_once() -> None:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/"
         began = time.monotonic()
-        assert "refused" in _answers(url)
+        assert "refused" in answers(url)
     assert time.monotonic() - began < 5
 
 
 def test_a_server_that_stays_silent_is_not_waited_for_without_end() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/"
-        assert "timed out" in _answers(url, patience_s=0.5, timeout_s=0.2)
+        assert "timed out" in answers(url, patience_s=0.5, timeout_s=0.2)
 
 
 def test_a_busy_server_is_waited_for() -> None:
@@ -39,5 +39,5 @@ def test_a_busy_server_is_waited_for() -> None:
         thread = threading.Thread(target=answer_late, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/"
-        assert _answers(url, patience_s=20.0, timeout_s=0.5) == ""
+        assert answers(url, patience_s=20.0, timeout_s=0.5) == ""
         thread.join(5)

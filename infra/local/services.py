@@ -34,6 +34,9 @@ HOST = "127.0.0.1"
 BUCKETS = ("wav", "wav-dvc")
 READY_SECONDS = 120.0
 STOP_SECONDS = 20.0
+#: how long Prefect remembers which heartbeats it waits for (ISO 8601). With its minute, a server that was away for
+#: longer than the allowed silence forgets the runs that died meanwhile: Running for ever, they would keep their slot
+AWAITED = "P30D"
 #: marks the processes as this folder's, so that one that lost its pid file is still known as ours
 MARK = "WAV_LOCAL_SERVICE"
 
@@ -140,6 +143,7 @@ def _prefect(folder: Path, chosen: dict[str, int]) -> Service:
         "PREFECT_SERVER_API_PORT": str(chosen["prefect"]),
         "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{folder / 'prefect' / 'prefect.db'}",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": AWAITED,
         "DO_NOT_TRACK": "1",
     }
     return Service("prefect", {"prefect": chosen["prefect"]}, tuple(command), environment, lambda: _prefect_ready(url))
