@@ -72,7 +72,8 @@ def test_deploy_twice_is_once_and_retrain_is_on_the_calendar(environment: dict[s
         pool = client.read_work_pool(deploy.POOL)
         assert (pool.type, pool.concurrency_limit) == ("process", 1)
         assert client.read_work_queue_by_name(deploy.QUEUE, work_pool_name=deploy.POOL).concurrency_limit == 1
-        assert len(client.read_automations_by_name(deploy.AUTOMATION)) == 1
+        for name in (deploy.AUTOMATION, deploy.REVIVAL):
+            assert len(client.read_automations_by_name(name)) == 1
         assert sorted(deployment.name for deployment in client.read_deployments()) == names
         deadline = time.monotonic() + SCHEDULED_WITHIN_S
         while not (runs := client.read_flow_runs()) and time.monotonic() < deadline:
