@@ -51,7 +51,7 @@ def test_a_plan_and_a_training_step_of_every_stage() -> None:
     run(TINY)
 
 
-@pytest.mark.parametrize("name", ["train", "projection", "growth_training", "gpu"])
+@pytest.mark.parametrize("name", ["train", "projection", "growth_training", "gpu", "latency"])
 def test_benchmarks_start(name: str) -> None:
     run(
         f"import runpy\nsys.argv = ['{name}.py', '--help']\n"
