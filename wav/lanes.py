@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 WORTH = 1 << 16
 """Numbers that the memory tokens of a share's candidates are, for a share to be worth a thread: with fewer, Python, of
-which one thread runs at a time, takes as long as the kernels do."""
+which one thread runs at a time, takes as long as the kernels do (``benchmarks/latency.py``)."""
 
 Result = TypeVar("Result")
 
@@ -116,8 +116,12 @@ class CandidateLanes:
         parts = shares(candidates, min(self.lanes, candidates * context.memory[0].numel() // WORTH))
         if len(parts) == 1:
             return self.model.video_features(context, noise, steps)
-        found = run(lambda part: self.model.video_features(context, noise[:, part], steps), candidates, len(parts))
-        return SplitFeatures(found, parts)
+
+        def share(part: slice) -> Features:
+            found = self.model.video_features(context, noise[:, part], steps)
+            return replace(found, layers=None)  # kept of a single candidate, which is one that is acted on elsewhere
+
+        return SplitFeatures(run(share, candidates, len(parts)), parts)
 
     def denoise_value(self, features: Features | SplitFeatures, noise: Tensor, steps: int, **options: int) -> Tensor:
         """Values of noises (B, M, N, A, Cv), each share on its own features."""

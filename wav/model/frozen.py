@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 NOISE_LEVEL = 1000.0  #: timestep of pure noise
 LAYER_WEIGHTS = 14
-"""Weights of a block, in squares of its width: a pass takes as many rows as have that many numbers, which stay in a
-core's cache from one product to the next; with fewer the weights would be read too often."""
+"""Weights of a block, in squares of its width: on the compiled kernels a pass takes as many rows as have that many
+numbers, which stay in a core's cache from one product to the next; with fewer the weights would be read too often."""
 
 
 class FrozenVideo:
@@ -51,7 +51,7 @@ class FrozenVideo:
         keys, (clean, *own) = prepared.text(context.states), prepared.memory(memory)
         size, tokens, width = len(noise), clean.shape[1:4].numel() + noise[0].numel() // noise.shape[2], clean.shape[-1]
         layers = [clean.new_empty(size, tokens, width) for _ in prepared.layers]
-        rows = max(1, LAYER_WEIGHTS * width // tokens)
+        rows = max(1, LAYER_WEIGHTS * width // tokens) if prepared.proj_in.native else size
 
         def read(part: slice, index: int, features: Tensor) -> None:
             layers[index][part] = features

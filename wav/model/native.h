@@ -138,8 +138,8 @@ INLINE float inverse_rms(const float *x, int64_t n, float eps) {
 #define TAKE(x, a, b, c, d) __builtin_shufflevector(x, x, a, b, c, d)
 #endif
 
-// out = neighbouring pairs of x, complex numbers, times those of rope, or their conjugates where ``direction`` is -1 and
-// not 1: the rotation's transpose. out may be x.
+// out = neighbouring pairs of x, complex numbers, times those of rope, or their conjugates where ``direction`` is -1
+// and not 1: the rotation's transpose. out may be x.
 INLINE void rotate(const float *x, const float *rope, int64_t n, float direction, float *out) {
     vec sign;
     for (int i = 0; i < LANES; i++) sign[i] = i % 2 ? direction : -direction;
