@@ -137,6 +137,26 @@ def test_threads_without_a_row_of_their_own_take_candidates(
 
 
 @needs_kernels
+def test_a_share_of_one_candidate_keeps_no_video_features(
+    policy: Policy, torch_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features of every layer are kept of the candidate that is acted on, not of those that are only scored."""
+    kept: list[bool] = []
+    scored = lanes.CandidateLanes.denoise_value
+
+    def watch(self: Any, features: Any, *rest: Any, **options: Any) -> Any:
+        if isinstance(features, lanes.SplitFeatures):
+            kept.extend(part.layers is not None for part in features.parts)
+        return scored(self, features, *rest, **options)
+
+    monkeypatch.setattr(lanes.CandidateLanes, "denoise_value", watch)
+    monkeypatch.setattr(lanes, "WORTH", 1)
+    torch_threads(PLANNER.video_samples)
+    act(policy, 1)
+    assert kept == [False] * (2 * PLANNER.iterations * PLANNER.video_samples)
+
+
+@needs_kernels
 @pytest.mark.parametrize("change", [{"settle": 0.1, "iterations": 3}, {"video_denoise_steps": 2}])
 def test_rows_that_wait_for_each_other_stay_together(
     policy: Policy,
