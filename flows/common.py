@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-from prefect import get_run_logger, task
+from prefect import Flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.settings import get_current_settings
 
 from flows.artifacts import publish_markdown, publish_numbers, publish_objects, publish_table
+from flows.lifeline import outlives
 from flows.memory import PeakMemory
 from flows.outage import answers, await_server, finished, run_flow, show
 from flows.provenance import hash_table, parent_run, run_url
@@ -72,7 +73,7 @@ class StageRun:
 def require_services(runtime: Runtime) -> None:
     """Fail within seconds where Prefect or the object store does not answer (never start an ephemeral server).
 
-    What a worker or a retrain started waits for Prefect instead: the server was there, and comes back.
+    What a worker started waits for Prefect instead: the server was there, and comes back.
 
     Raises:
         ServiceError: which server, its address, why, and the remedy.
@@ -199,9 +200,10 @@ def run_folder(workspace: str) -> Path:
     return Path(workspace).resolve() / "runs" / name
 
 
-def main(stage_flow: Callable[..., Any]) -> int:
+def main(stage_flow: Flow[..., Any]) -> int:
     """Run a flow in the current folder; an error of input or services is one line on stderr and status 1."""
     one_line_errors()
+    outlives(stage_flow)  # here, not in the stage's file: that is one of the stage's inputs
 
     def run() -> None:
         require_services(Runtime())

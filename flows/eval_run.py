@@ -17,6 +17,8 @@ from flows import eval_libero as stage
 from flows.artifacts import publish_table
 from flows.common import StageRun, finish, one_line_errors, require_services, run_folder, start, step
 from flows.isolation import isolate, prepare, source_workspace
+from flows.lifeline import outlives
+from flows.outage import run_flow
 from flows.provenance import dvc_hash
 from wav.config import Runtime, load_settings, parse_settings
 from wav.data.files import read_json
@@ -139,6 +141,7 @@ def evaluate_export(export: Path, folder: Path) -> None:
     finish(run, [*results, run.path("reports/index.html")])
 
 
+@outlives
 @flow(name="eval-libero")
 def eval_libero(
     checkpoint: str = "",
@@ -193,10 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", default="", help="folder of the results")
     options = vars(parser.parse_args(arguments))
 
-    def run() -> None:
-        eval_libero(**options)
-
-    return exit_status(run)
+    return exit_status(lambda: run_flow(lambda: eval_libero(**options)))
 
 
 if __name__ == "__main__":

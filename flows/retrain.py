@@ -20,6 +20,7 @@ from prefect.settings import get_current_settings
 from flows.artifacts import Progress, publish_markdown, publish_numbers, publish_objects, publish_table
 from flows.checkout import Checkout, Finished
 from flows.common import one_line_errors, require_services, run_folder, step
+from flows.lifeline import outlives
 from flows.outage import await_server, finished, run_flow
 from flows.provenance import PARENT_VARIABLE, locked_hashes, run_url
 from wav import promotion
@@ -286,6 +287,7 @@ def challenge(run: Retrain, margin: float, commit: str) -> Verdict:
     return verdict
 
 
+@outlives
 @flow(name="retrain")
 def retrain(
     base: str = "HEAD",

@@ -1,7 +1,7 @@
 """What the Prefect server must know of this project: ``make deploy``. Doing it twice is doing it once.
 
-A process work pool ``gpu`` that runs one flow at a time, its queue, the automations that mark runs as crashed whose
-worker died (their heartbeats stop) and take that back where one beats again, and the deployments of ``prefect.yaml``.
+A process work pool ``gpu`` that runs one flow at a time, its queue, the automation that marks runs as crashed whose
+worker died (their heartbeats stop), and the deployments of ``prefect.yaml``.
 ``python -m infra.deploy worker`` starts a worker of the pool in the project folder (:mod:`infra.worker`).
 """
 
@@ -32,11 +32,11 @@ from wav.local import PROJECT
 
 POOL = QUEUE = "gpu"
 AUTOMATION = "wav: crash runs whose worker died"
-REVIVAL = "wav: a crashed run whose heart beats is running"
+#: of earlier deploys: it revived runs that were over (cancelled, or completed after all); a living run's own process
+#: takes its state back (flows/lifeline.py)
+FORMER_AUTOMATION = "wav: a crashed run whose heart beats is running"
 #: flow runs beat every minute (prefect.toml); this many silent seconds mean that nobody runs them any more
 SILENT_SECONDS = 300
-#: a crashed run that beats within this time lives: two beats, and the time its connection takes to come back
-REVIVAL_SECONDS = 180
 
 
 def make_pool(client: SyncPrefectClient) -> None:
@@ -87,32 +87,6 @@ def automation() -> AutomationCore:
     )
 
 
-def revival() -> AutomationCore:
-    """Take it back where a run beats after it was marked as crashed.
-
-    The server keeps what it waits for while it is down itself. Back after longer than the silence it allows, it crashes
-    at once every run whose heartbeats it could not hear.
-    """
-    return AutomationCore(
-        name=REVIVAL,
-        description="The server was away and took a living run for dead.",
-        trigger=EventTrigger(
-            after={"prefect.flow-run.Crashed"},
-            expect={"prefect.flow-run.heartbeat"},
-            match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*"]}),
-            for_each={"prefect.resource.id"},
-            posture=Posture.Reactive,
-            threshold=1,
-            within=timedelta(seconds=REVIVAL_SECONDS),
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.RUNNING, message="It was taken for dead while the server was away: its heart beats."
-            )
-        ],
-    )
-
-
 def make_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None:
     """Create an automation, or bring the one of its name up to date; more of the same name are removed."""
     known = client.read_automations_by_name(wanted.name)
@@ -122,6 +96,12 @@ def make_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None:
         client.update_automation(known[0].id, wanted)
     else:
         client.create_automation(wanted)
+
+
+def remove_automation(client: SyncPrefectClient, name: str) -> None:
+    """Those of a name, where an earlier deploy made it."""
+    for known in client.read_automations_by_name(name):
+        client.delete_automation(known.id)
 
 
 def make_deployments() -> None:
@@ -138,11 +118,11 @@ def deploy() -> None:
     require_services(Runtime())
     with get_client(sync_client=True) as client:
         make_pool(client)
-        for wanted in (automation(), revival()):
-            make_automation(client, wanted)
+        make_automation(client, automation())
+        remove_automation(client, FORMER_AUTOMATION)
         make_deployments()
         names = sorted(deployment.name for deployment in client.read_deployments(limit=100))
-    sys.stdout.write(f"work pool {POOL}: one flow at a time, queue {QUEUE}\nautomations: {AUTOMATION}; {REVIVAL}\n")
+    sys.stdout.write(f"work pool {POOL}: one flow at a time, queue {QUEUE}\nautomation: {AUTOMATION}\n")
     sys.stdout.write(f"deployments: {', '.join(names)}\nstart a worker: make worker\n")
 
 

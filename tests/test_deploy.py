@@ -65,6 +65,8 @@ def test_make_up_on_other_ports_is_found_without_exporting_anything(tmp_path: Pa
 
 @pytest.mark.long
 def test_deploy_twice_is_once_and_retrain_is_on_the_calendar(environment: dict[str, str]) -> None:
+    with SyncPrefectClient(environment["PREFECT_API_URL"]) as client:  # what an earlier version deployed
+        deploy.make_automation(client, deploy.automation().model_copy(update={"name": deploy.FORMER_AUTOMATION}))
     for _ in range(2):
         subprocess.run([sys.executable, "-m", "infra.deploy"], cwd=PROJECT, env=environment, check=True)
     names = sorted(entry["name"] for entry in yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"])
@@ -72,8 +74,8 @@ def test_deploy_twice_is_once_and_retrain_is_on_the_calendar(environment: dict[s
         pool = client.read_work_pool(deploy.POOL)
         assert (pool.type, pool.concurrency_limit) == ("process", 1)
         assert client.read_work_queue_by_name(deploy.QUEUE, work_pool_name=deploy.POOL).concurrency_limit == 1
-        for name in (deploy.AUTOMATION, deploy.REVIVAL):
-            assert len(client.read_automations_by_name(name)) == 1
+        assert len(client.read_automations_by_name(deploy.AUTOMATION)) == 1
+        assert client.read_automations_by_name(deploy.FORMER_AUTOMATION) == []
         assert sorted(deployment.name for deployment in client.read_deployments()) == names
         deadline = time.monotonic() + SCHEDULED_WITHIN_S
         while not (runs := client.read_flow_runs()) and time.monotonic() < deadline:

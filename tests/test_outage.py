@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import prefect.workers.base
@@ -20,7 +21,8 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.schemas.automations import EventTrigger
 from prefect.states import Running
 
-from flows import outage
+from flows import lifeline, outage
+from flows.provenance import PARENT_VARIABLE
 from flows.retrain import retrain
 from infra import deploy, patient
 from tests.kill_harness import Lab
@@ -39,35 +41,6 @@ with open(os.environ["STAGE_PIDS"], "a") as handle:
 while not pathlib.Path(os.environ["STAGE_MAY_END"]).exists():
     time.sleep(0.2)
 """
-#: a stage's flow that moves its bar until it may end, and says how long the bar held it up
-FLOW = """
-import pathlib, time
-import flows  # before prefect, as in python -m flows.export
-from prefect import flow
-from flows.artifacts import Progress
-from flows.common import finish, main, start, step
-
-@step("work")
-def work(run):
-    slowest, done = 0.0, 0
-    with Progress("work", run.logger) as progress:
-        print("working", flush=True)
-        while not pathlib.Path("may-end").exists():
-            began, done = time.monotonic(), done + 1
-            progress(done, 10**6)
-            slowest = max(slowest, time.monotonic() - began)
-            time.sleep(0.5)
-    print(f"slowest {slowest:.2f}", flush=True)
-
-@flow(name="export")
-def export(workspace="."):
-    run = start("export", workspace)
-    work(run)
-    finish(run, [])
-
-if __name__ == "__main__":
-    raise SystemExit(main(export))
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +51,11 @@ def link(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def refused() -> Any:
     raise httpx.ConnectError("refused")
+
+
+def status_error(status: int) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", "http://h/api")
+    return httpx.HTTPStatusError(str(status), request=request, response=httpx.Response(status, request=request))
 
 
 def test_a_server_that_is_away_is_left_alone_for_a_while_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,10 +76,8 @@ def test_a_server_that_is_away_is_left_alone_for_a_while_and_said_once(capsys: p
 
 
 def test_what_the_server_refuses_does_not_count_as_an_outage(capsys: pytest.CaptureFixture[str]) -> None:
-    request = httpx.Request("POST", "http://h/artifacts")
-
     def refuse() -> Any:
-        raise httpx.HTTPStatusError("422", request=request, response=httpx.Response(422, request=request))
+        raise status_error(422)
 
     assert outage.show("a table", refuse) is None
     assert outage.show("a bar", lambda: 1) == 1
@@ -125,6 +101,53 @@ def test_the_end_of_a_flow_counts_and_not_the_telling(capsys: pytest.CaptureFixt
     assert "only the flow run's final state could not be told" in capsys.readouterr().err
 
 
+def test_a_proxy_without_its_server_is_a_server_that_is_away() -> None:
+    def say(status: int) -> None:
+        raise status_error(status)
+
+    with pytest.raises(ServiceError, match="went away"):
+        outage.run_flow(lambda: say(503))
+    with pytest.raises(httpx.HTTPStatusError, match="409"):
+        outage.run_flow(lambda: say(409))
+    outage.LINK.work_done = True
+    outage.run_flow(lambda: say(502))
+
+
+@pytest.mark.parametrize("state_told", [True, False])
+def test_the_flow_s_own_error_is_not_lost_with_the_server(state_told: bool) -> None:
+    """Whatever Prefect raises instead, and whether or not it does so while it handles the flow's error."""
+
+    def run(error: BaseException) -> None:
+        def body() -> None:
+            raise error
+
+        flow = lifeline.outlives(cast(Any, SimpleNamespace(fn=body)))
+        try:
+            flow.fn()
+        except BaseException:
+            if state_told:
+                refused()
+        refused()
+
+    with pytest.raises(ServiceError, match=r"and before that the run failed: RuntimeError: CUDA out of memory; .*make"):
+        outage.run_flow(lambda: run(RuntimeError("CUDA out of memory")))
+    with pytest.raises(DataError, match="episode 3"):
+        outage.run_flow(lambda: run(DataError("episode 3: truncated; collect it again")))
+    with pytest.raises(ServiceError, match=r"went away \(ConnectError\('refused'\)\); run make up"):
+        outage.run_flow(lambda: run(httpx.ReadError("reset")))
+    outage.LINK.work_done = True  # Ctrl-C while the end waits for the server
+    with pytest.raises(KeyboardInterrupt):
+        outage.run_flow(lambda: run(KeyboardInterrupt()))
+
+
+def test_only_a_worker_s_runs_wait_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WAV_WORKER", raising=False)
+    monkeypatch.setenv(PARENT_VARIABLE, "a retrain by hand")
+    assert outage.patience() == 0
+    monkeypatch.setenv("WAV_WORKER", "1-2")
+    assert outage.patience() == outage.PATIENCE_S
+
+
 def test_the_worker_s_loop_does_not_end_with_its_server() -> None:
     """Prefect's own ends after so many failures in a row; errors that are not the server's still end it."""
     looks: list[int] = []
@@ -146,8 +169,7 @@ def test_the_worker_s_loop_does_not_end_with_its_server() -> None:
     assert "is back" in said[1]
 
     async def denied() -> None:
-        request = httpx.Request("GET", "http://h")
-        raise httpx.HTTPStatusError("403", request=request, response=httpx.Response(403, request=request))
+        raise status_error(403)
 
     with pytest.raises(httpx.HTTPStatusError):
         asyncio.run(patient.patient_loop(denied, 0.01))
@@ -158,48 +180,6 @@ def test_the_worker_s_loop_does_not_end_with_its_server() -> None:
 def server(site: Site) -> Lab:  # noqa: F811
     """The site's servers, to be killed and started again."""
     return Lab(Path(site.environment["WAV_LOCAL_DIR"]).parent, site.environment)
-
-
-@pytest.mark.long
-def test_a_stage_ends_well_without_the_server(
-    site: Site,  # noqa: F811
-    server: Lab,
-    tmp_path: Path,
-    record_property: Callable[[str, Any], None],
-) -> None:
-    """Started by hand; the server dies under it and stays away: exit status 0, one line, and no bar held it up."""
-    (site.folder / "outage_flow.py").write_text(FLOW)
-    (site.folder / "may-end").unlink(missing_ok=True)
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        command = [sys.executable, "outage_flow.py"]
-        process = subprocess.Popen(command, cwd=site.folder, env=site.environment, stdout=output, stderr=output)
-    try:
-        until(lambda: "working" in log.read_text(), 60)
-        server.service("prefect").kill()
-        until(lambda: "the work goes on" in log.read_text(), 60)
-        time.sleep(20)  # longer than the pause after which the server is tried again
-        (site.folder / "may-end").touch()
-        began = time.monotonic()
-        assert process.wait(400) == 0, log.read_text()[-4000:]
-        record_property("ended_within_s", round(time.monotonic() - began, 1))
-        text = log.read_text()
-        slowest = float(text.partition("slowest ")[2].split()[0])
-        record_property("slowest_bar_s", slowest)
-        assert slowest < 5
-        assert "only the flow run's final state could not be told" in text
-        assert (site.folder / "reports" / "stages" / "export.json").is_file()
-        done = subprocess.run(
-            command, cwd=site.folder, env=site.environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 1
-        assert "not up" in done.stderr.splitlines()[-1]
-    finally:
-        process.kill()
-        process.wait()
-        for name in ("outage_flow.py", "may-end"):
-            (site.folder / name).unlink(missing_ok=True)
-        server.services("up")
 
 
 @pytest.fixture

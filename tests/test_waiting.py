@@ -6,6 +6,10 @@ import socket
 import threading
 import time
 
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows import outage
 from flows.outage import answers
 
 
@@ -40,4 +44,30 @@ def test_a_busy_server_is_waited_for() -> None:
         thread.start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/"
         assert answers(url, patience_s=20.0, timeout_s=0.5) == ""
+        thread.join(5)
+
+
+def test_a_proxy_is_not_taken_for_the_server_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says 503 while its server restarts; then the server answers."""
+    monkeypatch.setattr(outage, "ASK_EVERY_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer(status: str) -> None:
+            connection, _ = server.accept()
+            connection.recv(1000)
+            connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+            connection.close()
+
+        def answer_all() -> None:
+            for status in (*["503 Service Unavailable"] * 8, "200 OK"):
+                answer(status)
+
+        thread = threading.Thread(target=answer_all, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        assert answers(url) == "", "any status will do for a store"
+        assert "503" in answers(url, well=True)
+        with temporary_settings(updates={PREFECT_API_URL: url}):
+            assert "503" in outage.await_server("the run begins", patience_s=0.0)
+            assert outage.await_server("the run begins", patience_s=20.0) == ""
         thread.join(5)
