@@ -21,14 +21,14 @@ from counting import machine
 from torch import Tensor
 
 from wav.config import PlannerSettings
-from wav.data.files import write_json
 from wav.evaluation.act import exported_data, open_pool
 from wav.evaluation.intervals import paired_difference, wilson
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Scheduler
-from wav.export import load_export
-from wav.planner import Plan, RowKey, SeededNoise, plan
-from wav.policy import Policy
+from wav.io.files import write_json
+from wav.planning.planner import Plan, RowKey, SeededNoise, plan
+from wav.policy.export import load_export
+from wav.policy.policy import Policy
 from wav.sim.env import select_tasks
 
 ROWS = 8  #: the policy's batch while acting
@@ -128,7 +128,7 @@ def _cast(policy: Policy, precision: torch.dtype) -> None:
 
 def exported_suite(folder: Path) -> str:
     """Suite that the export was trained on."""
-    from wav.data.files import read_json
+    from wav.io.files import read_json
 
     return str(read_json(folder / "settings.json", "export the policy again")["data"]["suite"])
 

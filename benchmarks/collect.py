@@ -55,7 +55,7 @@ def simulator(workspace: Path) -> dict[str, Any]:
     conventions = EpisodeStore.open(workspace / "data" / "episodes").conventions
     found: dict[str, Any] = dict(conventions.simulator)
     if conventions.suite in LIBERO_SUITES:
-        from wav.sim.libero_assets import assets_digest, find_assets
+        from wav.sim.libero.assets import assets_digest, find_assets
 
         folder = find_assets()
         if assets_digest(folder) != found["libero-assets"]:

@@ -21,10 +21,11 @@ from counting import machine, write_result
 from sizes import SIZES
 
 from wav.config import DataSettings
-from wav.model import build_model, native
-from wav.model.compiled import CompiledPlannerModel
-from wav.model.inference import WAVPlannerModel, noise_shapes
-from wav.planner import Plan, RowKey, SeededNoise, plan
+from wav.inference import native
+from wav.inference.adapter import WAVPlannerModel, noise_shapes
+from wav.inference.compiled import CompiledPlannerModel
+from wav.model import build_model
+from wav.planning.planner import Plan, RowKey, SeededNoise, plan
 
 NAMES = ("kernels", "torch", "compiled")
 

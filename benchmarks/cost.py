@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from wav.config import Settings, load_settings
-from wav.storage.commit import MANIFEST, read_manifest
+from wav.io.storage.commit import MANIFEST, read_manifest
 from wav.summary import summarise
 
 STAGES = ("pretrain_video", "train_value", "train_joint")

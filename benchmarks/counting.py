@@ -81,7 +81,7 @@ class Counted(TorchDispatchMode):
 
 def matrix_peak(size: int = 1024, seconds: float = 1.0) -> float:
     """Best measured FLOP/s of a float32 matrix product on this many threads."""
-    from wav.model.products import Product
+    from wav.inference.products import Product
 
     linear, x = torch.nn.Linear(size, size), torch.randn(size, size)
     best, end = math.inf, time.perf_counter() + seconds

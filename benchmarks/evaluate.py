@@ -30,7 +30,7 @@ from wav.data.statistics import Statistics, compute_statistics
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Clock, Rollout, Scheduler
 from wav.model import build_model
-from wav.policy import Policy
+from wav.policy.policy import Policy
 from wav.sim.env import select_tasks, simulator_versions
 from wav.sim.workers import SimPool
 

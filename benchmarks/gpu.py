@@ -30,11 +30,11 @@ from train import DTYPES, STAGES, peak_memory
 from train import measure as measure_training
 from training_data import VaeEncoders, make_encoders
 
+from wav.inference.adapter import WAVPlannerModel, noise_shapes
+from wav.inference.compiled import planner_model
+from wav.inference.plain import PlainPlannerModel
 from wav.model import accounting, build_model
-from wav.model.compiled import planner_model
-from wav.model.inference import WAVPlannerModel, noise_shapes
-from wav.model.plain import PlainPlannerModel
-from wav.planner import RowKey, SeededNoise, plan
+from wav.planning.planner import RowKey, SeededNoise, plan
 
 SCHEDULES: dict[str, Any] = {
     "plain": PlainPlannerModel,

@@ -24,10 +24,10 @@ from fitting import fit_exponent
 from sizes import SIZES, Sizes
 from torch.profiler import ProfilerActivity, profile
 
-from wav.model import native
-from wav.model.inference import WAVPlannerModel, noise_shapes
+from wav.inference import native
+from wav.inference.adapter import WAVPlannerModel, noise_shapes
 from wav.model.transformer import WAVTransformer
-from wav.planner import RowKey, SeededNoise, plan
+from wav.planning.planner import RowKey, SeededNoise, plan
 
 BASE = replace(SIZES["default"], model=replace(SIZES["default"].model, max_views=8))
 

@@ -32,7 +32,7 @@ from wav.data.latents import LatentStore, build_text_encoder, encode_store, fit_
 from wav.data.store import EpisodeStore
 from wav.data.windows import BatchSampler, WindowDataset
 from wav.ingest import ingest
-from wav.rewards import RewardStore, label_store, mse, ssim
+from wav.rewards.label import RewardStore, label_store, mse, ssim
 
 COUNTS = (32, 128, 512, 1024)
 STAGES = ("ingest", "label_rewards", "encode")

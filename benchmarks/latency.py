@@ -21,10 +21,10 @@ from counting import machine, write_result
 from sizes import SIZES, Model, Planner, Sizes
 from torch import Tensor
 
-from wav import lanes
-from wav.model import build_model, native
-from wav.model.inference import WAVPlannerModel, noise_shapes
-from wav.planner import RowKey
+from wav.inference import lanes, native
+from wav.inference.adapter import WAVPlannerModel, noise_shapes
+from wav.model import build_model
+from wav.planning.planner import RowKey
 
 #: The sizes of ``benchmarks/plan.py``.
 PLAN = replace(
@@ -38,7 +38,7 @@ PLAN = replace(
     text_tokens=32,
     chunk=36,
 )
-NEVER = 1 << 62  #: in place of :data:`wav.lanes.WORTH`: candidates stay together
+NEVER = 1 << 62  #: in place of :data:`wav.inference.lanes.WORTH`: candidates stay together
 
 
 class Robot:

@@ -17,7 +17,8 @@ from typing import Any
 
 from wav.config import DataSettings
 from wav.evaluation.intervals import wilson
-from wav.sim import env, expert
+from wav.sim import env
+from wav.sim.tabletop.env import expert
 from wav.sim.workers import map_in_processes
 
 STATES = {"libero_object": 50, "libero_spatial": 50, "libero_goal": 10, "libero_10": 10}

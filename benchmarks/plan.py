@@ -20,10 +20,11 @@ from counting import Counted, machine, matrix_peak, write_result
 from torch import Tensor
 
 from wav.config import DataSettings, ModelSettings, PlannerSettings
-from wav.model import build_model, native
-from wav.model.inference import WAVPlannerModel, noise_shapes
-from wav.model.plain import PlainPlannerModel
-from wav.planner import Plan, RowKey, SeededNoise, plan
+from wav.inference import native
+from wav.inference.adapter import WAVPlannerModel, noise_shapes
+from wav.inference.plain import PlainPlannerModel
+from wav.model import build_model
+from wav.planning.planner import Plan, RowKey, SeededNoise, plan
 
 LATENT, CAPTION, TOKENS, GRID = 32, 256, 32, (4, 4)
 VIEWS, MEMORY, FUTURE, CHUNK = 2, 4, 2, 36

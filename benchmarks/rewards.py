@@ -21,8 +21,8 @@ import numpy as np
 
 from wav.config import LabelRewardsSettings
 from wav.data.episode import Episode
-from wav.data.files import write_json
-from wav.rewards import episode_rewards
+from wav.io.files import write_json
+from wav.rewards.label import episode_rewards
 
 VIEWS = ("agentview", "wrist")
 

@@ -26,7 +26,7 @@ from flows.outage import show
 from flows.provenance import object_url
 from wav import plots
 from wav.config import Runtime
-from wav.data.files import read_json
+from wav.io.files import read_json
 
 #: seconds between updates of a progress artefact and between log lines
 UPDATE_SECONDS, LOG_SECONDS = 2.0, 10.0

@@ -37,9 +37,9 @@ from flows.memory import PeakMemory
 from flows.outage import answers, await_server, finished, run_flow, show
 from flows.provenance import hash_table, parent_run, run_url
 from wav.config import Runtime, Settings, load_settings
-from wav.data.files import write_json
 from wav.errors import ServiceError, WavError, exit_status
-from wav.storage import ObjectStore, open_store
+from wav.io.files import write_json
+from wav.io.storage import ObjectStore, open_store
 
 REMEDY = "run make up"
 PACKAGES = ("wav", "torch", "deepspeed", "diffusers", "transformers", "prefect", "mujoco", "robosuite")

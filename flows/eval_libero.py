@@ -13,9 +13,9 @@ from wav import evaluation
 from wav.data.store import EpisodeStore
 from wav.evaluation.start import check_all
 from wav.evaluation.unsimulated import without_simulator
-from wav.export import Checkpoint
-from wav.policy import Policy
-from wav.rewards import RewardStore
+from wav.policy.export import Checkpoint
+from wav.policy.policy import Policy
+from wav.rewards.label import RewardStore
 from wav.sim.env import has_simulator
 from wav.sim.workers import SimPool
 

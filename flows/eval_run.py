@@ -21,13 +21,13 @@ from flows.lifeline import outlives
 from flows.outage import run_flow
 from flows.provenance import dvc_hash
 from wav.config import Runtime, load_settings, parse_settings
-from wav.data.files import read_json
 from wav.errors import CheckpointError, ConfigError, exit_status
 from wav.evaluation.start import own_store
-from wav.export import load_export, verify_export
-from wav.policy import Policy
+from wav.io.files import read_json
+from wav.io.storage import ObjectStore, open_store
+from wav.policy.export import load_export, verify_export
+from wav.policy.policy import Policy
 from wav.promotion import download_policy, read_champion
-from wav.storage import ObjectStore, open_store
 
 Changes = dict[str, dict[str, Any]]
 

@@ -7,9 +7,9 @@ from prefect import flow
 from flows.artifacts import publish_markdown
 from flows.common import StageRun, finish, main, start, step
 from flows.policy import assemble
-from wav.data.files import read_json
 from wav.evaluation.records import CONDITIONS
-from wav.export import export_policy, verify_export
+from wav.io.files import read_json
+from wav.policy.export import export_policy, verify_export
 
 
 @step("export policy")

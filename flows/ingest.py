@@ -10,9 +10,9 @@ from prefect import flow
 from flows.artifacts import Progress, publish_images, publish_numbers, publish_table
 from flows.common import StageRun, finish, main, start, step
 from wav import plots
-from wav.data.files import write_json
 from wav.data.store import EpisodeStore
 from wav.ingest import ingest as ingest_episodes
+from wav.io.files import write_json
 
 STRIP_FRAMES = 8
 

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from wav.config import Settings, parse_settings
-from wav.data.files import read_json, write_json
 from wav.errors import DataError
+from wav.io.files import read_json, write_json
 from wav.local import PROJECT
 
 RUN_FILE = "run.json"

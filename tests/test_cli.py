@@ -14,7 +14,7 @@ from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav import cli, doctor
 from wav.config import Runtime
 from wav.evaluation.act import act_episodes
-from wav.export import export_policy, policy_from_stages
+from wav.policy.export import export_policy, policy_from_stages
 from wav.sim.env import select_tasks
 
 PRESETS = Path(__file__).resolve().parents[1] / "presets"

@@ -10,9 +10,9 @@ import pytest
 from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav.data.store import EpisodeStore
 from wav.errors import CheckpointError, DataError, StorageError, WavError
-from wav.export import export_policy, load_export, policy_from_stages, verify_export
-from wav.model import native
-from wav.policy import Observation
+from wav.inference import native
+from wav.policy.export import export_policy, load_export, policy_from_stages, verify_export
+from wav.policy.policy import Observation
 
 METRICS = {
     "suite": "tabletop",
@@ -168,7 +168,7 @@ def test_a_failed_export_leaves_the_old_one(policy, exported, tmp_path, monkeypa
     def full(*_, **__):
         raise StorageError("the disk is full")
 
-    monkeypatch.setattr("wav.export.write_manifest", full)
+    monkeypatch.setattr("wav.policy.export.write_manifest", full)
     with pytest.raises(StorageError):
         export_policy(*policy, out, settings=SETTINGS, metrics=None)
     assert (out / "manifest.json").read_text() == before

@@ -43,7 +43,7 @@ DVC_ACTIONS = {"s3:ListBucket", "s3:GetObject", "s3:PutObject", "s3:AbortMultipa
 def client_calls() -> set[str]:
     """Methods of boto3's client that the S3 store calls, paginators by their operation."""
     found = set()
-    for node in ast.walk(ast.parse((PROJECT / "wav/storage/s3.py").read_text())):
+    for node in ast.walk(ast.parse((PROJECT / "wav/io/storage/s3.py").read_text())):
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         owner = ast.unparse(node.func.value)

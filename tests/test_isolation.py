@@ -14,9 +14,9 @@ from flows.eval_run import default_checkpoint, find_checkpoint, prepare_export, 
 from flows.isolation import data_inputs, isolate, outputs, source_workspace
 from wav import promotion
 from wav.config import STAGE_SECTIONS, load_settings
-from wav.data.files import write_json
 from wav.errors import CheckpointError, ConfigError, DataError
-from wav.storage import open_store
+from wav.io.files import write_json
+from wav.io.storage import open_store
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMOKE = PROJECT / "presets" / "smoke.yaml"

@@ -31,8 +31,8 @@ from tests.kill_harness import (
     open_lab,
     results,
 )
-from wav.storage import ObjectStore, open_store
-from wav.storage.commit import commits, fetch, verify
+from wav.io.storage import ObjectStore, open_store
+from wav.io.storage.commit import commits, fetch, verify
 
 pytestmark = pytest.mark.long
 SEEDS = range(int(os.environ.get("KILLS") or 1))

@@ -13,11 +13,11 @@ import torch
 
 from tests.evaluation import tiny
 from tests.test_policy import PLANNER, observe
-from wav import lanes, planner
 from wav.errors import CheckpointError
-from wav.model import native
-from wav.model.inference import WAVPlannerModel
-from wav.policy import Policy
+from wav.inference import lanes, native
+from wav.inference.adapter import WAVPlannerModel
+from wav.planning import planner
+from wav.policy.policy import Policy
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason="no C compiler, or WAV_NATIVE=0")
 

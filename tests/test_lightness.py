@@ -25,8 +25,8 @@ from sizes import SIZES, Train
 from train import Run
 from training_data import Encoders, windows
 from wav.model import build_model
-from wav.model.inference import WAVPlannerModel, noise_shapes
-from wav.planner import RowKey, SeededNoise, plan
+from wav.inference.adapter import WAVPlannerModel, noise_shapes
+from wav.planning.planner import RowKey, SeededNoise, plan
 
 sizes = SIZES["tiny"]
 model = build_model(sizes.model, sizes, sizes.latent, sizes.caption, sizes.value_channels)

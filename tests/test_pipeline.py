@@ -30,15 +30,16 @@ PLUMBING = (
     "flows/artifacts.py",
     "wav/__init__.py",
     "wav/data/__init__.py",
+    "wav/io/__init__.py",
     "wav/config.py",
     "wav/errors.py",
     "wav/local.py",
     "wav/plots.py",
-    "wav/storage/",
+    "wav/io/storage/",
 )
 #: imports that a stage does not reach: only for_simulator() needs the simulator, called where wav.sim is imported too;
 #: replay looks for the dataset's files under `wav replay` alone, never in an evaluation
-NOT_FOLLOWED = {("wav/data/conventions.py", "wav/sim/"), ("wav/evaluation/replay.py", "wav/data/sources/")}
+NOT_FOLLOWED = {("wav/data/conventions.py", "wav/sim/"), ("wav/evaluation/extras/replay.py", "wav/data/sources/")}
 #: modules that run in processes of their own, which no import names
 PROCESSES = {
     "ingest": ("wav.sim.worker",),

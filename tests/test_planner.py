@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wav.config import PlannerSettings
 from wav.errors import CheckpointError, ConfigError
-from wav.planner import (
+from wav.planning.planner import (
     CONDITIONS,
     REFERENCE,
     Compat,

@@ -11,7 +11,7 @@ import pytest
 
 from wav import plots
 from wav.errors import DataError
-from wav.rewards import RewardTerms
+from wav.rewards.label import RewardTerms
 
 
 def size(png: bytes) -> tuple[int, int]:

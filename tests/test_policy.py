@@ -13,13 +13,14 @@ import torch
 from wav.codec import PCACodec
 from wav.config import DataSettings, ModelSettings, PlannerSettings
 from wav.data.conventions import Conventions
-from wav.data.files import write_json
 from wav.data.statistics import Statistics, compute_statistics
 from wav.errors import CheckpointError, ConfigError, DataError
 from wav.flow_matching import inference_sigmas
-from wav.model import build_model, compiled, native
-from wav.model.inference import WAVPlannerModel
-from wav.policy import CONDITIONS, Observation, Policy
+from wav.inference import compiled, native
+from wav.inference.adapter import WAVPlannerModel
+from wav.io.files import write_json
+from wav.model import build_model
+from wav.policy.policy import CONDITIONS, Observation, Policy
 from wav.text import TextEncoder, build_small
 
 DATA = DataSettings(

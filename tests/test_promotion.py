@@ -11,9 +11,9 @@ import pytest
 from tests.stage_folders import SETTINGS
 from wav import promotion
 from wav.errors import CheckpointError, DataError, StorageError
+from wav.io.storage import ObjectInfo, open_store
+from wav.io.storage.file import FileStore
 from wav.promotion import Champion, Outcomes
-from wav.storage import ObjectInfo, open_store
-from wav.storage.file import FileStore
 
 
 def outcomes(*values: int) -> Outcomes:

@@ -19,9 +19,9 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort
 
 from infra.local import ports
+from wav.io.storage import open_store
 from wav.local import read_env
 from wav.promotion import Champion, read_champion
-from wav.storage import open_store
 
 PROJECT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.long

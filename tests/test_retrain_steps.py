@@ -22,8 +22,8 @@ from wav import promotion
 from wav.config import Runtime, load_settings
 from wav.errors import TrainingError
 from wav.evaluation.records import EpisodeRecord, write_record
+from wav.io.storage import open_store
 from wav.promotion import Champion, Verdict
-from wav.storage import open_store
 
 SETTINGS = load_settings(Path(__file__).resolve().parents[1] / "presets" / "smoke.yaml")
 OLD = {"lift_red_cube/000": True, "lift_red_cube/001": False}

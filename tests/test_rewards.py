@@ -17,7 +17,7 @@ from wav.data.episode import Episode
 from wav.data.store import EpisodeStore, EpisodeStoreWriter
 from wav.errors import DataError
 from wav.plots import spearman
-from wav.rewards import RewardStore, episode_rewards, label_store, mse, returns, ssim, value_channels
+from wav.rewards.label import RewardStore, episode_rewards, label_store, mse, returns, ssim, value_channels
 
 H, W, T = 16, 24, 14
 SIMILARITIES = ("wrist_mse", "wrist_ssim", "top_mse", "top_ssim", "proximity")

@@ -21,7 +21,7 @@ from infra.local import ports, services, system, workspace
 from infra.local.workspace import make_workspace
 from wav.errors import ConfigError, ServiceError
 from wav.local import adopt_local_services, read_env
-from wav.sim import libero_assets
+from wav.sim.libero import assets as libero_assets
 
 PROJECT = Path(__file__).resolve().parents[1]
 

@@ -78,7 +78,7 @@ def _act_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """``wav eval --replay``: a recorded episode run again; status 1 where it comes out otherwise."""
-    from wav.evaluation.rerun import rerun_episode
+    from wav.evaluation.extras.rerun import rerun_episode
 
     found = rerun_episode(arguments.replay, arguments.export, device=Runtime().device)
     for line in found.lines:
@@ -96,8 +96,8 @@ def _eval_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def libero_table(arguments: argparse.Namespace) -> int:
     """``wav libero-table``: an export over LIBERO's suites, beside the published figures."""
-    from wav.evaluation.table import Protocol, markdown
-    from wav.evaluation.table import libero_table as make
+    from wav.evaluation.extras.table import Protocol, markdown
+    from wav.evaluation.extras.table import libero_table as make
 
     runtime, default = Runtime(), Protocol()
     protocol = Protocol(
@@ -213,8 +213,8 @@ def _summary_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 def storage(arguments: argparse.Namespace) -> int:
     """``wav storage ls|get|verify|gc``; status 1 where a verified object is bad."""
-    from wav.storage import commands, open_store
-    from wav.storage.commit import Retention
+    from wav.io.storage import commands, open_store
+    from wav.io.storage.commit import Retention
 
     runtime = Runtime()
     store = open_store(arguments.store or runtime.store, runtime.s3_endpoint, runtime.s3_region)
@@ -291,7 +291,7 @@ def _render_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 def replay(arguments: argparse.Namespace) -> int:
     """``wav replay``: stored demonstrations open loop; status 1 if too few succeed again."""
     from wav.data.store import EpisodeStore
-    from wav.evaluation.replay import replay as replay_store
+    from wav.evaluation.extras.replay import replay as replay_store
     from wav.evaluation.verdict import report_path
 
     settings, runtime = load_settings(arguments.params), Runtime()

@@ -48,7 +48,7 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
 
 
 def refused_shortcut(planner: PlannerSettings) -> str:
-    """Which approximation of the planner (:mod:`wav.shortcuts`) means nothing beside its sizes, and why; else empty."""
+    """Which approximation of the planner (:mod:`wav.planning.shortcuts`) means nothing beside its sizes, and why; else empty."""  # noqa: E501
     steps = planner.score_steps or planner.denoise_steps
     elites = max(planner.video_elites, -(-planner.value_elites // planner.value_samples))
     limits = (

@@ -70,7 +70,7 @@ def check_renderer() -> Iterator[Check]:
 
 def check_libero() -> Iterator[Check]:
     """Whether the LIBERO suites can run; notes, as the default needs none of it. Nothing is downloaded."""
-    from wav.sim import libero_assets
+    from wav.sim.libero import assets as libero_assets
 
     try:
         found = libero_assets.check_versions()

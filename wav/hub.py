@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from wav.data.files import canonical_digest, file_digest, read_json, write_json
 from wav.errors import DataError, ServiceError
+from wav.io.files import canonical_digest, file_digest, read_json, write_json
 
 REFERENCE_FILE = "reference.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from wav.data.episode import Episode
-from wav.data.files import require_free_space
 from wav.data.sources import Source, open_source
 from wav.data.sources.staging import DatasetSource, Staged, collect, staging_folder
 from wav.data.store import EpisodeStore, EpisodeStoreWriter, Rejection
 from wav.errors import ConfigError, DataError
+from wav.io.files import require_free_space
 from wav.sim.env import has_simulator
 
 if TYPE_CHECKING:

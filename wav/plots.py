@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 
 from wav.codec.base import psnr
 from wav.errors import DataError
-from wav.rewards import RewardTerms
+from wav.rewards.label import RewardTerms
 
 _DPI = 110
 _MAX_STRIP = 12

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from wav.config import Settings, load_settings
-from wav.data.files import canonical_digest, read_json
 from wav.errors import CheckpointError, DataError, StorageError, WavError
 from wav.evaluation.intervals import Difference, paired_difference
 from wav.evaluation.records import read_record
-from wav.storage import ObjectInfo, ObjectStore
+from wav.io.files import canonical_digest, read_json
+from wav.io.storage import ObjectInfo, ObjectStore
 
 FORMAT = 1
 #: success of one episode by ``task/initial state``

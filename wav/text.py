@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wav.data.files import read_json
 from wav.errors import ConfigError, DataError, ServiceError
 from wav.hub import content_digest, is_hub_id, read_reference, resolve, write_reference
+from wav.io.files import read_json
 from wav.seeding import torch_generator
 
 FIELD = "encode.text"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from wav.storage.s3 import S3Store
+from wav.io.storage.s3 import S3Store
 
 
 def main() -> None:

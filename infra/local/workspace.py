@@ -73,7 +73,7 @@ def require_simulator(folder: Path) -> None:
         ServiceError: LIBERO is not installed, has other versions than needed, or has no assets; names the command.
     """
     if load_settings(folder / "params.yaml").data.suite in LIBERO_SUITES:
-        from wav.sim import libero_assets
+        from wav.sim.libero import assets as libero_assets
 
         libero_assets.check_versions()
         sys.stdout.write(f"LIBERO assets {libero_assets.find_assets()}\n")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wav.data import files
 from wav.errors import DataError, StorageError
+from wav.io import files
 
 REMEDY = "run it again"
 

@@ -19,9 +19,9 @@ from wav.errors import ConfigError
 from wav.evaluation import build_report, evaluate, held_out_values, metrics_table
 from wav.evaluation.act import act_episodes
 from wav.evaluation.evaluate import applicable
-from wav.export import Checkpoint, export_policy, load_export, policy_from_stages
-from wav.planner import CONDITIONS
-from wav.policy import Policy
+from wav.planning.planner import CONDITIONS
+from wav.policy.export import Checkpoint, export_policy, load_export, policy_from_stages
+from wav.policy.policy import Policy
 from wav.sim.env import select_tasks
 
 BASELINE = SETTINGS.model_copy(

@@ -12,12 +12,12 @@ import pytest
 from tests.evaluation.fakes import DATA, FakePolicy, FakePool, settings
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
-from wav.data.files import write_json
 from wav.data.store import EpisodeStore, EpisodeStoreWriter
 from wav.errors import DataError
 from wav.evaluation import build_report, evaluate, held_out_values
 from wav.evaluation.pictures import write_png
 from wav.evaluation.report import read_curve
+from wav.io.files import write_json
 
 
 class Sources(html.parser.HTMLParser):

@@ -12,12 +12,12 @@ import pytest
 from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav import cli
 from wav.evaluation import evaluate
+from wav.evaluation.extras.rerun import Rerun
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.records import read_record, write_record
-from wav.evaluation.rerun import Rerun
 from wav.evaluation.rollout import Rollout
-from wav.export import export_policy, policy_from_stages
-from wav.policy import Policy
+from wav.policy.export import export_policy, policy_from_stages
+from wav.policy.policy import Policy
 from wav.sim.env import select_tasks
 from wav.sim.workers import SimPool
 

@@ -10,10 +10,10 @@ import pytest
 from tests.evaluation.fakes import DATA, FakePolicy
 from tests.evaluation.test_report import store as make_store
 from wav.data.conventions import Conventions
-from wav.data.files import write_json
 from wav.errors import ConfigError, DataError
 from wav.evaluation.start import check_all, own_store
 from wav.evaluation.verdict import report_path
+from wav.io.files import write_json
 from wav.sim.env import Observation
 from wav.sim.workers import SimReply
 

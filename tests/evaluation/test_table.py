@@ -12,15 +12,15 @@ from tests.sim.test_libero import KIT, needs_assets
 from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav import cli
 from wav.data.conventions import Conventions
-from wav.data.files import write_json
 from wav.data.store import EpisodeStore
+from wav.evaluation.extras.published import AVERAGE, OTHERS, PAPER, PUBLISHED, SUITES
+from wav.evaluation.extras.table import as_json, make_table, markdown
 from wav.evaluation.intervals import independent_difference, wilson
-from wav.evaluation.published import AVERAGE, OTHERS, PAPER, PUBLISHED, SUITES
-from wav.evaluation.table import as_json, make_table, markdown
 from wav.evaluation.verdict import report_path
-from wav.export import export_policy, policy_from_stages
-from wav.sim import libero_assets
+from wav.io.files import write_json
+from wav.policy.export import export_policy, policy_from_stages
 from wav.sim.env import select_tasks
+from wav.sim.libero import assets as libero_assets
 
 HEADING = {
     "export": "export",
@@ -233,7 +233,7 @@ def test_the_table_of_a_random_policy(stages, tmp_path, capsys, monkeypatch):
 
 
 def test_demonstrations_that_failed_their_replay_are_refused(stages, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("wav.evaluation.table.simulator_versions", lambda suite: {})
+    monkeypatch.setattr("wav.evaluation.extras.table.simulator_versions", lambda suite: {})
     store = EpisodeStore.open(stages[0] / "episodes")
     verdict = {"passed": False, "digest": store.digest, "success_share": 0.5, "episodes": 20}
     write_json(report_path(store.path), verdict)

@@ -24,7 +24,7 @@ from wav.data.conventions import Conventions
 from wav.data.statistics import Statistics, compute_statistics
 from wav.evaluation import evaluate
 from wav.evaluation.protocol import EpisodeSpec
-from wav.policy import Policy
+from wav.policy.policy import Policy
 from wav.sim.env import select_tasks, task_specs
 from wav.sim.workers import SimPool
 

@@ -6,8 +6,8 @@ import pytest
 
 from tests.golden import test_plan
 from tests.golden.conftest import Golden
+from wav.inference.plain import PlainPlannerModel
 from wav.model import WAVTransformer
-from wav.model.plain import PlainPlannerModel
 
 
 @pytest.mark.parametrize("name", test_plan.RUNS)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from tests.golden.conftest import META, Golden, known
 from wav.config import PlannerSettings
+from wav.inference.adapter import Context, WAVPlannerModel
+from wav.inference.reference import ReferencePlannerModel
 from wav.model import WAVTransformer
-from wav.model.inference import Context, WAVPlannerModel
-from wav.model.reference import ReferencePlannerModel
-from wav.planner import REFERENCE, NoiseShapes, Plan, plan
+from wav.planning.planner import REFERENCE, NoiseShapes, Plan, plan
 
 ATOL = 1e-4
 RUNS = known(
@@ -68,7 +68,7 @@ class Run:
         return video[..., self.memory_frames :, :, :]
 
     def __call__(self, purpose: str, shape: tuple[int, ...], iteration: int = 0) -> Tensor:
-        """The recorded draw (:class:`wav.planner.Noise`): action, value, video, iterations, final video and value."""
+        """The recorded draw (:class:`wav.planning.planner.Noise`): action, value, video, iterations, final video and value."""  # noqa: E501
         last = self.info["exploration"]
         recorded = {
             "act.action": lambda: self.draws[0],

@@ -12,11 +12,11 @@ import torch
 from sizes import SIZES
 from torch._dynamo.utils import counters
 
+from wav.inference.adapter import WAVPlannerModel, noise_shapes
+from wav.inference.compiled import CompiledPlannerModel, Recorded, planner_model
+from wav.inference.plain import PlainPlannerModel
 from wav.model import WAVTransformer, build_model
-from wav.model.compiled import CompiledPlannerModel, Recorded, planner_model
-from wav.model.inference import WAVPlannerModel, noise_shapes
-from wav.model.plain import PlainPlannerModel
-from wav.planner import Plan, RowKey, SeededNoise, plan
+from wav.planning.planner import Plan, RowKey, SeededNoise, plan
 
 SMALL = SIZES["tiny"]
 COMPILED = functools.partial(planner_model, compile=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from wav.config import DataSettings, ModelSettings
-from wav.model import WAVTransformer, build_model, native
+from wav.inference import native
+from wav.model import WAVTransformer, build_model
 
 B, V, C, F, H, W, A, L = 2, 2, 6, 3, 2, 3, 5, 4
 

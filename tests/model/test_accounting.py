@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wav.config import PlannerSettings, Settings, load_settings
 from wav.data.windows import WindowBatch
+from wav.inference.adapter import WAVPlannerModel, noise_shapes
+from wav.inference.plain import PlainPlannerModel
 from wav.model.accounting import (
     SAVED_PER_TOKEN,
     Sizes,
@@ -24,10 +26,8 @@ from wav.model.accounting import (
     training_cost,
 )
 from wav.model.build import build_from_settings, value_channels
-from wav.model.inference import WAVPlannerModel, noise_shapes
-from wav.model.plain import PlainPlannerModel
 from wav.model.video import VideoBlock
-from wav.planner import RowKey, SeededNoise, plan
+from wav.planning.planner import RowKey, SeededNoise, plan
 from wav.training.draws import SeededRandom, draw
 from wav.training.objectives import StageModule
 
@@ -72,7 +72,7 @@ def windows(config: Settings) -> WindowBatch:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("stage", ["pretrain_video", "train_value", "train_joint"])
 def test_training_flops(stage: str, checkpointing: bool, value_expert: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wav.model.products.plain_cpu", lambda x: False)  # oneDNN's operators are not counted
+    monkeypatch.setattr("wav.inference.products.plain_cpu", lambda x: False)  # oneDNN's operators are not counted
     if stage == "train_value" and not value_expert:
         pytest.skip("nothing to train")
     changes = {stage: {**SECTIONS.get(stage, {}), "gradient_checkpointing": checkpointing}}
@@ -97,7 +97,7 @@ def test_training_flops(stage: str, checkpointing: bool, value_expert: bool, mon
     "changes", [{}, {"iterations": 0}, {"video_denoise_steps": 3, "denoise_steps": 4}, {"value_samples": 1}]
 )
 def test_plan_flops(changes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wav.model.products.plain_cpu", lambda x: False)  # oneDNN's operators are not counted
+    monkeypatch.setattr("wav.inference.products.plain_cpu", lambda x: False)  # oneDNN's operators are not counted
     config = settings(
         planner={"value_elites": 4, "video_samples": 6, "value_samples": 3, "denoise_steps": 5, **changes}
     )

@@ -17,11 +17,11 @@ from torch._dynamo.utils import counters
 from tests.model import test_fused
 from tests.model.test_fused import CAPTION, GRID, LATENT, MEMORY, PLANNER, VIEWS, WORDS, B, M, act, make
 from wav.errors import ConfigError
-from wav.model import compiled, native
-from wav.model.compiled import CompiledPlannerModel, planner_model
-from wav.model.fused import LEVELS
-from wav.model.inference import Features, WAVPlannerModel
-from wav.planner import Plan
+from wav.inference import compiled, native
+from wav.inference.adapter import Features, WAVPlannerModel
+from wav.inference.compiled import CompiledPlannerModel, planner_model
+from wav.inference.fused import LEVELS
+from wav.planning.planner import Plan
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,12 @@ from torch import nn
 
 from wav.config import DataSettings, ModelSettings, PlannerSettings
 from wav.errors import ConfigError
-from wav.model import build_model, native
-from wav.model import products as kernels
-from wav.model.inference import WAVPlannerModel, noise_shapes
-from wav.model.plain import PlainPlannerModel
-from wav.planner import Plan, RowKey, SeededNoise, plan
+from wav.inference import native
+from wav.inference import products as kernels
+from wav.inference.adapter import WAVPlannerModel, noise_shapes
+from wav.inference.plain import PlainPlannerModel
+from wav.model import build_model
+from wav.planning.planner import Plan, RowKey, SeededNoise, plan
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from counting import Counted

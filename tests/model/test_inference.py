@@ -16,10 +16,10 @@ from wav.codec import PCACodec
 from wav.data.conventions import Conventions
 from wav.data.statistics import Statistics, compute_statistics
 from wav.flow_matching import inference_sigmas
+from wav.inference.adapter import WAVPlannerModel
 from wav.model import WAVTransformer, build_model
-from wav.model.inference import WAVPlannerModel
-from wav.planner import RowKey, SeededNoise
-from wav.policy import Observation, Policy
+from wav.planning.planner import RowKey, SeededNoise
+from wav.policy.policy import Observation, Policy
 
 CHANNELS, WIDTH, CHUNKS = 6, 16, 3
 MEMORY = 3

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wav.model import kernels, native, native_training
+from wav.inference import native
+from wav.model import kernels, native_training
 from wav.model.kernels import Linear, RmsNorm, attend, gate, modulate, rms_norm
 from wav.model.rope import token_rope
 

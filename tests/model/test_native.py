@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wav.model import native
+from wav.inference import native
+from wav.inference.products import FeedProduct, Product, SelfProduct, attend
 from wav.model.layers import Attention, FeedForward
-from wav.model.products import FeedProduct, Product, SelfProduct, attend
 from wav.model.rope import rotate, token_rope
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason="no C compiler, or WAV_NATIVE=0")

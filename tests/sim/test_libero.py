@@ -17,8 +17,9 @@ import pytest
 
 from wav.config import DataSettings
 from wav.errors import ConfigError, DataError, ServiceError
-from wav.sim import libero_assets, libero_tasks
 from wav.sim.env import LIBERO_SUITES, select_tasks, task_specs
+from wav.sim.libero import assets as libero_assets
+from wav.sim.libero import tasks as libero_tasks
 from wav.sim.workers import SimPool
 
 ROOT = Path(__file__).parents[2]
@@ -123,7 +124,7 @@ def test_suites_have_their_tasks_limits_and_fifty_initial_states(monkeypatch):
 
 @needs_libero
 def test_instructions_are_liberos_own():
-    from wav.sim.libero_tasks import instruction
+    from wav.sim.libero.tasks import instruction
 
     assert instruction("KITCHEN_SCENE10_close_the_top_drawer") == "close the top drawer"
     assert instruction("pick_up_the_milk_and_place_it_in_the_basket") == "pick up the milk and place it in the basket"
@@ -208,7 +209,7 @@ def test_assets_are_searched_in_order_and_a_download_is_announced(monkeypatch, t
 @needs_assets
 def test_the_import_asks_nothing_and_needs_no_torch(tmp_path):
     code = (
-        "import sys, wav.sim.libero_assets as a; m = a.bootstrap(); print(m._assets_path_cache, 'torch' in sys.modules)"
+        "import sys, wav.sim.libero.assets as a; m = a.bootstrap(); print(m._assets_path_cache, 'torch' in sys.modules)"
     )
     env = {**os.environ, "HOME": str(tmp_path), "WAV_LOCAL_DIR": str(tmp_path / "local"), "PYTHONPATH": str(ROOT)}
     env.pop("LIBERO_CONFIG_PATH", None)
@@ -234,7 +235,7 @@ def env():
     if not (INSTALLED and KIT.is_dir()):
         pytest.skip(f"{KIT}: no LIBERO assets here; set WAV_LIBERO_ASSETS (and make libero)")
     os.environ["WAV_LIBERO_ASSETS"] = str(KIT)
-    from wav.sim.libero import LiberoEnv
+    from wav.sim.libero.env import LiberoEnv
 
     environment = LiberoEnv(SPATIAL)
     yield environment
@@ -263,7 +264,7 @@ def test_an_episode_does_not_depend_on_what_ran_before(env):
     _play(env, one, 9)
     for a, b in zip(before, _play(env, one, 7), strict=True):
         np.testing.assert_array_equal(a, b)
-    from wav.sim.libero import LiberoEnv
+    from wav.sim.libero.env import LiberoEnv
 
     fresh = LiberoEnv(SPATIAL)
     for a, b in zip(before, _play(fresh, one, 7), strict=True):
@@ -293,7 +294,7 @@ def test_it_is_liberos_own_environment_rotated_by_180_degrees(env):
     from libero.libero.envs import OffScreenRenderEnv
 
     from wav.data.state import encode_state
-    from wav.sim.libero import LiberoEnv, _global_seed
+    from wav.sim.libero.env import LiberoEnv, _global_seed
 
     task, actions = _tasks()[0], np.random.default_rng(3).uniform(-1, 1, (3, 7))
     full = LiberoEnv(SPATIAL.model_copy(update={"render": "full"}))
@@ -361,7 +362,7 @@ def test_results_do_not_depend_on_workers_and_survive_a_kill():
 @pytest.mark.long
 @pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10"])
 def test_every_task_loads_and_renders(suite):
-    from wav.sim.libero import LiberoEnv
+    from wav.sim.libero.env import LiberoEnv
 
     environment = LiberoEnv(SPATIAL.model_copy(update={"suite": suite}))
     for task in task_specs(suite):

@@ -9,7 +9,7 @@ import pytest
 
 from wav import doctor
 from wav.errors import ServiceError
-from wav.sim import libero_assets
+from wav.sim.libero import assets as libero_assets
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 
 from wav.config import DataSettings
 from wav.errors import DataError
-from wav.sim import libero_assets
-from wav.sim.libero_expert_goals import Goal, ordered_goals
-from wav.sim.libero_grasps import HeightMap, Solids, axes, box_points, grasps, gripper_points
+from wav.sim.libero import assets as libero_assets
+from wav.sim.libero.expert_goals import Goal, ordered_goals
+from wav.sim.libero.grasps import HeightMap, Solids, axes, box_points, grasps, gripper_points
 
 KIT = Path(os.environ.get("WAV_LIBERO_ASSETS") or Path(__file__).parents[3] / "shared" / "libero-assets")
 INSTALLED = importlib.util.find_spec("libero") is not None
@@ -46,7 +46,7 @@ def test_a_goal_the_expert_does_not_know_is_refused(state):
 def test_every_problem_definition_of_the_suite_has_goals_the_expert_knows(suite):
     import re
 
-    from wav.sim.libero_tasks import bddl_file, task_specs
+    from wav.sim.libero.tasks import bddl_file, task_specs
 
     for task in task_specs(suite):
         text = bddl_file(suite, task).read_text()
@@ -112,7 +112,7 @@ def libero(tmp_path_factory):
         patch.setenv("WAV_LIBERO_ASSETS", str(KIT))
         patch.setenv("WAV_LOCAL_DIR", str(tmp_path_factory.mktemp("local")))
         libero_assets.find_assets.cache_clear()
-        from wav.sim import expert
+        from wav.sim.tabletop.env import expert
 
         def settings(suite: str) -> DataSettings:
             return DataSettings(suite=suite, tasks=(), image_height=16, image_width=16, views=("agentview",))
@@ -141,7 +141,7 @@ def test_the_expert_solves_a_task_from_an_initial_state_of_evaluation(libero, su
 
 @needs_assets
 def test_a_demonstration_is_reproducible_its_labels_clean_and_its_start_not_evaluations(libero):
-    from wav.sim.libero_tasks import initial_states
+    from wav.sim.libero.tasks import initial_states
 
     expert, settings = libero
     suite, data = "libero_object", settings("libero_object")

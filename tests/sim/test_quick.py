@@ -48,7 +48,7 @@ def test_the_same_states_with_fewer_look_ups(suite: str, monkeypatch: pytest.Mon
         monkeypatch.setenv("WAV_LIBERO_ASSETS", str(KIT))
     data = DataSettings(suite=suite, tasks=(), image_height=32, image_width=32)
     task = select_tasks(suite, ())[0].name
-    module = "wav.sim.tabletop" if suite == "tabletop" else "wav.sim.libero"
+    module = "wav.sim.tabletop.env" if suite == "tabletop" else "wav.sim.libero.env"
     found = []
     for quick in (True, False):
         env = make_env(suite, data)

@@ -12,7 +12,7 @@ import pytest
 from wav.config import DataSettings
 from wav.errors import ConfigError, SimulationError
 from wav.sim.env import select_tasks, task_specs
-from wav.sim.tabletop_tasks import SCENES, TASKS, initial_state
+from wav.sim.tabletop.tasks import SCENES, TASKS, initial_state
 from wav.sim.workers import SimPool, map_in_processes
 
 DATA = DataSettings(image_height=32, image_width=32)
@@ -47,7 +47,7 @@ def test_unknown_tasks_and_suites_are_refused_with_the_nearest_name() -> None:
 
 @pytest.fixture(scope="module")
 def env():
-    from wav.sim.tabletop import TabletopEnv
+    from wav.sim.tabletop.env import TabletopEnv
 
     environment = TabletopEnv(DATA)
     yield environment
@@ -87,7 +87,7 @@ def test_observations_have_liberos_shape(env) -> None:
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_the_expert_solves_every_task(env, task: str) -> None:
-    from wav.sim.expert import run_expert
+    from wav.sim.tabletop.expert import run_expert
 
     assert run_expert(env, "tabletop", task, 1000, noise=0.1)[0]
     assert env.success(task)
@@ -97,7 +97,7 @@ def test_the_expert_solves_every_task(env, task: str) -> None:
 
 
 def test_fast_rendering_leaves_physics_alone(env) -> None:
-    from wav.sim.tabletop import TabletopEnv
+    from wav.sim.tabletop.env import TabletopEnv
 
     full = TabletopEnv(DATA.model_copy(update={"render": "full"}))
     slow, fast = _play(full, "lift_red_cube", 1), _play(env, "lift_red_cube", 1)

@@ -1,1 +1,1 @@
-"""Tests of wav.storage."""
+"""Tests of wav.io.storage."""

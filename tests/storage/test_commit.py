@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from wav.errors import StorageError
-from wav.storage import ObjectStore, open_store
-from wav.storage.commit import (
+from wav.io.storage import ObjectStore, open_store
+from wav.io.storage.commit import (
     MANIFEST,
     Retention,
     commits,

@@ -13,9 +13,9 @@ import pytest
 
 from tests.storage.fault_proxy import FaultProxy
 from wav.errors import StorageError
-from wav.storage.base import TransferError
-from wav.storage.commit import commits, fetch, publish, seal, verify
-from wav.storage.s3 import S3Store
+from wav.io.storage.base import TransferError
+from wav.io.storage.commit import commits, fetch, publish, seal, verify
+from wav.io.storage.s3 import S3Store
 
 RECOVERS = ("reset", "reset_after", "error500", "slow_down", "corrupt_upload")
 REFUSES = {

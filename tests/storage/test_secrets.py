@@ -8,8 +8,8 @@ import pytest
 
 from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from tests.test_export import METRICS
-from wav.export import export_policy, policy_from_stages
-from wav.storage import open_store
+from wav.io.storage import open_store
+from wav.policy.export import export_policy, policy_from_stages
 from wav.training.spec import TrainPaths, make_spec
 
 SECRETS = ("WAVTESTKEYOFACCOUNT", "wav-test-secret-of-account")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from wav.errors import ConfigError, StorageError
-from wav.storage import ObjectStore, open_store
+from wav.io.storage import ObjectStore, open_store
 
 
 @pytest.fixture(params=["file", "s3"])
@@ -87,7 +87,7 @@ def test_s3_versions(s3_server, tmp_path: Path) -> None:
 
 
 def test_s3_multipart(s3_server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wav.storage.s3.PART_BYTES", 5 << 20)
+    monkeypatch.setattr("wav.io.storage.s3.PART_BYTES", 5 << 20)
     store = open_store(f"s3://{s3_server.bucket}/{tmp_path.name}", s3_server.endpoint)
     source = tmp_path / "big"
     source.write_bytes(hashlib.sha256(b"x").digest() * (12 << 15))
@@ -121,7 +121,7 @@ def test_s3_no_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 def test_s3_server_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
-    from wav.storage.s3 import S3Store
+    from wav.io.storage.s3 import S3Store
 
     with pytest.raises(StorageError, match="make up"):
         S3Store("bucket", endpoint="http://127.0.0.1:9", attempts=1).check()

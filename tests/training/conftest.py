@@ -18,7 +18,7 @@ from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.latents import build_text_encoder, encode_store, fit_codec
 from wav.data.store import EpisodeStore, EpisodeStoreWriter
-from wav.rewards import label_store
+from wav.rewards.label import label_store
 from wav.training.spec import TrainPaths, TrainSpec, make_spec
 
 TRAIN = {

@@ -16,8 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from wav.storage import open_store
-from wav.storage.commit import commits, verify
+from wav.io.storage import open_store
+from wav.io.storage.commit import commits, verify
 from wav.training.spec import TrainSpec
 
 TIMING = ("time/",)

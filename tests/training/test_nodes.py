@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from wav.errors import ConfigError
-from wav.storage.commit import read_manifest
+from wav.io.storage.commit import read_manifest
 from wav.training import nodes
 from wav.training.launch import launch
 from wav.training.nodes import Host, choose_hosts, free_port, read_hostfile, remote_command

@@ -13,8 +13,8 @@ from torch import nn
 
 from wav.config import TrainSettings
 from wav.errors import CheckpointError, ConfigError, StorageError
-from wav.storage import open_store
-from wav.storage.commit import Retention, commits, seal
+from wav.io.storage import open_store
+from wav.io.storage.commit import Retention, commits, seal
 from wav.training.checkpoint import Uploader
 from wav.training.ema import Ema
 from wav.training.engine import learning_rate, plan_batch

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.training.test_loop import assert_equal, finish, wait_for, weights
-from wav.storage.commit import verify
+from wav.io.storage.commit import verify
 from wav.training.spec import TrainSpec
 
 N = 2

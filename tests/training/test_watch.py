@@ -14,8 +14,8 @@ from torch import nn
 
 from tests.training.test_loop import finish
 from wav.errors import StorageError, TrainingError
+from wav.io.storage.commit import commits
 from wav.model.accounting import activation_bytes
-from wav.storage.commit import commits
 from wav.training.engine import World
 from wav.training.inputs import initial_model, open_inputs
 from wav.training.universal import Layout
@@ -154,8 +154,8 @@ def test_full_disk_skips_a_checkpoint_but_not_the_last(spec_of, start) -> None:
 def test_training_goes_on_while_the_store_fails(spec_of, start, s3_server, tmp_path: Path) -> None:
     """Uploads fail for a while; the run ends well, and every commit that is visible verifies."""
     from tests.storage.fault_proxy import FaultProxy
-    from wav.storage import open_store
-    from wav.storage.commands import verify
+    from wav.io.storage import open_store
+    from wav.io.storage.commands import verify
 
     with FaultProxy(s3_server.endpoint) as proxy:
         fault = proxy.arm("bad_key", method="PUT", path="step-00000002", times=-1)

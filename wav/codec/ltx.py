@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from wav.codec.base import CODEC_FILE, Images, Latents, check_clip_length, check_images, check_latents
-from wav.data.files import read_json, write_json
 from wav.errors import DataError
 from wav.hub import content_digest, is_hub_id, resolve
+from wav.io.files import read_json, write_json
 
 FIELD = "encode.path"
 FORMAT = 1

@@ -21,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wav.codec import Codec, PCACodec, load_codec, psnr
-from wav.data.files import (
+from wav.data.store import EpisodeStore
+from wav.errors import ConfigError, DataError
+from wav.io.files import (
     MANIFEST,
     ArrayWriter,
     atomic_folder,
@@ -33,8 +35,6 @@ from wav.data.files import (
     write_array,
     write_manifest,
 )
-from wav.data.store import EpisodeStore
-from wav.errors import ConfigError, DataError
 from wav.seeding import numpy_generator
 from wav.text import TextEncoder, build_small
 

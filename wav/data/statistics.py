@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wav.data.files import canonical_digest, read_json, write_json
 from wav.errors import DataError
+from wav.io.files import canonical_digest, read_json, write_json
 
 Mode = Literal["quantile", "zscore_symlog"]
 Array = TypeVar("Array", NDArray[Any], torch.Tensor)

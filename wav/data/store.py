@@ -28,7 +28,9 @@ from numpy.typing import NDArray
 
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
-from wav.data.files import (
+from wav.data.statistics import Statistics, compute_statistics
+from wav.errors import DataError
+from wav.io.files import (
     MANIFEST,
     ArrayWriter,
     atomic_folder,
@@ -40,8 +42,6 @@ from wav.data.files import (
     write_json,
     write_manifest,
 )
-from wav.data.statistics import Statistics, compute_statistics
-from wav.errors import DataError
 
 __all__ = ["Conventions", "EpisodeInfo", "EpisodeStore", "EpisodeStoreWriter", "Rejection"]
 

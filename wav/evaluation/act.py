@@ -8,15 +8,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from wav.config import DataSettings, EvalLiberoSettings
-from wav.data.files import read_json
 from wav.errors import CheckpointError, ConfigError
 from wav.evaluation import pictures
 from wav.evaluation.evaluate import applicable, check_start
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Pool, Rollout, Scheduler
-from wav.export import load_export
-from wav.planner import Condition
-from wav.policy import Policy
+from wav.io.files import read_json
+from wav.planning.planner import Condition
+from wav.policy.export import load_export
+from wav.policy.policy import Policy
 from wav.sim.env import LIBERO_SUITES, select_tasks
 
 #: Opens simulators: (suite, data, workers, slots) -> context manager.

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
 from wav.data.conventions import Conventions
-from wav.data.files import write_json
 from wav.errors import ConfigError
 from wav.evaluation import pictures
 from wav.evaluation.protocol import (
@@ -31,7 +30,8 @@ from wav.evaluation.protocol import (
 )
 from wav.evaluation.records import EpisodeRecord, finished_record, record_path, summarise, write_record
 from wav.evaluation.rollout import Actor, Pool, Rollout, Scheduler
-from wav.planner import Condition
+from wav.io.files import write_json
+from wav.planning.planner import Condition
 from wav.sim.env import Observation
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class EvaluationSettings(Protocol):
 
 
 class EvaluatedPolicy(Actor, Protocol):
-    """``wav.policy.Policy`` as evaluation uses it."""
+    """``wav.policy.policy.Policy`` as evaluation uses it."""
 
     @property
     def conventions(self) -> Conventions:

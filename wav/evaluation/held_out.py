@@ -13,19 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wav.data.episode import Episode
-from wav.data.files import write_json
 from wav.data.store import EpisodeStore
 from wav.data.windows import split_episodes
 from wav.errors import DataError
 from wav.evaluation import pictures
 from wav.evaluation.evaluate import EvaluatedPolicy, EvaluationSettings
+from wav.io.files import write_json
 from wav.sim.env import Observation
 
 _ROW = "held-out"
 
 
 class Values(Protocol):
-    """Value channels of stored episodes (``wav.rewards.RewardStore``)."""
+    """Value channels of stored episodes (``wav.rewards.label.RewardStore``)."""
 
     def episode(self, index: int) -> NDArray[np.float32]:
         """(T, terms + 1): weighted terms, then the return."""

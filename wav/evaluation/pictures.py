@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wav.data.files import atomic_file
 from wav.errors import ServiceError
+from wav.io.files import atomic_file
 
 Picture = NDArray[np.uint8]
 #: Encoders in order of preference (browsers play H.264; mpeg4 is always in FFmpeg).

@@ -18,10 +18,10 @@ from typing import Any
 import wav
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
 from wav.data.conventions import Conventions
-from wav.data.files import canonical_digest, sources_digest
 from wav.errors import CheckpointError, ConfigError
+from wav.io.files import canonical_digest, sources_digest
 from wav.model import native_training
-from wav.planner import Condition
+from wav.planning.planner import Condition
 from wav.sim.env import TaskSpec, select_tasks
 
 #: Environment steps of every suite under ``budget: reference`` (its loop counts policy calls; spec section 7.9).
@@ -38,14 +38,13 @@ _CODE = (
     "evaluation/protocol.py",
     "evaluation/rollout.py",
     "flow_matching.py",
-    "lanes.py",
-    "planner.py",
-    "policy.py",
+    "inference",
+    "planning",
+    "policy",
     "seeding.py",
-    "shortcuts.py",
     "text.py",
 )
-#: Ends ``versions.kernels`` where compiled code planned (:mod:`wav.model.compiled`), which rounds otherwise.
+#: Ends ``versions.kernels`` where compiled code planned (:mod:`wav.inference.compiled`), which rounds otherwise.
 COMPILED = ", compiled"
 _PACKAGES = ("torch", "numpy", "mujoco", "robosuite")
 

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from wav.data.files import read_json, write_json
 from wav.errors import DataError
 from wav.evaluation.intervals import paired_difference, wilson
 from wav.evaluation.protocol import EpisodeSpec
+from wav.io.files import read_json, write_json
 
 _REMEDY = "remove the file to run the episode again"
 CONDITIONS = ("planned", "unplanned", "temperature")

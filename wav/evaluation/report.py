@@ -16,10 +16,10 @@ import jinja2
 from markupsafe import Markup
 
 from wav.config import STAGE_SECTIONS
-from wav.data.files import read_json, write_text
 from wav.errors import DataError
 from wav.evaluation import charts
 from wav.evaluation.records import CONDITIONS, EpisodeRecord, columns, read_record
+from wav.io.files import read_json, write_text
 
 _TRAINING = {"pretrain_video": "video", "train_value": "value", "train_joint": "joint"}
 _MIME = {".png": "image/png", ".mp4": "video/mp4", ".svg": "image/svg+xml"}

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from wav.errors import SimulationError
 from wav.evaluation.protocol import EpisodeSpec
-from wav.planner import Condition
+from wav.planning.planner import Condition
 from wav.sim.env import Observation
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Pool(Protocol):
 
 
 class Output(Protocol):
-    """What the policy answers (``wav.policy.PolicyOutput``), n rows."""
+    """What the policy answers (``wav.policy.policy.PolicyOutput``), n rows."""
 
     @property
     def actions(self) -> Any:
@@ -115,7 +115,7 @@ class Output(Protocol):
 
 
 class Actor(Protocol):
-    """What rollouts need of ``wav.policy.Policy``."""
+    """What rollouts need of ``wav.policy.policy.Policy``."""
 
     def reset(self, row: Hashable, episode: int | str, seed: int) -> None:
         """Start an episode on a row: memory cleared, call index 0."""

@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 from wav.config import DataSettings
 from wav.data.conventions import Conventions
-from wav.data.files import read_json
 from wav.data.store import EpisodeStore
 from wav.evaluation.evaluate import EvaluatedPolicy, check_start
-from wav.evaluation.first_frames import check_first_frames
+from wav.evaluation.extras.first_frames import check_first_frames
 from wav.evaluation.rollout import Pool
 from wav.evaluation.verdict import ALLOW_VARIABLE, refuse_failed, report_path
+from wav.io.files import read_json
 from wav.sim.env import LIBERO_SUITES
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def _initial_states(suite: str) -> str:
     """Digest of LIBERO's initial states, compared with the release's; empty for other suites."""
     if suite not in LIBERO_SUITES:
         return ""
-    from wav.sim.libero_tasks import init_digest
+    from wav.sim.libero.tasks import init_digest
 
     return init_digest(suite)
 

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from wav.data.files import write_json
 from wav.evaluation.evaluate import EvaluationSettings
+from wav.io.files import write_json
 
 log = logging.getLogger(__name__)
 

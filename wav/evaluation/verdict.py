@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from wav.data.files import read_json
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError
+from wav.io.files import read_json
 
 ALLOW_VARIABLE = "WAV_ALLOW_FAILED_REPLAY"
 REPORT_SUFFIX = ".replay.json"

@@ -288,7 +288,7 @@ def plan_cost(sizes: Sizes, planner: PlannerSettings, first_look: int = 1) -> Pl
 
     AdaLN rows are kept from call to call and not counted. ``planner.iterations`` 0, or a model without value expert,
     leaves the decoding alone. ``planner.reuse_reads`` and ``settle`` are not counted. ``first_look``: Euler steps
-    after which ``planner.survivors`` are chosen (:data:`wav.shortcuts.FIRST_LOOK`).
+    after which ``planner.survivors`` are chosen (:data:`wav.planning.shortcuts.FIRST_LOOK`).
     """
     M, N, steps = planner.video_samples, planner.value_samples, planner.denoise_steps
 

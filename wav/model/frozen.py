@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from wav.model.fused import Prepared
+from wav.inference.fused import Prepared
 
 if TYPE_CHECKING:
     from wav.model.transformer import WAVTransformer

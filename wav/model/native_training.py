@@ -1,7 +1,8 @@
 """The kernels of ``training*.c`` as torch operations: what a block's forward and backward passes are made of.
 
 For float32 training on a CPU (inference takes its masked attention from here too); :mod:`wav.model.kernels` puts them
-under autograd. Compiled at first use like those of :mod:`wav.model.native`, and checked against torch's own gradients;
+under autograd. Compiled at first use like those of :mod:`wav.inference.native`, and checked against torch's own
+gradients;
 where that does not work, or ``WAV_NATIVE=0``, the reason is logged and training runs on torch's operations: the same up
 to rounding, slower.
 """
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from wav.model import native
-from wav.model.native import LOG2E, threads_for
+from wav.inference import native
+from wav.inference.native import LOG2E, threads_for
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("training.c", "training_rows.c", "training_attention.c"))
 LARGEST_VECTOR = 16  #: floats that the packed columns of a product are padded to at most
@@ -266,7 +267,7 @@ def both() -> str:
 @functools.cache
 def kernels() -> Kernels | None:
     """The compiled kernels, checked; None where there are none."""
-    from wav.model.native_check import check
+    from wav.inference.native_check import check
 
     library = native.load("training", SOURCES, "wav_training_lanes", lambda found: check(Kernels(found)))
     return None if library is None else Kernels(library)

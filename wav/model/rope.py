@@ -2,7 +2,8 @@
 
 Angles reach 1.6e4 rad, where one float32 ulp is 1e-3 rad, so the tables are built in float32 in the reference's order
 of operations, on the CPU whatever the device. They are kept as complex numbers: the pairwise rotation
-(x0, x1) -> (x0 c - x1 s, x1 c + x0 s) is then one multiplication. Compiled code (:mod:`wav.model.compiled`), which has
+(x0, x1) -> (x0 c - x1 s, x1 c + x0 s) is then one multiplication. Compiled code (:mod:`wav.inference.compiled`),
+which has
 no complex arithmetic, reads the same tables as pairs of real numbers.
 """
 

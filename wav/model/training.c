@@ -3,7 +3,7 @@
 // wav/model/native_training.py compiles this at first use and checks it against torch's gradients before anything
 // relies on it. All memory is the caller's, contiguous where no stride is named. Every sum has one fixed order, so the
 // number of threads changes no bit.
-#include "native.h"
+#include "../inference/native.h"
 
 #define DEEP 256   // rows summed at a time in a weight's gradient: what they are packed to stays in the core's cache
 #define TILES 86   // tiles of TALL rows of a weight's gradient in a work item, at most

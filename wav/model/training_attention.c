@@ -6,7 +6,7 @@
 // Queries run along the lanes, keys along the rows: largest logits and sums of weights are then a lane's own, and of
 // all products only those of logits and of the weights' gradients need an operand turned, that of the queries' side.
 // A block of queries meets a tile of keys: all that the two make of each other stays in the innermost cache.
-#include "native.h"
+#include "../inference/native.h"
 
 #define LOG2E 1.44269504f
 #define PAIR 2                // vectors of a tile's width

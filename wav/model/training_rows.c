@@ -1,7 +1,7 @@
 // Row-wise kernels of training in float32: AdaLN, its gate, and the norms of queries and keys with their rotation.
 //
 // Part of the library that training.c describes.
-#include "native.h"
+#include "../inference/native.h"
 
 #define BLOCK 64  // rows of a work item
 

@@ -76,11 +76,11 @@ class SimEnv(Protocol):
 def task_specs(suite: str) -> dict[str, TaskSpec]:
     """Tasks of ``suite`` by name; raises ConfigError for an unknown suite."""
     if suite == "tabletop":
-        from wav.sim.tabletop_tasks import TASKS
+        from wav.sim.tabletop.tasks import TASKS
 
         return dict(TASKS)
     if suite in LIBERO_SUITES:
-        from wav.sim import libero_tasks
+        from wav.sim.libero import tasks as libero_tasks
 
         return libero_tasks.task_specs(suite)
     raise _unknown(suite)
@@ -118,11 +118,11 @@ def select_tasks(suite: str, names: tuple[str, ...]) -> tuple[TaskSpec, ...]:
 def make_env(suite: str, data: DataSettings) -> SimEnv:
     """Create a simulator of ``suite`` rendering as ``data`` says (image size, views, render mode)."""
     if suite == "tabletop":
-        from wav.sim.tabletop import TabletopEnv
+        from wav.sim.tabletop.env import TabletopEnv
 
         return TabletopEnv(data)
     if suite in LIBERO_SUITES:
-        from wav.sim.libero import LiberoEnv
+        from wav.sim.libero.env import LiberoEnv
 
         return LiberoEnv(data.model_copy(update={"suite": suite}))
     raise _unknown(suite)
@@ -132,12 +132,12 @@ def simulator_versions(suite: str = "tabletop") -> dict[str, str]:
     """What decides physics and pixels of ``suite``, recorded with data and evaluations: versions, LIBERO's assets.
 
     Raises:
-        ServiceError: a LIBERO suite, and LIBERO is not ready here (:func:`wav.sim.libero_assets.bootstrap`).
+        ServiceError: a LIBERO suite, and LIBERO is not ready here (:func:`wav.sim.libero.assets.bootstrap`).
     """
     from importlib.metadata import version
 
     if suite in LIBERO_SUITES:
-        from wav.sim import libero_assets
+        from wav.sim.libero import assets as libero_assets
 
         return libero_assets.simulator_versions()
     return {name: version(name) for name in ("mujoco", "robosuite")}

@@ -102,13 +102,13 @@ def replay_episode(
 
 
 def begin_scripted(env: SimEnv, suite: str, start: ReplayStart) -> Observation:
-    """The expert's beginning: the initial state and, for some, a detour (:func:`wav.sim.expert.begin`)."""
+    """The expert's beginning: the initial state and, for some, a detour (:func:`wav.sim.tabletop.expert.begin`)."""
     if start.episode_seed != derive_seed(start.seed, "expert", start.task, start.index) % 2**31:
         raise DataError(
             f"{start.episode_id}: was recorded under another ingest.seed than {start.seed}; "
             "replay with the parameters the store was made with"
         )
-    from wav.sim.expert import begin
+    from wav.sim.tabletop.expert import begin
 
     rng = numpy_generator(start.seed, "expert", start.task, start.index)
     return begin(env, suite, start.task, start.index, start.detour, rng)[1]
@@ -116,7 +116,7 @@ def begin_scripted(env: SimEnv, suite: str, start: ReplayStart) -> Observation:
 
 def _begin_recorded(env: SimEnv, start: ReplayStart, first: NDArray[np.float32]) -> Observation:
     """The simulator state recorded with the demonstration, and its fixtures' poses."""
-    from wav.sim.libero import LiberoEnv
+    from wav.sim.libero.env import LiberoEnv
 
     if not isinstance(env, LiberoEnv):
         raise DataError(f"{start.episode_id}: comes from LIBERO's HDF5; data.suite must be one of {LIBERO_SUITES}")

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written atomically to a local folder, uploaded in the background, found again on restart.
 
 A checkpoint is a folder ``step-00000500`` with DeepSpeed's model and optimiser state, every rank's average and random
-states, and a manifest written last (:mod:`wav.storage.commit`). Without a manifest it does not exist.
+states, and a manifest written last (:mod:`wav.io.storage.commit`). Without a manifest it does not exist.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from wav.data.files import require_free_space
 from wav.errors import CheckpointError, StorageError
+from wav.io.files import require_free_space
+from wav.io.storage.base import ObjectStore, disk_errors
+from wav.io.storage.commit import MANIFEST, Retention, commits, fetch, publish, read_manifest, retain, seal, verify
 from wav.seeding import derive_seed
-from wav.storage.base import ObjectStore, disk_errors
-from wav.storage.commit import MANIFEST, Retention, commits, fetch, publish, read_manifest, retain, seal, verify
 from wav.training.ema import Ema
 from wav.training.engine import World
 from wav.training.universal import Layout, convert, needs_conversion

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 from wav.errors import ConfigError, TrainingError, WavError
-from wav.storage import ObjectStore, open_store
-from wav.storage.commit import Retention
+from wav.io.storage import ObjectStore, open_store
+from wav.io.storage.commit import Retention
 from wav.training.checkpoint import BYTES_PER_PARAMETER, Checkpoints, Found, NotSavedError, RunState, seed_globals
 from wav.training.draws import StepInputs
 from wav.training.ema import Ema

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from wav.data.files import atomic_folder, canonical_digest, file_records, write_json
 from wav.data.statistics import Statistics
+from wav.io.files import atomic_folder, canonical_digest, file_records, write_json
+from wav.io.storage.base import ObjectStore, disk_errors
+from wav.io.storage.commit import MANIFEST, Manifest, publish, seal
 from wav.model import WAVTransformer
-from wav.storage.base import ObjectStore, disk_errors
-from wav.storage.commit import MANIFEST, Manifest, publish, seal
 from wav.training.ema import Ema
 from wav.training.inputs import Inputs
 from wav.training.spec import CHECKPOINT_FILE, TrainSpec

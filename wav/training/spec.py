@@ -21,8 +21,8 @@ from wav.config import (
     TrainSettings,
     TrainValueSettings,
 )
-from wav.data.files import canonical_digest, file_digest, read_json, sources_digest
 from wav.errors import ConfigError, DataError
+from wav.io.files import canonical_digest, file_digest, read_json, sources_digest
 
 STAGES: dict[str, type[TrainSettings]] = {
     "pretrain_video": PretrainVideoSettings,
@@ -38,7 +38,7 @@ WATCHING = frozenset(
 #: its own noise, so runs on one and on two ranks from the start are two equally good samples, not bit-equal.
 LAYOUT = frozenset({"ranks", "nodes", "zero_stage"})
 #: Sources below ``wav/`` whose change makes another run.
-SOURCES = ("model", "training", "data", "flow_matching.py", "seeding.py")
+SOURCES = ("model", "inference", "training", "data", "flow_matching.py", "seeding.py")
 CHECKPOINT_FILE = "checkpoint.json"
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from wav.errors import CheckpointError
-from wav.storage.base import disk_errors
+from wav.io.storage.base import disk_errors
 
 LOG = logging.getLogger("wav.training")
 

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from wav.config import TrainSettings
-from wav.data.files import require_free_space
 from wav.errors import TrainingError
+from wav.io.files import require_free_space
+from wav.io.storage.commit import Retention
 from wav.model.accounting import Sizes, activation_bytes
-from wav.storage.commit import Retention
 from wav.training.objectives import trainable_names
 from wav.training.record import Row
 from wav.training.universal import Layout

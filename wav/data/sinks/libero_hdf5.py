@@ -31,11 +31,11 @@ from numpy.typing import NDArray
 
 from wav.data.conventions import DELTA_ACTIONS, Conventions
 from wav.data.episode import Episode
-from wav.data.files import atomic_folder, disk_errors, require_free_space
 from wav.data.sources import checks
 from wav.data.sources.libero_file import AFTER, BEFORE, CAMERAS
 from wav.data.state import STATE_LAYOUT
 from wav.errors import DataError, ServiceError
+from wav.io.files import atomic_folder, disk_errors, require_free_space
 
 if TYPE_CHECKING:
     from wav.data.sinks.libero_states import SimulatorStates
@@ -222,7 +222,7 @@ def _problem(suite: str, task: str) -> tuple[str, tuple[str, str] | None]:
 
     if suite not in LIBERO_SUITES:
         return suite, None
-    from wav.sim.libero_tasks import bddl_file
+    from wav.sim.libero.tasks import bddl_file
 
     try:
         text = bddl_file(suite, task).read_text()

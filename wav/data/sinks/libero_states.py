@@ -90,7 +90,7 @@ def _start(info: EpisodeInfo, ingest: IngestSettings) -> ReplayStart:
 @functools.lru_cache(maxsize=1)
 def _environment(data: DataSettings) -> Any:
     """A simulator that keeps its state from before every step since the last reset, and the last action."""
-    from wav.sim.libero import LiberoEnv
+    from wav.sim.libero.env import LiberoEnv
 
     class Recording(LiberoEnv):
         """:class:`LiberoEnv` with a memory."""

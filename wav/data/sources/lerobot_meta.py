@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wav.data.files import read_json
 from wav.errors import ConfigError, DataError
+from wav.io.files import read_json
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 DOWNLOAD = "download the dataset again"

@@ -51,7 +51,7 @@ class ScriptedSource:
     Args:
         data: suite, tasks, cameras.
         settings: number, noise, detours, seed.
-        record: records one demonstration; by default :func:`wav.sim.expert.record_demonstration`.
+        record: records one demonstration; by default :func:`wav.sim.tabletop.expert.record_demonstration`.
         run: runs it over jobs; by default :func:`wav.sim.workers.map_in_processes`.
     """
 
@@ -142,7 +142,7 @@ class ScriptedSource:
         """Recorder and mapper; the simulator is imported only here."""
         record, run = self._record, self._run
         if record is None:
-            from wav.sim.expert import record_demonstration
+            from wav.sim.tabletop.expert import record_demonstration
 
             record = record_demonstration
         if run is None:

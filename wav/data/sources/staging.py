@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
-from wav.data.files import canonical_digest, read_json, require_free_space, write_json
 from wav.data.sources.kept import kept_files_closed
 from wav.data.store import EpisodeStore, EpisodeStoreWriter, Rejection
 from wav.errors import DataError, SimulationError, StorageError
+from wav.io.files import canonical_digest, read_json, require_free_space, write_json
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
@@ -121,7 +121,7 @@ def reader_code() -> str:
     """Digest of the code that decides what a staged store holds."""
     data = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in sorted([*data.glob("sources/*.py"), *data.glob("*.py")]):
+    for path in sorted([*data.glob("sources/*.py"), *data.glob("*.py"), data.parent / "io" / "files.py"]):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

@@ -1,0 +1,367 @@
+"""LIBERO's table: an exported policy over the four suites, beside the published figures.
+
+``wav libero-table [EXPORT]`` (``make libero-table``) is the ordinary evaluation (:func:`wav.evaluation.evaluate`) once
+per suite, under ``OUT/<suite>/``: every episode is recorded, an interrupted table goes on where it stopped, and
+``OUT/table.json`` and ``OUT/table.md`` are rewritten after each suite.
+
+A published figure is marked where it differs from ours by more than the intervals: zero lies outside Newcombe's
+interval of the difference, made from both sides' Wilson intervals.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings, parse_settings
+from wav.data.store import EpisodeStore
+from wav.errors import ConfigError
+from wav.evaluation.act import exported_data, policy_for_suite
+from wav.evaluation.evaluate import Progress, evaluate
+from wav.evaluation.extras.published import AVERAGE, EPISODES, PUBLISHED, SUITES, TASKS, Published
+from wav.evaluation.intervals import Rate, independent_difference, wilson
+from wav.evaluation.start import check_all, own_store
+from wav.evaluation.verdict import refuse_failed
+from wav.io.files import read_json, write_json, write_text
+from wav.planning.planner import CONDITIONS
+from wav.policy.export import verify_export
+from wav.policy.policy import Policy
+from wav.sim.env import LIBERO_SUITES, simulator_versions
+from wav.sim.workers import SimPool
+
+#: Seconds between two lines of progress.
+_TELL = 15.0
+_MARKS = {"protocol": "*", "reference": "†"}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the suites are evaluated; the defaults are the published protocol."""
+
+    suites: tuple[str, ...] = tuple(SUITES)
+    tasks: tuple[str, ...] = ()
+    """Of every suite, for a trial; empty: all, which alone compares with published figures."""
+    episodes: int = EPISODES
+    conditions: tuple[str, ...] = CONDITIONS
+    execute_steps: int = 8
+    """Actions executed per policy call, at most the policy's chunk."""
+    batch_size: int = 8
+    budget: str = "protocol"
+    """``reference``: each episode goes on to the published code's 1000 steps, reported in rows of its own."""
+    seed: int = 7
+
+    def settings(self, data: DataSettings) -> EvalLiberoSettings:
+        """Section ``eval_libero``; ConfigError for a value out of range."""
+        section = {
+            "episodes_per_task": self.episodes,
+            "conditions": self.conditions,
+            "execute_steps": min(self.execute_steps, data.action_chunk),
+            "batch_size": self.batch_size,
+            "budget": self.budget,
+            "swapped_episodes": 0,
+            "videos": 0,
+            "seed": self.seed,
+        }
+        chunk = {"action_chunk": data.action_chunk}
+        return parse_settings({"data": chunk, "eval_libero": section}, "libero-table").eval_libero
+
+
+@dataclass(frozen=True)
+class _Sections:
+    """What the evaluation of one suite reads."""
+
+    data: DataSettings
+    planner: PlannerSettings
+    eval_libero: EvalLiberoSettings
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of our rows: a condition under a budget of steps."""
+
+    condition: str
+    budget: str
+    rates: Mapping[str, Rate]
+    """Suite, or "average" where all four were evaluated alike, -> success."""
+
+    @property
+    def name(self) -> str:
+        """Its heading."""
+        return f"this policy, {self.condition}" + (", 1000 steps" if self.budget == "reference" else "")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A published figure against ours; shares in [0, 1], ``difference`` is ours minus theirs."""
+
+    published: str
+    column: str
+    condition: str
+    budget: str
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def larger(self) -> bool:
+        """Whether the difference is larger than the intervals."""
+        return not self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True)
+class Table:
+    """Everything the table shows; ``metrics`` are the suites' ``metrics.json``."""
+
+    metrics: Mapping[str, Mapping[str, Any]]
+    rows: tuple[Row, ...]
+    comparisons: tuple[Comparison, ...]
+    heading: Mapping[str, Any] = field(default_factory=dict)
+
+
+def libero_table(
+    export: Path,
+    out: Path,
+    protocol: Protocol,
+    *,
+    workers: int,
+    device: str = "auto",
+    demonstrations: Path | None = None,
+    report: Callable[[str], None],
+) -> Table:
+    """Evaluate ``export`` over the protocol's suites and write ``out/table.json`` and ``out/table.md``.
+
+    Args:
+        export: the policy, verified first.
+        out: folder of records and tables; episodes that are there are not repeated.
+        protocol: see :class:`Protocol`.
+        workers: simulator processes.
+        device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
+        demonstrations: episode store; where the policy was trained on it, its replay's verdict counts, and its pictures
+            are compared with those of the suite it is of.
+        report: called with lines of progress.
+
+    Raises:
+        CheckpointError: the export is missing or damaged.
+        ConfigError: it was not trained on LIBERO, or under other conventions than the simulator's, or its
+            demonstrations failed their replay or look otherwise; a bad value.
+        ServiceError: LIBERO or its assets are missing.
+    """
+    for suite in protocol.suites:
+        if suite not in SUITES:
+            raise ConfigError(f"--suite = {suite}: not in the table; its suites are {', '.join(SUITES)}")
+    manifest, own = _trained_on_libero(export)
+    simulator_versions(protocol.suites[0])
+    policy = Policy.load(export, batch_size=protocol.batch_size, device=device)
+    store = own_store(policy, demonstrations) if demonstrations is not None else None
+    if store is not None:
+        refuse_failed(store)
+    heading = _heading(export, manifest, own, protocol)
+    evaluation = _Evaluation(export, policy, heading["checkpoint"], protocol, workers, store, report)
+    metrics: dict[str, dict[str, Any]] = {}
+    table = make_table(metrics, heading, complete=not protocol.tasks)
+    for suite in protocol.suites:
+        metrics[suite] = evaluation.suite(suite, out / suite)
+        table = make_table(metrics, heading, complete=not protocol.tasks)
+        write_json(out / "table.json", as_json(table))
+        write_text(out / "table.md", markdown(table))
+    return table
+
+
+def _trained_on_libero(export: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Manifest and settings of a sound export; CheckpointError where it is damaged, ConfigError for another robot's."""
+    manifest = verify_export(export)
+    own = read_json(export / "settings.json", "export the policy again (`dvc repro export`)")
+    if own["data"]["suite"] not in LIBERO_SUITES:
+        raise ConfigError(
+            f"{export}: trained on {own['data']['suite']!r}, whose scenes and conventions are not LIBERO's; "
+            "give an export trained on LIBERO data (presets/libero.yaml)"
+        )
+    return manifest, own
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """What is the same for every suite."""
+
+    export: Path
+    policy: Policy
+    checkpoint: str
+    protocol: Protocol
+    workers: int
+    store: EpisodeStore | None
+    """The demonstrations it was trained on, where they are at hand."""
+    report: Callable[[str], None]
+
+    def suite(self, suite: str, out: Path) -> dict[str, Any]:
+        """Evaluate one suite into ``out``; its metrics."""
+        protocol, policy = self.protocol, self.policy
+        data = exported_data(self.export, suite, protocol.tasks).model_copy(update={"tasks": protocol.tasks})
+        sections = _Sections(data, policy.planner, protocol.settings(data))
+        self.report(f"{suite}: {SUITES[suite]}")
+        policy_for_suite(policy, data)
+        with SimPool(suite, data, workers=self.workers, slots=protocol.batch_size) as pool:
+            same = self.store if self.store is not None and self.store.conventions.suite == suite else None
+            began = check_all(policy, data, pool=pool, out=out, store=same)
+            return evaluate(
+                sections,
+                policy,
+                out,
+                pool=pool,
+                checkpoint=self.checkpoint,
+                with_value=policy.model.shapes.value is not None,
+                start=began.as_dict(),
+                progress=_Teller(suite, self.report),
+            )
+
+
+def _heading(export: Path, manifest: Mapping[str, Any], own: Mapping[str, Any], protocol: Protocol) -> dict[str, Any]:
+    """What is evaluated, from the export's manifest and settings."""
+    return {
+        "export": str(export),
+        "name": manifest.get("name"),
+        "checkpoint": str(manifest["checkpoint"]["digest"]),
+        "dtype": manifest.get("dtype"),
+        "trained_on": {"suite": own["data"]["suite"], "tasks": own["data"]["tasks"]},
+        "planner": own["planner"],
+        "protocol": asdict(protocol),
+    }
+
+
+class _Teller:
+    """Passes an evaluation's progress on, a line every few seconds."""
+
+    def __init__(self, suite: str, report: Callable[[str], None]) -> None:
+        self.suite, self.report, self.last = suite, report, time.monotonic()
+
+    def __call__(self, state: Progress) -> None:
+        """Tell, if it is time or the last episode."""
+        if state.done == state.total or time.monotonic() - self.last >= _TELL:
+            self.last = time.monotonic()
+            self.report(f"{self.suite}: {state.message}")
+
+
+def make_table(
+    metrics: Mapping[str, Mapping[str, Any]],
+    heading: Mapping[str, Any],
+    *,
+    complete: bool = True,
+    published: Sequence[Published] = PUBLISHED,
+) -> Table:
+    """Rows and comparisons from the suites' metrics.
+
+    Args:
+        metrics: suite -> content of its ``metrics.json``.
+        heading: what was evaluated, for the reader.
+        complete: whether all tasks of each suite were evaluated; otherwise nothing is compared.
+        published: rows to compare with.
+    """
+    rows = []
+    for budget, part in (("protocol", lambda m: m), ("reference", lambda m: m.get("reference", {}))):
+        for condition in CONDITIONS:
+            found = {suite: part(m)[condition] for suite, m in metrics.items() if condition in part(m)}
+            if found:
+                rows.append(Row(condition, budget, _rates(found)))
+    comparisons = [c for entry in published for c in _compare(entry, rows)] if complete else []
+    return Table(dict(metrics), tuple(rows), tuple(comparisons), dict(heading))
+
+
+def _rates(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Rate]:
+    """Suites' rates, and their average where all four were evaluated with equally many episodes."""
+    rates = {s: wilson(round(m["success_rate"] * m["episodes"]), m["episodes"]) for s, m in found.items()}
+    episodes = {rate.episodes for rate in rates.values()}
+    if set(rates) == set(SUITES) and len(episodes) == 1:
+        solved = sum(round(rate.success_rate * rate.episodes) for rate in rates.values())
+        rates[AVERAGE] = wilson(solved, sum(rate.episodes for rate in rates.values()))
+    return rates
+
+
+def _compare(entry: Published, rows: Sequence[Row]) -> list[Comparison]:
+    """A published row against ours of its condition (unplanned, where the policy cannot plan), under each budget."""
+    result = []
+    for budget in _MARKS:
+        ours = {row.condition: row for row in rows if row.budget == budget}
+        row = ours.get(entry.condition) or ours.get("unplanned")
+        for column in entry.percent if row else ():
+            mine, theirs = row.rates.get(column) if row else None, entry.rate(column)
+            if row and mine and theirs:
+                low, high = independent_difference(mine, theirs)
+                difference = mine.success_rate - theirs.success_rate
+                result.append(Comparison(entry.name, column, row.condition, budget, difference, low, high))
+    return result
+
+
+def as_json(table: Table, published: Sequence[Published] = PUBLISHED) -> dict[str, Any]:
+    """The table as plain data; rates in [0, 1], published figures in percent as printed."""
+    return {
+        **table.heading,
+        "rows": [
+            {"condition": row.condition, "budget": row.budget, **{c: r.as_dict() for c, r in row.rates.items()}}
+            for row in table.rows
+        ],
+        "published": [{**asdict(entry), "percent": dict(entry.percent)} for entry in published],
+        "comparisons": [{**asdict(c), "larger_than_intervals": c.larger} for c in table.comparisons],
+        "paired": {suite: m.get("paired", {}) for suite, m in table.metrics.items()},
+        "not_applicable": {suite: m.get("not_applicable", {}) for suite, m in table.metrics.items()},
+        "versions": next((m["versions"] for m in table.metrics.values()), {}),
+    }
+
+
+def markdown(table: Table, published: Sequence[Published] = PUBLISHED) -> str:
+    """The table for people: our rows with intervals, then the published ones, marked where they differ."""
+    columns = (*SUITES, AVERAGE)
+    heading, protocol, planner = table.heading, table.heading["protocol"], table.heading["planner"]
+    tasks = ", ".join(protocol["tasks"]) or f"all {TASKS} tasks of a suite"
+    lines = [
+        f"LIBERO: {heading['name']} ({heading['export']}, weights {heading['checkpoint'][:12]}), trained on "
+        f"{heading['trained_on']['suite']}",
+        "",
+        f"{tasks}, {protocol['episodes']} initial states each, {protocol['execute_steps']} actions per policy call, "
+        f"planner K = {planner['iterations']}, M = {planner['video_samples']}, N = {planner['value_samples']}, "
+        f"seed {protocol['seed']}; success in %, 95% Wilson intervals.",
+        "",
+        "| | " + " | ".join([*SUITES.values(), AVERAGE]) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for row in table.rows:
+        lines.append(f"| **{row.name}** | " + " | ".join(_ours(row.rates.get(c)) for c in columns) + " |")
+    marks: dict[tuple[str, str], str] = {}
+    for c in table.comparisons:
+        if c.larger:
+            marks[c.published, c.column] = marks.get((c.published, c.column), "") + _MARKS[c.budget]
+    for entry in published:
+        cells = [
+            f"{entry.percent[c]:.1f}{marks.get((entry.name, c), '')}" if c in entry.percent else "" for c in columns
+        ]
+        lines.append(f"| {entry.name} ({entry.date}) | " + " | ".join(cells) + " |")
+    sources = [f"{entry.name}: {entry.source}." for entry in published]
+    return "\n".join([*lines, "", *(f"- {line}" for line in [*_legend(table), *sources])]) + "\n"
+
+
+def _ours(rate: Rate | None) -> str:
+    """``94.4 [92.0, 96.1]``; empty for a suite not evaluated."""
+    if rate is None:
+        return ""
+    return f"{100 * rate.success_rate:.1f} [{100 * rate.wilson_low:.1f}, {100 * rate.wilson_high:.1f}]"
+
+
+def _legend(table: Table) -> list[str]:
+    """What the marks mean, what planning changed on the same episodes, what could not be evaluated."""
+    if table.comparisons:
+        lines = ["`*` differs from this policy (same condition) by more than the intervals of both."]
+        if any(row.budget == "reference" for row in table.rows):
+            lines.append("`†` the same against the rows with 1000 steps, which is what the published WAV code allows.")
+    else:
+        lines = ["Nothing is compared: the published figures are over all tasks of a suite."]
+    for suite, metrics in table.metrics.items():
+        paired = metrics.get("paired", {}).get("planned-unplanned")
+        if paired:
+            low, high = 100 * paired["low"], 100 * paired["high"]
+            lines.append(
+                f"{suite}: planned - unplanned on the same episodes {100 * paired['difference']:+.1f} points "
+                f"[{low:+.1f}, {high:+.1f}]."
+            )
+        lines += [f"{suite}: {name}: {why}." for name, why in metrics.get("not_applicable", {}).items()]
+    return lines

@@ -1,0 +1,1 @@
+"""Latent planning: the paper's Algorithm 1."""

@@ -1,0 +1,262 @@
+"""From the stages' folders to a policy, and from a policy to a self-contained folder that a server loads.
+
+An export holds what ``Policy.load`` reads (``model/``, ``codec/``, ``text_encoder/``, ``statistics.json``,
+``conventions.json``, ``settings.json``) and ``metrics.json``, a model card (``README.md``) and ``manifest.json`` with
+the size and SHA-256 of every file. :func:`load_export` checks the manifest first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+import torch
+
+import wav
+from wav.config import DataSettings, ExportSettings, ModelSettings, PlannerSettings
+from wav.data.conventions import Conventions
+from wav.data.latents import LatentStore
+from wav.data.statistics import Statistics
+from wav.errors import CheckpointError, DataError
+from wav.evaluation.protocol import check_statistics
+from wav.evaluation.records import metrics_table
+from wav.io.files import (
+    atomic_folder,
+    canonical_digest,
+    check_files,
+    file_records,
+    read_json,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
+from wav.model.pretrained import load_model
+from wav.policy.policy import Policy
+
+FORMAT, VERSION = "wav-policy", 1
+CARD = "model_card.md.j2"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class ExportedSettings(Protocol):
+    """The sections export reads: a whole ``Settings`` or the view of stage ``export``."""
+
+    @property
+    def data(self) -> DataSettings:
+        """What a sample is."""
+
+    @property
+    def model(self) -> ModelSettings:
+        """Sizes."""
+
+    @property
+    def planner(self) -> PlannerSettings:
+        """Algorithm 1."""
+
+    @property
+    def export(self) -> ExportSettings:
+        """Name and number format."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What identifies a trained model: digests of its weights and of the statistics it was trained with."""
+
+    digest: str
+    statistics: str
+    stage: str
+    steps: int
+    key: str
+
+
+def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], Statistics]:
+    """``checkpoint.json`` of a stage's output and the merged statistics beside it, digests compared."""
+    remedy = "run `dvc repro train_joint`"
+    meta = read_json(folder / "checkpoint.json", remedy)
+    missing = [name for name in ("model_digest", "latents", "statistics", "stage", "steps", "key") if name not in meta]
+    if missing:
+        raise CheckpointError(f"{folder / 'checkpoint.json'}: field {missing[0]!r} is missing; {remedy}")
+    found = canonical_digest({record.path: record.sha256 for record in file_records(folder / "model")})
+    if found != meta["model_digest"]:
+        raise CheckpointError(
+            f"{folder / 'model'}: digest {found[:12]} is not the {meta['model_digest'][:12]} of its checkpoint.json; "
+            f"{remedy}"
+        )
+    parts = []
+    for name in ("episodes", "rewards"):
+        expected = meta["statistics"].get(name)
+        if expected is not None:
+            path = folder / f"{name}_statistics.json"
+            parts.append(Statistics.load(path, remedy))
+            check_statistics(expected, parts[-1].digest, str(path))
+    if not parts:
+        raise CheckpointError(f"{folder / 'checkpoint.json'}: names no statistics; {remedy}")
+    return meta, parts[0].merged(*parts[1:])
+
+
+def policy_from_stages(
+    joint: Path,
+    latents: Path,
+    data: DataSettings,
+    planner: PlannerSettings,
+    *,
+    batch_size: int = 8,
+    device: str = "auto",
+    episodes_statistics: Path | None = None,
+    rewards_statistics: Path | None = None,
+) -> tuple[Policy, Checkpoint]:
+    """The policy that the joint stage trained, with the encoders that made its latents.
+
+    Args:
+        joint: output of ``train_joint``.
+        latents: output of ``encode``; holds ``codec/`` and ``text_encoder/``.
+        data: section ``data``.
+        planner: section ``planner``.
+        batch_size: the one padded batch shape.
+        device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
+        episodes_statistics: the data stage's statistics, compared with the checkpoint's where given.
+        rewards_statistics: the same for the values.
+
+    Raises:
+        CheckpointError: weights, statistics or latents are not the ones the checkpoint names.
+        DataError: a file is missing or damaged.
+    """
+    joint = Path(joint)
+    meta, statistics = _read_checkpoint(joint)
+    for name, path in (("episodes", episodes_statistics), ("rewards", rewards_statistics)):
+        if path is not None and meta["statistics"].get(name) is not None:
+            check_statistics(meta["statistics"][name], Statistics.load(path).digest, str(path))
+    store = LatentStore.open(latents)
+    if meta["latents"] != store.digest:
+        raise CheckpointError(
+            f"{latents}: digest {store.digest[:12]} is not the {meta['latents'][:12]} that {joint} was trained on; "
+            "run `dvc repro train_joint`"
+        )
+    conventions = Conventions.from_json(read_json(joint / "conventions.json", "run `dvc repro`"), str(joint))
+    policy = Policy(
+        load_model(joint / "model"),
+        store.codec(),
+        store.text_encoder(),
+        statistics,
+        conventions,
+        data,
+        planner,
+        batch_size=batch_size,
+        device=device,
+        digest=meta["model_digest"],
+    )
+    return policy, Checkpoint(meta["model_digest"], statistics.digest, meta["stage"], int(meta["steps"]), meta["key"])
+
+
+def export_policy(
+    policy: Policy, checkpoint: Checkpoint, out: Path, *, settings: ExportedSettings, metrics: Mapping[str, Any] | None
+) -> Path:
+    """Write the self-contained folder; it appears whole under ``out`` or not at all.
+
+    Args:
+        policy: what to export.
+        checkpoint: where its weights came from; written to the card and the manifest.
+        out: folder to write, replaced if it exists.
+        settings: sections ``data``, ``model``, ``planner``, ``export``.
+        metrics: content of ``reports/eval/metrics.json``, or None: the card then says that nothing was evaluated.
+
+    Raises:
+        CheckpointError: the metrics are another checkpoint's.
+        StorageError: the disk is full.
+    """
+    if metrics is not None and metrics.get("checkpoint") != checkpoint.digest:
+        raise CheckpointError(
+            f"metrics.checkpoint = {str(metrics.get('checkpoint'))[:12]}: the exported weights are "
+            f"{checkpoint.digest[:12]}; evaluate them first (`dvc repro eval_libero`)"
+        )
+    sections = {
+        name: getattr(settings, name).model_dump(mode="json") for name in ("data", "model", "planner", "export")
+    }
+    with atomic_folder(out) as folder:
+        _write_parts(policy, folder, _DTYPES[settings.export.dtype])
+        write_json(folder / "settings.json", sections)
+        if metrics is not None:
+            write_json(folder / "metrics.json", metrics)
+        (folder / "README.md").write_text(model_card(policy, checkpoint, settings, metrics))
+        content = {
+            "name": settings.export.name,
+            "suite": settings.data.suite,
+            "wav": wav.__version__,
+            "checkpoint": asdict(checkpoint),
+            "dtype": settings.export.dtype,
+        }
+        write_manifest(folder, FORMAT, VERSION, content)
+    return Path(out)
+
+
+def _write_parts(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
+    """Everything but the settings that ``Policy.load`` reads."""
+    if policy.text_encoder is None:
+        raise CheckpointError("policy.text_encoder = None: an export must understand any instruction; give it one")
+    model = policy.model.model
+    if dtype != torch.float32:
+        model = copy.deepcopy(model).to(dtype)
+    model.save_pretrained(folder / "model")
+    policy.codec.save(folder / "codec")
+    policy.text_encoder.save(folder / "text_encoder")
+    policy.statistics.save(folder / "statistics.json")
+    write_json(folder / "conventions.json", policy.conventions.to_json())
+
+
+def model_card(
+    policy: Policy, checkpoint: Checkpoint, settings: ExportedSettings, metrics: Mapping[str, Any] | None
+) -> str:
+    """The export's README.md: what it is, how to run it, what it scored, what it must not be fed."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("wav.evaluation"), undefined=jinja2.StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(CARD).render(
+        name=settings.export.name,
+        suite=settings.data.suite,
+        tasks=settings.data.tasks,
+        checkpoint=checkpoint,
+        conventions=policy.conventions.to_json(),
+        parameters=sum(p.numel() for p in policy.model.model.parameters()),
+        dtype=settings.export.dtype,
+        planner=settings.planner.model_dump(mode="json"),
+        value_expert=policy.model.shapes.value is not None,
+        table=None if metrics is None else metrics_table(metrics),
+        metrics=metrics,
+        version=wav.__version__,
+    )
+
+
+def verify_export(folder: str | Path) -> dict[str, Any]:
+    """Check an export's manifest and every file's digest; returns the manifest.
+
+    Raises:
+        CheckpointError: names the missing, truncated or altered file.
+    """
+    remedy = "export the policy again (`dvc repro export`)"
+    try:
+        manifest = read_manifest(folder, FORMAT, VERSION, remedy=remedy)
+        check_files(manifest, folder, remedy=remedy, digests=True)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
+    return manifest
+
+
+def load_export(
+    folder: str | Path,
+    *,
+    batch_size: int = 8,
+    device: str = "auto",
+    planner: PlannerSettings | None = None,
+    compile: bool | None = None,
+) -> Policy:
+    """Load a verified export; ``planner`` and ``compile`` override its settings.
+
+    Raises:
+        CheckpointError: a file is missing or altered.
+    """
+    verify_export(folder)
+    return Policy.load(folder, batch_size=batch_size, device=device, planner=planner, compile=compile)

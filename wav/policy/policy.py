@@ -1,0 +1,388 @@
+"""Observations in, action chunks out: what evaluation and a robot's server call.
+
+A :class:`Policy` keeps a short memory per row (an environment, a client), encodes only the newest frame, asks the
+planner for a chunk and hands it back in the environment's units. Calls are padded to one fixed batch shape and every
+row draws its own noise, so a row's actions depend on its own observations, seed, episode and call alone::
+
+    policy = Policy.load("export")
+    policy.reset("robot", episode="pick-up-12", seed=0)
+    actions = policy.act([observation], ["robot"]).actions[0]  # (A, 7)
+
+Shapes: n rows asked for, V views, C latent channels, h x w latent grid, Ff future latent frames, A action chunk.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from wav.config import DataSettings, ExportSettings, PlannerSettings
+from wav.data.conventions import DELTA_ACTIONS, Conventions
+from wav.data.statistics import Statistics
+from wav.errors import CheckpointError, DataError
+from wav.inference import lanes
+from wav.inference.adapter import noise_shapes
+from wav.inference.compiled import CompiledPlannerModel, planner_model
+from wav.io.files import canonical_digest, file_digest, read_json
+from wav.planning.planner import CONDITIONS, Condition, Plan, RowKey, SeededNoise, spread
+from wav.policy.parts import check_parts
+from wav.sim.env import Observation
+
+if TYPE_CHECKING:
+    from wav.codec import Codec
+    from wav.model import WAVTransformer
+    from wav.text import TextEncoder
+
+__all__ = ["CONDITIONS", "Observation", "PlanSummary", "Policy", "PolicyOutput"]
+
+Prompt = tuple[NDArray[np.float32], NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class PlanSummary:
+    """What the search did, (n, K) each: best score, root-mean-square sigma and mean of both noises per iteration."""
+
+    score: NDArray[np.float32]
+    sigma_video: NDArray[np.float32]
+    sigma_value: NDArray[np.float32]
+    shift_video: NDArray[np.float32]
+    shift_value: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """What the policy decided for n rows."""
+
+    actions: NDArray[np.float32]  #: (n, A, action_dim) in the environment's units
+    returns: NDArray[np.float32] | None  #: (n, A) predicted return at each step of the chunk, in reward units
+    future: NDArray[np.float32] | None  #: (n, V, C, Ff, h, w) predicted future latents
+    plan: PlanSummary
+
+    @property
+    def value(self) -> NDArray[np.float32] | None:
+        """(n,) predicted return from the current step on."""
+        return None if self.returns is None else self.returns[:, 0]
+
+
+@dataclass
+class _Row:
+    """State of one row between calls."""
+
+    episode: int | str
+    seed: int
+    memory: deque[NDArray[np.float32]]  #: latents (V, C, h, w) of the last policy calls, oldest first
+    call: int = 0
+    means: tuple[Tensor, Tensor] | None = field(default=None)
+
+
+class Policy:
+    """A trained world-value-action model with all it needs to act.
+
+    Args:
+        model: the transformer.
+        codec: frames to latents.
+        text_encoder: instructions to embeddings; may be None where ``prompts`` holds every instruction.
+        statistics: of actions, state and (with a value expert) values, as trained with.
+        conventions: what images, states and actions meant in training.
+        data: section ``data`` the model was trained with.
+        planner: section ``planner``; :meth:`act` takes others for a call.
+        batch_size: rows of every model call; fewer are padded, more are split.
+        device: cpu, cuda, cuda:1, or auto.
+        prompts: instruction -> embedding (L, Ct), mask (L,).
+        digest: names the weights.
+        compile: plan on compiled code and CUDA graphs (:mod:`wav.inference.compiled`), where the CPU kernels do
+        not run.
+
+    Raises:
+        CheckpointError: model, codec, statistics and data settings do not belong together.
+    """
+
+    def __init__(
+        self,
+        model: WAVTransformer,
+        codec: Codec,
+        text_encoder: TextEncoder | None,
+        statistics: Statistics,
+        conventions: Conventions,
+        data: DataSettings,
+        planner: PlannerSettings,
+        batch_size: int = 8,
+        device: str = "cpu",
+        prompts: Mapping[str, Prompt] | None = None,
+        digest: str = "",
+        compile: bool = False,
+    ) -> None:
+        self.codec, self.text_encoder, self.statistics = codec, text_encoder, statistics
+        self.conventions, self.data, self.planner, self.batch_size = conventions, data, planner, batch_size
+        self.digest = digest
+        check_parts(model, codec, statistics, conventions, data)
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        grid = (data.image_height // codec.spatial, data.image_width // codec.spatial)
+        future = 1 + (data.future_frames - 1) // codec.temporal
+        shapes = noise_shapes(model, len(data.views), grid, future, data.action_chunk)
+        self.model = planner_model(model.to(device).eval(), shapes, compile)
+        self._prompts: dict[str, Prompt] = dict(prompts or {})
+        self._rows: dict[Hashable, _Row] = {}
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        batch_size: int = 8,
+        device: str = "auto",
+        planner: PlannerSettings | None = None,
+        compile: bool | None = None,
+    ) -> Policy:
+        """Load a policy folder: model/, codec/, text_encoder/, statistics.json, conventions.json, settings.json.
+
+        ``planner`` and ``compile`` as in the folder's settings unless given.
+
+        Raises:
+            CheckpointError: a part is missing, unreadable, or does not belong to the others.
+        """
+        from wav.codec import load_codec
+        from wav.model.pretrained import load_model
+        from wav.text import TextEncoder
+
+        folder, remedy = Path(folder), "export the policy again"
+        for part in ("model", "codec", "text_encoder", "statistics.json", "conventions.json", "settings.json"):
+            if not (folder / part).exists():
+                raise CheckpointError(f"{folder / part}: missing; {remedy} or give a policy folder")
+        settings = read_json(folder / "settings.json", remedy)
+        try:
+            data = DataSettings.model_validate(settings["data"])
+            planner = planner or PlannerSettings.model_validate(settings["planner"])
+            if compile is None:
+                compile = ExportSettings.model_validate(settings.get("export", {})).compile
+        except (KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{folder / 'settings.json'}: not a policy's settings ({reason}); {remedy}") from None
+        weights = sorted((folder / "model").glob("*.safetensors"))
+        return cls(
+            load_model(folder / "model"),
+            load_codec(folder / "codec"),
+            TextEncoder.from_pretrained(folder / "text_encoder", tokens=data.text_tokens),
+            Statistics.load(folder / "statistics.json", remedy),
+            Conventions.from_json(read_json(folder / "conventions.json", remedy), str(folder / "conventions.json")),
+            data,
+            planner,
+            batch_size,
+            device,
+            digest=canonical_digest([file_digest(file) for file in weights]),
+            compile=compile,
+        )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled code plans, which rounds otherwise."""
+        return isinstance(self.model, CompiledPlannerModel)
+
+    def reset(self, row: Hashable, episode: int | str, seed: int) -> None:
+        """Start an episode on a row: its memory is empty and its next call is number 0."""
+        self._rows[row] = _Row(episode, seed, deque(maxlen=self.data.memory_frames))
+
+    def forget(self, row: Hashable) -> None:
+        """Drop a row's state."""
+        self._rows.pop(row, None)
+
+    def act(
+        self,
+        observations: Sequence[Observation],
+        rows: Sequence[Hashable],
+        *,
+        condition: Condition = "planned",
+        with_value: bool = False,
+        with_future: bool = False,
+        planner: PlannerSettings | None = None,
+    ) -> PolicyOutput:
+        """Decide a chunk of actions for each row, and advance the rows' memories.
+
+        Args:
+            observations: n current observations.
+            rows: the n rows they belong to, each begun with :meth:`reset`.
+            condition: planned, unplanned or temperature; see :func:`wav.planning.planner.plan`.
+            with_value: also predict the return along the chunk.
+            with_future: also predict the future latents (one video denoising more).
+            planner: settings for this call instead of the policy's.
+
+        Raises:
+            DataError: an observation does not fit, a row is unknown, named twice or has no observation.
+            ConfigError: planning or values without value expert. CheckpointError: the model gave no finite numbers.
+        """
+        if not rows or len(rows) != len(observations) or len(set(rows)) != len(rows):
+            raise DataError(f"rows = {list(rows)}: need {len(observations)} different rows, one per observation")
+        unknown = [row for row in rows if row not in self._rows]
+        if unknown:
+            raise DataError(f"row {unknown[0]!r}: no episode was begun on it; call reset first")
+        for observation in observations:
+            self._check_observation(observation)
+        prompts = [self._prompt(observation.instruction) for observation in observations]
+        states = [self._rows[row] for row in rows]
+        groups = [slice(i, i + self.batch_size) for i in range(0, len(rows), self.batch_size)]
+        options = (planner or self.planner, condition, with_value, with_future)
+        with torch.inference_mode(), lanes.kernel_threads(self.model):
+            parts = [self._act(observations[g], states[g], prompts[g], *options) for g in groups]
+        return _concatenate(parts)
+
+    def decode_future(self, future: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Frames (V, F_raw, H, W, 3) of one row's predicted future latents (V, C, Ff, h, w)."""
+        return self.codec.decode_clips(np.ascontiguousarray(future))
+
+    def generate_video(
+        self, observation: Observation, chunks: int, *, seed: int = 0, episode: int | str = "video"
+    ) -> NDArray[np.uint8]:
+        """Roll the future out over several chunks, each from the frames generated before it.
+
+        The memory is that of deployment: the last frames of the chunks so far, the newest last.
+
+        Returns:
+            frames (V, 1 + chunks * F_raw, H, W, 3), the observed frame first; frames of a chunk are
+            ``data.frame_stride`` steps apart.
+        """
+        self._check_observation(observation)
+        prompt = self._prompt(observation.instruction)
+        current = np.stack([observation.images[view] for view in self.data.views])
+        state = _Row(episode, seed, deque(maxlen=self.data.memory_frames))
+        frames = [current[:, None]]
+        with torch.inference_mode():
+            for chunk in range(chunks):
+                self._remember(state, current)
+                context = self._context([observation], [state], [prompt])
+                noise = SeededNoise([RowKey(seed, episode, chunk)])("generate.video", self.model.shapes.video)
+                future = self.model.denoise_video(context, noise, self.planner.denoise_steps)
+                frames.append(self.decode_future(future[0].cpu().numpy()))
+                current = frames[-1][:, -1]
+        return np.concatenate(frames, axis=1)
+
+    def _act(
+        self,
+        observations: Sequence[Observation],
+        states: Sequence[_Row],
+        prompts: Sequence[Prompt],
+        settings: PlannerSettings,
+        condition: Condition,
+        with_value: bool,
+        with_future: bool,
+    ) -> PolicyOutput:
+        """At most ``batch_size`` rows, padded to it by repeating the first."""
+        for observation, state in zip(observations, states, strict=True):
+            self._remember(state, np.stack([observation.images[view] for view in self.data.views]))
+        n = len(states)
+        index = [*range(n), *[0] * (self.batch_size - n)]
+        padded = [states[i] for i in index]
+        context = self._context([observations[i] for i in index], padded, [prompts[i] for i in index])
+        keys = [RowKey(s.seed, s.episode, s.call) for s in padded]
+        warm = self._warm(padded) if settings.warm_start else None
+        options = {"condition": condition, "warm": warm, "with_value": with_value}
+        result = lanes.plan_rows(self.model, context, settings, keys, n, self._returns, **options)  # type: ignore[arg-type]
+        future = None
+        if with_future:
+            future = _numpy(self.model.denoise_video(context, result.z_video[index], settings.denoise_steps), n)
+        for i, state in enumerate(states):
+            state.call += 1
+            state.means = None if result.means is None else (result.means[0][i].clone(), result.means[1][i].clone())
+        returns = None if result.values is None else _numpy(self._returns(result.values), n)
+        return PolicyOutput(self._actions(_numpy(result.actions, n)), returns, future, _summary(result, n))
+
+    def _returns(self, values: Tensor) -> Tensor:
+        """Returns (..., A) in reward units of normalised values (..., A, Cv)."""
+        return self.statistics.denormalize_values(values)[..., -1]
+
+    def _actions(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Actions in the environment's units of decoded tokens [actions | states]; deltas are clipped to [-1, 1]."""
+        actions = self.statistics.denormalize_actions(tokens[..., : self.data.action_dim])
+        return np.clip(actions, -1, 1) if self.conventions.action == DELTA_ACTIONS else actions
+
+    def _remember(self, state: _Row, images: NDArray[np.uint8]) -> None:
+        """Encode the newest frames (V, H, W, 3), alone so that no other row decides their last bits."""
+        latents = self.codec.encode_frames(images)
+        missing = self.data.memory_frames - len(state.memory)
+        state.memory.extend([latents] * (missing if not state.memory else 1))
+
+    def _context(self, observations: Sequence[Observation], states: Sequence[_Row], prompts: Sequence[Prompt]) -> Any:
+        """The model's handle of these rows."""
+        memory = np.stack([np.stack(list(state.memory), axis=2) for state in states])  # (B, V, C, Fm, h, w)
+        state = self.statistics.normalize_state(np.stack([o.state for o in observations]).astype(np.float32))
+        history = np.concatenate([np.zeros((len(state), self.data.action_dim), np.float32), state], axis=1)
+        text, mask = (np.stack([prompt[i] for prompt in prompts]) for i in (0, 1))
+        return self.model.begin(
+            torch.from_numpy(memory),
+            torch.from_numpy(text),
+            torch.from_numpy(mask),
+            torch.from_numpy(history.astype(np.float32))[:, None],
+        )
+
+    def _warm(self, states: Sequence[_Row]) -> tuple[Tensor, Tensor] | None:
+        """Means of the rows' previous plans; zero for a row without one."""
+        shapes = self.model.shapes
+        if shapes.value is None:
+            return None
+        zeros = torch.zeros(shapes.video), torch.zeros(shapes.value)
+        means = [state.means or zeros for state in states]
+        video, value = (torch.stack([mean[i].to(self.model.device) for mean in means]) for i in (0, 1))
+        return video, value
+
+    def _prompt(self, instruction: str) -> Prompt:
+        """Embedding and mask of an instruction, computed once."""
+        if instruction not in self._prompts:
+            if self.text_encoder is None:
+                known = ", ".join(map(repr, sorted(self._prompts)))
+                raise DataError(
+                    f"instruction {instruction!r}: not among this policy's prompts ({known}); "
+                    "load it with its text encoder"
+                )
+            embedding, mask = self.text_encoder.encode([instruction])
+            self._prompts[instruction] = embedding[0], mask[0]
+        return self._prompts[instruction]
+
+    def _check_observation(self, observation: Observation) -> None:
+        """Raise DataError unless views, image sizes, types and the state are those of training."""
+        data = self.data
+        if set(observation.images) != set(data.views):
+            raise DataError(f"views = {sorted(observation.images)}: the policy sees {sorted(data.views)}; pass those")
+        size = (data.image_height, data.image_width, 3)
+        for view in data.views:
+            image = observation.images[view]
+            if image.shape != size or image.dtype != np.uint8:
+                raise DataError(
+                    f"image of view {view!r}: {image.dtype} {image.shape}; pass uint8 {size}, the size trained with"
+                )
+        state = np.asarray(observation.state)
+        if state.shape != (data.state_dim,) or not np.isfinite(state).all():
+            raise DataError(
+                f"state: shape {state.shape}, values {state.tolist()}; pass {data.state_dim} finite numbers "
+                f"({self.conventions.state_layout})"
+            )
+
+
+def _numpy(tensor: Tensor, rows: int) -> NDArray[np.float32]:
+    """The first ``rows`` rows as float32 on the host."""
+    return tensor[:rows].float().cpu().numpy()
+
+
+def _summary(result: Plan, rows: int) -> PlanSummary:
+    """The search's progress, without padding; (n, 0) without planning."""
+    found = {name: _numpy(value, rows) for name, value in spread(result.history).items()}
+    none = np.zeros((rows, 0), np.float32)
+    names = ("score", "std_video", "std_value", "mean_video", "mean_value")
+    return PlanSummary(*(found.get(name, none) for name in names))
+
+
+def _concatenate(parts: Sequence[PolicyOutput]) -> PolicyOutput:
+    """Outputs of consecutive groups of rows as one."""
+
+    def joined(arrays: Sequence[Any]) -> Any:
+        return None if arrays[0] is None else np.concatenate(arrays)
+
+    summary = PlanSummary(*(joined([getattr(part.plan, f.name) for part in parts]) for f in fields(PlanSummary)))
+    outputs = {name: joined([getattr(part, name) for part in parts]) for name in ("actions", "returns", "future")}
+    return PolicyOutput(plan=summary, **outputs)
