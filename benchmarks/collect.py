@@ -78,7 +78,7 @@ def stage_times(workspace: Path) -> dict[str, Any]:
     return times
 
 
-def collect(workspace: Path, preset: str, conditions: str = "") -> dict[str, Any]:
+def collect(workspace: Path, preset: str, variants: str = "") -> dict[str, Any]:
     """Everything the README quotes; raises FileNotFoundError where the pipeline has not finished."""
     stages = stage_times(workspace)
     settings = load_settings(workspace / "params.yaml")
@@ -89,7 +89,7 @@ def collect(workspace: Path, preset: str, conditions: str = "") -> dict[str, Any
     return {
         "command": f"make repro PRESET={preset}" if preset else "make repro",
         **({"note": NOTES[preset]} if preset in NOTES else {}),
-        **({"measured": conditions} if conditions else {}),
+        **({"measured": variants} if variants else {}),
         "commit": commit(),
         "machine": machine(),
         "versions": {name: version(name) for name in VERSIONS},
@@ -109,16 +109,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("workspace", nargs="?", type=Path, help="default: the project folder, or the preset's")
     parser.add_argument("--preset", default="", help="name of a file in presets/ that was run with make repro PRESET=")
-    parser.add_argument("--conditions", default="", help="what else the machine did meanwhile, in words")
+    parser.add_argument("--variants", default="", help="what else the machine did meanwhile, in words")
     parser.add_argument("--json", type=Path, required=True, help="file to write")
     arguments = parser.parse_args()
     default = Path("workspaces") / arguments.preset if arguments.preset else Path()
-    result = collect(arguments.workspace or default, arguments.preset, arguments.conditions)
+    result = collect(arguments.workspace or default, arguments.preset, arguments.variants)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-    for condition in (c for c in ("planned", "unplanned", "temperature") if c in result["evaluation"]):
-        row = result["evaluation"][condition]
-        print(f"{condition:12} {row['success_rate']:.3f} [{row['wilson_low']:.3f}, {row['wilson_high']:.3f}]")
+    for variant in (c for c in ("planned", "unplanned", "temperature") if c in result["evaluation"]):
+        row = result["evaluation"][variant]
+        print(f"{variant:12} {row['success_rate']:.3f} [{row['wilson_low']:.3f}, {row['wilson_high']:.3f}]")
     for stage, row in result["stages"].items():
         print(f"{stage:15} {row['seconds']:8.0f} s  {row.get('peak_memory_gib', 0):.1f} GiB")
 

@@ -27,7 +27,7 @@ def load(run: StageRun) -> tuple[Policy, Checkpoint]:
 
 
 def closed_loop(run: StageRun, policy: Policy, digest: str, store: EpisodeStore | None) -> dict[str, Any]:
-    """Start checks, then all episodes of all conditions; finished ones of an interrupted run of the same key are kept.
+    """Start checks, then all episodes of all variants; finished ones of an interrupted run of the same key are kept.
 
     A suite without simulator has none of that, and its metrics say so.
     ``store`` holds the demonstrations the policy was trained on, where they are at hand.

@@ -88,13 +88,13 @@ def wanted_changes(
     suite: str,
     tasks: list[str] | None,
     episodes: int,
-    conditions: list[str] | None,
+    variants: list[str] | None,
     planner: dict[str, Any] | None,
     seed: int | None,
 ) -> Changes:
     """The flow's parameters as changes of ``params.yaml``; what was not given is left out."""
     data = {"suite": suite or None, "tasks": tasks}
-    protocol = {"episodes_per_task": episodes or None, "conditions": conditions, "seed": seed}
+    protocol = {"episodes_per_task": episodes or None, "variants": variants, "seed": seed}
     sections = {"data": data, "eval_libero": protocol, "planner": planner or {}}
     return {name: {key: v for key, v in values.items() if v is not None} for name, values in sections.items()}
 
@@ -148,7 +148,7 @@ def eval_libero(
     suite: str = "",
     tasks: list[str] | None = None,
     episodes: int = 0,
-    conditions: list[str] | None = None,
+    variants: list[str] | None = None,
     planner: dict[str, Any] | None = None,
     seed: int | None = None,
     out: str = "",
@@ -160,7 +160,7 @@ def eval_libero(
         suite: must be the one the policy was trained on; empty: that one.
         tasks: names of the suite's tasks; none: those of the policy's settings.
         episodes: per task; 0: as ``params.yaml`` says.
-        conditions: of planned, unplanned, temperature; none: as ``params.yaml`` says.
+        variants: of planned, unplanned, temperature; none: as ``params.yaml`` says.
         planner: values of section ``planner`` that differ, such as ``{"iterations": 0}``.
         seed: of the policy's noise; none: as ``params.yaml`` says.
         out: folder of the results; empty: ``runs/<flow-run-id>/``.
@@ -170,7 +170,7 @@ def eval_libero(
     require_services(runtime)
     workspace = Path(runtime.workspace).resolve()
     folder = Path(out).resolve() if out else run_folder(str(workspace))
-    changes = wanted_changes(suite, tasks, episodes, conditions, planner, seed)
+    changes = wanted_changes(suite, tasks, episodes, variants, planner, seed)
     instead: dict[str, Path] = {}
     store = open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region)
     checkpoint = checkpoint or default_checkpoint(workspace, store)
@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--checkpoint", default="", help="folder, champion, or s3:// address of an export")
     parser.add_argument("--task", action="append", dest="tasks", help="a task; may be given several times")
     parser.add_argument("--episodes", type=int, default=0, help="episodes per task")
-    parser.add_argument("--condition", action="append", dest="conditions")
+    parser.add_argument("--variant", action="append", dest="variants")
     parser.add_argument("--out", default="", help="folder of the results")
     options = vars(parser.parse_args(arguments))
 

@@ -7,7 +7,7 @@ from prefect import flow
 from flows.artifacts import publish_markdown
 from flows.common import StageRun, finish, main, start, step
 from flows.policy import assemble
-from wav.evaluation.records import CONDITIONS
+from wav.evaluation.records import VARIANTS
 from wav.io.files import read_json
 from wav.policy.export import export_policy, verify_export
 
@@ -16,7 +16,7 @@ from wav.policy.export import export_policy, verify_export
 def write(run: StageRun) -> None:
     """Write the folder and read it back."""
     metrics = read_json(run.path("reports/eval/metrics.json"), "run dvc repro eval_libero")
-    evaluated = metrics if any(condition in metrics for condition in CONDITIONS) else None
+    evaluated = metrics if any(variant in metrics for variant in VARIANTS) else None
     policy, checkpoint = assemble(run)
     export_policy(policy, checkpoint, run.path("export"), settings=run.settings, metrics=evaluated)
     verify_export(run.path("export"))

@@ -174,7 +174,7 @@ def identity(run: Retrain) -> str:
 
 
 @step("evaluate champion")
-def champion_outcomes(run: Retrain, settings: Settings, evaluation: str, condition: str) -> Outcomes | None:
+def champion_outcomes(run: Retrain, settings: Settings, evaluation: str, variant: str) -> Outcomes | None:
     """The champion's outcomes under ``evaluation``: those it has, or new ones where the evaluation changed.
 
     Raises:
@@ -188,7 +188,7 @@ def champion_outcomes(run: Retrain, settings: Settings, evaluation: str, conditi
     get_run_logger().info("the evaluation changed since %s: evaluating it again", run.champion_name)
     export = promotion.download_policy(run.store, champion, run.folder / "champion" / "export")
     out = run.folder / "champion" / "evaluation"
-    arguments = ["--checkpoint", str(export), "--out", str(out), "--condition", condition]
+    arguments = ["--checkpoint", str(export), "--out", str(out), "--variant", variant]
     for name in settings.data.tasks:
         arguments += ["--task", name]
     done = run.checkout.python("evaluate champion", "-m", "flows.eval_run", *arguments)
@@ -197,7 +197,7 @@ def champion_outcomes(run: Retrain, settings: Settings, evaluation: str, conditi
             f"retrain: the champion could not be evaluated again: {done.tail}; it stays; if it can never run again, "
             f"delete {run.store.uri(promotion.pointer_key(run.name))} and the next policy becomes champion"
         )
-    outcomes = promotion.read_outcomes(out / "reports/eval", condition)
+    outcomes = promotion.read_outcomes(out / "reports/eval", variant)
     shutil.rmtree(export)  # it is in the store, and of gigabytes
     renewed = replace(champion, evaluation=evaluation, outcomes=outcomes)
     if (written := promotion.crown(run.store, run.name, renewed, run.reigning[1])) is not None:
@@ -261,13 +261,13 @@ def challenge(run: Retrain, margin: float, commit: str) -> Verdict:
     """Compare what the checkout holds with the champion and act on the verdict."""
     workspace = run.checkout.folder
     settings = load_settings(workspace / "params.yaml")
-    condition = promotion.judged_condition(settings)
+    variant = promotion.judged_variant(settings)
     export = workspace / "export"
     candidate = Champion(
         policy=promotion.policy_identity(export),
         checkpoint=str(read_json(export / "manifest.json", "run dvc repro export")["checkpoint"]["digest"]),
         evaluation=identity(run),
-        outcomes=promotion.read_outcomes(workspace / "reports/eval", condition),
+        outcomes=promotion.read_outcomes(workspace / "reports/eval", variant),
         files=(),
         commit=commit or run.checkout.git("rev-parse", "HEAD"),
         run=run.flow_run,
@@ -280,7 +280,7 @@ def challenge(run: Retrain, margin: float, commit: str) -> Verdict:
         told = f"nothing changed: {run.champion_name} is what the pipeline makes"
         verdict = Verdict(not unchanged, told if unchanged else "the champion itself, under a new evaluation")
     else:
-        outcomes = champion_outcomes(run, settings, candidate.evaluation, condition)
+        outcomes = champion_outcomes(run, settings, candidate.evaluation, variant)
         verdict = promotion.judge(candidate.outcomes, outcomes, margin)
     verdict = promote(run, candidate, verdict, export, workspace / "dvc.lock")
     _tell(run, verdict, candidate, workspace / "reports/eval/metrics.json")

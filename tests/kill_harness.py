@@ -197,7 +197,7 @@ class Lab:
         params = yaml.safe_load((folder / "params.yaml").read_text())
         for stage in SPREAD:
             params[stage]["ranks"] = 2
-        params["eval_libero"] |= {"conditions": ["planned"], "swapped_episodes": 0}  # two episodes, not ten
+        params["eval_libero"] |= {"variants": ["planned"], "swapped_episodes": 0}  # two episodes, not ten
         (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
         own = {MARK: uuid.uuid4().hex, "WAV_STORE": f"s3://wav/{name}", "WAV_S3_ENDPOINT": self.endpoint}
         return Pipeline(folder, self.environment | own, self.root / f"{name}.log")

@@ -58,21 +58,21 @@ def joint(stages, tmp_path):
     return shutil.copytree(stages.joint, tmp_path / "joint")
 
 
-def chunk(policy, stages, condition="planned"):
+def chunk(policy, stages, variant="planned"):
     episode = EpisodeStore.open(stages.episodes)[1]
     policy.reset("row", "episode", 3)
     actions = []
     for step in (0, 4):
         images = {view: np.asarray(frames[step]) for view, frames in episode.images.items()}
         seen = Observation(images, np.asarray(episode.state[step]), "lift the green cube")
-        actions.append(policy.act([seen], ["row"], condition=condition).actions[0])
+        actions.append(policy.act([seen], ["row"], variant=variant).actions[0])
     return np.stack(actions)
 
 
-@pytest.mark.parametrize("condition", ["planned", "unplanned", "temperature"])
-def test_export_acts_as_the_stages_do(policy, exported, stages, condition):
+@pytest.mark.parametrize("variant", ["planned", "unplanned", "temperature"])
+def test_export_acts_as_the_stages_do(policy, exported, stages, variant):
     loaded = load_export(exported, batch_size=2, device="cpu")
-    np.testing.assert_array_equal(chunk(loaded, stages, condition), chunk(policy[0], stages, condition))
+    np.testing.assert_array_equal(chunk(loaded, stages, variant), chunk(policy[0], stages, variant))
 
 
 def test_export_needs_nothing_else(exported, stages, policy, tmp_path):

@@ -69,16 +69,16 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, int]]:
 
 
 @needs_kernels
-@pytest.mark.parametrize("condition", ["planned", "temperature", "unplanned"])
+@pytest.mark.parametrize("variant", ["planned", "temperature", "unplanned"])
 def test_threads_change_no_bit(
-    policy: Policy, torch_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, condition: str
+    policy: Policy, torch_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
     monkeypatch.setattr(lanes, "WORTH", 1)  # threads without a row take candidates
     torch_threads(1)
-    wanted = act(policy, 3, condition=condition)
+    wanted = act(policy, 3, variant=variant)
     for threads in (2, 3, 7):
         torch_threads(threads)
-        same(act(policy, 3, condition=condition), wanted)
+        same(act(policy, 3, variant=variant), wanted)
         assert torch.get_num_threads() == threads
 
 

@@ -225,9 +225,9 @@ def test_results_are_whole_and_declared(smoke: tuple[Path, dict[str, str], str])
             relative = path.relative_to(workspace).as_posix()
             assert path.is_dir() or any(covers(out, relative) for out in declared), f"{relative}: no stage declares it"
     metrics = json.loads((workspace / "reports/eval/metrics.json").read_text())
-    for condition in ("planned", "unplanned", "temperature"):
-        assert metrics[condition]["episodes"] == 2
-        assert 0 <= metrics[condition]["wilson_low"] <= metrics[condition]["success_rate"] <= 1
+    for variant in ("planned", "unplanned", "temperature"):
+        assert metrics[variant]["episodes"] == 2
+        assert 0 <= metrics[variant]["wilson_low"] <= metrics[variant]["success_rate"] <= 1
     assert json.loads((workspace / "models/joint/metrics.json").read_text())["steps"] == 6
     assert "<html" in (workspace / "reports/index.html").read_text().lower()
 

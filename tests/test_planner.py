@@ -11,8 +11,8 @@ from torch import Tensor
 from wav.config import PlannerSettings
 from wav.errors import CheckpointError, ConfigError
 from wav.planning.planner import (
-    CONDITIONS,
     REFERENCE,
+    VARIANTS,
     Compat,
     Gaussian,
     NoiseShapes,
@@ -205,7 +205,7 @@ def test_noise_differs_by_seed_episode_call_purpose_and_iteration() -> None:
 
 
 def test_conditions_share_their_final_draws() -> None:
-    results = {c: plan(FakeModel(bowl), None, SETTINGS, noise(3), returns, condition=c) for c in CONDITIONS}
+    results = {c: plan(FakeModel(bowl), None, SETTINGS, noise(3), returns, variant=c) for c in VARIANTS}
     eps = noise(3)("act.video", (V, C, FF, H, W))
     last = results["planned"].history[-1].video
     torch.testing.assert_close(results["unplanned"].z_video, eps)
@@ -309,16 +309,16 @@ def test_planning_without_value_expert_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"planner.iterations = 3: the model has no value expert"):
         plan(model, None, SETTINGS, noise(), returns)
     with pytest.raises(ConfigError, match="with_value"):
-        plan(model, None, SETTINGS, noise(), returns, condition="unplanned", with_value=True)
-    assert plan(model, None, SETTINGS, noise(), returns, condition="unplanned").z_value is None
+        plan(model, None, SETTINGS, noise(), returns, variant="unplanned", with_value=True)
+    assert plan(model, None, SETTINGS, noise(), returns, variant="unplanned").z_value is None
 
 
 def test_bad_numbers_and_names_are_refused() -> None:
     broken = FakeModel(lambda video, value: torch.full(value.shape[:3], torch.nan))
     with pytest.raises(CheckpointError, match="scores of iteration 1 are not finite"):
         plan(broken, None, SETTINGS, noise(), returns)
-    with pytest.raises(ConfigError, match="condition = 'plan': unknown"):
-        plan(FakeModel(bowl), None, SETTINGS, noise(), returns, condition="plan")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="variant = 'plan': unknown"):
+        plan(FakeModel(bowl), None, SETTINGS, noise(), returns, variant="plan")  # type: ignore[arg-type]
 
 
 def changed(**changes: object) -> PlannerSettings:

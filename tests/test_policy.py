@@ -1,4 +1,4 @@
-"""The policy on a small random model: memory, batching, units, conditions and refusals; and the planner's adapter."""
+"""The policy on a small random model: memory, batching, units, variants and refusals; and the planner's adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from wav.inference import compiled, native
 from wav.inference.adapter import WAVPlannerModel
 from wav.io.files import write_json
 from wav.model import build_model
-from wav.policy.policy import CONDITIONS, Observation, Policy
+from wav.policy.policy import VARIANTS, Observation, Policy
 from wav.text import TextEncoder, build_small
 
 DATA = DataSettings(
@@ -130,7 +130,7 @@ def test_shapes_and_units(make_policy: Any) -> None:
     assert output.future.shape == (2, 2, CHANNELS, 2, 2, 2)
     assert output.plan.score.shape == output.plan.sigma_video.shape == (2, 2)
     assert (output.plan.sigma_video[:, 1] < 1).all()
-    (plain,) = run(make_policy(), [0], 1, condition="unplanned")
+    (plain,) = run(make_policy(), [0], 1, variant="unplanned")
     assert plain.returns is None
     assert plain.value is None
     assert plain.future is None
@@ -157,7 +157,7 @@ def test_everything_seen_matters(make_policy: Any) -> None:
     def act(observation: Observation, episode: str = "e", seed: int = 0, before: Observation | None = None) -> Any:
         policy.reset("r", episode, seed)
         if before is not None:
-            policy.act([before], ["r"], condition="unplanned")
+            policy.act([before], ["r"], variant="unplanned")
             policy._rows["r"].call = 0
         return policy.act([observation], ["r"]).actions
 
@@ -192,19 +192,19 @@ def test_memory_holds_the_last_calls_and_only_new_frames_are_encoded(make_policy
     policy.codec = Counting()
     policy.reset("r", "e", 0)
     for call in range(4):
-        policy.act([observe(call)], ["r"], condition="unplanned")
+        policy.act([observe(call)], ["r"], variant="unplanned")
     assert encoded == [2] * 4
     wanted = [codec.encode_frames(images(2, call)) for call in (1, 2, 3)]
     np.testing.assert_array_equal(np.stack(list(policy._rows["r"].memory)), np.stack(wanted))
     policy.reset("r", "e", 0)
-    policy.act([observe(9)], ["r"], condition="unplanned")
+    policy.act([observe(9)], ["r"], variant="unplanned")
     assert len({latents.tobytes() for latents in policy._rows["r"].memory}) == 1
     assert len(policy._rows["r"].memory) == 3
 
 
 def test_conditions_differ_and_pair(make_policy: Any) -> None:
-    outputs = {condition: run(make_policy(), [0], 1, condition=condition)[0] for condition in CONDITIONS}
-    actions = [outputs[condition].actions for condition in CONDITIONS]
+    outputs = {variant: run(make_policy(), [0], 1, variant=variant)[0] for variant in VARIANTS}
+    actions = [outputs[variant].actions for variant in VARIANTS]
     assert not np.array_equal(actions[0], actions[1])
     assert not np.array_equal(actions[0], actions[2])
     assert not np.array_equal(actions[1], actions[2])
@@ -241,11 +241,11 @@ def test_generate_video_continues_from_its_own_frames(make_policy: Any) -> None:
 
 def test_without_value_expert(make_policy: Any) -> None:
     policy = make_policy(value_expert=False)
-    assert run(policy, [0], 1, condition="unplanned")[0].actions.shape == (1, 6, 7)
+    assert run(policy, [0], 1, variant="unplanned")[0].actions.shape == (1, 6, 7)
     with pytest.raises(ConfigError, match="the model has no value expert to plan with"):
         run(policy, [0], 1)
     with pytest.raises(ConfigError, match="with_value"):
-        run(policy, [0], 1, condition="unplanned", with_value=True)
+        run(policy, [0], 1, variant="unplanned", with_value=True)
 
 
 @pytest.mark.parametrize(
@@ -351,11 +351,11 @@ def test_adapter_is_the_plain_model(make_policy: Any) -> None:
     with torch.no_grad():
         levels = torch.tensor([[0.0, 0, 0, 1000, 1000]])
         layers = model.video(torch.cat([memory, video], 3), levels, text).features
-        conditions = model.value(value, torch.tensor([1000.0]), layers).features
+        variants = model.value(value, torch.tensor([1000.0]), layers).features
         for now, after in itertools.pairwise(inference_sigmas(2).tolist()):
             t = torch.tensor([now * 1000])
             value = value + (after - now) * model.value(value, t, layers).velocity
-            action = action + (after - now) * model.action(action, t, layers, conditions, history)
+            action = action + (after - now) * model.action(action, t, layers, variants, history)
     torch.testing.assert_close(got_value, value, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got_action, action, atol=1e-5, rtol=1e-5)
 

@@ -55,7 +55,7 @@ def test_the_evaluation_identity_sees_code_simulator_and_protocol_but_not_the_pl
     planner = SETTINGS.model_copy(update={"planner": SETTINGS.planner.model_copy(update={"iterations": 2})})
     assert promotion.evaluation_identity(planner, "code", versions) == same
     protocol = SETTINGS.eval_libero.model_copy(update={"episodes_per_task": 3})
-    unplanned = SETTINGS.eval_libero.model_copy(update={"conditions": ("unplanned",)})
+    unplanned = SETTINGS.eval_libero.model_copy(update={"variants": ("unplanned",)})
     others = [
         promotion.evaluation_identity(SETTINGS, "other code", versions),
         promotion.evaluation_identity(SETTINGS, "code", {"mujoco": "3.3.3"}),

@@ -106,7 +106,7 @@ def test_the_champion_is_evaluated_again_when_the_evaluation_changed(run: Retrai
     (arguments,) = run.checkout.asked  # type: ignore[attr-defined]
     assert arguments[:2] == ("-m", "flows.eval_run")
     assert [b for a, b in itertools.pairwise(arguments) if a == "--task"] == list(SETTINGS.data.tasks)
-    assert arguments[arguments.index("--condition") + 1] == "planned"
+    assert arguments[arguments.index("--variant") + 1] == "planned"
 
 
 def test_what_the_champion_reached_under_the_new_evaluation_is_kept(run: Retrain, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from wav.config import DataSettings, Runtime, load_settings
 from wav.errors import SimulationError, exit_status
 from wav.local import adopt_local_services
 
-_CONDITIONS = ("planned", "unplanned", "temperature")
+_VARIANTS = ("planned", "unplanned", "temperature")
 
 
 def _say(line: str) -> None:
@@ -48,7 +48,7 @@ def act(arguments: argparse.Namespace) -> int:
         suite=arguments.suite,
         tasks=tuple(arguments.task),
         episodes=arguments.episodes,
-        condition=arguments.condition,
+        variant=arguments.variant,
         seed=arguments.seed,
         execute_steps=arguments.execute_steps,
         workers=arguments.workers or runtime.workers or len(os.sched_getaffinity(0)),
@@ -57,7 +57,7 @@ def act(arguments: argparse.Namespace) -> int:
         report=_say,
     )
     solved = sum(results)
-    _say(f"{arguments.suite}: {solved} of {len(results)} episodes solved ({arguments.condition})")
+    _say(f"{arguments.suite}: {solved} of {len(results)} episodes solved ({arguments.variant})")
     return 0
 
 
@@ -68,7 +68,7 @@ def _act_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--suite", default="tabletop", help="task suite (default: tabletop)")
     command.add_argument("--task", action="append", default=[], help="task, may be repeated (default: the export's)")
     command.add_argument("--episodes", type=_positive, default=2, help="episodes in all (default: 2)")
-    command.add_argument("--condition", choices=_CONDITIONS, default="planned")
+    command.add_argument("--variant", choices=_VARIANTS, default="planned")
     command.add_argument("--seed", type=int, default=7, help="seed of the policy's noise (default: 7)")
     command.add_argument("--execute-steps", type=_positive, default=8, help="actions executed per call (default: 8)")
     command.add_argument("--workers", type=_positive, help="simulator processes (default: WAV_WORKERS or the cores)")
@@ -104,7 +104,7 @@ def libero_table(arguments: argparse.Namespace) -> int:
         suites=tuple(dict.fromkeys(arguments.suite)) or default.suites,
         tasks=tuple(dict.fromkeys(arguments.task)),
         episodes=arguments.episodes,
-        conditions=tuple(dict.fromkeys(arguments.condition)) or default.conditions,
+        variants=tuple(dict.fromkeys(arguments.variant)) or default.variants,
         execute_steps=arguments.execute_steps,
         batch_size=arguments.batch_size,
         budget=arguments.budget,
@@ -131,7 +131,7 @@ def _libero_table_parser(commands: argparse._SubParsersAction[argparse.ArgumentP
     command.add_argument("--suite", action="append", default=[], help="may be repeated (default: all four)")
     command.add_argument("--task", action="append", default=[], help="a trial on one task (default: all ten)")
     command.add_argument("--episodes", type=_positive, default=50, help="initial states per task (default: 50)")
-    command.add_argument("--condition", action="append", default=[], choices=_CONDITIONS, help="default: all three")
+    command.add_argument("--variant", action="append", default=[], choices=_VARIANTS, help="default: all three")
     command.add_argument("--execute-steps", type=_positive, default=8, help="actions executed per call (default: 8)")
     command.add_argument("--batch-size", type=_positive, default=8, help="episodes planned together (default: 8)")
     command.add_argument(

@@ -238,14 +238,14 @@ class EvalLiberoSettings(Section):
     """Closed-loop evaluation (the suite evaluated is data.suite)."""
 
     episodes_per_task: int = Field(25, ge=1, le=50)
-    conditions: tuple[Literal["planned", "unplanned", "temperature"], ...] = ("planned", "unplanned", "temperature")
+    variants: tuple[Literal["planned", "unplanned", "temperature"], ...] = ("planned", "unplanned", "temperature")
     execute_steps: int = Field(8, ge=1, description="actions executed per policy call")
     batch_size: int = Field(8, ge=1, description="the one padded batch shape the policy is called with")
     budget: Literal["protocol", "reference"] = "protocol"
     swapped_episodes: int = Field(
         10, ge=0, le=50, description="episodes per task with another task's instruction (0: none)"
     )
-    videos: int = Field(4, ge=0, description="episodes per condition written as mp4")
+    videos: int = Field(4, ge=0, description="episodes per variant written as mp4")
     video_chunks: int = Field(2, ge=1, description="chunks rolled out by generate_video for the pictures")
     seed: int = 7
 

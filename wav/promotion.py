@@ -111,10 +111,10 @@ def policy_identity(export: Path) -> str:
     return canonical_digest(found)
 
 
-def judged_condition(settings: Settings) -> str:
-    """The condition whose outcomes are compared: with planning, or the first where that is not evaluated."""
-    conditions = settings.eval_libero.conditions
-    return "planned" if "planned" in conditions else conditions[0]
+def judged_variant(settings: Settings) -> str:
+    """The variant whose outcomes are compared: with planning, or the first where that is not evaluated."""
+    variants = settings.eval_libero.variants
+    return "planned" if "planned" in variants else variants[0]
 
 
 def evaluation_identity(settings: Settings, code: str, versions: Mapping[str, str]) -> str:
@@ -128,19 +128,19 @@ def evaluation_identity(settings: Settings, code: str, versions: Mapping[str, st
     data, protocol = settings.data, settings.eval_libero
     scene = {"suite": data.suite, "tasks": sorted(data.tasks), "render": data.render, "control_hz": data.control_hz}
     names = ("episodes_per_task", "execute_steps", "batch_size", "budget", "seed")
-    chosen = {name: getattr(protocol, name) for name in names} | {"condition": judged_condition(settings)}
+    chosen = {name: getattr(protocol, name) for name in names} | {"variant": judged_variant(settings)}
     return canonical_digest({"code": code, "versions": dict(versions), "scene": scene, "protocol": chosen})
 
 
-def read_outcomes(folder: Path, condition: str = "planned") -> Outcomes:
+def read_outcomes(folder: Path, variant: str = "planned") -> Outcomes:
     """Success by episode from the records of an evaluation folder (``reports/eval``).
 
     Raises:
-        DataError: no records of that condition, or a damaged one.
+        DataError: no records of that variant, or a damaged one.
     """
-    records = [read_record(path) for path in sorted((folder / "episodes" / condition).glob("*.json"))]
+    records = [read_record(path) for path in sorted((folder / "episodes" / variant).glob("*.json"))]
     if not records:
-        raise DataError(f"{folder}: no {condition} episodes; add the condition to eval_libero.conditions and evaluate")
+        raise DataError(f"{folder}: no {variant} episodes; add the variant to eval_libero.variants and evaluate")
     return {f"{record.task}/{record.init_index:03d}": record.success for record in records}
 
 

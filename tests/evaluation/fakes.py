@@ -135,22 +135,22 @@ class FakePolicy:
     def reset(self, row, episode, seed):
         self.rows[row] = [episode, seed, 0]
 
-    def act(self, observations, rows, *, condition="planned", with_value=False, with_future=False):
+    def act(self, observations, rows, *, variant="planned", with_value=False, with_future=False):
         assert len(set(rows)) == len(rows)
-        self.calls.append((condition, sum(isinstance(row, int) for row in rows), with_future))
+        self.calls.append((variant, sum(isinstance(row, int) for row in rows), with_future))
         actions = np.zeros((len(rows), 6, 7), np.float32)
         for i, (seen, row) in enumerate(zip(observations, rows, strict=True)):
             episode, seed, call = self.rows[row]
             self.rows[row][2] += 1
             noise = numpy_generator(seed, "fake.policy", episode, call).normal(size=6)
             if isinstance(row, int):
-                self.noise.append((condition, episode, call, float(noise[0])))
+                self.noise.append((variant, episode, call, float(noise[0])))
             way = {task_specs("tabletop")["lift_red_cube"].instruction: 1.0}.get(seen.instruction, -1.0)
-            speed = 0.35 if condition == "planned" else 0.05
+            speed = 0.35 if variant == "planned" else 0.05
             # the place in the batch shows in the last bits, as it does in a real matrix product
             actions[i, :, 0] = way * speed + 0.3 * noise + 0.01 * seen.state[0] + 1e-4 * i
         n = len(rows)
-        plan = FakePlan(*(np.full((n, 2 if condition == "planned" else 0), 0.5) for _ in range(4)))
+        plan = FakePlan(*(np.full((n, 2 if variant == "planned" else 0), 0.5) for _ in range(4)))
         future = np.zeros((n, 2, 3, 2, 1, 1), np.float32) if with_future else None
         return FakeOutput(actions, np.ones((n, 6)) if with_value else None, future, plan)
 

@@ -19,7 +19,7 @@ from wav.errors import ConfigError
 from wav.evaluation import build_report, evaluate, held_out_values, metrics_table
 from wav.evaluation.act import act_episodes
 from wav.evaluation.evaluate import applicable
-from wav.planning.planner import CONDITIONS
+from wav.planning.planner import VARIANTS
 from wav.policy.export import Checkpoint, export_policy, load_export, policy_from_stages
 from wav.policy.policy import Policy
 from wav.sim.env import select_tasks
@@ -63,19 +63,19 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> FakePool:
 
 
 def test_conditions_that_plan_are_not_applicable() -> None:
-    assert applicable(CONDITIONS, True) == (CONDITIONS, {})
-    conditions, left_out = applicable(CONDITIONS, False)
-    assert conditions == ("unplanned",)
+    assert applicable(VARIANTS, True) == (VARIANTS, {})
+    variants, left_out = applicable(VARIANTS, False)
+    assert variants == ("unplanned",)
     assert set(left_out) == {"planned", "temperature"}
     assert "no value expert" in left_out["planned"]
-    with pytest.raises(ConfigError, match=r"eval_libero\.conditions = planned, temperature: .*ask for unplanned"):
+    with pytest.raises(ConfigError, match=r"eval_libero\.variants = planned, temperature: .*ask for unplanned"):
         applicable(("planned", "temperature"), False)
 
 
 def test_refusal_comes_before_the_first_episode(tmp_path: Path) -> None:
     pool, policy = FakePool(3), FakePolicy()
     with pytest.raises(ConfigError, match="no value expert"):
-        evaluate(settings(conditions=("planned",)), policy, tmp_path, pool=pool, checkpoint="w", with_value=False)
+        evaluate(settings(variants=("planned",)), policy, tmp_path, pool=pool, checkpoint="w", with_value=False)
     assert (pool.resets, policy.calls, list(tmp_path.iterdir())) == ([], [], [])
 
 
@@ -100,7 +100,7 @@ def test_evaluation_and_report(
     assert list((out / "predictions").glob("*-held-out-*-imagined.png"))
 
     page = build_report(tmp_path, BASELINE).read_text()
-    assert "condition planned: not applicable" in page
+    assert "variant planned: not applicable" in page
     assert "Predicted and real return" not in page
     assert "Predicted future frames" in page
     assert "rolled out over several chunks from the first frame" in page
@@ -108,7 +108,7 @@ def test_evaluation_and_report(
     card = (
         export_policy(policy, checkpoint, tmp_path / "e", settings=BASELINE, metrics=metrics) / "README.md"
     ).read_text()
-    assert "--condition unplanned" in card
+    assert "--variant unplanned" in card
     assert "without value expert" in card
     assert table in card
 
@@ -126,13 +126,13 @@ def test_export_and_act(
     def factory(suite, data, workers, slots):
         return contextlib.nullcontext(pool)
 
-    results = act_episodes(folder, condition="unplanned", pool_factory=factory, **options)
+    results = act_episodes(folder, variant="unplanned", pool_factory=factory, **options)
     assert len(results) == len(lines) == 2
     assert "value" not in "".join(lines)
     resets = len(pool.resets)
-    for condition in ("planned", "temperature"):
-        with pytest.raises(ConfigError, match=f"--condition = {condition}: the model has no value expert"):
-            act_episodes(folder, condition=condition, pool_factory=factory, **options)
+    for variant in ("planned", "temperature"):
+        with pytest.raises(ConfigError, match=f"--variant = {variant}: the model has no value expert"):
+            act_episodes(folder, variant=variant, pool_factory=factory, **options)
     assert len(pool.resets) == resets
     assert cli.main(["act", str(folder)]) == 1
     error = capsys.readouterr().err

@@ -55,7 +55,7 @@ def test_results_do_not_depend_on_workers_order_or_a_kill(suite, tmp_path, monke
     expected = records(tmp_path / "one")
     assert len(expected) == 2 * 2 * 2 + (4 if suite == "tabletop" else 0)  # LIBERO's tasks share no scene
     assert len({record["actions_digest"] for record in expected.values()}) == len(expected)
-    planned = [record for record in expected.values() if record["condition"] == "planned"]
+    planned = [record for record in expected.values() if record["variant"] == "planned"]
     assert all(len(record["plan"]["sigma_video"]) == record["policy_calls"] == 2 for record in planned)
 
     command = [sys.executable, "-m", "tests.evaluation.tiny", suite, str(tmp_path / "killed")]

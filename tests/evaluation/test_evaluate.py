@@ -28,9 +28,9 @@ def test_files_and_metrics(tmp_path):
     metrics, _, heard = run(tmp_path)
     assert metrics == json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["suite"] == "tabletop"
-    for condition in ("planned", "unplanned", "temperature"):
-        rate = metrics[condition]
-        records = [read_record(p) for p in sorted((tmp_path / "episodes" / condition).glob("*.json"))]
+    for variant in ("planned", "unplanned", "temperature"):
+        rate = metrics[variant]
+        records = [read_record(p) for p in sorted((tmp_path / "episodes" / variant).glob("*.json"))]
         assert len(records) == rate["episodes"] == 6
         solved = sum(r.success for r in records)
         expected = wilson(solved, 6)
@@ -187,12 +187,12 @@ def test_the_references_budget_is_a_column_of_its_own(tmp_path):
         protocol, _, _ = run(tmp_path / "protocol", execute_steps=1, swapped_episodes=1)
         reference, _, heard = run(tmp_path / "reference", execute_steps=1, swapped_episodes=1, budget="reference")
     late = 0
-    for condition in ("planned", "unplanned", "temperature"):
-        assert reference[condition] == protocol[condition]
-        column = reference["reference"][condition]
+    for variant in ("planned", "unplanned", "temperature"):
+        assert reference[variant] == protocol[variant]
+        column = reference["reference"][variant]
         assert column["episodes"] == 6
-        late += round(6 * (column["success_rate"] - reference[condition]["success_rate"]))
-        for path in (tmp_path / "reference" / "episodes" / condition).glob("*.json"):
+        late += round(6 * (column["success_rate"] - reference[variant]["success_rate"]))
+        for path in (tmp_path / "reference" / "episodes" / variant).glob("*.json"):
             record = read_record(path)
             assert (record.max_steps, record.protocol_steps) == (1000, 14)
             assert record.solved == (record.success and record.steps <= 14)

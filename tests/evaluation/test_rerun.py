@@ -21,7 +21,7 @@ from wav.policy.policy import Policy
 from wav.sim.env import select_tasks
 from wav.sim.workers import SimPool
 
-EPISODES = {"episodes_per_task": 1, "conditions": ("planned",), "batch_size": 3, "swapped_episodes": 0, "videos": 0}
+EPISODES = {"episodes_per_task": 1, "variants": ("planned",), "batch_size": 3, "swapped_episodes": 0, "videos": 0}
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_compiled_episode_is_asked_of_compiled_code(recorded, tmp_path, capsys
         ({"conventions": {"gripper": "0 open, 1 close"}}, ("record's", "gripper: ")),
         ({"planner": {"iterations": -1}}, ("not an episode that can be run", "iterations")),
         ({"batch": [3, 3]}, ("not an episode that can be run", "batch [3, 3]")),
-        ({"condition": "lucky"}, ("not an episode that can be run", "'lucky'")),
+        ({"variant": "lucky"}, ("not an episode that can be run", "'lucky'")),
     ],
 )
 def test_another_checkpoint_or_convention_is_refused(recorded, tmp_path, capsys, values, words):

@@ -43,7 +43,7 @@ def test_result_does_not_depend_on_slots_or_order():
         assert outcome(run(slots, order)[0]) == outcome(one)
 
 
-def test_every_episode_runs_once_and_batches_hold_one_condition():
+def test_every_episode_runs_once_and_batches_hold_one_variant():
     rollouts, scheduler, pool, policy, episodes = run(slots=4)
     assert set(rollouts) == set(episodes)
     assert len(episodes) == 3 * 2 * 3 + 2 * 2 * 2
@@ -55,7 +55,7 @@ def test_every_episode_runs_once_and_batches_hold_one_condition():
     assert scheduler.clock.environment_steps == sum(r.steps for r in rollouts.values())
 
 
-def test_noise_is_shared_by_the_conditions():
+def test_noise_is_shared_by_the_variants():
     policy = run(slots=3)[3]
     first = {(c, e, call): noise for c, e, call, noise in policy.noise}
     planned = {key[1:]: noise for key, noise in first.items() if key[0] == "planned"}
@@ -78,7 +78,7 @@ def test_steps_stop_at_the_limit_and_at_success():
 
 def test_swapped_probe_counts_the_instructed_task():
     rollouts = run()[0]
-    probes = [r for r in rollouts.values() if r.spec.swapped and r.spec.condition == "planned"]
+    probes = [r for r in rollouts.values() if r.spec.swapped and r.spec.variant == "planned"]
     assert len(probes) == 4
     for probe in probes:
         assert probe.successes[probe.spec.instructed] == probe.success

@@ -91,7 +91,7 @@ def test_a_policy_as_good_as_the_paper_differs_from_nothing_but_the_best():
     larger = {(c.published, c.column) for c in table.comparisons if c.larger}
     assert {name for name, _ in larger} == {"LingBot-VA", "Cosmos Policy", "dVLA-RL, no world model"}
     assert ("dVLA-RL, no world model", AVERAGE) in larger
-    assert {c.condition for c in table.comparisons if c.published == PAPER[1].name} == {"unplanned"}
+    assert {c.variant for c in table.comparisons if c.published == PAPER[1].name} == {"unplanned"}
     text = markdown(table)
     assert "8 actions per policy call, planner K = 3, M = 30, N = 5, seed 7; success in %, 95% Wilson" in text
     assert "| **this policy, planned** | 99.6 [98.6, 99.9] | 100.0 [99.2, 100.0] |" in text
@@ -135,7 +135,7 @@ def test_a_policy_that_cannot_plan_is_compared_unplanned():
         del one["planned"]
         one["not_applicable"] = {"planned": "not applicable, the model has no value expert"}
     table = make_table(found, HEADING)
-    assert {c.condition for c in table.comparisons} == {"unplanned"}
+    assert {c.variant for c in table.comparisons} == {"unplanned"}
     assert "libero_10: planned: not applicable, the model has no value expert." in markdown(table)
 
 
@@ -208,7 +208,7 @@ def test_the_table_of_a_random_policy(stages, tmp_path, capsys, monkeypatch):
     )
     data = DATA.model_copy(update={"suite": "libero_10"})
     upside_down = dataclasses.replace(Conventions.for_simulator(data), image_rotation="none")
-    chosen = ["--suite", "libero_object", "--task", task, "--episodes", "1", "--condition", "unplanned"]
+    chosen = ["--suite", "libero_object", "--task", task, "--episodes", "1", "--variant", "unplanned"]
     options = [*chosen, "--batch-size", "2", "--workers", "1", "--out", tmp_path / "out"]
     error = refused(capsys, export_for(stages, "libero_10", upside_down), *options)
     assert "image_rotation: 'none' against '180'" in error

@@ -39,4 +39,4 @@ def test_nothing_runs_and_the_results_say_so(tmp_path):
     page = build_report(tmp_path, robot).read_text()
     assert "World-Value-Action on piper" in page
     assert "no episode was run in closed loop" in page
-    assert "condition planned: not applicable, suite &#39;piper&#39; has no simulator" in page
+    assert "variant planned: not applicable, suite &#39;piper&#39; has no simulator" in page

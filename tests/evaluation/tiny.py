@@ -38,7 +38,7 @@ def settings(suite: str) -> Settings:
     data = DataSettings.model_validate(SHAPES.model_dump() | {"suite": suite, "tasks": tasks})
     protocol = EvalLiberoSettings(
         episodes_per_task=2,
-        conditions=("planned", "unplanned"),
+        variants=("planned", "unplanned"),
         execute_steps=4,
         batch_size=3,
         swapped_episodes=1,

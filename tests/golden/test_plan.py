@@ -32,7 +32,7 @@ RUNS = known(
 
 
 class Run:
-    """One recorded run: its tensors, its draws in call order, and the model that conditions on its observation."""
+    """One recorded run: its tensors, its draws in call order, and the model that variants on its observation."""
 
     def __init__(
         self,

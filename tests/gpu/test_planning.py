@@ -123,7 +123,7 @@ def test_compiled_calls_are_recorded_graphs_and_nothing_is_compiled_twice(
 
 
 def test_scoring_takes_less_memory_than_the_buffers_of_the_reference(device: torch.device) -> None:
-    """Peak above weights and conditions, of scoring every candidate, against the reference's tiled buffers alone."""
+    """Peak above weights and variants, of scoring every candidate, against the reference's tiled buffers alone."""
     if device.type != "cuda":
         pytest.skip("memory is measured on a GPU")
     sizes = SIZES["default"]

@@ -171,5 +171,5 @@ def test_an_instruction_is_encoded_once() -> None:
         policy.reset("row", f"episode-{episode}", 0)
         for call, text in enumerate(("lift", "drop", "lift")):
             images = dict(zip(DATA.views, pictures(call, 2), strict=True))
-            policy.act([Observation(images, np.zeros(8, np.float32), text)], ["row"], condition="unplanned")
+            policy.act([Observation(images, np.zeros(8, np.float32), text)], ["row"], variant="unplanned")
     assert encoded == ["lift", "drop"]

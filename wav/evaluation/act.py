@@ -14,7 +14,7 @@ from wav.evaluation.evaluate import applicable, check_start
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Pool, Rollout, Scheduler
 from wav.io.files import read_json
-from wav.planning.planner import Condition
+from wav.planning.planner import Variant
 from wav.policy.export import load_export
 from wav.policy.policy import Policy
 from wav.sim.env import LIBERO_SUITES, select_tasks
@@ -64,7 +64,7 @@ def act_episodes(
     suite: str,
     episodes: int,
     tasks: Sequence[str] = (),
-    condition: Condition = "planned",
+    variant: Variant = "planned",
     seed: int = 7,
     execute_steps: int = EvalLiberoSettings().execute_steps,
     workers: int = 1,
@@ -80,7 +80,7 @@ def act_episodes(
         suite: must be the export's.
         episodes: how many in all.
         tasks: names of the suite; empty: those of the export.
-        condition: ``planned``, ``unplanned`` or ``temperature``.
+        variant: ``planned``, ``unplanned`` or ``temperature``.
         seed: of the policy's noise.
         execute_steps: actions executed of each chunk, at most the chunk's length.
         workers: simulator processes.
@@ -93,7 +93,7 @@ def act_episodes(
         Success of each episode, in order.
 
     Raises:
-        WavError: a damaged export, another suite, an unknown task, a condition that needs the value expert the export
+        WavError: a damaged export, another suite, an unknown task, a variant that needs the value expert the export
             lacks, other simulator versions, a broken renderer.
     """
     data = exported_data(folder, suite, tasks)
@@ -102,13 +102,13 @@ def act_episodes(
     policy = policy_for_suite(load_export(folder, batch_size=slots, device=device), data)
     check_start(policy, data)
     value_expert = policy.model.shapes.value is not None
-    applicable((condition,), value_expert, "--condition")
+    applicable((variant,), value_expert, "--variant")
     specs = []
     for number in range(episodes):
         task, index = chosen[number % len(chosen)], number // len(chosen)
         recorded = videos is not None
         spec = EpisodeSpec(
-            suite, task.name, index, condition, task.name, task.instruction, task.max_steps, seed, number, recorded
+            suite, task.name, index, variant, task.name, task.instruction, task.max_steps, seed, number, recorded
         )
         specs.append(spec)
     results: dict[EpisodeSpec, bool] = {}
@@ -122,7 +122,7 @@ def act_episodes(
         report(line)
         if videos is not None and rollout.frames:
             frames = [pictures.join_views(frame, data.views) for frame in rollout.frames]
-            pictures.write_mp4(Path(videos) / f"{suite}-{condition}-{spec.name}.mp4", frames, data.control_hz)
+            pictures.write_mp4(Path(videos) / f"{suite}-{variant}-{spec.name}.mp4", frames, data.control_hz)
 
     with pool_factory(suite, data, min(workers, slots), slots) as pool:
         Scheduler(

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-#: One colour per condition, everywhere.
+#: One colour per variant, everywhere.
 COLOURS = {"planned": "#2563eb", "unplanned": "#6b7280", "temperature": "#d97706"}
 _CYCLE = ("#2563eb", "#d97706", "#059669", "#db2777", "#6b7280", "#7c3aed")
 _INK = "#1f2937"
@@ -36,18 +36,18 @@ def _svg(figure: Figure) -> str:
     return buffer.getvalue()
 
 
-def success_rates(metrics: Mapping[str, Any], conditions: Sequence[str]) -> str:
-    """Success rates with Wilson intervals, per task and overall, one colour per condition."""
-    tasks = [*metrics[conditions[0]]["tasks"], "all"]
+def success_rates(metrics: Mapping[str, Any], variants: Sequence[str]) -> str:
+    """Success rates with Wilson intervals, per task and overall, one colour per variant."""
+    tasks = [*metrics[variants[0]]["tasks"], "all"]
     figure, axes = _figure(1.6 + 1.5 * len(tasks), 2.8)
-    width = 0.8 / len(conditions)
-    for c, condition in enumerate(conditions):
-        rates = [*metrics[condition]["tasks"].values(), metrics[condition]]
-        x = np.arange(len(tasks)) + (c - (len(conditions) - 1) / 2) * width
+    width = 0.8 / len(variants)
+    for c, variant in enumerate(variants):
+        rates = [*metrics[variant]["tasks"].values(), metrics[variant]]
+        x = np.arange(len(tasks)) + (c - (len(variants) - 1) / 2) * width
         mid = np.array([100 * r["success_rate"] for r in rates])
         low = mid - [100 * r["wilson_low"] for r in rates]
         high = np.array([100 * r["wilson_high"] for r in rates]) - mid
-        axes.bar(x, mid, 0.9 * width, color=COLOURS.get(condition, _CYCLE[c % len(_CYCLE)]), label=condition)
+        axes.bar(x, mid, 0.9 * width, color=COLOURS.get(variant, _CYCLE[c % len(_CYCLE)]), label=variant)
         axes.errorbar(x, mid, [low.clip(0), high.clip(0)], fmt="none", ecolor=_INK, elinewidth=1, capsize=3)
     axes.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks], fontsize=8)
     axes.set_ylim(0, 105)

@@ -31,7 +31,7 @@ from wav.evaluation.protocol import (
 from wav.evaluation.records import EpisodeRecord, finished_record, record_path, summarise, write_record
 from wav.evaluation.rollout import Actor, Pool, Rollout, Scheduler
 from wav.io.files import write_json
-from wav.planning.planner import Condition
+from wav.planning.planner import Variant
 from wav.sim.env import Observation
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class EvaluationSettings(Protocol):
 
     @property
     def eval_libero(self) -> EvalLiberoSettings:
-        """Episodes, conditions, seed."""
+        """Episodes, variants, seed."""
 
 
 class EvaluatedPolicy(Actor, Protocol):
@@ -124,27 +124,27 @@ def check_start(
 
 
 def applicable(
-    conditions: Sequence[Condition], value_expert: bool, field: str = "eval_libero.conditions"
-) -> tuple[tuple[Condition, ...], dict[str, str]]:
-    """The conditions that can be evaluated, and why the others cannot.
+    variants: Sequence[Variant], value_expert: bool, field: str = "eval_libero.variants"
+) -> tuple[tuple[Variant, ...], dict[str, str]]:
+    """The variants that can be evaluated, and why the others cannot.
 
     Args:
-        conditions: what is asked for.
+        variants: what is asked for.
         value_expert: whether the model has one; nothing can be planned without.
-        field: names ``conditions`` in the error.
+        field: names ``variants`` in the error.
 
     Raises:
         ConfigError: none of them can be evaluated.
     """
     if value_expert:
-        return tuple(conditions), {}
-    if "unplanned" not in conditions:
+        return tuple(variants), {}
+    if "unplanned" not in variants:
         raise ConfigError(
-            f"{field} = {', '.join(conditions)}: the model has no value expert (model.value_expert: false) to plan "
+            f"{field} = {', '.join(variants)}: the model has no value expert (model.value_expert: false) to plan "
             "with; ask for unplanned"
         )
     reason = "not applicable, the model has no value expert (model.value_expert: false) to plan with"
-    return ("unplanned",), {condition: reason for condition in conditions if condition != "unplanned"}
+    return ("unplanned",), {variant: reason for variant in variants if variant != "unplanned"}
 
 
 def evaluate(
@@ -170,7 +170,7 @@ def evaluate(
         checkpoint: digest of the weights, part of every episode's key.
         data_conventions: see :func:`check_start`.
         statistics_digest: see :func:`check_start`.
-        with_value: whether the model has a value expert. Without one no values are asked for, and the conditions that
+        with_value: whether the model has a value expert. Without one no values are asked for, and the variants that
             plan are left out; ``metrics.json`` names them under ``not_applicable`` with the reason.
         start: what :func:`wav.evaluation.start.check_all` found, kept in ``metrics.json``.
         progress: called after every episode.
@@ -184,10 +184,10 @@ def evaluate(
         StorageError: the disk is full.
     """
     check_start(policy, settings.data, data_conventions, statistics_digest)
-    conditions, left_out = applicable(settings.eval_libero.conditions, with_value)
-    for condition, reason in left_out.items():
-        log.warning("evaluation: condition %s is %s", condition, reason)
-    session = _Session(settings, policy, Path(out), checkpoint, progress, conditions)
+    variants, left_out = applicable(settings.eval_libero.variants, with_value)
+    for variant, reason in left_out.items():
+        log.warning("evaluation: variant %s is %s", variant, reason)
+    session = _Session(settings, policy, Path(out), checkpoint, progress, variants)
     waiting = session.resume()
     scheduler = Scheduler(
         pool,
@@ -224,12 +224,12 @@ class _Session:
         out: Path,
         checkpoint: str,
         progress: Callable[[Progress], None] | None,
-        conditions: tuple[Condition, ...],
+        variants: tuple[Variant, ...],
     ) -> None:
         self.settings, self.policy, self.out, self.progress = settings, policy, out, progress
         self.checkpoint, self.conventions = checkpoint, policy.conventions.to_json()
         self.versions = versions(policy.compiled)
-        wanted = settings.eval_libero.model_copy(update={"conditions": conditions})
+        wanted = settings.eval_libero.model_copy(update={"variants": variants})
         self.episodes = build_episodes(settings.data, wanted)
         self.records: dict[EpisodeSpec, EpisodeRecord] = {}
         self.began, self.resumed = time.perf_counter(), 0
@@ -272,7 +272,7 @@ class _Session:
             task=spec.task,
             init_index=spec.init_index,
             seed=spec.seed,
-            condition=spec.condition,
+            variant=spec.variant,
             instructed=spec.instructed,
             instruction=spec.instruction,
             success=rollout.success,

@@ -75,7 +75,7 @@ def held_out_values(
         output = policy.act(
             [_observation(episode, step, data.views)],
             [_ROW],
-            condition="unplanned",
+            variant="unplanned",
             with_value=rewards is not None,
             with_future=True,
         )

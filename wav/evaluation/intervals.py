@@ -1,7 +1,7 @@
-"""Intervals for success rates and for differences between conditions run on the same episodes.
+"""Intervals for success rates and for differences between variants run on the same episodes.
 
-Success rates carry Wilson's score interval; a difference of two conditions carries a paired bootstrap interval and
-McNemar's exact p-value, because both conditions saw the same initial states and the same noise.
+Success rates carry Wilson's score interval; a difference of two variants carries a paired bootstrap interval and
+McNemar's exact p-value, because both variants saw the same initial states and the same noise.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def mcnemar(wins: int, losses: int) -> float:
 def paired_difference(
     first: Sequence[bool], second: Sequence[bool], *, confidence: float = 0.95, resamples: int = 4000, seed: int = 0
 ) -> Difference:
-    """Difference of success rates of two conditions over the same episodes, in the same order.
+    """Difference of success rates of two variants over the same episodes, in the same order.
 
     The interval is the percentile bootstrap over episodes (pairs stay together).
 
@@ -97,7 +97,7 @@ def paired_difference(
         ValueError: the two sequences differ in length.
     """
     if len(first) != len(second):
-        raise ValueError(f"paired conditions have {len(first)} and {len(second)} episodes: they must be the same ones")
+        raise ValueError(f"paired variants have {len(first)} and {len(second)} episodes: they must be the same ones")
     a, b = np.asarray(first, dtype=np.int64), np.asarray(second, dtype=np.int64)
     wins, losses, n = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum()), len(a)
     if n == 0:

@@ -2,7 +2,7 @@
 
 An episode is a pure function of its :class:`EpisodeSpec`, the seed, the checkpoint and the settings in its key
 (:func:`episode_key`): the noise depends on (seed, suite, task, initial state, call) only and is the same for every
-condition, so that conditions are compared on equal terms. Swapped probes start a task's scene with the instruction of
+variant, so that variants are compared on equal terms. Swapped probes start a task's scene with the instruction of
 another task of the same scene and ask which of the two the policy does.
 """
 
@@ -21,13 +21,13 @@ from wav.data.conventions import Conventions
 from wav.errors import CheckpointError, ConfigError
 from wav.io.files import canonical_digest, sources_digest
 from wav.model import native_training
-from wav.planning.planner import Condition
+from wav.planning.planner import Variant
 from wav.sim.env import TaskSpec, select_tasks
 
 #: Environment steps of every suite under ``budget: reference`` (its loop counts policy calls; spec section 7.9).
 REFERENCE_BUDGET = 1000
 #: Conditions that the swapped-instruction probes run under, where they are evaluated at all.
-SWAPPED_CONDITIONS: tuple[Condition, ...] = ("planned", "unplanned")
+SWAPPED_VARIANTS: tuple[Variant, ...] = ("planned", "unplanned")
 #: What decides an episode's result, below the package folder: a change here makes finished records worthless.
 _CODE = (
     "codec",
@@ -61,7 +61,7 @@ class EpisodeSpec:
     suite: str
     task: str
     init_index: int
-    condition: Condition
+    variant: Variant
     instructed: str
     instruction: str
     max_steps: int
@@ -77,8 +77,8 @@ class EpisodeSpec:
 
     @property
     def group(self) -> str:
-        """Folder of the record: the condition, or ``swapped-<condition>``."""
-        return f"swapped-{self.condition}" if self.swapped else self.condition
+        """Folder of the record: the variant, or ``swapped-<variant>``."""
+        return f"swapped-{self.variant}" if self.swapped else self.variant
 
     @property
     def name(self) -> str:
@@ -87,7 +87,7 @@ class EpisodeSpec:
 
     @property
     def noise_name(self) -> str:
-        """What the noise may depend on besides seed and call: never the condition or the instruction."""
+        """What the noise may depend on besides seed and call: never the variant or the instruction."""
         return f"{self.suite}/{self.task}/{self.init_index}"
 
 
@@ -98,9 +98,9 @@ def _other_task(name: str, names: Sequence[str], specs: Mapping[str, TaskSpec]) 
 
 
 def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[EpisodeSpec, ...]:
-    """All episodes in the order they run: condition by condition, initial state by initial state, task by task.
+    """All episodes in the order they run: variant by variant, initial state by initial state, task by task.
 
-    The first ``settings.videos`` of each condition are recorded. Swapped probes are not part of the reference's
+    The first ``settings.videos`` of each variant are recorded. Swapped probes are not part of the reference's
     evaluation and keep the protocol's limit under any budget.
 
     Raises:
@@ -109,23 +109,23 @@ def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[Ep
     specs = {spec.name: spec for spec in select_tasks(data.suite, data.tasks)}
     names = list(specs)
 
-    def episode(task: str, index: int, condition: Condition, instructed: str, record: bool) -> EpisodeSpec:
+    def episode(task: str, index: int, variant: Variant, instructed: str, record: bool) -> EpisodeSpec:
         limit, sentence = specs[task].max_steps, specs[instructed].instruction
         longer = settings.budget == "reference" and instructed == task and limit < REFERENCE_BUDGET
         steps, within = (REFERENCE_BUDGET, limit) if longer else (limit, 0)
         row = index * len(names) + names.index(task)
-        common = (data.suite, task, index, condition, instructed, sentence)
+        common = (data.suite, task, index, variant, instructed, sentence)
         return EpisodeSpec(*common, steps, settings.seed, row, record, within)
 
     episodes: list[EpisodeSpec] = []
-    for condition in settings.conditions:
+    for variant in settings.variants:
         cells = [(index, task) for index in range(settings.episodes_per_task) for task in names]
-        episodes += [episode(t, i, condition, t, n < settings.videos) for n, (i, t) in enumerate(cells)]
-    for condition in SWAPPED_CONDITIONS:
-        if condition in settings.conditions:
+        episodes += [episode(t, i, variant, t, n < settings.videos) for n, (i, t) in enumerate(cells)]
+    for variant in SWAPPED_VARIANTS:
+        if variant in settings.variants:
             cells = [(index, task) for index in range(settings.swapped_episodes) for task in names]
             pairs = [(i, t, _other_task(t, names, specs)) for i, t in cells]
-            episodes += [episode(t, i, condition, other, False) for i, t, other in pairs if other is not None]
+            episodes += [episode(t, i, variant, other, False) for i, t, other in pairs if other is not None]
     return tuple(episodes)
 
 
@@ -154,16 +154,16 @@ def episode_key(
 ) -> str:
     """Digest of everything that determines the episode's result; a finished record with this key is not repeated.
 
-    How many episodes, conditions and videos are asked for does not enter it, so asking for more keeps what is there.
+    How many episodes, variants and videos are asked for does not enter it, so asking for more keeps what is there.
     The padded batch shape and the place in it do: others may round differently.
     """
     return canonical_digest(
         {
-            "episode": [spec.suite, spec.task, spec.init_index, spec.condition, spec.instruction, spec.max_steps],
+            "episode": [spec.suite, spec.task, spec.init_index, spec.variant, spec.instruction, spec.max_steps],
             "seed": spec.seed,
             "execute_steps": settings.execute_steps,
             "batch": [settings.batch_size, spec.row % settings.batch_size],
-            "planner": planner.model_dump(mode="json") if spec.condition != "unplanned" else planner.denoise_steps,
+            "planner": planner.model_dump(mode="json") if spec.variant != "unplanned" else planner.denoise_steps,
             "checkpoint": checkpoint,
             "statistics": statistics,
             "conventions": dict(conventions),

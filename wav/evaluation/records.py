@@ -1,6 +1,6 @@
 """One JSON file per episode, written atomically, and the metrics that are made from them.
 
-``<out>/episodes/<condition>/<task>-<index>.json`` (swapped probes under ``swapped-<condition>``). A record holds what
+``<out>/episodes/<variant>/<task>-<index>.json`` (swapped probes under ``swapped-<variant>``). A record holds what
 is needed to run the episode again and see whether it came out the same.
 """
 
@@ -17,8 +17,8 @@ from wav.evaluation.protocol import EpisodeSpec
 from wav.io.files import read_json, write_json
 
 _REMEDY = "remove the file to run the episode again"
-CONDITIONS = ("planned", "unplanned", "temperature")
-#: Pairs of conditions whose difference is reported.
+VARIANTS = ("planned", "unplanned", "temperature")
+#: Pairs of variants whose difference is reported.
 PAIRS = (("planned", "unplanned"), ("planned", "temperature"), ("temperature", "unplanned"))
 
 
@@ -39,7 +39,7 @@ class EpisodeRecord:
     task: str
     init_index: int
     seed: int
-    condition: str
+    variant: str
     instructed: str
     instruction: str
     success: bool
@@ -118,7 +118,7 @@ def finished_record(path: Path, key: str) -> EpisodeRecord | None:
 def _rates(
     records: Sequence[EpisodeRecord], tasks: Sequence[str], counts: Callable[[EpisodeRecord], bool]
 ) -> dict[str, Any]:
-    """A condition's entry in metrics.json; ``counts`` says what a success is."""
+    """A variant's entry in metrics.json; ``counts`` says what a success is."""
 
     def rate(chosen: Iterable[EpisodeRecord]) -> dict[str, Any]:
         outcomes = [counts(record) for record in chosen]
@@ -147,34 +147,34 @@ def _swapped(records: Sequence[EpisodeRecord]) -> dict[str, Any]:
 
 
 def summarise(records: Sequence[EpisodeRecord], timing: Mapping[str, float]) -> dict[str, Any]:
-    """The content of metrics.json: a section per condition, swapped probes, paired differences, timing.
+    """The content of metrics.json: a section per variant, swapped probes, paired differences, timing.
 
     Everything is about success within the protocol's limits, whatever the budget, so that it compares; under
-    ``budget: reference`` section ``reference`` holds in addition, per condition, success within the longer limit.
+    ``budget: reference`` section ``reference`` holds in addition, per variant, success within the longer limit.
 
     Raises:
         DataError: no records at all.
     """
     if not records:
-        raise DataError("no episodes to summarise: eval_libero.conditions and episodes_per_task must ask for some")
+        raise DataError("no episodes to summarise: eval_libero.variants and episodes_per_task must ask for some")
     plain = [record for record in records if not record.swapped]
     tasks = list(dict.fromkeys(record.task for record in plain))
-    conditions = list(dict.fromkeys(record.condition for record in plain))
-    by_condition = {c: {(r.task, r.init_index): r for r in plain if r.condition == c} for c in conditions}
+    variants = list(dict.fromkeys(record.variant for record in plain))
+    by_variant = {c: {(r.task, r.init_index): r for r in plain if r.variant == c} for c in variants}
     metrics: dict[str, Any] = {"suite": records[0].suite, "seed": records[0].seed, "checkpoint": records[0].checkpoint}
-    metrics |= {c: _rates(list(found.values()), tasks, lambda r: r.solved) for c, found in by_condition.items()}
+    metrics |= {c: _rates(list(found.values()), tasks, lambda r: r.solved) for c, found in by_variant.items()}
     if any(record.max_steps > record.protocol_steps for record in plain):
-        longer = {c: _rates(list(found.values()), tasks, lambda r: r.success) for c, found in by_condition.items()}
+        longer = {c: _rates(list(found.values()), tasks, lambda r: r.success) for c, found in by_variant.items()}
         metrics["reference"] = {"max_steps": max(record.max_steps for record in plain), **longer}
     paired = {}
     for first, second in PAIRS:
-        if first in by_condition and second in by_condition:
-            common = sorted(by_condition[first].keys() & by_condition[second].keys())
-            a = [by_condition[first][cell].solved for cell in common]
-            b = [by_condition[second][cell].solved for cell in common]
+        if first in by_variant and second in by_variant:
+            common = sorted(by_variant[first].keys() & by_variant[second].keys())
+            a = [by_variant[first][cell].solved for cell in common]
+            b = [by_variant[second][cell].solved for cell in common]
             paired[f"{first}-{second}"] = paired_difference(a, b).as_dict()
     probes = [record for record in records if record.swapped]
-    swapped = {c: _swapped([r for r in probes if r.condition == c]) for c in dict.fromkeys(r.condition for r in probes)}
+    swapped = {c: _swapped([r for r in probes if r.variant == c]) for c in dict.fromkeys(r.variant for r in probes)}
     conventions = records[0].conventions
     return metrics | {
         "paired": paired,
@@ -189,14 +189,14 @@ def summarise(records: Sequence[EpisodeRecord], timing: Mapping[str, float]) -> 
 
 
 def columns(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Columns of every results table, (heading, rates) each: the conditions, then those of the reference's budget."""
-    conditions = [name for name in CONDITIONS if name in metrics]
+    """Columns of every results table, (heading, rates) each: the variants, then those of the reference's budget."""
+    variants = [name for name in VARIANTS if name in metrics]
     longer = metrics.get("reference")
     if not longer:
-        return [(name, metrics[name]) for name in conditions]
+        return [(name, metrics[name]) for name in variants]
     heading = f"reference's {longer['max_steps']} steps"
-    within = [(f"{name}, protocol's limit", metrics[name]) for name in conditions]
-    return within + [(f"{name}, {heading}", longer[name]) for name in conditions]
+    within = [(f"{name}, protocol's limit", metrics[name]) for name in variants]
+    return within + [(f"{name}, {heading}", longer[name]) for name in variants]
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> str:
@@ -216,11 +216,11 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     for task in shown[0][1]["tasks"]:
         lines.append("| " + " | ".join([task, *(cell(rates["tasks"][task]) for _, rates in shown)]) + " |")
     lines.append("| " + " | ".join(["**all**", *(f"**{cell(rates)}**" for _, rates in shown)]) + " |")
-    for condition, reason in metrics.get("not_applicable", {}).items():
-        lines.append(f"\n{condition}: {reason}.")
-    for condition, probe in metrics.get("swapped", {}).items():
+    for variant, reason in metrics.get("not_applicable", {}).items():
+        lines.append(f"\n{variant}: {reason}.")
+    for variant, probe in metrics.get("swapped", {}).items():
         lines.append(
-            f"\nInstruction swapped ({condition}): went for the instructed object in {probe['instructed']} of "
+            f"\nInstruction swapped ({variant}): went for the instructed object in {probe['instructed']} of "
             f"{probe['episodes']} episodes, for the other one in {probe['original']}, neither in {probe['neither']}."
         )
     return "\n".join(lines)

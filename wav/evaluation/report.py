@@ -18,7 +18,7 @@ from markupsafe import Markup
 from wav.config import STAGE_SECTIONS
 from wav.errors import DataError
 from wav.evaluation import charts
-from wav.evaluation.records import CONDITIONS, EpisodeRecord, columns, read_record
+from wav.evaluation.records import VARIANTS, EpisodeRecord, columns, read_record
 from wav.io.files import read_json, write_text
 
 _TRAINING = {"pretrain_video": "video", "train_value": "value", "train_joint": "joint"}
@@ -43,7 +43,7 @@ class Page:
 
     suite: str
     metrics: dict[str, Any] | None = None
-    conditions: list[str] = field(default_factory=list)
+    variants: list[str] = field(default_factory=list)
     columns: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
     success_chart: Item | None = None
     rollouts: list[Item] = field(default_factory=list)
@@ -84,7 +84,7 @@ def build_report(workspace: Path, settings: Any = None) -> Path:
     environment.filters["percent"] = lambda share: f"{100 * share:.0f}%"
     environment.filters["duration"] = _duration
     path = workspace / "reports" / "index.html"
-    text = environment.get_template("report.html.j2").render(page=page, conditions=CONDITIONS)
+    text = environment.get_template("report.html.j2").render(page=page, variants=VARIANTS)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
     return path
@@ -97,14 +97,14 @@ def collect(workspace: Path, suite: str) -> Page:
     if (evaluation / "metrics.json").exists():
         metrics = read_json(evaluation / "metrics.json", "run `dvc repro eval_libero`")
         page.suite = metrics["suite"]
-        page.conditions = [name for name in CONDITIONS if name in metrics]
+        page.variants = [name for name in VARIANTS if name in metrics]
         page.columns = columns(metrics)
-        page.missing += [f"condition {name}: {why}" for name, why in metrics.get("not_applicable", {}).items()]
+        page.missing += [f"variant {name}: {why}" for name, why in metrics.get("not_applicable", {}).items()]
         records = _records(evaluation)
         _rollouts(page, evaluation, records)
-        if page.conditions:
+        if page.variants:
             page.metrics = metrics
-            page.success_chart = _chart("success", charts.success_rates(metrics, page.conditions))
+            page.success_chart = _chart("success", charts.success_rates(metrics, page.variants))
             _planning(page, list(records.values()))
     else:
         page.missing.append("closed-loop results: stage eval_libero has not run")
@@ -145,7 +145,7 @@ def _items(page: Page, paths: Iterable[Path], captions: Mapping[str, str] | None
 
 
 def _records(evaluation: Path) -> dict[str, EpisodeRecord]:
-    """``<suite>-<condition>-<task>-<index>`` -> record."""
+    """``<suite>-<variant>-<task>-<index>`` -> record."""
     records = {}
     for path in sorted((evaluation / "episodes").glob("*/*.json")):
         record = read_record(path)
@@ -156,14 +156,14 @@ def _records(evaluation: Path) -> dict[str, EpisodeRecord]:
 def _rollouts(page: Page, evaluation: Path, records: Mapping[str, EpisodeRecord]) -> None:
     """Videos, strips and predictions, captioned with what came of the episode."""
     captions = {
-        name: f"{r.suite}, {r.condition}: “{r.instruction}” (initial state {r.init_index}), "
+        name: f"{r.suite}, {r.variant}: “{r.instruction}” (initial state {r.init_index}), "
         f"{'solved' if r.success else 'not solved'} after {r.steps} steps"
         for name, r in records.items()
     }
     videos = sorted((evaluation / "videos").glob("*.mp4"))
-    page.rollouts = _items(page, _per_condition(videos), captions)
+    page.rollouts = _items(page, _per_variant(videos), captions)
     strips = sorted((evaluation / "strips").glob("*.png"))
-    page.strips = _items(page, _per_condition(strips)[:6], captions)
+    page.strips = _items(page, _per_variant(strips)[:6], captions)
     if not videos and not strips:
         page.missing.append("rollout videos: eval_libero.videos is 0")
     pictures = sorted((evaluation / "predictions").glob("*.png"))
@@ -177,20 +177,20 @@ def _rollouts(page: Page, evaluation: Path, records: Mapping[str, EpisodeRecord]
         page.missing.append("predicted frames: no recorded episode was long enough")
 
 
-def _per_condition(paths: list[Path]) -> list[Path]:
-    """At most :data:`_MAX_VIDEOS` files, shared evenly among the conditions."""
+def _per_variant(paths: list[Path]) -> list[Path]:
+    """At most :data:`_MAX_VIDEOS` files, shared evenly among the variants."""
     groups: dict[str, list[Path]] = {}
     for path in paths:
-        groups.setdefault(next((c for c in CONDITIONS if f"-{c}-" in path.stem), ""), []).append(path)
+        groups.setdefault(next((c for c in VARIANTS if f"-{c}-" in path.stem), ""), []).append(path)
     share = max(1, _MAX_VIDEOS // max(1, len(groups)))
-    return [path for condition in (*CONDITIONS, "") for path in groups.get(condition, [])[:share]]
+    return [path for variant in (*VARIANTS, "") for path in groups.get(variant, [])[:share]]
 
 
 def _planning(page: Page, records: list[EpisodeRecord]) -> None:
     """What the planner did to the noise, and predicted values by outcome."""
-    for condition in page.conditions:
-        chosen = [r for r in records if r.condition == condition and not r.swapped and r.plan]
-        row: dict[str, Any] = {"condition": condition, "episodes": len(chosen)}
+    for variant in page.variants:
+        chosen = [r for r in records if r.variant == variant and not r.swapped and r.plan]
+        row: dict[str, Any] = {"variant": variant, "episodes": len(chosen)}
         for name in ("sigma_video", "sigma_value", "shift_video", "shift_value"):
             values = [v for r in chosen for v in r.plan.get(name, [])]
             row[name] = sum(values) / len(values) if values else None
@@ -198,13 +198,13 @@ def _planning(page: Page, records: list[EpisodeRecord]) -> None:
             page.planning.append(row)
     if not page.planning:
         page.missing.append("planning diagnostics: no planned episode, or planner.iterations is 0")
-    lines = [r for r in records if r.condition == page.conditions[0] and not r.swapped and r.values]
+    lines = [r for r in records if r.variant == page.variants[0] and not r.swapped and r.values]
     if lines:
         groups = {
             "solved": [r.values for r in lines if r.success],
             "not solved": [r.values for r in lines if not r.success],
         }
-        caption = f"Predicted return at every policy call, {page.conditions[0]}, by outcome"
+        caption = f"Predicted return at every policy call, {page.variants[0]}, by outcome"
         page.values.append(_chart(caption, charts.values_by_outcome(groups)))
 
 

@@ -1,7 +1,7 @@
 """Receding-horizon rollouts: many simulators, one batched policy.
 
-Every slot of the pool hosts one live episode. Slots that wait for actions are gathered into a batch of one condition;
-the policy is called when a whole batch is ready, when every live episode of the condition is, or when one has waited
+Every slot of the pool hosts one live episode. Slots that wait for actions are gathered into a batch of one variant;
+the policy is called when a whole batch is ready, when every live episode of the variant is, or when one has waited
 long enough. Which episodes share a batch depends on timing, an episode's result does not, to the last bit: the batch
 has one fixed shape, an episode always takes the same place in it, and noise comes from (seed, episode, call) alone.
 """
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from wav.errors import SimulationError
 from wav.evaluation.protocol import EpisodeSpec
-from wav.planning.planner import Condition
+from wav.planning.planner import Variant
 from wav.sim.env import Observation
 
 log = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ class Actor(Protocol):
         observations: Sequence[Observation],
         rows: Sequence[Hashable],
         *,
-        condition: Condition = "planned",
+        variant: Variant = "planned",
         with_value: bool = False,
         with_future: bool = False,
     ) -> Output:
@@ -271,11 +271,11 @@ class Scheduler:
         return rollout.spec.row % self.batch_size
 
     def _next(self) -> EpisodeSpec:
-        """The next episode of the condition in turn, if possible one whose place in the batch nobody live holds."""
+        """The next episode of the variant in turn, if possible one whose place in the batch nobody live holds."""
         taken = {self._place(rollout) for rollout in self._live.values()}
-        condition = self._waiting[0].condition
+        variant = self._waiting[0].variant
         for i, spec in enumerate(self._waiting):
-            if spec.condition == condition and spec.row % self.batch_size not in taken:
+            if spec.variant == variant and spec.row % self.batch_size not in taken:
                 return self._waiting.pop(i)
         return self._waiting.pop(0)
 
@@ -321,11 +321,11 @@ class Scheduler:
         self._start(rollout.again(lost))
 
     def _batch(self) -> list[Rollout]:
-        """Ready episodes of one condition, one per place, those waiting longest first; empty if waiting may fill it."""
+        """Ready episodes of one variant, one per place, those waiting longest first; empty if waiting may fill it."""
         now = time.perf_counter()
-        for condition in dict.fromkeys(rollout.spec.condition for rollout in self._ready.values()):
-            ready = [r for r in self._ready.values() if r.spec.condition == condition]
-            live = sum(r.spec.condition == condition for r in self._live.values())
+        for variant in dict.fromkeys(rollout.spec.variant for rollout in self._ready.values()):
+            ready = [r for r in self._ready.values() if r.spec.variant == variant]
+            live = sum(r.spec.variant == variant for r in self._live.values())
             places: dict[int, Rollout] = {}
             for rollout in ready:
                 places.setdefault(self._place(rollout), rollout)
@@ -350,7 +350,7 @@ class Scheduler:
         output = self.policy.act(
             seen,
             rows,
-            condition=batch[0].spec.condition,
+            variant=batch[0].spec.variant,
             with_value=self.with_value,
             with_future=any(rollout.spec.record for rollout in batch),
         )

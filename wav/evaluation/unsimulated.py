@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def without_simulator(settings: EvaluationSettings, out: Path, checkpoint: str) -> dict[str, Any]:
-    """Write ``metrics.json`` with every condition not applicable, and the empty folders of the stage's outputs.
+    """Write ``metrics.json`` with every variant not applicable, and the empty folders of the stage's outputs.
 
     Args:
         settings: sections ``data`` and ``eval_libero``.
@@ -37,7 +37,7 @@ def without_simulator(settings: EvaluationSettings, out: Path, checkpoint: str) 
         "suite": suite,
         "seed": settings.eval_libero.seed,
         "checkpoint": checkpoint,
-        "not_applicable": dict.fromkeys(settings.eval_libero.conditions, reason),
+        "not_applicable": dict.fromkeys(settings.eval_libero.variants, reason),
     }
     write_json(out / "metrics.json", metrics)
     return metrics

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from wav.inference import native
-from wav.planning.planner import Condition, Gaussian, Iteration, NoiseShapes, Plan, Returns, RowKey, SeededNoise, plan
+from wav.planning.planner import Gaussian, Iteration, NoiseShapes, Plan, Returns, RowKey, SeededNoise, Variant, plan
 
 if TYPE_CHECKING:
     from wav.config import PlannerSettings
@@ -50,7 +50,7 @@ def plan_rows(
     rows: int,
     returns: Returns,
     *,
-    condition: Condition = "planned",
+    variant: Variant = "planned",
     warm: tuple[Tensor, Tensor] | None = None,
     with_value: bool = False,
 ) -> Plan:
@@ -63,7 +63,7 @@ def plan_rows(
         keys: what names the draws of each row.
         rows: rows that are wanted; the others fill the batch's fixed shape.
         returns: as in :func:`wav.planning.planner.plan`; so are the next three.
-        condition: planned, unplanned or temperature.
+        variant: planned, unplanned or temperature.
         warm: means to start from.
         with_value: also denoise and return the values.
 
@@ -74,7 +74,7 @@ def plan_rows(
     def work(part: slice) -> Plan:
         noise = SeededNoise(keys[part], model.device)
         means = None if warm is None else (warm[0][part], warm[1][part])
-        options = {"condition": condition, "warm": means, "with_value": with_value}
+        options = {"variant": variant, "warm": means, "with_value": with_value}
         rows = context.rows(part)
         world = model if settings.survivors else CandidateLanes(model, native.threads())  # survivors: of all shares
         return plan(world, rows, settings, noise, returns, **options)  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def plan_rows(
     if not model.independent_rows or settings.video_denoise_steps > 1:
         noise = SeededNoise(keys, model.device)
         world: Any = model
-        return plan(world, context, settings, noise, returns, condition=condition, warm=warm, with_value=with_value)
+        return plan(world, context, settings, noise, returns, variant=variant, warm=warm, with_value=with_value)
     together = settings.settle > 0  # rows that have settled wait for the others
     return join(run(work, rows, 1 if together else native.threads()))
 

@@ -25,8 +25,8 @@ from wav.seeding import torch_generator
 if TYPE_CHECKING:
     from wav.config import PlannerSettings
 
-Condition = Literal["planned", "unplanned", "temperature"]
-CONDITIONS: tuple[Condition, ...] = ("planned", "unplanned", "temperature")
+Variant = Literal["planned", "unplanned", "temperature"]
+VARIANTS: tuple[Variant, ...] = ("planned", "unplanned", "temperature")
 
 #: (..., A, Cv) normalised value trajectories -> (..., A) returns in reward units.
 Returns = Callable[[Tensor], Tensor]
@@ -271,7 +271,7 @@ def plan(
     noise: Noise,
     returns: Returns,
     *,
-    condition: Condition = "planned",
+    variant: Variant = "planned",
     warm: tuple[Tensor, Tensor] | None = None,
     with_value: bool = False,
     compat: Compat = PAPER,
@@ -284,7 +284,7 @@ def plan(
         settings: planner section; ``iterations`` 0 is no planning.
         noise: draws for the B rows.
         returns: normalised value trajectories (..., A, Cv) to returns (..., A) in reward units.
-        condition: "planned"; "unplanned" samples at N(0, I); "temperature" searches too, then samples with mean
+        variant: "planned"; "unplanned" samples at N(0, I); "temperature" searches too, then samples with mean
             zero and the standard deviation that the search ended with (the control of what the means add).
             All three decode the same standard normal draws.
         warm: previous plan's :attr:`Plan.means`, used when ``settings.warm_start``.
@@ -292,23 +292,23 @@ def plan(
         compat: the reference's departures from the paper.
 
     Raises:
-        ConfigError: planning, or a value, is asked of a model without value expert; an unknown condition.
+        ConfigError: planning, or a value, is asked of a model without value expert; an unknown variant.
         CheckpointError: the model's scores or actions are not finite.
     """
     shapes = model.shapes
-    _check_request(shapes, settings, condition, with_value)
+    _check_request(shapes, settings, variant, with_value)
     eps_vid = noise("act.video", shapes.video)
     eps_val = None if shapes.value is None else noise("act.value", shapes.value)
     history: tuple[Iteration, ...] = ()
     z_vid, z_val = eps_vid, eps_val
-    if settings.iterations and condition != "unplanned" and eps_val is not None:
+    if settings.iterations and variant != "unplanned" and eps_val is not None:
         start = (Gaussian.standard(eps_vid), Gaussian.standard(eps_val))
         if warm is not None and settings.warm_start:
             start = (Gaussian(warm[0], start[0].std), Gaussian(warm[1], start[1].std))
         scored = (lambda values: values[..., -1]) if compat.normalised_returns else returns
         history = search(model, context, settings, noise, scored, start, compat)
         video, value = history[-1].video, history[-1].value
-        if condition == "temperature":
+        if variant == "temperature":
             video, value = (Gaussian(torch.zeros_like(g.mean), g.std) for g in (video, value))
         z_vid, z_val = video.sample(eps_vid), value.sample(eps_val)
     features = model.video_features(context, z_vid[:, None], settings.video_denoise_steps)
@@ -324,13 +324,13 @@ def plan(
     return Plan(actions, values, z_vid, z_val, history)
 
 
-def _check_request(shapes: NoiseShapes, settings: PlannerSettings, condition: str, with_value: bool) -> None:
+def _check_request(shapes: NoiseShapes, settings: PlannerSettings, variant: str, with_value: bool) -> None:
     """Refuse what the model or the planner cannot do."""
-    if condition not in CONDITIONS:
-        raise ConfigError(f"condition = {condition!r}: unknown; use one of {', '.join(CONDITIONS)}")
+    if variant not in VARIANTS:
+        raise ConfigError(f"variant = {variant!r}: unknown; use one of {', '.join(VARIANTS)}")
     if shapes.value is not None:
         return
-    if settings.iterations and condition != "unplanned":
+    if settings.iterations and variant != "unplanned":
         raise ConfigError(
             f"planner.iterations = {settings.iterations}: the model has no value expert to plan with; "
             "set planner.iterations: 0 or act unplanned"

@@ -32,7 +32,7 @@ from wav.inference import lanes
 from wav.inference.adapter import noise_shapes
 from wav.inference.compiled import CompiledPlannerModel, planner_model
 from wav.io.files import canonical_digest, file_digest, read_json
-from wav.planning.planner import CONDITIONS, Condition, Plan, RowKey, SeededNoise, spread
+from wav.planning.planner import VARIANTS, Plan, RowKey, SeededNoise, Variant, spread
 from wav.policy.parts import check_parts
 from wav.sim.env import Observation
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from wav.model import WAVTransformer
     from wav.text import TextEncoder
 
-__all__ = ["CONDITIONS", "Observation", "PlanSummary", "Policy", "PolicyOutput"]
+__all__ = ["VARIANTS", "Observation", "PlanSummary", "Policy", "PolicyOutput"]
 
 Prompt = tuple[NDArray[np.float32], NDArray[np.bool_]]
 
@@ -199,7 +199,7 @@ class Policy:
         observations: Sequence[Observation],
         rows: Sequence[Hashable],
         *,
-        condition: Condition = "planned",
+        variant: Variant = "planned",
         with_value: bool = False,
         with_future: bool = False,
         planner: PlannerSettings | None = None,
@@ -209,7 +209,7 @@ class Policy:
         Args:
             observations: n current observations.
             rows: the n rows they belong to, each begun with :meth:`reset`.
-            condition: planned, unplanned or temperature; see :func:`wav.planning.planner.plan`.
+            variant: planned, unplanned or temperature; see :func:`wav.planning.planner.plan`.
             with_value: also predict the return along the chunk.
             with_future: also predict the future latents (one video denoising more).
             planner: settings for this call instead of the policy's.
@@ -228,7 +228,7 @@ class Policy:
         prompts = [self._prompt(observation.instruction) for observation in observations]
         states = [self._rows[row] for row in rows]
         groups = [slice(i, i + self.batch_size) for i in range(0, len(rows), self.batch_size)]
-        options = (planner or self.planner, condition, with_value, with_future)
+        options = (planner or self.planner, variant, with_value, with_future)
         with torch.inference_mode(), lanes.kernel_threads(self.model):
             parts = [self._act(observations[g], states[g], prompts[g], *options) for g in groups]
         return _concatenate(parts)
@@ -269,7 +269,7 @@ class Policy:
         states: Sequence[_Row],
         prompts: Sequence[Prompt],
         settings: PlannerSettings,
-        condition: Condition,
+        variant: Variant,
         with_value: bool,
         with_future: bool,
     ) -> PolicyOutput:
@@ -282,7 +282,7 @@ class Policy:
         context = self._context([observations[i] for i in index], padded, [prompts[i] for i in index])
         keys = [RowKey(s.seed, s.episode, s.call) for s in padded]
         warm = self._warm(padded) if settings.warm_start else None
-        options = {"condition": condition, "warm": warm, "with_value": with_value}
+        options = {"variant": variant, "warm": warm, "with_value": with_value}
         result = lanes.plan_rows(self.model, context, settings, keys, n, self._returns, **options)  # type: ignore[arg-type]
         future = None
         if with_future:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wav.evaluation.intervals import Rate, wilson
-from wav.planning.planner import Condition
+from wav.planning.planner import Variant
 
 #: The suites of the paper's Table 1, in its order, and the names of their columns.
 SUITES = {"libero_spatial": "Spatial", "libero_object": "Object", "libero_goal": "Goal", "libero_10": "Long"}
@@ -26,8 +26,8 @@ class Published:
     """One row of somebody's table."""
 
     name: str
-    condition: Condition
-    """Which of our conditions it is compared with."""
+    variant: Variant
+    """Which of our variants it is compared with."""
     date: str
     """YYYY-MM of the source."""
     source: str

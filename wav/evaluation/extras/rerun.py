@@ -1,6 +1,6 @@
 """One recorded episode run again, and whether it came out the same: what ``wav eval --replay EPISODE.json`` does.
 
-An episode is a pure function of what its record holds (suite, task, initial state, seed, condition, place in the batch,
+An episode is a pure function of what its record holds (suite, task, initial state, seed, variant, place in the batch,
 planner, checkpoint), so on the machine and versions that recorded it, it must come out the same to the last bit of
 every action. Where it does not, the first policy call whose actions differ says where to look.
 """
@@ -28,7 +28,7 @@ from wav.evaluation.protocol import (
 from wav.evaluation.records import EpisodeRecord, read_record
 from wav.evaluation.rollout import Rollout, Scheduler
 from wav.io.files import read_json
-from wav.planning.planner import Condition
+from wav.planning.planner import Variant
 from wav.policy.export import verify_export
 from wav.policy.policy import Policy
 
@@ -68,7 +68,7 @@ class Rerun:
     def lines(self) -> tuple[str, ...]:
         """What came of it, for people."""
         record, again = self.record, self.again
-        where = f"{record.suite}: {record.condition}: {record.task}, initial state {record.init_index}"
+        where = f"{record.suite}: {record.variant}: {record.task}, initial state {record.init_index}"
         told = f", instructed {record.instruction!r}" if record.swapped else ""
         lines = [f"{where}, seed {record.seed}{told}"]
         for name, success, steps, calls, actions in (
@@ -97,7 +97,7 @@ def rerun_episode(path: Path, export: Path, *, device: str = "auto", pool_factor
     """Run a recorded episode again with the policy that it names.
 
     Args:
-        path: the record, ``<evaluation>/episodes/<condition>/<task>-<index>.json``.
+        path: the record, ``<evaluation>/episodes/<variant>/<task>-<index>.json``.
         export: the exported policy; its weights must be the recorded ones.
         device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``; another device than the recording's rounds differently.
         pool_factory: opens the simulator.
@@ -124,7 +124,7 @@ def rerun_episode(path: Path, export: Path, *, device: str = "auto", pool_factor
     check_conventions(policy.conventions, Conventions.from_json(record.conventions, str(path)), "record")
     check_start(policy, data)
     value_expert = policy.model.shapes.value is not None
-    applicable((spec.condition,), value_expert, f"{path}: condition")
+    applicable((spec.variant,), value_expert, f"{path}: variant")
     finished: list[Rollout] = []
     with pool_factory(record.suite, data, 1, 1) as pool:
         Scheduler(
@@ -143,8 +143,8 @@ def _asked(record: EpisodeRecord, path: Path) -> tuple[EpisodeSpec, PlannerSetti
     try:
         planner = PlannerSettings.model_validate(record.planner)
         size, place = (int(number) for number in record.batch)
-        if record.condition not in get_args(Condition) or not 0 <= place < size or record.execute_steps < 1:
-            raise ValueError(f"condition {record.condition!r}, batch {record.batch}, {record.execute_steps} steps")
+        if record.variant not in get_args(Variant) or not 0 <= place < size or record.execute_steps < 1:
+            raise ValueError(f"variant {record.variant!r}, batch {record.batch}, {record.execute_steps} steps")
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: not an episode that can be run ({reason}); evaluate it again") from None
@@ -152,7 +152,7 @@ def _asked(record: EpisodeRecord, path: Path) -> tuple[EpisodeSpec, PlannerSetti
         suite=record.suite,
         task=record.task,
         init_index=record.init_index,
-        condition=cast("Condition", record.condition),
+        variant=cast("Variant", record.variant),
         instructed=record.instructed,
         instruction=record.instruction,
         max_steps=record.max_steps,
@@ -174,7 +174,7 @@ def _notes(record: EpisodeRecord, export: Path, manifest: Mapping[str, Any], com
         notes.append(f"the code that decides a result was {record.code[:12]}, is {code_digest()[:12]}")
     own = read_json(export / "settings.json", "export the policy again (`dvc repro export`)")["planner"]
     other = sorted(name for name in {*own, *record.planner} if own.get(name) != record.planner.get(name))
-    if other and record.condition != "unplanned":
+    if other and record.variant != "unplanned":
         notes.append(
             "planner settings as recorded, which differ from the export's: "
             + ", ".join(f"{name} {record.planner.get(name)} against {own.get(name)}" for name in other)

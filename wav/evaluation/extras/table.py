@@ -26,7 +26,7 @@ from wav.evaluation.intervals import Rate, independent_difference, wilson
 from wav.evaluation.start import check_all, own_store
 from wav.evaluation.verdict import refuse_failed
 from wav.io.files import read_json, write_json, write_text
-from wav.planning.planner import CONDITIONS
+from wav.planning.planner import VARIANTS
 from wav.policy.export import verify_export
 from wav.policy.policy import Policy
 from wav.sim.env import LIBERO_SUITES, simulator_versions
@@ -45,7 +45,7 @@ class Protocol:
     tasks: tuple[str, ...] = ()
     """Of every suite, for a trial; empty: all, which alone compares with published figures."""
     episodes: int = EPISODES
-    conditions: tuple[str, ...] = CONDITIONS
+    variants: tuple[str, ...] = VARIANTS
     execute_steps: int = 8
     """Actions executed per policy call, at most the policy's chunk."""
     batch_size: int = 8
@@ -57,7 +57,7 @@ class Protocol:
         """Section ``eval_libero``; ConfigError for a value out of range."""
         section = {
             "episodes_per_task": self.episodes,
-            "conditions": self.conditions,
+            "variants": self.variants,
             "execute_steps": min(self.execute_steps, data.action_chunk),
             "batch_size": self.batch_size,
             "budget": self.budget,
@@ -80,9 +80,9 @@ class _Sections:
 
 @dataclass(frozen=True)
 class Row:
-    """One of our rows: a condition under a budget of steps."""
+    """One of our rows: a variant under a budget of steps."""
 
-    condition: str
+    variant: str
     budget: str
     rates: Mapping[str, Rate]
     """Suite, or "average" where all four were evaluated alike, -> success."""
@@ -90,7 +90,7 @@ class Row:
     @property
     def name(self) -> str:
         """Its heading."""
-        return f"this policy, {self.condition}" + (", 1000 steps" if self.budget == "reference" else "")
+        return f"this policy, {self.variant}" + (", 1000 steps" if self.budget == "reference" else "")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Comparison:
 
     published: str
     column: str
-    condition: str
+    variant: str
     budget: str
     difference: float
     low: float
@@ -260,10 +260,10 @@ def make_table(
     """
     rows = []
     for budget, part in (("protocol", lambda m: m), ("reference", lambda m: m.get("reference", {}))):
-        for condition in CONDITIONS:
-            found = {suite: part(m)[condition] for suite, m in metrics.items() if condition in part(m)}
+        for variant in VARIANTS:
+            found = {suite: part(m)[variant] for suite, m in metrics.items() if variant in part(m)}
             if found:
-                rows.append(Row(condition, budget, _rates(found)))
+                rows.append(Row(variant, budget, _rates(found)))
     comparisons = [c for entry in published for c in _compare(entry, rows)] if complete else []
     return Table(dict(metrics), tuple(rows), tuple(comparisons), dict(heading))
 
@@ -279,17 +279,17 @@ def _rates(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Rate]:
 
 
 def _compare(entry: Published, rows: Sequence[Row]) -> list[Comparison]:
-    """A published row against ours of its condition (unplanned, where the policy cannot plan), under each budget."""
+    """A published row against ours of its variant (unplanned, where the policy cannot plan), under each budget."""
     result = []
     for budget in _MARKS:
-        ours = {row.condition: row for row in rows if row.budget == budget}
-        row = ours.get(entry.condition) or ours.get("unplanned")
+        ours = {row.variant: row for row in rows if row.budget == budget}
+        row = ours.get(entry.variant) or ours.get("unplanned")
         for column in entry.percent if row else ():
             mine, theirs = row.rates.get(column) if row else None, entry.rate(column)
             if row and mine and theirs:
                 low, high = independent_difference(mine, theirs)
                 difference = mine.success_rate - theirs.success_rate
-                result.append(Comparison(entry.name, column, row.condition, budget, difference, low, high))
+                result.append(Comparison(entry.name, column, row.variant, budget, difference, low, high))
     return result
 
 
@@ -298,7 +298,7 @@ def as_json(table: Table, published: Sequence[Published] = PUBLISHED) -> dict[st
     return {
         **table.heading,
         "rows": [
-            {"condition": row.condition, "budget": row.budget, **{c: r.as_dict() for c, r in row.rates.items()}}
+            {"variant": row.variant, "budget": row.budget, **{c: r.as_dict() for c, r in row.rates.items()}}
             for row in table.rows
         ],
         "published": [{**asdict(entry), "percent": dict(entry.percent)} for entry in published],
@@ -350,7 +350,7 @@ def _ours(rate: Rate | None) -> str:
 def _legend(table: Table) -> list[str]:
     """What the marks mean, what planning changed on the same episodes, what could not be evaluated."""
     if table.comparisons:
-        lines = ["`*` differs from this policy (same condition) by more than the intervals of both."]
+        lines = ["`*` differs from this policy (same variant) by more than the intervals of both."]
         if any(row.budget == "reference" for row in table.rows):
             lines.append("`†` the same against the rows with 1000 steps, which is what the published WAV code allows.")
     else:
