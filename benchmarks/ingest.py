@@ -29,10 +29,13 @@ from benchmarks.fitting import fit_exponent
 from tests.data.sources.datasets import lerobot_dataset, libero_episodes
 from wav.config import DataSettings, EncodeSettings, IngestSettings, LabelRewardsSettings
 from wav.data.latents import LatentStore, build_text_encoder, encode_store, fit_codec
+from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
 from wav.data.windows import BatchSampler, WindowDataset
 from wav.ingest import ingest
-from wav.rewards.label import RewardStore, label_store, mse, ssim
+from wav.rewards.label import label_store
+from wav.rewards.ssim import ssim
+from wav.rewards.terms import mse
 
 COUNTS = (32, 128, 512, 1024)
 STAGES = ("ingest", "label_rewards", "encode")

@@ -22,7 +22,7 @@ import numpy as np
 from wav.config import LabelRewardsSettings
 from wav.data.episode import Episode
 from wav.io.files import write_json
-from wav.rewards.label import episode_rewards
+from wav.rewards.terms import episode_rewards
 
 VIEWS = ("agentview", "wrist")
 

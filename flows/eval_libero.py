@@ -10,12 +10,12 @@ from flows.artifacts import Progress, publish_images, publish_markdown, publish_
 from flows.common import StageRun, finish, main, start, step
 from flows.policy import assemble
 from wav import evaluation
+from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
 from wav.evaluation.start import check_all
 from wav.evaluation.unsimulated import without_simulator
 from wav.policy.export import Checkpoint
 from wav.policy.policy import Policy
-from wav.rewards.label import RewardStore
 from wav.sim.env import has_simulator
 from wav.sim.workers import SimPool
 

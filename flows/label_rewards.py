@@ -8,9 +8,11 @@ from prefect import flow
 from flows.artifacts import Progress, publish_images, publish_numbers
 from flows.common import StageRun, finish, main, start, step
 from wav import plots
+from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
 from wav.io.files import write_json
-from wav.rewards.label import RewardStore, episode_rewards, label_store
+from wav.rewards.label import label_store
+from wav.rewards.terms import episode_rewards
 
 PLOTTED_RETURNS = 20
 

@@ -18,7 +18,8 @@ from wav.data.episode import Episode
 from wav.data.store import EpisodeStore, EpisodeStoreWriter
 from wav.evaluation import build_report
 from wav.plots import spearman
-from wav.rewards.label import episode_rewards, label_store, value_channels
+from wav.rewards.label import label_store, value_channels
+from wav.rewards.terms import episode_rewards
 from wav.sim.tabletop.expert import record_demonstration
 
 DATA = DataSettings(image_height=32, image_width=32)

@@ -11,7 +11,7 @@ import pytest
 
 from wav import plots
 from wav.errors import DataError
-from wav.rewards.label import RewardTerms
+from wav.rewards.terms import RewardTerms
 
 
 def size(png: bytes) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 
 from wav.codec.base import psnr
 from wav.errors import DataError
-from wav.rewards.label import RewardTerms
+from wav.rewards.terms import RewardTerms
 
 _DPI = 110
 _MAX_STRIP = 12

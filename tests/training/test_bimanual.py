@@ -12,13 +12,15 @@ import yaml
 
 from wav.config import DataSettings, Settings, parse_settings
 from wav.data.latents import LatentStore, build_text_encoder, encode_store, fit_codec
+from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
 from wav.data.windows import WindowDataset
 from wav.ingest import ingest
 from wav.model.build import build_from_settings, value_channels
 from wav.policy.export import export_policy, policy_from_stages
 from wav.policy.policy import Policy
-from wav.rewards.label import RewardStore, episode_rewards, label_store
+from wav.rewards.label import label_store
+from wav.rewards.terms import episode_rewards
 from wav.sim.env import Observation
 from wav.training.spec import TrainPaths, make_spec
 

@@ -66,7 +66,7 @@ class LatentSource(Protocol):
 
 
 class RewardSource(Protocol):
-    """What :class:`wav.rewards.label.RewardStore` offers."""
+    """What :class:`wav.data.reward_store.RewardStore` offers."""
 
     @property
     def values(self) -> NDArray[np.float32]:

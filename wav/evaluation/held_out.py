@@ -25,7 +25,7 @@ _ROW = "held-out"
 
 
 class Values(Protocol):
-    """Value channels of stored episodes (``wav.rewards.label.RewardStore``)."""
+    """Value channels of stored episodes (``wav.data.reward_store.RewardStore``)."""
 
     def episode(self, index: int) -> NDArray[np.float32]:
         """(T, terms + 1): weighted terms, then the return."""

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from wav.data.latents import LatentStore
+from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
 from wav.data.windows import WindowDataset
 from wav.errors import CheckpointError, DataError
 from wav.model import WAVTransformer, build_model
 from wav.model.build import value_channels
 from wav.model.pretrained import init_from, load_model
-from wav.rewards.label import RewardStore
 from wav.training.spec import TrainSpec, read_checkpoint_file
 
 LOG = logging.getLogger("wav.training")

@@ -20,7 +20,7 @@ from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, SimulationError
 from wav.evaluation import pictures
 from wav.evaluation.rollout import MAX_ATTEMPTS, Pool
-from wav.rewards.label import ssim
+from wav.rewards.ssim import ssim
 from wav.sim.env import TaskSpec, select_tasks
 
 log = logging.getLogger(__name__)

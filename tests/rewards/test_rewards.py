@@ -14,10 +14,13 @@ from skimage.metrics import structural_similarity
 from wav.config import LabelRewardsSettings
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
+from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore, EpisodeStoreWriter
 from wav.errors import DataError
 from wav.plots import spearman
-from wav.rewards.label import RewardStore, episode_rewards, label_store, mse, returns, ssim, value_channels
+from wav.rewards.label import label_store, returns, value_channels
+from wav.rewards.ssim import ssim
+from wav.rewards.terms import episode_rewards, mse
 
 H, W, T = 16, 24, 14
 SIMILARITIES = ("wrist_mse", "wrist_ssim", "top_mse", "top_ssim", "proximity")
