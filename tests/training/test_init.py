@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import LTXVideoTransformer3DModel
@@ -70,6 +72,24 @@ def test_key_follows_the_weights_and_only_the_first_stage_reads_them(spec_of, st
     state = load_file(stock / "transformer" / WEIGHTS)
     save_file({**state, "proj_in.bias": state["proj_in.bias"] + 1}, stock / "transformer" / WEIGHTS)
     assert spec_of(model={"init_from": str(stock)}).key != spec.key
+
+
+def test_rewards_of_other_channels_than_the_first_stage_assumed_begin_the_value_expert_anew(
+    spec_of, workspace: Path, tmp_path: Path
+) -> None:
+    spec = spec_of()
+    first = initial_model(spec, open_inputs(spec))
+    first.save_pretrained(tmp_path / "first" / "model")
+    spec = replace(spec, stage="train_value", paths=replace(spec.paths, init=None, rewards=workspace / "rewards"))
+    inputs = open_inputs(spec)
+    spec = replace(spec, paths=replace(spec.paths, init=tmp_path / "first"))
+    assert initial_model(spec, inputs).config.value_in_channels == 10
+    assert inputs.rewards is not None
+    inputs.rewards.values = np.zeros((1, 11), np.float32)
+    found, old = initial_model(spec, inputs), first.state_dict()
+    assert found.config.value_in_channels == 11
+    kept = {name for name, tensor in found.state_dict().items() if torch.equal(tensor, old.get(name, tensor[:0]))}
+    assert {name for name in old if not name.startswith("value")} <= kept
 
 
 def test_weights_of_another_size_are_refused(spec_of, stock: Path) -> None:

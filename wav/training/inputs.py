@@ -55,12 +55,6 @@ def open_inputs(spec: TrainSpec) -> Inputs:
         if spec.paths.rewards is None:
             raise DataError(f"{spec.stage}: no rewards given; make them with `dvc repro label_rewards`")
         rewards = RewardStore.open(spec.paths.rewards, episodes)
-        channels = rewards.values.shape[1]
-        if channels != value_channels(spec.data):
-            raise DataError(
-                f"{spec.paths.rewards}: {channels} value channels where the wrist cameras of data.views = "
-                f"{list(spec.data.views)} mean {value_channels(spec.data)}; set label_rewards.arms to match"
-            )
     splits = [
         WindowDataset(episodes, latents, rewards, spec.data, split, spec.train.validation_share)
         for split in (("train", "validation") if spec.train.validation_share > 0 else ("train",))
@@ -99,11 +93,13 @@ def initial_model(spec: TrainSpec, inputs: Inputs) -> WAVTransformer:
     """The model a stage starts from, in float32 on the CPU.
 
     The first stage builds it from the settings (and loads ``model.init_from``); later ones load the previous stage's.
+    The first stage knows no rewards: where they have other channels than it assumed, the value expert begins anew.
 
     Raises:
         CheckpointError: the previous stage's model has other sizes than the settings say.
     """
-    sizes = (inputs.latents.image.shape[2], inputs.latents.text.shape[-1], value_channels(spec.data))
+    channels = value_channels(spec.data) if inputs.rewards is None else inputs.rewards.values.shape[1]
+    sizes = (inputs.latents.image.shape[2], inputs.latents.text.shape[-1], channels)
     if spec.paths.init is None:
         model = build_model(spec.model, spec.data, *sizes, seed=spec.train.seed)
         if spec.model.init_from:
@@ -112,6 +108,10 @@ def initial_model(spec: TrainSpec, inputs: Inputs) -> WAVTransformer:
         return model
     folder = spec.paths.init / "model"
     model = load_model(folder, torch.float32)
+    if spec.stage == "train_value" and model.config.value_in_channels != channels:
+        known = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("value")}
+        model = build_model(spec.model, spec.data, *sizes, seed=spec.train.seed)
+        model.load_state_dict(known, strict=False)
     model.train()
     with torch.device("meta"):
         wanted = build_model(spec.model, spec.data, *sizes).config
