@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,18 @@ def test_named_presets_and_make_targets_exist(page: str) -> None:
     for line in re.findall(r"(?:^|[;&|] *)make ((?: *[a-z][a-z-]*(?![\w=./-]))+)", code(read(page)), flags=re.M):
         for name in line.split():
             assert name in targets, f"{page}: make {name}, which is no target"
+
+
+def test_named_commands_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    from wav.cli import parser
+
+    for page in PAGES:
+        for line in re.findall(r"^(?:\s*|.*&& )wav ([a-z].*)$", code(read(page)), flags=re.M):
+            try:
+                parser().parse_args(shlex.split(line))
+            except SystemExit:
+                said = capsys.readouterr().err.strip().splitlines()[-1]
+                pytest.fail(f"{page}: wav {line}: {said}")
 
 
 def test_no_file_names_a_place_on_one_machine() -> None:
