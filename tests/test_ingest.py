@@ -17,7 +17,7 @@ DATA = DataSettings(image_height=16, image_width=16, tasks=("lift_red_cube", "li
 SETTINGS = IngestSettings(episodes_per_task=4, noise=0.1, detour=0.25, seed=3)
 
 
-def record(suite, task, init_index, data, noise, detour, seed) -> Episode:
+def record(suite, task, init_index, data, noise, detour, seed, style) -> Episode:
     """An episode that is a pure function of the arguments; indices select misfortunes."""
     assert (suite, noise, detour, seed) == ("tabletop", 0.1, 0.25, 3)
     rng = np.random.default_rng([init_index, len(task)])
@@ -35,6 +35,7 @@ def record(suite, task, init_index, data, noise, detour, seed) -> Episode:
         init_index=init_index,
         seed=seed,
         source="fake",
+        style=style,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -80,6 +80,9 @@ class IngestSettings(Section):
     )
     detour: float = Field(
         0.5, ge=0, le=1, description="share of demonstrations that begin with a detour to a random pose"
+    )
+    styles: dict[Literal["direct", "slow", "hesitant", "detour", "fumble"], Annotated[float, Field(gt=0)]] = Field(
+        {"direct": 1.0}, min_length=1, description="scripted: shares of the ways in which the expert moves"
     )
     min_length: int = Field(8, ge=2, description="shorter episodes are quarantined")
     cameras: dict[str, str] = Field({}, description="view -> camera of the dataset, where the usual names do not fit")

@@ -37,6 +37,8 @@ class Episode:
     init_index: int
     seed: int
     source: str
+    style: str = ""
+    """How a scripted expert moved (:data:`wav.sim.styles.STYLES`); empty where nobody knows. No model ever sees it."""
 
     @property
     def length(self) -> int:

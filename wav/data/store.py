@@ -66,6 +66,7 @@ class EpisodeInfo:
     has_joints: bool
     has_expert: bool
     offset: int
+    style: str
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class EpisodeStoreWriter:
             init_index=int(episode.init_index),
             seed=int(episode.seed),
             source=episode.source,
+            style=episode.style,
             has_joints=episode.joints is not None,
             has_expert=episode.expert_actions is not None,
             offset=self.frames,
@@ -329,6 +331,7 @@ class EpisodeStore:
             init_index=info.init_index,
             seed=info.seed,
             source=info.source,
+            style=info.style,
         )
 
     @property

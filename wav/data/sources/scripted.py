@@ -105,13 +105,17 @@ class ScriptedSource:
         """Record the demonstrations of (task, initial state) jobs, in job order."""
         record, run = self._functions()
         settings = self.settings
-        arguments = [
-            (self.data.suite, task, index, self.data, settings.noise, settings.detour, settings.seed)
-            for task, index in jobs
-        ]
+        how = (self.data, settings.noise, settings.detour, settings.seed)
+        arguments = [(self.data.suite, task, index, *how, self._style(task, index)) for task, index in jobs]
         for number, result in in_order(run(record, arguments, workers), len(jobs)):
             task, index = jobs[number]
             yield self._judge(task, index, result)
+
+    def _style(self, task: str, index: int) -> str:
+        """How the expert moves in a demonstration."""
+        from wav.sim.styles import draw_style
+
+        return draw_style(self.settings.styles, self.settings.seed, task, index)
 
     def _judge(self, task: str, index: int, result: Episode | Exception) -> Episode | Rejection:
         """Accept an episode or say why not; errors that are no episode's fault are raised."""

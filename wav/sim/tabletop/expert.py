@@ -20,6 +20,7 @@ from wav.errors import ConfigError, DataError
 from wav.seeding import derive_seed, numpy_generator
 from wav.sim.arm import Action, Arm
 from wav.sim.env import LIBERO_SUITES, Observation, SimEnv, make_env, simulator_versions, task_specs
+from wav.sim.styles import Styled
 from wav.sim.tabletop.tasks import BIN_CENTER, BIN_WALL, CUBE_HALF, SCENES, TABLE_HEIGHT
 
 if TYPE_CHECKING:
@@ -220,6 +221,7 @@ def run_expert(
     detour: float = 0.0,
     seed: int = 0,
     on_step: Callable[[Observation, Action, Action], None] | None = None,
+    style: str = "direct",
 ) -> tuple[bool, int]:
     """Run the expert from initial state ``index``; ``on_step(observation, executed, label)`` sees every step.
 
@@ -232,12 +234,15 @@ def run_expert(
         detour: probability that the arm is first moved, unrecorded, to a random pose above the table.
         seed: of noise and detour.
         on_step: called with the observation, the executed action and the clean label; None renders only the beginning.
+        style: how the expert moves (:data:`wav.sim.styles.STYLES`).
 
     Returns:
         whether the task's predicate held within the step limit, and the steps made.
     """
     rng = numpy_generator(seed, "expert", task, index)
     expert, first = begin(env, suite, task, index, detour, rng)
+    if style != "direct":
+        expert = Styled(expert, style, numpy_generator(seed, "expert.style", task, index))
     observation: Observation | None = first
     limit = task_specs(suite)[task].max_steps
     for step in range(limit):
@@ -278,7 +283,14 @@ def solves(suite: str, task: str, index: int, data: DataSettings, noise: float, 
 
 
 def record_demonstration(
-    suite: str, task: str, init_index: int, data: DataSettings, noise: float, detour: float, seed: int
+    suite: str,
+    task: str,
+    init_index: int,
+    data: DataSettings,
+    noise: float,
+    detour: float,
+    seed: int,
+    style: str = "direct",
 ) -> Episode:
     """One demonstration as an :class:`Episode`; a pure function of its arguments. Runs in a simulator process."""
     from wav.data.episode import Episode
@@ -293,7 +305,7 @@ def record_demonstration(
         executed.append(action)
         labels.append(label)
 
-    success, _ = run_expert(env, suite, task, init_index, noise, detour, seed, keep)
+    success, _ = run_expert(env, suite, task, init_index, noise, detour, seed, keep, style)
     return Episode(
         episode_id=f"{suite}/{task}/{init_index:05d}",
         task=task,
@@ -306,5 +318,6 @@ def record_demonstration(
         success=success,
         init_index=init_index,
         seed=derive_seed(seed, "expert", task, init_index) % 2**31,
+        style=style,
         source="scripted " + " ".join(f"{k}=={v}" for k, v in simulator_versions(suite).items()),
     )

@@ -1,0 +1,67 @@
+"""Styles of scripted demonstrations: the task is solved in each, and each looks as its name says."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from wav.config import load_settings
+from wav.sim.env import make_env
+from wav.sim.styles import SLOW, STYLES, draw_style
+from wav.sim.tabletop.expert import run_expert
+
+
+@pytest.fixture(scope="module")
+def demonstrations() -> dict[str, np.ndarray]:
+    """Clean labels (T, 7) of one initial state in every style, without execution noise."""
+    env = make_env("tabletop", load_settings("params.yaml").data)
+    env.observe = lambda: True  # type: ignore[method-assign]  # pictures are not looked at here
+    labels = {}
+    for style in STYLES:
+        kept: list[np.ndarray] = []
+
+        def keep(observation, executed, label, kept=kept):
+            kept.append(label)
+
+        solved, _ = run_expert(env, "tabletop", "lift_red_cube", 1007, style=style, on_step=keep)
+        assert solved, style
+        labels[style] = np.stack(kept)
+    env.close()
+    return labels
+
+
+def test_the_slow_style_moves_slowly_and_takes_longer(demonstrations):
+    slow, direct = demonstrations["slow"], demonstrations["direct"]
+    assert np.abs(slow[:, :6]).max() <= SLOW + 1e-6 < np.abs(direct[:, :6]).max()
+    assert len(slow) > 1.5 * len(direct)
+
+
+def test_the_hesitant_style_stops_on_its_way(demonstrations):
+    def pauses(labels: np.ndarray) -> int:
+        return int((np.abs(labels[:-1, :6]).max(1) == 0).sum())
+
+    assert pauses(demonstrations["direct"]) == 0
+    assert pauses(demonstrations["hesitant"]) >= 3
+
+
+def test_a_detour_goes_another_way_first(demonstrations):
+    assert not np.array_equal(demonstrations["detour"][:4], demonstrations["direct"][:4])
+    assert len(demonstrations["detour"]) > len(demonstrations["direct"])
+
+
+def test_a_fumbled_grasp_closes_twice(demonstrations):
+    def closings(labels: np.ndarray) -> int:
+        return int(((labels[1:, 6] > 0) & (labels[:-1, 6] < 0)).sum())
+
+    assert closings(demonstrations["direct"]) == 1
+    assert closings(demonstrations["fumble"]) == 2
+
+
+def test_shares_decide_the_styles_and_equal_names_draw_equal_styles():
+    shares = {"direct": 2.0, "slow": 1.0}
+    drawn = Counter(draw_style(shares, 0, "task", index) for index in range(600))
+    assert set(drawn) == {"direct", "slow"}
+    assert 350 < drawn["direct"] < 450
+    assert draw_style(shares, 0, "task", 5) == draw_style(dict(reversed(shares.items())), 0, "task", 5)
