@@ -26,7 +26,8 @@ from wav.evaluation.intervals import paired_difference, wilson
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Scheduler
 from wav.io.files import write_json
-from wav.planning.planner import Plan, RowKey, SeededNoise, plan
+from wav.planning.planner import Planner
+from wav.planning.types import Plan, RowKey, SeededNoise
 from wav.policy.export import load_export
 from wav.policy.policy import Policy
 from wav.sim.env import select_tasks
@@ -41,10 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"precision": torch.bfloat16},
     "score_steps 4": {"score_steps": 4},
     "score_steps 2": {"score_steps": 2},
-    "survivors": {"survivors": 3},
-    "reuse_reads 2": {"reuse_reads": 2},
     "K=3": {"iterations": 3},
-    "K=3, settle 0.5": {"iterations": 3, "settle": 0.5},
     "K=1": {"iterations": 1},
     "K=1, warm_start": {"iterations": 1, "warm_start": True},
     "realtime": {"iterations": 1, "warm_start": True, "score_steps": 2},
@@ -76,7 +74,7 @@ class Call:
 
 
 def make_options(base: PlannerSettings, names: Sequence[str]) -> list[Option]:
-    """The options by name, on top of the export's settings; ``survivors`` is at least what the elites need."""
+    """The options by name, on top of the export's settings."""
     options = []
     for name in names:
         changes = dict(OPTIONS[name])
@@ -138,7 +136,7 @@ def planned(policy: Policy, option: Option, call: Call, warm: Plan | None) -> Pl
     noise = SeededNoise([RowKey(option.seed, call.row, call.call)])
     means = None if warm is None else warm.means
     context = policy.model.begin(*call.inputs)
-    return plan(policy.model, context, option.settings, noise, policy._returns, warm=means)
+    return Planner(policy.model, option.settings, policy._returns).plan(context, noise, warm=means)
 
 
 def overlap(one: Plan, two: Plan) -> float:

@@ -25,7 +25,8 @@ from wav.inference import native
 from wav.inference.adapter import WAVPlannerModel, noise_shapes
 from wav.inference.compiled import CompiledPlannerModel
 from wav.model import build_model
-from wav.planning.planner import Plan, RowKey, SeededNoise, plan
+from wav.planning.planner import Planner
+from wav.planning.types import Plan, RowKey, SeededNoise
 
 NAMES = ("kernels", "torch", "compiled")
 
@@ -52,7 +53,8 @@ def prepared(name: str, sizes: str) -> tuple[WAVPlannerModel, Any]:
         shapes = ((1, s.views, s.latent, s.memory, *s.grid), (1, s.text_tokens, s.caption), (1, 1, s.action_channels))
         memory, text, history = (torch.randn(shape, generator=generator) for shape in shapes)
         context = model.begin(memory, text, None, history)
-        return plan(model, context, s.planner, SeededNoise([RowKey(seed, "benchmark", 0)]), lambda v: v[..., -1])
+        planner = Planner(model, s.planner, lambda values: values[..., -1])
+        return planner.plan(context, SeededNoise([RowKey(seed, "benchmark", 0)]))
 
     return kind(made, noise_shapes(made, s.views, s.grid, s.future, s.chunk)), call
 

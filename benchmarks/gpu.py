@@ -2,7 +2,7 @@
 
 Planning end to end (the newest camera frames in, actions on the CPU out; random weights) at K=3, at K=5 and with the
 planner settings of presets/realtime.yaml: p50 and p95, peak memory, share of the machine's measured matrix peak, the
-plain schedule beside ours and ours on compiled code and CUDA graphs (``--no-compile`` leaves that out). Training
+baseline beside ours and ours on compiled code and CUDA graphs (``--no-compile`` leaves that out). Training
 samples a second of the three stages on one GPU, plain beside ours. Instructions count as encoded already, on all sides
 (T5 needs transformers)::
 
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from baseline.planner import BaselinePlannerModel
 from counting import machine, write_result
 from projection import accounted
 from sizes import SIZES, Sizes
@@ -32,12 +33,12 @@ from training_data import VaeEncoders, make_encoders
 
 from wav.inference.adapter import WAVPlannerModel, noise_shapes
 from wav.inference.compiled import planner_model
-from wav.inference.plain import PlainPlannerModel
 from wav.model import accounting, build_model
-from wav.planning.planner import RowKey, SeededNoise, plan
+from wav.planning.planner import Planner
+from wav.planning.types import RowKey, SeededNoise
 
 SCHEDULES: dict[str, Any] = {
-    "plain": PlainPlannerModel,
+    "baseline": BaselinePlannerModel,
     "ours": WAVPlannerModel,
     "ours, compiled": functools.partial(planner_model, compile=True),
 }
@@ -82,18 +83,18 @@ class Policy:
     def act(self, frames: np.ndarray, index: int) -> Tensor:
         """Actions (1, A, C) on the CPU; ``frames`` (V, H, W, 3) uint8.
 
-        Ours encodes the newest frame of every view; the plain schedule every memory frame again.
+        Ours encodes the newest frame of every view; the baseline every memory frame again.
         """
         memory = self.earlier.clone()
         if isinstance(self.encoders, VaeEncoders):
-            again = self.sizes.memory if self.name == "plain" else 1
+            again = self.sizes.memory if self.name == "baseline" else 1
             for _ in range(again):
                 newest = self.encoders._encode(frames[:, None])
             memory[0, :, :, -1] = newest[:, :, 0]
         context = self.adapter.begin(memory, self.text, None, self.history)
         noise = SeededNoise([RowKey(0, "gpu", index)], self.device)
         settings: Any = self.sizes.planner
-        found = plan(self.adapter, context, settings, noise, lambda values: values[..., -1], warm=self.means)
+        found = Planner(self.adapter, settings, lambda values: values[..., -1]).plan(context, noise, warm=self.means)
         self.means = found.means
         return found.actions.cpu()
 
@@ -118,10 +119,10 @@ def planning(sizes: Sizes, policies: dict[str, Policy], peak: float, calls: int)
     for name, taken in seconds.items():
         p50, p95 = (float(np.quantile(taken[1:], q)) for q in (0.5, 0.95))  # the first call prepares
         rows[name] = {"p50": p50, "p95": p95, "first": taken[0], "peak_gib": memory[name]}
-    for name in rows.keys() - {"plain"}:
+    for name in rows.keys() - {"baseline"}:
         rows[name]["share_of_measured_peak"] = operations / rows[name]["p50"] / peak
     return {
-        "ratios": {name: rows["plain"]["p50"] / row["p50"] for name, row in rows.items() if name != "plain"},
+        "ratios": {name: rows["baseline"]["p50"] / row["p50"] for name, row in rows.items() if name != "baseline"},
         "max_abs_diff": {
             name: float((found - last["ours"]).abs().max()) for name, found in last.items() if name != "ours"
         },
@@ -168,7 +169,7 @@ def show(result: dict[str, Any]) -> None:
                 f"first {found['first']:.1f} s, peak {found['peak_gib']:.1f} GiB{text}"
             )
         for schedule, ratio in row["ratios"].items():
-            print(f"planning {name} plain / {schedule} {ratio:.2f}")
+            print(f"planning {name} baseline / {schedule} {ratio:.2f}")
         off = ", ".join(f"{schedule} {largest:.1e}" for schedule, largest in row["max_abs_diff"].items())
         print(f"planning {name} actions differ from those of ours: {off}")
     for stage, row in result.get("training", {}).get("stages", {}).items():
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="training steps at most")
     parser.add_argument("--budget", type=float, default=90.0, help="seconds a training stage may take")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in ours too")
-    parser.add_argument("--factors", action="store_true", help="also the plain schedule without each of its parts")
+    parser.add_argument("--factors", action="store_true", help="also the baseline without each of its parts")
     arguments = parser.parse_args()
     if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device {arguments.device}: this machine has no CUDA device; use --device cpu for a trial")

@@ -27,7 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 from wav.inference import native
 from wav.inference.adapter import WAVPlannerModel, noise_shapes
 from wav.model.transformer import WAVTransformer
-from wav.planning.planner import RowKey, SeededNoise, plan
+from wav.planning.planner import Planner
+from wav.planning.types import RowKey, SeededNoise
 
 BASE = replace(SIZES["default"], model=replace(SIZES["default"].model, max_views=8))
 
@@ -89,7 +90,7 @@ def caller(sizes: Sizes) -> Callable[[], object]:
 
     def call() -> object:
         context = model.begin(memory, text, None, history)
-        return plan(model, context, settings, noise, lambda values: values[..., -1])  # type: ignore[arg-type]
+        return Planner(model, settings, lambda values: values[..., -1]).plan(context, noise)
 
     return call
 

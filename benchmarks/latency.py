@@ -24,7 +24,7 @@ from torch import Tensor
 from wav.inference import lanes, native
 from wav.inference.adapter import WAVPlannerModel, noise_shapes
 from wav.model import build_model
-from wav.planning.planner import RowKey
+from wav.planning.types import RowKey
 
 #: The sizes of ``benchmarks/plan.py``.
 PLAN = replace(

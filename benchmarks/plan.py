@@ -1,4 +1,4 @@
-"""One planning call on the plain schedule (what the reference does) and on ours, alternating in one process.
+"""One planning call on the baseline schedule (what the reference does) and on ours, alternating in one process.
 
 Same weights, same noise, one CPU thread; text encoder and codec excluded. Prints a table; ``--json FILE`` writes it:
 
@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baseline.planner import BaselinePlannerModel
 from counting import Counted, machine, matrix_peak, write_result
 from torch import Tensor
 
 from wav.config import DataSettings, ModelSettings, PlannerSettings
 from wav.inference import native
 from wav.inference.adapter import WAVPlannerModel, noise_shapes
-from wav.inference.plain import PlainPlannerModel
 from wav.model import build_model
-from wav.planning.planner import Plan, RowKey, SeededNoise, plan
+from wav.planning.planner import Planner
+from wav.planning.types import Plan, RowKey, SeededNoise
 
 LATENT, CAPTION, TOKENS, GRID = 32, 256, 32, (4, 4)
 VIEWS, MEMORY, FUTURE, CHUNK = 2, 4, 2, 36
@@ -66,7 +67,7 @@ def call(model: Any, seed: int) -> Plan:
     """One planning call, from latents and text embeddings to normalised actions."""
     context = model.begin(*inputs(seed))
     noise = SeededNoise([RowKey(seed, "benchmark", 0)])
-    return plan(model, context, PLANNER, noise, lambda values: values[..., -1])
+    return Planner(model, PLANNER, lambda values: values[..., -1]).plan(context, noise)
 
 
 def difference(one: Plan, two: Plan) -> tuple[float, bool]:
@@ -84,19 +85,24 @@ def spread(seconds: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "runs": seconds}
 
 
+def ratio(one: list[float], two: list[float]) -> float:
+    """Median over turns of one way's seconds by another's."""
+    return statistics.median(a / b for a, b in zip(one, two, strict=True))
+
+
 def measure(budget: float, repeats: int) -> dict[str, Any]:
     """Count one call of each schedule, then time them in turns within ``budget`` seconds."""
     begun = time.perf_counter()
     transformer = build_model(MODEL, DataSettings(action_chunk=CHUNK), LATENT, CAPTION).eval()
     shapes = noise_shapes(transformer, VIEWS, GRID, FUTURE, CHUNK)
-    models = {"plain": PlainPlannerModel(transformer, shapes), "ours": WAVPlannerModel(transformer, shapes)}
+    models = {"baseline": BaselinePlannerModel(transformer, shapes), "ours": WAVPlannerModel(transformer, shapes)}
     kernels, built = native.description(), time.perf_counter() - begun
     counts, plans = {}, {}
     for name, model in models.items():
         with torch.no_grad(), Counted() as counted:
             plans[name] = call(model, 0)
         counts[name] = counted
-    largest, same = difference(plans["plain"], plans["ours"])
+    largest, same = difference(plans["baseline"], plans["ours"])
     peak = matrix_peak()
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     processor: defaultdict[str, list[float]] = defaultdict(list)  # beside wall time: neighbours disturb it less
@@ -110,7 +116,7 @@ def measure(budget: float, repeats: int) -> dict[str, Any]:
             seconds[name].append(time.perf_counter() - before)
             processor[name].append(time.process_time() - used)
             parts[name].append(dict(timed.parts))
-        off, equal = difference(plans["plain"], plans["ours"])
+        off, equal = difference(plans["baseline"], plans["ours"])
         largest, same = max(largest, off), same and equal
         if time.perf_counter() - begun + 1.3 * (time.perf_counter() - start) > budget:
             break
@@ -127,11 +133,13 @@ def measure(budget: float, repeats: int) -> dict[str, Any]:
             "share_of_peak": counts[name].flops / median / peak,
         }
     return {
-        "ratio": statistics.median(a / b for a, b in zip(seconds["plain"], seconds["ours"], strict=True)),
-        "processor_ratio": statistics.median(a / b for a, b in zip(processor["plain"], processor["ours"], strict=True)),
+        "ratio": statistics.median(a / b for a, b in zip(seconds["baseline"], seconds["ours"], strict=True)),
+        "processor_ratio": statistics.median(
+            a / b for a, b in zip(processor["baseline"], processor["ours"], strict=True)
+        ),
         "max_abs_diff": largest,
         "same_elites": same,
-        "plain_seconds": rows["plain"]["seconds"]["median"],
+        "baseline_seconds": rows["baseline"]["seconds"]["median"],
         "ours_seconds": rows["ours"]["seconds"]["median"],
         "peak_gflops": peak / 1e9,
         "kernels": kernels,

@@ -50,9 +50,6 @@ class Planner:
     video_denoise_steps: int = 1
     warm_start: bool = False
     score_steps: int = 0
-    survivors: int = 0
-    reuse_reads: int = 1
-    settle: float = 0.0
 
 
 @dataclass(frozen=True)

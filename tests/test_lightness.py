@@ -26,14 +26,16 @@ from train import Run
 from training_data import Encoders, windows
 from wav.model import build_model
 from wav.inference.adapter import WAVPlannerModel, noise_shapes
-from wav.planning.planner import RowKey, SeededNoise, plan
+from wav.planning.planner import Planner
+from wav.planning.types import RowKey, SeededNoise
 
 sizes = SIZES["tiny"]
 model = build_model(sizes.model, sizes, sizes.latent, sizes.caption, sizes.value_channels)
 planner = WAVPlannerModel(model.eval(), noise_shapes(model, sizes.views, sizes.grid, sizes.future, sizes.chunk))
 memory = torch.zeros(1, sizes.views, sizes.latent, sizes.memory, *sizes.grid)
 context = planner.begin(memory, torch.zeros(1, sizes.text_tokens, sizes.caption), None, None)
-made = plan(planner, context, sizes.planner, SeededNoise([RowKey(0, "light", 0)]), lambda values: values[..., -1])
+noise = SeededNoise([RowKey(0, "light", 0)])
+made = Planner(planner, sizes.planner, lambda values: values[..., -1]).plan(context, noise)
 assert made.actions.shape == (1, sizes.chunk, sizes.action_channels)
 encoders = Encoders(sizes, torch.device("cpu"))
 for stage in ("pretrain_video", "train_value", "train_joint"):

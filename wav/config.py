@@ -16,8 +16,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from wav.config_errors import explain, refused_shortcut
+from wav.config_errors import explain
 from wav.errors import ConfigError, exit_status
+from wav.planning.scores import SCORES
 
 
 class Section(BaseModel):
@@ -205,7 +206,7 @@ class PlannerSettings(Section):
     alpha: float = Field(0.5, ge=0, le=1)
     beta: float = Field(0.5, ge=0, le=1)
     sigma_decay: float = Field(0.9, gt=0, le=1)
-    score: Literal["snr", "lower_bound"] = "snr"
+    score: str = Field("snr", description="how returns are scored, a name in wav/planning/scores.py")
     lower_bound_c: float = Field(1.0, ge=0)
     epsilon: float = Field(1e-6, gt=0)
     denoise_steps: int = Field(10, ge=1, description="Euler steps of value and action flows")
@@ -214,11 +215,6 @@ class PlannerSettings(Section):
     )
     warm_start: bool = False
     score_steps: int = Field(0, ge=0, description="Euler steps of the values that are scored; 0: denoise_steps")
-    survivors: int = Field(0, ge=0, description="candidates scored in full after a first look at all; 0: all")
-    reuse_reads: int = Field(1, ge=1, description="Euler steps of scoring that share what the values read of the video")
-    settle: float = Field(
-        0.0, ge=0, description="stop once elites' scores rise by less (standard deviations); 0: never"
-    )
 
     @model_validator(mode="after")
     def _consistent(self) -> PlannerSettings:
@@ -232,8 +228,13 @@ class PlannerSettings(Section):
                 f"value_elites = {self.value_elites}: must be at most video_samples * value_samples = "
                 f"{self.video_samples * self.value_samples}; lower value_elites or raise the samples"
             )
-        if fault := refused_shortcut(self):
-            raise ValueError(fault)
+        if self.score_steps > self.denoise_steps:
+            raise ValueError(
+                f"score_steps = {self.score_steps}: must be at most denoise_steps = {self.denoise_steps}; "
+                "lower score_steps or raise denoise_steps"
+            )
+        if self.score not in SCORES:
+            raise ValueError(f"score = {self.score!r}: unknown; use one of {', '.join(SCORES)}")
         return self
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 if TYPE_CHECKING:
-    from wav.config import PlannerSettings
+    pass
 
 
 def _known_names(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
@@ -45,36 +45,3 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
     if isinstance(first["input"], dict):
         return f"{source}: {field}: {message}{more}"
     return f"{source}: {field} = {first['input']!r}: {message[:1].lower() + message[1:]}{more}"
-
-
-def refused_shortcut(planner: PlannerSettings) -> str:
-    """Which approximation of the planner (:mod:`wav.planning.shortcuts`) means nothing beside its sizes, and why; else empty."""  # noqa: E501
-    steps = planner.score_steps or planner.denoise_steps
-    elites = max(planner.video_elites, -(-planner.value_elites // planner.value_samples))
-    limits = (
-        (
-            planner.score_steps > planner.denoise_steps,
-            "score_steps",
-            f"at most denoise_steps = {planner.denoise_steps}",
-        ),
-        (planner.reuse_reads > steps, "reuse_reads", f"at most the {steps} steps of scoring"),
-        (
-            planner.survivors and not elites <= planner.survivors < planner.video_samples,
-            "survivors",
-            f"0, or from {elites} (all elites come from them) to video_samples - 1 = {planner.video_samples - 1}",
-        ),
-        (
-            planner.survivors and steps == 1,
-            "survivors",
-            "0 where scoring takes 1 step, which is the first look itself",
-        ),
-        (
-            planner.settle and planner.iterations < 3,
-            "settle",
-            "0 below 3 iterations: the second is the first to compare",
-        ),
-    )
-    for wrong, name, wanted in limits:
-        if wrong:
-            return f"{name} = {getattr(planner, name)}: must be {wanted}"
-    return ""

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.test_policy import CHANNELS, PLANNER, WIDTH, images, make_model
-from tests.test_policy import DATA as SHAPES
+from tests.policy.test_policy import CHANNELS, PLANNER, WIDTH, images, make_model
+from tests.policy.test_policy import DATA as SHAPES
 from wav.codec import PCACodec
 from wav.config import DataSettings, EvalLiberoSettings, Settings
 from wav.data.conventions import Conventions

@@ -1,22 +1,25 @@
-"""Planning and acting against the reference's recorded runs (``plan_*``), with its departures switched on.
+"""Planning and acting against the reference's recorded runs (``plan_*``).
 
-Each run is checked as its flags in ``meta.json`` say; the seven that a full set holds are skipped by name when absent.
+Its departures from the paper are made in :mod:`tests.golden.reference_planner`. Each run is checked as
+its flags in ``meta.json`` say; the seven that a full set holds are skipped by name when absent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tests.golden.conftest import META, Golden, known
+from tests.golden.reference_planner import ReferenceModel, ReferencePlanner
 from wav.config import PlannerSettings
-from wav.inference.adapter import Context, WAVPlannerModel
-from wav.inference.reference import ReferencePlannerModel
+from wav.inference.adapter import WAVPlannerModel
 from wav.model import WAVTransformer
-from wav.planning.planner import REFERENCE, NoiseShapes, Plan, plan
+from wav.planning.planner import Planner
+from wav.planning.types import NoiseShapes, Plan
 
 ATOL = 1e-4
 RUNS = known(
@@ -39,7 +42,7 @@ class Run:
         golden: Golden,
         transformer: WAVTransformer,
         name: str,
-        kind: type[WAVPlannerModel] = ReferencePlannerModel,
+        kind: Any = WAVPlannerModel,
     ) -> None:
         self.golden = golden
         self.info, self.tensors = golden.recorded("plans", name)
@@ -56,19 +59,17 @@ class Run:
             tuple(self.tensors[f"out.{k}"].shape[1:]) if f"out.{k}" in self.tensors else () for k in ("value", "action")
         ]
         self.model = kind(transformer, NoiseShapes(self.future(self.video).shape, *tokens))
-        self.context: Context = self.model.begin(
-            memory[None],
-            self.tensors["in.prompt_embeds"],
-            self.tensors["in.prompt_attention_mask"],
-            self.tensors.get("in.history_action_state"),
-        )
+        text, mask = self.tensors["in.prompt_embeds"], self.tensors["in.prompt_attention_mask"]
+        observation = (memory[None], text, mask, self.tensors.get("in.history_action_state"))
+        self.context: Any = self.model.begin(*observation)
+        self.reference = ReferenceModel(transformer, *observation)
 
     def future(self, video: Tensor) -> Tensor:
         """Future frames of noise over all frames."""
         return video[..., self.memory_frames :, :, :]
 
     def __call__(self, purpose: str, shape: tuple[int, ...], iteration: int = 0) -> Tensor:
-        """The recorded draw (:class:`wav.planning.planner.Noise`): action, value, video, iterations, final video and value."""  # noqa: E501
+        """The recorded draw (:class:`wav.planning.types.Noise`): action, value, video, iterations, final video and value."""  # noqa: E501
         last = self.info["exploration"]
         recorded = {
             "act.action": lambda: self.draws[0],
@@ -98,8 +99,12 @@ class Run:
 
     def plan(self) -> Plan:
         """Our planner, as the reference."""
-        settings, last = self.settings, lambda values: values[..., -1]
-        return plan(self.model, self.context, settings, self, last, with_value=True, compat=REFERENCE)
+        return ReferencePlanner(self.model, self.settings).plan(self.context, self)
+
+    def stale_value(self, plan: Plan) -> Tensor:
+        """The value that the reference reports beside the plan's actions."""
+        assert plan.z_value is not None
+        return self.reference.stale_value(plan.z_video, plan.z_value, self.steps)
 
 
 def close(ours: Tensor, recorded: Tensor) -> None:
@@ -140,23 +145,21 @@ def planned(run: Run) -> None:
     close(last.value.mean, recorded["explore.value_noise_mean"])
     close(last.value.std, recorded["explore.value_noise_std"])
     close(result.actions, recorded["out.action"])
-    assert result.values is not None
-    close(result.values, recorded["out.value"])
-    differs_without_the_switches(run)
+    close(run.stale_value(result), recorded["out.value"])
+    differs_from_ours(run)
 
 
-def differs_without_the_switches(run: Run) -> None:
-    """Guard against compat switches that do nothing: our planner must not reproduce the reference's mistakes."""
+def differs_from_ours(run: Run) -> None:
+    """Our planner must not reproduce the reference's mistakes."""
     settings = run.settings.model_copy(update={"iterations": 1})
-    result = plan(run.model, run.context, settings, run, lambda values: values[..., -1])
+    result = Planner(run.model, settings, lambda values: values[..., -1]).plan(run.context, run)
     assert not torch.allclose(result.history[0].values.flatten(0, 2), run.tensors["it0.values_denoised"], atol=1e-2)
 
 
 def unplanned(run: Run) -> None:
     result = run.plan()
     close(result.actions, run.tensors["out.action"])
-    assert result.values is not None
-    close(result.values, run.tensors["out.value"])
+    close(run.stale_value(result), run.tensors["out.value"])
 
 
 def action_without_value(run: Run) -> None:
@@ -173,10 +176,9 @@ def value_alone(run: Run) -> None:
 def video_value_and_action_together(run: Run) -> None:
     action, value = run.draws[0], run.draws[1]
     video = run.future(run.draws[2])[None]
-    actions, future = run.model.denoise_jointly(run.context, video, value, action, run.steps)
+    actions, future = run.reference.denoise_jointly(video, value, action, run.steps)
     close(actions, run.tensors["out.action"])
-    features = run.model.video_features(run.context, video[:, None], 1)
-    close(run.model.stale_value(features, value, run.steps), run.tensors["out.value"])
+    close(run.reference.stale_value(video, value, run.steps), run.tensors["out.value"])
     close_video(run, future)
 
 

@@ -1,4 +1,4 @@
-"""Planning on the GPU: the fast path against the plain schedule and against the CPU, compiled, and its memory."""
+"""Planning on the GPU: the fast path against the baseline and against the CPU, compiled, and its memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from baseline.planner import BaselinePlannerModel
 from sizes import SIZES
 from torch._dynamo.utils import counters
 
 from wav.inference.adapter import WAVPlannerModel, noise_shapes
 from wav.inference.compiled import CompiledPlannerModel, Recorded, planner_model
-from wav.inference.plain import PlainPlannerModel
 from wav.model import WAVTransformer, build_model
-from wav.planning.planner import Plan, RowKey, SeededNoise, plan
+from wav.planning.planner import Planner
+from wav.planning.types import Plan, RowKey, SeededNoise
 
 SMALL = SIZES["tiny"]
 COMPILED = functools.partial(planner_model, compile=True)
@@ -54,7 +55,7 @@ def planned(adapter: Any, device: torch.device, seed: int = 0, **changes: Any) -
     context = adapter.begin(memory, text, torch.ones(2, SMALL.text_tokens), history)
     noise = SeededNoise([RowKey(seed, row, 0) for row in range(2)], device)
     settings: Any = replace(SMALL.planner, **changes)
-    return plan(adapter, context, settings, noise, lambda values: values[..., -1], with_value=True)
+    return Planner(adapter, settings, lambda values: values[..., -1]).plan(context, noise, with_value=True)
 
 
 def compare(one: Plan, two: Plan, tolerance: float) -> None:
@@ -65,8 +66,8 @@ def compare(one: Plan, two: Plan, tolerance: float) -> None:
         assert torch.equal(a.value_elites.cpu(), b.value_elites.cpu())
 
 
-def test_fast_path_equals_the_plain_schedule(model: WAVTransformer, device: torch.device) -> None:
-    compare(call(WAVPlannerModel, model, device), call(PlainPlannerModel, model, device), 1e-4)
+def test_fast_path_equals_the_baseline(model: WAVTransformer, device: torch.device) -> None:
+    compare(call(WAVPlannerModel, model, device), call(BaselinePlannerModel, model, device), 1e-4)
 
 
 def test_elites_are_those_of_the_cpu(model: WAVTransformer, device: torch.device) -> None:
@@ -78,7 +79,7 @@ def test_bfloat16_plans_finite_actions(model: WAVTransformer, device: torch.devi
     assert made.actions.isfinite().all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"iterations": 2, "video_denoise_steps": 2}, {"reuse_reads": 2}])
+@pytest.mark.parametrize("changes", [{}, {"iterations": 2, "video_denoise_steps": 2}])
 def test_compiled_plans_are_the_uncompiled_ones(
     model: WAVTransformer, device: torch.device, changes: dict[str, int]
 ) -> None:

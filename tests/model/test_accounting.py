@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from wav.config import PlannerSettings, Settings, load_settings
 from wav.data.windows import WindowBatch
 from wav.inference.adapter import WAVPlannerModel, noise_shapes
-from wav.inference.plain import PlainPlannerModel
 from wav.model.accounting import (
     SAVED_PER_TOKEN,
     Sizes,
@@ -27,9 +27,13 @@ from wav.model.accounting import (
 )
 from wav.model.build import build_from_settings, value_channels
 from wav.model.video import VideoBlock
-from wav.planning.planner import RowKey, SeededNoise, plan
+from wav.planning.planner import Planner
+from wav.planning.types import RowKey, SeededNoise
 from wav.training.draws import SeededRandom, draw
 from wav.training.objectives import StageModule
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from baseline.planner import BaselinePlannerModel
 
 PRESETS = Path(__file__).resolve().parents[2] / "presets"
 BATCH = 10
@@ -107,7 +111,7 @@ def test_plan_flops(changes: dict[str, int], monkeypatch: pytest.MonkeyPatch) ->
 
     def call() -> None:
         context = model.begin(torch.randn(1, 2, 6, 3, 4, 4), torch.randn(1, 9, 24), None, torch.randn(1, 1, 15))
-        plan(model, context, planner, SeededNoise([RowKey(0, 0, 0)]), lambda values: values[..., -1])
+        Planner(model, planner, lambda values: values[..., -1]).plan(context, SeededNoise([RowKey(0, 0, 0)]))
 
     call()  # AdaLN rows are kept from call to call
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -155,7 +159,7 @@ def test_the_reference_schedule_is_counted_right() -> None:
     config = settings()
     sizes = Sizes.of(config)
     built = build_from_settings(config).eval().requires_grad_(False)
-    model = PlainPlannerModel(built, noise_shapes(built, 2, (4, 4), sizes.future, 7))
+    model = BaselinePlannerModel(built, noise_shapes(built, 2, (4, 4), sizes.future, 7))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         context = model.begin(torch.randn(1, 2, 6, 3, 4, 4), torch.randn(1, 9, 24), None, None)
         features = model.video_features(context, torch.randn(1, 4, *model.shapes.video), 1)

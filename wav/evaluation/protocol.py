@@ -21,7 +21,7 @@ from wav.data.conventions import Conventions
 from wav.errors import CheckpointError, ConfigError
 from wav.io.files import canonical_digest, sources_digest
 from wav.model import native_training
-from wav.planning.planner import Variant
+from wav.planning.types import Variant
 from wav.sim.env import TaskSpec, select_tasks
 
 #: Environment steps of every suite under ``budget: reference`` (its loop counts policy calls; spec section 7.9).

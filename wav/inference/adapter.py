@@ -12,7 +12,6 @@ A action chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
@@ -23,8 +22,7 @@ from torch import Tensor
 from wav.errors import ConfigError
 from wav.flow_matching import euler_step, inference_sigmas
 from wav.inference.fused import Expert, Prepared
-from wav.model.transformer import VideoOutput
-from wav.planning.planner import NoiseShapes
+from wav.planning.types import NoiseShapes
 
 if TYPE_CHECKING:
     from wav.model.transformer import WAVTransformer
@@ -58,7 +56,7 @@ class Features:
 
 
 class WAVPlannerModel:
-    """A WAVTransformer behind :class:`wav.planning.planner.PlannerModel`.
+    """A WAVTransformer behind :class:`wav.planning.types.PlannerModel`.
 
     Args:
         model: the transformer, in evaluation mode.
@@ -160,26 +158,13 @@ class WAVPlannerModel:
         return future.float()
 
     @torch.no_grad()
-    def denoise_value(self, features: Features, noise: Tensor, steps: int, reuse: int = 1) -> Tensor:
-        """Normalised values (B, M, N, A, Cv) of noises of that shape, all N on their candidate's K/V.
-
-        ``reuse`` (an approximation): what the values read of the video serves this many consecutive steps.
-        """
+    def denoise_value(self, features: Features, noise: Tensor, steps: int) -> Tensor:
+        """Normalised values (B, M, N, A, Cv) of noises of that shape, all N on their candidate's K/V."""
         values, expert = self._in(noise).flatten(0, 2), self._expert("value")  # (B M N, A, Cv)
-        reads: list[Tensor] = []
-        for step, (sigma, after) in enumerate(pairwise(inference_sigmas(steps).tolist())):
-            if step % reuse == 0:
-                reads = []
-            kept = reads if reuse > 1 else None
-            velocity, _ = expert(values, sigma * NOISE_LEVEL, features.keys, reads=kept)
+        for sigma, after in pairwise(inference_sigmas(steps).tolist()):
+            velocity, _ = expert(values, sigma * NOISE_LEVEL, features.keys)
             values = euler_step(values, velocity, sigma, after)
         return values.reshape(noise.shape).float()
-
-    def select(self, features: Features, index: Tensor) -> Features:
-        """Features of the candidates ``index`` (B, m), for scoring alone."""
-        rows = torch.arange(len(index), device=self.device)[:, None]
-        keys = (key.unflatten(0, (len(index), -1))[rows, index].flatten(0, 1) for key in features.keys)
-        return Features(tuple(keys), None)
 
     @torch.no_grad()
     def denoise_action(
@@ -223,25 +208,6 @@ class WAVPlannerModel:
     def _in(self, tensor: Tensor) -> Tensor:
         """``tensor`` where and in what the model computes, in memory that torch aligned (see :func:`aligned`)."""
         return tensor.to(self.device, self.dtype, copy=True)
-
-    def _steps(self, steps: int, rows: torch.Size) -> Iterator[tuple[float, float, Tensor]]:
-        """(sigma, next sigma, timesteps of shape ``rows``) of each Euler step."""
-        for sigma, after in pairwise(inference_sigmas(steps).tolist()):
-            yield sigma, after, torch.full(rows, sigma * NOISE_LEVEL, device=self.device)
-
-    def _video(self, context: Context, future: Tensor, sigma: float) -> VideoOutput:
-        """One video pass of rows b * M + m at noise level sigma, with its head and features."""
-        layers: list[Tensor] = []
-        velocity = self._weights().video(
-            context.memory,
-            future,
-            sigma * NOISE_LEVEL,
-            context.text,
-            context.bias,
-            lambda _, features: layers.append(features),
-            head=True,
-        )
-        return VideoOutput(velocity, tuple(layers))
 
     def _denoise(self, context: Context, future: Tensor, sigma: float, after: float) -> Tensor:
         """One Euler step of the future frames."""

@@ -30,7 +30,7 @@ from wav.inference.fused import Expert, ExpertLayer, Modulation, Prepared, Video
 from wav.inference.products import plain_cpu
 from wav.model.experts import ExpertBlock
 from wav.model.video import VideoBlock
-from wav.planning.planner import NoiseShapes
+from wav.planning.types import NoiseShapes
 
 if TYPE_CHECKING:
     from wav.model.transformer import WAVTransformer
@@ -99,12 +99,8 @@ class CompiledExpertLayer(ExpertLayer):
         rope: Tensor,
         video: Tensor,
         value: Tensor | None,
-        reads: list[Tensor] | None = None,
-        index: int = 0,
     ) -> Tensor:
-        """As :meth:`ExpertLayer.__call__`, which runs itself where ``reads`` of earlier steps are shared."""
-        if reads is not None:
-            return super().__call__(h, rows, rope, video, value, reads, index)
+        """As :meth:`ExpertLayer.__call__`."""
         return cast(Tensor, _compiled(ExpertLayer.__call__, BACKEND)(self, h, rows, rope, video, value))
 
 
@@ -145,7 +141,7 @@ class CompiledPrepared(Prepared):
 
 
 class CompiledPlannerModel(WAVPlannerModel):
-    """A WAVTransformer behind :class:`wav.planning.planner.PlannerModel`, compiled.
+    """A WAVTransformer behind :class:`wav.planning.types.PlannerModel`, compiled.
 
     The first call of every set of shapes compiles, for seconds to minutes. After :data:`SHAPES` of them further ones
     run uncompiled, and the log says so.
@@ -189,9 +185,9 @@ class CompiledPlannerModel(WAVPlannerModel):
         """As :meth:`WAVPlannerModel.denoise_video`."""
         return cast(Tensor, self._run(super().denoise_video, (context, noise), steps))
 
-    def denoise_value(self, features: Features, noise: Tensor, steps: int, reuse: int = 1) -> Tensor:
+    def denoise_value(self, features: Features, noise: Tensor, steps: int) -> Tensor:
         """As :meth:`WAVPlannerModel.denoise_value`."""
-        return cast(Tensor, self._run(super().denoise_value, (features, noise), steps, reuse))
+        return cast(Tensor, self._run(super().denoise_value, (features, noise), steps))
 
     def denoise_action(
         self, context: Context, features: Features, value: Tensor | None, noise: Tensor, steps: int

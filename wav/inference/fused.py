@@ -87,21 +87,11 @@ class ExpertLayer(Layer):
         rope: Tensor,
         video: Tensor,
         value: Tensor | None,
-        reads: list[Tensor] | None = None,
-        index: int = 0,
     ) -> Tensor:
-        """(rows * n, T, d) to the same; ``video`` and ``value`` keys and values of ``rows`` rows.
-
-        ``reads``: what earlier steps read of the video, by layer; used at ``index``, or appended to.
-        """
+        """(rows * n, T, d) to the same; ``video`` and ``value`` keys and values of ``rows`` rows."""
         read = self.own.read(*self.own.project(h, rows[0], rows[1], self.eps, rope))
         h = self.own.out.add(read, h, rows[2])
-        if reads is None:
-            after = self.cross.add(h, video, h)
-        else:
-            if len(reads) == index:
-                reads.append(self.cross.out(self.cross.read(h, video)))
-            after = h + reads[index]
+        after = self.cross.add(h, video, h)
         if value is not None and self.third is not None:
             after = self.third.add(h, value, after)
         return self.feed(after, rows)
@@ -149,12 +139,10 @@ class Expert:
         value: Sequence[Tensor] | None = None,
         history: Tensor | None = None,
         keep: bool = False,
-        reads: list[Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Velocities like ``tokens`` (n, A, C), and per-layer features (n, A, d) where ``keep``.
 
         ``video``, ``value``: per layer keys and values of rows that n / rows consecutive rows of tokens share.
-        ``reads``: per layer what an earlier step read of the video, used again; filled where it is empty.
         """
         chunk = tokens.shape[1]
         h = self.proj_in(tokens)
@@ -165,7 +153,7 @@ class Expert:
         features = []
         for index, layer in enumerate(self.layers):
             condition = None if value is None else value[index]
-            h = layer(h, modulations[index], rope, video[index], condition, reads, index)
+            h = layer(h, modulations[index], rope, video[index], condition)
             if keep:
                 features.append(h[:, -chunk:])
         h = torch.addcmul(shift, F.layer_norm(h[:, -chunk:], h.shape[-1:], eps=1e-6), scale)

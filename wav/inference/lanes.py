@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from wav.inference import native
-from wav.planning.planner import Gaussian, Iteration, NoiseShapes, Plan, Returns, RowKey, SeededNoise, Variant, plan
+from wav.planning.planner import Planner
+from wav.planning.types import Gaussian, Iteration, NoiseShapes, Plan, Returns, RowKey, SeededNoise, Variant
 
 if TYPE_CHECKING:
     from wav.config import PlannerSettings
@@ -54,7 +55,7 @@ def plan_rows(
     warm: tuple[Tensor, Tensor] | None = None,
     with_value: bool = False,
 ) -> Plan:
-    """:func:`wav.planning.planner.plan` of the first ``rows`` rows at least: of all where the rows are not independent.
+    """Plan the first ``rows`` rows at least, and all where the rows are not independent.
 
     Args:
         model: the world model.
@@ -62,29 +63,26 @@ def plan_rows(
         settings: section ``planner``.
         keys: what names the draws of each row.
         rows: rows that are wanted; the others fill the batch's fixed shape.
-        returns: as in :func:`wav.planning.planner.plan`; so are the next three.
+        returns: as in :func:`wav.planning.planner.Planner.plan`; so are the next three.
         variant: planned, unplanned or temperature.
         warm: means to start from.
         with_value: also denoise and return the values.
 
     Raises:
-        ConfigError, CheckpointError: as :func:`wav.planning.planner.plan`, from whichever lane is first.
+        ConfigError, CheckpointError: as :func:`wav.planning.planner.Planner.plan`, from whichever lane is first.
     """
 
     def work(part: slice) -> Plan:
         noise = SeededNoise(keys[part], model.device)
         means = None if warm is None else (warm[0][part], warm[1][part])
-        options = {"variant": variant, "warm": means, "with_value": with_value}
-        rows = context.rows(part)
-        world = model if settings.survivors else CandidateLanes(model, native.threads())  # survivors: of all shares
-        return plan(world, rows, settings, noise, returns, **options)  # type: ignore[arg-type]
+        planner = Planner(CandidateLanes(model, native.threads()), settings, returns)
+        return planner.plan(context.rows(part), noise, variant=variant, warm=means, with_value=with_value)
 
     if not model.independent_rows or settings.video_denoise_steps > 1:
         noise = SeededNoise(keys, model.device)
-        world: Any = model
-        return plan(world, context, settings, noise, returns, variant=variant, warm=warm, with_value=with_value)
-    together = settings.settle > 0  # rows that have settled wait for the others
-    return join(run(work, rows, 1 if together else native.threads()))
+        planner = Planner(model, settings, returns)
+        return planner.plan(context, noise, variant=variant, warm=warm, with_value=with_value)
+    return join(run(work, rows, native.threads()))
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class SplitFeatures:
 
 
 class CandidateLanes:
-    """A :class:`wav.planning.planner.PlannerModel` that computes the candidates of each row in lanes.
+    """A :class:`wav.planning.types.PlannerModel` that computes the candidates of each row in lanes.
 
     Args:
         model: the world model, whose rows are independent.
@@ -124,14 +122,14 @@ class CandidateLanes:
 
         return SplitFeatures(run(share, candidates, len(parts)), parts)
 
-    def denoise_value(self, features: Features | SplitFeatures, noise: Tensor, steps: int, **options: int) -> Tensor:
+    def denoise_value(self, features: Features | SplitFeatures, noise: Tensor, steps: int) -> Tensor:
         """Values of noises (B, M, N, A, Cv), each share on its own features."""
         if not isinstance(features, SplitFeatures):
-            return self.model.denoise_value(features, noise, steps, **options)
+            return self.model.denoise_value(features, noise, steps)
         of = dict(zip((part.start for part in features.shares), features.parts, strict=True))
 
         def values(part: slice) -> Tensor:
-            return self.model.denoise_value(of[part.start], noise[:, part], steps, **options)
+            return self.model.denoise_value(of[part.start], noise[:, part], steps)
 
         return torch.cat(run(values, noise.shape[1], len(features.shares)), 1)
 

@@ -283,12 +283,11 @@ class PlanCost:
         return self.search + self.act
 
 
-def plan_cost(sizes: Sizes, planner: PlannerSettings, first_look: int = 1) -> PlanCost:
+def plan_cost(sizes: Sizes, planner: PlannerSettings) -> PlanCost:
     """A call as built: instruction and memory once, keys and values once per candidate, no candidate tiled.
 
     AdaLN rows are kept from call to call and not counted. ``planner.iterations`` 0, or a model without value expert,
-    leaves the decoding alone. ``planner.reuse_reads`` and ``settle`` are not counted. ``first_look``: Euler steps
-    after which ``planner.survivors`` are chosen (:data:`wav.planning.shortcuts.FIRST_LOOK`).
+    leaves the decoding alone.
     """
     M, N, steps = planner.video_samples, planner.value_samples, planner.denoise_steps
 
@@ -301,9 +300,7 @@ def plan_cost(sizes: Sizes, planner: PlannerSettings, first_look: int = 1) -> Pl
     act = text_flops(sizes, keys=True) + memory_flops(sizes) + features(1)
     act += video_keys(sizes, sizes.action_width) + action_flops(sizes, planning=True) * steps
     if sizes.value_width:
-        kept = planner.survivors or M
-        search = features(M) + value_flops(sizes, kept * N, planning=True) * (planner.score_steps or steps)
-        search += value_flops(sizes, M * N if planner.survivors else 0, planning=True) * first_look
+        search = features(M) + value_flops(sizes, M * N, planning=True) * (planner.score_steps or steps)
         act += value_flops(sizes, planning=True) + value_keys(sizes)
     return PlanCost((search * planner.iterations).forward, act.forward)
 

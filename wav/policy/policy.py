@@ -14,7 +14,7 @@ Shapes: n rows asked for, V views, C latent channels, h x w latent grid, Ff futu
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from wav.inference import lanes
 from wav.inference.adapter import noise_shapes
 from wav.inference.compiled import CompiledPlannerModel, planner_model
 from wav.io.files import canonical_digest, file_digest, read_json
-from wav.planning.planner import VARIANTS, Plan, RowKey, SeededNoise, Variant, spread
+from wav.planning.types import VARIANTS, Iteration, Plan, RowKey, SeededNoise, Variant
 from wav.policy.parts import check_parts
 from wav.sim.env import Observation
 
@@ -209,7 +209,7 @@ class Policy:
         Args:
             observations: n current observations.
             rows: the n rows they belong to, each begun with :meth:`reset`.
-            variant: planned, unplanned or temperature; see :func:`wav.planning.planner.plan`.
+            variant: planned, unplanned or temperature; see :meth:`wav.planning.planner.Planner.plan`.
             with_value: also predict the return along the chunk.
             with_future: also predict the future latents (one video denoising more).
             planner: settings for this call instead of the policy's.
@@ -371,10 +371,20 @@ def _numpy(tensor: Tensor, rows: int) -> NDArray[np.float32]:
 
 def _summary(result: Plan, rows: int) -> PlanSummary:
     """The search's progress, without padding; (n, 0) without planning."""
-    found = {name: _numpy(value, rows) for name, value in spread(result.history).items()}
-    none = np.zeros((rows, 0), np.float32)
-    names = ("score", "std_video", "std_value", "mean_video", "mean_value")
-    return PlanSummary(*(found.get(name, none) for name in names))
+    if not result.history:
+        return PlanSummary(*[np.zeros((rows, 0), np.float32)] * 5)
+
+    def sizes(part: Callable[[Iteration], Tensor]) -> NDArray[np.float32]:
+        """Root mean square per row and iteration (n, K)."""
+        return _numpy(torch.stack([part(step).flatten(1).square().mean(1).sqrt() for step in result.history], 1), rows)
+
+    return PlanSummary(
+        _numpy(torch.stack([step.scores.flatten(1).amax(1) for step in result.history], 1), rows),
+        sigma_video=sizes(lambda step: step.video.std),
+        sigma_value=sizes(lambda step: step.value.std),
+        shift_video=sizes(lambda step: step.video.mean),
+        shift_value=sizes(lambda step: step.value.mean),
+    )
 
 
 def _concatenate(parts: Sequence[PolicyOutput]) -> PolicyOutput:

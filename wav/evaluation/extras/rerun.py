@@ -28,7 +28,7 @@ from wav.evaluation.protocol import (
 from wav.evaluation.records import EpisodeRecord, read_record
 from wav.evaluation.rollout import Rollout, Scheduler
 from wav.io.files import read_json
-from wav.planning.planner import Variant
+from wav.planning.types import Variant
 from wav.policy.export import verify_export
 from wav.policy.policy import Policy
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from tests.evaluation import tiny
-from tests.test_policy import PLANNER, observe
+from tests.policy.test_policy import PLANNER, observe
 from wav.errors import CheckpointError
 from wav.inference import lanes, native
 from wav.inference.adapter import WAVPlannerModel
-from wav.planning import planner
+from wav.planning.planner import Planner
 from wav.policy.policy import Policy
 
 needs_kernels = pytest.mark.skipif(not native.available(), reason="no C compiler, or WAV_NATIVE=0")
@@ -59,12 +59,14 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, int]]:
     """(thread, rows, threads of torch, threads of kernels) of every plan."""
     plans: list[tuple[str, int, int, int]] = []
 
-    def watch(model: Any, context: Any, settings: Any, noise: Any, *rest: Any, **options: Any) -> Any:
+    plan = Planner.plan
+
+    def watch(planner: Planner, context: Any, noise: Any, **options: Any) -> Any:
         name = threading.current_thread().name.split("_")[0]
         plans.append((name, len(noise.keys), torch.get_num_threads(), native.threads()))
-        return planner.plan(model, context, settings, noise, *rest, **options)
+        return plan(planner, context, noise, **options)
 
-    monkeypatch.setattr(lanes, "plan", watch)
+    monkeypatch.setattr(Planner, "plan", watch)
     return plans
 
 
@@ -120,18 +122,17 @@ def test_threads_without_a_row_of_their_own_take_candidates(
     split = [("wav-lane", candidates // 2), ("wav-lane", candidates - candidates // 2)]
     together = [("MainThread", candidates)]
     expected = {
-        (1, 0, 1): together,
-        (2, 0, 1): split,
-        (2, 0, lanes.WORTH): together,
-        (2, 2, 1): together,  # the survivors come from all shares
+        (1, 1): together,
+        (2, 1): split,
+        (2, lanes.WORTH): together,
     }
     monkeypatch.setattr(WAVPlannerModel, "video_features", watch)
     outputs = []
-    for (threads, survivors, worth), calls in expected.items():
+    for (threads, worth), calls in expected.items():
         torch_threads(threads)
         monkeypatch.setattr(lanes, "WORTH", worth)
         seen.clear()
-        outputs.append(act(policy, 1, planner=PLANNER.model_copy(update={"survivors": survivors})))
+        outputs.append(act(policy, 1))
         assert sorted(seen) == sorted([*calls * PLANNER.iterations, ("MainThread", 1)] * 2)
     same(outputs[1], outputs[0])
 
@@ -157,7 +158,7 @@ def test_a_share_of_one_candidate_keeps_no_video_features(
 
 
 @needs_kernels
-@pytest.mark.parametrize("change", [{"settle": 0.1, "iterations": 3}, {"video_denoise_steps": 2}])
+@pytest.mark.parametrize("change", [{"video_denoise_steps": 2}])
 def test_rows_that_wait_for_each_other_stay_together(
     policy: Policy,
     torch_threads: Callable[[int], None],
@@ -187,7 +188,7 @@ def test_a_lane_that_fails_fails_the_call(
     def fail(*_: Any, **__: Any) -> Any:
         raise CheckpointError("planner: the actions are not finite")
 
-    monkeypatch.setattr(lanes, "plan", fail)
+    monkeypatch.setattr(Planner, "plan", fail)
     torch_threads(2)
     with pytest.raises(CheckpointError, match="not finite"):
         act(policy, 3)

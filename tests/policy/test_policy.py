@@ -202,7 +202,7 @@ def test_memory_holds_the_last_calls_and_only_new_frames_are_encoded(make_policy
     assert len(policy._rows["r"].memory) == 3
 
 
-def test_conditions_differ_and_pair(make_policy: Any) -> None:
+def test_variants_differ_and_pair(make_policy: Any) -> None:
     outputs = {variant: run(make_policy(), [0], 1, variant=variant)[0] for variant in VARIANTS}
     actions = [outputs[variant].actions for variant in VARIANTS]
     assert not np.array_equal(actions[0], actions[1])

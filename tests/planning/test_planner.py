@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,21 +11,9 @@ from torch import Tensor
 
 from wav.config import PlannerSettings
 from wav.errors import CheckpointError, ConfigError
-from wav.planning.planner import (
-    REFERENCE,
-    VARIANTS,
-    Compat,
-    Gaussian,
-    NoiseShapes,
-    RowKey,
-    SeededNoise,
-    best,
-    plan,
-    score_returns,
-    spread,
-    tiled,
-    untiled,
-)
+from wav.planning.planner import Planner, best
+from wav.planning.scores import SCORES, score
+from wav.planning.types import VARIANTS, Gaussian, NoiseShapes, Plan, Returns, RowKey, SeededNoise
 
 V, C, FF, H, W, A, CV, CA = 2, 3, 1, 2, 2, 6, 4, 5
 PATTERN = torch.tensor([1.0, -1.0]).repeat(A // 2)  # zero mean, unit standard deviation
@@ -69,6 +58,12 @@ def returns(values: Tensor) -> Tensor:
 
 def noise(rows: int = 1, seed: int = 0, call: int = 0) -> SeededNoise:
     return SeededNoise([RowKey(seed, f"episode-{row}", call) for row in range(rows)])
+
+
+def plan(
+    model: FakeModel, context: None, settings: PlannerSettings, noise: SeededNoise, returns: Returns, **options: Any
+) -> Plan:
+    return Planner(model, settings, returns).plan(context, noise, **options)
 
 
 def bowl(z_video: Tensor, z_value: Tensor) -> Tensor:
@@ -145,21 +140,15 @@ def test_distributions_move_to_the_maximum(score: str) -> None:
 
 
 def test_every_view_keeps_its_own_statistics() -> None:
-    """Only the first view decides the score, so only its distribution moves; pooled, both would."""
+    """Only the first view decides the score, so only its distribution moves."""
 
     def first_view(z_video: Tensor, z_value: Tensor) -> Tensor:
         return z_video[:, :, 0].mean((2, 3, 4, 5))[..., None] + 0 * z_value.mean((3, 4))
 
     settings = PlannerSettings(iterations=3, video_samples=64, video_elites=8, alpha=1.0)
-    for compat in (Compat(), Compat(pooled_views=True)):
-        result = plan(FakeModel(first_view), None, settings, noise(4), returns, compat=compat)
-        mean, std = (getattr(result.history[-1].video, name) for name in ("mean", "std"))
-        if compat.pooled_views:
-            assert torch.equal(mean[:, 0], mean[:, 1])
-            assert torch.equal(std[:, 0], std[:, 1])
-        else:
-            assert mean[:, 0].mean() > 0.4
-            assert mean[:, 1].mean().abs() < 0.2
+    mean = plan(FakeModel(first_view), None, settings, noise(4), returns).history[-1].video.mean
+    assert mean[:, 0].mean() > 0.4
+    assert mean[:, 1].mean().abs() < 0.2
 
 
 @pytest.mark.parametrize("elites", [1, 2, 5])
@@ -204,7 +193,7 @@ def test_noise_differs_by_seed_episode_call_purpose_and_iteration() -> None:
     assert torch.equal(draws("plan.video", (50,), 1), SeededNoise(keys)("plan.video", (50,), 1))
 
 
-def test_conditions_share_their_final_draws() -> None:
+def test_variants_share_their_final_draws() -> None:
     results = {c: plan(FakeModel(bowl), None, SETTINGS, noise(3), returns, variant=c) for c in VARIANTS}
     eps = noise(3)("act.video", (V, C, FF, H, W))
     last = results["planned"].history[-1].video
@@ -220,7 +209,6 @@ def test_zero_iterations_is_no_planning() -> None:
     assert [name for name, _, _ in model.calls] == ["video", "action"]
     assert torch.equal(result.z_video, noise()("act.video", (V, C, FF, H, W)))
     assert result.means is None
-    assert spread(result.history) == {}
 
 
 def test_shapes_and_steps_reach_the_model() -> None:
@@ -236,9 +224,6 @@ def test_shapes_and_steps_reach_the_model() -> None:
     ]
     assert result.values is not None
     assert result.values.shape == (2, A, CV)
-    assert {name: tuple(value.shape) for name, value in spread(result.history).items()} == dict.fromkeys(
-        ("score", "mean_video", "mean_value", "std_video", "std_value"), (2, 1)
-    )
 
 
 def test_the_value_reported_is_that_of_the_noise_acted_on() -> None:
@@ -269,35 +254,46 @@ def test_warm_start_moves_the_first_samples_only_when_asked() -> None:
 def test_scores_are_on_the_given_returns() -> None:
     """SNR is not shift invariant, so planning must see de-normalised returns; the lower bound ranks either way."""
     trajectories = torch.stack([PATTERN * 0.1 - 1, PATTERN * 2 - 1])
-    assert best(score_returns(trajectories, SETTINGS)[None], 1).item() == 1  # below zero, spread wins: the flaw
-    assert best(score_returns(trajectories + 5, SETTINGS)[None], 1).item() == 0
-    bound = SETTINGS.model_copy(update={"score": "lower_bound"})
-    assert best(score_returns(trajectories, bound)[None], 1).item() == 0
+    assert best(SCORES["snr"](trajectories, SETTINGS)[None], 1).item() == 1  # below zero, spread wins: the flaw
+    assert best(SCORES["snr"](trajectories + 5, SETTINGS)[None], 1).item() == 0
+    assert best(SCORES["lower_bound"](trajectories, SETTINGS)[None], 1).item() == 0
     planned = plan(FakeModel(bowl), None, SETTINGS, noise(), lambda values: values[..., -1] + 100)
-    plain = plan(FakeModel(bowl), None, SETTINGS, noise(), returns, compat=Compat(normalised_returns=True))
-    torch.testing.assert_close(planned.history[0].scores, plain.history[0].scores + 100, atol=1e-2, rtol=0)
+    unshifted = plan(FakeModel(bowl), None, SETTINGS, noise(), returns)
+    torch.testing.assert_close(planned.history[0].scores, unshifted.history[0].scores + 100, atol=1e-2, rtol=0)
 
 
 def test_scores_by_hand() -> None:
     trajectory = torch.tensor([1.0, 2.0, 3.0, 6.0])  # mean 3, variance (4 + 1 + 0 + 9) / 4
     std = 3.5**0.5
     snr = SETTINGS.model_copy(update={"epsilon": 0.5})
-    assert score_returns(trajectory, snr).item() == pytest.approx(3 / (std + 0.5))
+    assert SCORES["snr"](trajectory, snr).item() == pytest.approx(3 / (std + 0.5))
     for c in (0.0, 1.0, 2.5):
-        bound = SETTINGS.model_copy(update={"score": "lower_bound", "lower_bound_c": c})
-        assert score_returns(trajectory, bound).item() == pytest.approx(3 - c * std, abs=1e-6)
-        assert score_returns(trajectory + 7, bound).item() == pytest.approx(10 - c * std, abs=1e-6)
+        bound = SETTINGS.model_copy(update={"lower_bound_c": c})
+        assert SCORES["lower_bound"](trajectory, bound).item() == pytest.approx(3 - c * std, abs=1e-6)
+        assert SCORES["lower_bound"](trajectory + 7, bound).item() == pytest.approx(10 - c * std, abs=1e-6)
 
 
-def test_reference_tiling_credits_other_videos() -> None:
-    flat = torch.arange(12).view(1, 4, 3)
-    assert torch.equal(untiled(tiled(flat)), flat)
-    for m in range(4):
-        assert [j % 4 for j in tiled(flat)[0, m].tolist()] == [m] * 3
-    settings = SETTINGS.model_copy(update={"iterations": 1})
-    result = plan(FakeModel(bowl), None, settings, noise(), returns, compat=REFERENCE)
-    mean = result.history[0].video.mean
-    assert torch.equal(mean[:, 0], mean[:, 1])  # one mean for all views
+def test_a_registered_score_plans() -> None:
+    """One function adds a score, and the settings know its name."""
+
+    def last_step(returns: Tensor, settings: PlannerSettings) -> Tensor:
+        return returns[..., -1]
+
+    score(last_step)
+    history = plan(FakeModel(bowl), None, changed(score="last_step"), noise(), returns).history
+    assert torch.equal(history[0].scores, history[0].values[..., -1, -1])
+    del SCORES["last_step"]
+
+
+def test_planned_scores_see_all_samples_of_all_candidates() -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def watch(values: Tensor) -> Tensor:
+        shapes.append(tuple(values.shape))
+        return returns(values)
+
+    plan(FakeModel(bowl), None, SETTINGS, noise(2), watch)
+    assert shapes == [(2, SETTINGS.video_samples, SETTINGS.value_samples, A, CV)] * SETTINGS.iterations
 
 
 def test_equal_scores_keep_their_order() -> None:
@@ -332,61 +328,13 @@ def test_scoring_may_take_fewer_steps_than_acting() -> None:
     assert steps == [("value", 2)] * SETTINGS.iterations + [("value", 10), ("action", 10)]
 
 
-class SelectingModel(FakeModel):
-    """A fake model whose candidates can be dropped; its first look is as good as its last."""
-
-    def select(self, features: Tensor, index: Tensor) -> Tensor:
-        return features[torch.arange(len(features))[:, None], index]
-
-
-def test_survivors_are_the_best_of_a_first_look() -> None:
-    """Only they are denoised in full, all elites are theirs, and where the first look is right nothing changes."""
-    model, whole = SelectingModel(bowl), FakeModel(bowl)
-    result = plan(model, None, changed(survivors=3), noise(2), returns)
-    wanted = plan(whole, None, SETTINGS, noise(2), returns)
-    looks = [(shape[1], steps) for kind, shape, steps in model.calls if kind == "value"]
-    assert looks == [(5, 1), (3, 10)] * SETTINGS.iterations
-    first, exact = result.history[0], wanted.history[0]
-    assert first.scores.isfinite().any(2).gather(1, exact.scores.amax(2).topk(3).indices).all()
-    assert torch.equal(first.video_elites, exact.video_elites)
-    for step in result.history:
-        kept = step.scores.isfinite().any(2)
-        assert kept.sum(1).tolist() == [3, 3]
-        assert kept.gather(1, step.value_elites // SETTINGS.value_samples).all()
-    assert (result.history[0].scores[result.history[0].scores.isfinite()] < 0).all()
-
-
-def test_a_row_stops_where_its_elites_settle_whatever_its_neighbours_do() -> None:
-    """Row 0's scores do not depend on the noise, so nothing rises; row 1 climbs."""
-
-    def score(z_video: Tensor, z_value: Tensor) -> Tensor:
-        scores = bowl(z_video, z_value)
-        scores[0] = torch.arange(scores[0].numel()).view_as(scores[0]).to(scores)
-        return scores
-
-    settings = changed(iterations=6, settle=0.3)
-    model = FakeModel(score)
-    both = plan(model, None, settings, noise(2), returns)
-    assert len(both.history) > 2, "row 1 goes on"
-    held = [step.video.mean[0] for step in both.history[1:]]
-    assert all(torch.equal(mean, held[0]) for mean in held), "row 0 has stopped after two iterations"
-    assert not torch.equal(both.history[1].video.mean[1], both.history[2].video.mean[1])
-    alone = plan(FakeModel(score), None, settings, SeededNoise([RowKey(0, "episode-0", 0)]), returns)
-    assert len(alone.history) == 2
-    torch.testing.assert_close(alone.actions[0], both.actions[0], atol=0, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"score_steps": 11}, "score_steps = 11: must be at most denoise_steps = 10"),
-        ({"survivors": 1}, "survivors = 1: must be 0, or from 2"),
-        ({"survivors": 5}, "survivors = 5: must be 0, or from 2"),
-        ({"survivors": 3, "score_steps": 1}, "survivors = 3: must be 0 where scoring takes 1 step"),
-        ({"reuse_reads": 3, "score_steps": 2}, "reuse_reads = 3: must be at most the 2 steps of scoring"),
-        ({"settle": 0.1, "iterations": 2}, "settle = 0.1: must be 0 below 3 iterations"),
+        ({"score": "sharpe"}, "score = 'sharpe': unknown; use one of snr, lower_bound"),
     ],
 )
-def test_meaningless_shortcuts_are_refused(changes: dict[str, object], message: str) -> None:
+def test_meaningless_settings_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         changed(**changes)

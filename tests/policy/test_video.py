@@ -18,7 +18,7 @@ from wav.data.statistics import Statistics, compute_statistics
 from wav.flow_matching import inference_sigmas
 from wav.inference.adapter import WAVPlannerModel
 from wav.model import WAVTransformer, build_model
-from wav.planning.planner import RowKey, SeededNoise
+from wav.planning.types import RowKey, SeededNoise
 from wav.policy.policy import Observation, Policy
 
 CHANNELS, WIDTH, CHUNKS = 6, 16, 3
