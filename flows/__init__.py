@@ -9,7 +9,7 @@ beside the next run of the same stage.
 import os
 
 from wav.local import adopt_local_services
-from wav.training.guard import end_with_starter
+from wav.processes import end_with_starter
 
 end_with_starter("DVC_STAGE", "dvc")
 end_with_starter("WAV_WORKER", "infra.deploy")

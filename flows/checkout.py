@@ -20,7 +20,7 @@ import psutil
 
 from flows.isolation import stage_table
 from wav.errors import ConfigError, ServiceError
-from wav.training.launch import run_group
+from wav.processes import Group
 
 REMOTE = "local"  # name of the DVC remote in .dvc/config
 LAST_LINES = 12
@@ -109,16 +109,13 @@ class Checkout:
 
     def run(self, name: str, *command: str) -> Finished:
         """Run a command in the checkout, in a process group that ends with this process or an exception."""
-        argv = ["/bin/sh", "-c", 'cd "$0" && exec "$@"', str(self.folder), *command]
         lines: list[str] = []
-        group = run_group(argv, self._environment, name)
-        with contextlib.closing(group):
-            for line in group:
-                if line.status is not None:
-                    return Finished(line.status, tuple(lines))
-                lines.append(line.text)
-                self._say(line.text)
-        raise ServiceError(f"{name}: ended without a status; run it again")
+        with Group(name) as group:
+            child = group.start(command, self._environment, self.folder)
+            for line in group.lines():
+                lines.append(line)
+                self._say(line)
+        return Finished(int(child.process.returncode), tuple(lines))
 
     def python(self, name: str, *arguments: str) -> Finished:
         """Run a Python module of the checkout (``-m MODULE ...``) with this interpreter."""

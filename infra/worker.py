@@ -13,14 +13,13 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
 
 import psutil
 
-from wav.training import guard
+from wav.processes import guarded, marked, stop
 
 #: in the environment of everything a worker starts; ``flows/__init__.py`` ties flow runs to the process that sets it
 MARK = "WAV_WORKER"
@@ -48,12 +47,7 @@ def supervise(command: Sequence[str], cwd: str, grace_s: float = GRACE_S) -> int
         signal.signal(number, _raise)
     process: subprocess.Popen[bytes] | None = None
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", guard.__file__, str(os.getpid()), *command],
-            cwd=cwd,
-            env={**os.environ, MARK: mark},
-            start_new_session=True,
-        )
+        process = subprocess.Popen(guarded(command), cwd=cwd, env={**os.environ, MARK: mark}, start_new_session=True)
         return process.wait()
     except _StopError:
         return 0
@@ -65,34 +59,16 @@ def supervise(command: Sequence[str], cwd: str, grace_s: float = GRACE_S) -> int
 
 
 def end(process: subprocess.Popen[bytes], mark: str, grace_s: float) -> None:
-    """End a worker and everything that carries its mark."""
-    flow_runs: list[psutil.Process] = []
+    """End a worker and everything that carries its mark.
+
+    The worker comes first, so that it takes no further run, then its flow runs, which end what they started.
+    """
+    first: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
-        flow_runs = psutil.Process(process.pid).children()
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)  # first, so that it takes no further run
-    for run in flow_runs:
-        with contextlib.suppress(psutil.Error):
-            run.terminate()
-    deadline = time.monotonic() + grace_s
-    while (alive := marked(mark)) and time.monotonic() < deadline:
-        process.poll()
-        time.sleep(0.1)
-    for left in alive:
-        with contextlib.suppress(psutil.Error):
-            left.kill()
+        worker = psutil.Process(process.pid)
+        first = [worker, *worker.children()]
+    stop(first, grace_s, lambda: marked(MARK, mark))
     process.wait()
-    psutil.wait_procs(alive, timeout=5)
-
-
-def marked(mark: str) -> list[psutil.Process]:
-    """Running processes of one worker."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 def _raise(number: int, frame: FrameType | None) -> None:

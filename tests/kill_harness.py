@@ -27,18 +27,18 @@ import yaml
 from infra.local import ports
 from infra.local.workspace import make_workspace
 from wav.local import read_env
+from wav.processes import marked
 
 PROJECT = Path(__file__).resolve().parents[1]
 STAGES: dict[str, Any] = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
 TRAININGS = ("pretrain_video", "train_value", "train_joint")
-#: trainings on two ranks, with torchrun between them and the flow; the others are one process
+#: trainings on two ranks; the others are one process
 SPREAD = ("train_joint",)
 SIMULATIONS = ("ingest", "eval_libero")
 #: victim -> stages in which it exists
 VICTIMS: dict[str, tuple[str, ...]] = {
     "flow": tuple(STAGES),
     "rank": TRAININGS,
-    "launcher": SPREAD,
     "simulator": SIMULATIONS,
     "s3": tuple(STAGES),
     "prefect": tuple(STAGES),
@@ -67,10 +67,8 @@ def kind(process: psutil.Process) -> str:
     """Which victim a process of the pipeline is; empty for none (shells, helpers)."""
     words = process.cmdline()
     text = " ".join(words)
-    if "guard.py" in text:
+    if "processes.py" in text:
         return ""
-    if "torch.distributed.run" in words:
-        return "launcher"
     for module, name in (("wav.training.loop", "rank"), ("wav.sim.worker", "simulator"), ("dvc", "dvc")):
         if module in words and "-m" in words:
             return name
@@ -102,13 +100,7 @@ class Pipeline:
 
     def alive(self) -> list[psutil.Process]:
         """Every process that carries this pipeline's mark."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                marked = process.environ().get(MARK) == self.environment[MARK]
-                if marked and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return marked(MARK, self.environment[MARK])
 
     def victims(self, name: str) -> list[psutil.Process]:
         """Processes of one kind."""

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from infra.worker import marked
-from tests.training.test_launch import FAMILY, gone
+from tests.test_processes import FAMILY, gone
+from wav.processes import marked
 
 SUPERVISE = """
 import sys
@@ -51,7 +51,7 @@ def test_the_workers_own_end_is_passed_on() -> None:
     mark = supervisor.communicate(timeout=20)[0].strip()
     assert supervisor.returncode == 3
     assert mark
-    assert not marked(mark)
+    assert not marked("WAV_WORKER", mark)
 
 
 def test_killed_it_takes_the_worker_with_it() -> None:

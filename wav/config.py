@@ -149,7 +149,7 @@ class TrainSettings(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
     ranks: int = Field(1, ge=1, description="processes on this node (GPUs)")
-    nodes: int = Field(1, ge=1, description="machines (WAV_HOSTFILE)")
+    nodes: int = Field(1, ge=1, description="machines (WAV_LAUNCHER)")
     gradient_checkpointing: bool | Literal["auto"] = Field(
         False, description="recompute blocks in the backward pass; auto: only as many as the free memory asks for"
     )
@@ -353,12 +353,7 @@ class Runtime(BaseSettings):
     threads: int = Field(0, ge=0, description="torch threads of a single-process stage; 0: the machine's cores")
     workers: int = Field(0, ge=0, description="simulator processes; 0: the machine's cores")
     workspace: Path = Field(Path(), description="folder that holds params.yaml and the stages' outputs")
-    hostfile: str = Field("", description="several nodes: DeepSpeed's hostfile, this machine first")
-    master_port: int = Field(0, ge=0, le=65535, description="several nodes: where they meet; 0: a free port")
-    remote_shell: str = Field(
-        "ssh -o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3",
-        description="several nodes: runs a command line on another host",
-    )
+    launcher: str = Field("", description="several nodes: starts a module on all of them, as deepspeed and srun do")
 
 
 def load_settings(path: str | Path = "params.yaml") -> Settings:

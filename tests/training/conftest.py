@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from wav.data.episode import Episode
 from wav.data.latents import build_text_encoder, encode_store, fit_codec
 from wav.data.store import EpisodeStore, EpisodeStoreWriter
 from wav.rewards.label import label_store
+from wav.training.launch import RENDEZVOUS
 from wav.training.spec import TrainPaths, TrainSpec, make_spec
 
 TRAIN = {
@@ -119,13 +119,13 @@ def spec_of(workspace: Path, tmp_path: Path) -> Callable[..., TrainSpec]:
     return make
 
 
-def _child(spec: TrainSpec, output: Path, rank: int, ranks: int, port: int, prepare: Callable[[], None] | None) -> None:
+def _child(spec: TrainSpec, output: Path, rank: int, ranks: int, prepare: Callable[[], None] | None) -> None:
     import sys
 
     import torch
 
     torch.set_num_threads(1)
-    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, RENDEZVOUS: output.with_suffix(".meet")}
     os.environ.update({name: str(value) for name, value in place.items()})
     path = output.with_suffix(f".{rank}.json")
     path.write_text(spec.to_json())
@@ -161,7 +161,7 @@ class Run:
         return next((code for code in codes if code), codes[0])
 
     def join(self, seconds: float | None = None) -> None:
-        """Wait for rank 0; as torchrun does, the others end when one has failed."""
+        """Wait for rank 0; the others end when one has failed."""
         self.children[0].join(seconds)
         for child in self.children[1:]:
             if self.children[0].exitcode:
@@ -197,13 +197,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     def begin(spec: TrainSpec, prepare: Callable[[], None] | None = None) -> Run:
         log = tmp_path / f"log-{len(runs)}.txt"
         log.touch()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         ranks = spec.train.ranks
         context = multiprocessing.get_context("fork")
         children: list[Any] = [
-            context.Process(target=_child, args=(spec, log, rank, ranks, port, prepare)) for rank in range(ranks)
+            context.Process(target=_child, args=(spec, log, rank, ranks, prepare)) for rank in range(ranks)
         ]
         for child in children:
             child.start()

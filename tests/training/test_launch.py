@@ -1,80 +1,46 @@
-"""The process group: lines come through, errors are named, nothing survives, one and two ranks train."""
+"""A run's processes: errors are named, nothing survives, ranks meet where nobody else can, two of them train."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 
-import psutil
 import pytest
 
-from wav.errors import TrainingError
-from wav.training.launch import launch, run_group
+from tests.test_processes import FAMILY, gone
+from wav.errors import ConfigError, TrainingError
+from wav.training.launch import launch
 
-# a child that starts a grandchild, names both, ignores SIGTERM if told to, and sleeps
-FAMILY = """
-import os, signal, subprocess, sys, time
-if "stubborn" in sys.argv: signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-print(os.getpid(), child.pid, flush=True)
-time.sleep(60)
+LISTENING = """
+import json, os, sys, psutil, torch.distributed as dist
+from pathlib import Path
+from wav.training.engine import init_world
+world = init_world("cpu")
+assert world.mean([float(world.rank)]) == [0.5]
+found = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
+print("listens", *found, flush=True)
+world.any(True)
+dist.destroy_process_group()
+Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
+(Path(sys.argv[1]) / "metrics.json").write_text("{}")
 """
 
 
-def gone(pid: int, seconds: float = 5) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def test_lines_and_status() -> None:
-    code = "import sys; print('one'); print('two', file=sys.stderr); sys.exit(3)"
-    lines = list(run_group([sys.executable, "-u", "-c", code], dict(os.environ), "x"))
-    assert [line.text for line in lines[:-1]] == ["one", "two"]
-    assert lines[-1].status == 3
-
-
-def test_silence_is_broken() -> None:
-    code = "import time; time.sleep(1.8)"
-    lines = list(run_group([sys.executable, "-c", code], dict(os.environ), "x", heartbeat_s=0.5))
-    assert any("x: still running after" in line.text for line in lines)
-
-
-@pytest.mark.parametrize("mode", ["plain", "stubborn"])
-def test_leaving_early_ends_the_whole_group(mode: str) -> None:
-    lines = run_group([sys.executable, "-c", FAMILY, mode], dict(os.environ), "x", grace_s=0.3)
-    pids = [int(pid) for pid in next(lines).text.split()]
-    assert all(psutil.pid_exists(pid) for pid in pids)
-    begin = time.monotonic()
-    lines.close()
-    assert time.monotonic() - begin < 5
-    assert all(gone(pid) for pid in pids)
-
-
-def test_killed_caller_takes_the_run_with_it() -> None:
-    code = f"""
-import os, sys
-from wav.training.launch import run_group
-for line in run_group([sys.executable, "-c", {FAMILY!r}], dict(os.environ), "x"):
-    print(line.text, flush=True)
-"""
-    caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert caller.stdout is not None
-    child = int(caller.stdout.readline().split()[0])
-    caller.send_signal(signal.SIGKILL)
-    caller.wait()
-    assert gone(child)
+def test_ranks_of_one_machine_listen_on_loopback_alone(spec_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They meet through a file that nobody else may read, in a folder that nobody else may enter."""
+    spec = spec_of(pretrain_video={"ranks": 2})
+    argv = [sys.executable, "-c", LISTENING, str(spec.paths.output)]
+    monkeypatch.setattr("wav.training.launch.command", lambda path: argv)
+    lines: list[str] = []
+    launch(spec, lines.append)
+    said = [line.split()[1:] for line in lines if line.startswith("listens")]
+    assert len(said) == 2
+    assert {address for addresses in said for address in addresses} <= {"127.0.0.1"}
+    assert (spec.work / "rendezvous").stat().st_mode & 0o777 == 0o700
 
 
 def test_launch_trains_with_two_ranks(spec_of) -> None:
-    """ZeRO-2 over gloo through torchrun; the metrics come back and the weights are whole."""
+    """ZeRO-2 over gloo; the metrics come back and the weights are whole."""
     spec = spec_of(pretrain_video={"steps": 3, "ranks": 2, "zero_stage": 2})
     lines: list[str] = []
     metrics = launch(spec, lines.append)
@@ -85,7 +51,7 @@ def test_launch_trains_with_two_ranks(spec_of) -> None:
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-    monkeypatch.setattr("wav.training.launch.command", lambda path, ranks: [sys.executable, "-u", "-c", code])
+    monkeypatch.setattr("wav.training.launch.command", lambda path: [sys.executable, "-u", "-c", code])
 
 
 def test_launch_names_the_error(spec_of, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,3 +75,12 @@ def test_launch_ends_the_run_when_the_caller_fails(spec_of, monkeypatch: pytest.
         launch(spec_of(), fail)
     assert len(pids) == 2
     assert all(gone(pid) for pid in pids)
+
+
+def test_several_nodes_need_a_launcher(spec_of, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WAV_LAUNCHER", raising=False)
+    with pytest.raises(ConfigError, match=r"pretrain_video.nodes = 2: WAV_LAUNCHER is not set; name .*srun"):
+        launch(spec_of(pretrain_video={"nodes": 2}), lambda _: None)
+    monkeypatch.setenv("WAV_LAUNCHER", f"{sys.executable} -c 'import sys; print(*sys.argv[1:]); sys.exit(3)'")
+    with pytest.raises(TrainingError, match=r"ended with status 3; .*said: wav.training.loop .*/spec.json$"):
+        launch(spec_of(pretrain_video={"nodes": 2}), lambda _: None)

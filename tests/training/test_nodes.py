@@ -1,4 +1,4 @@
-"""Several nodes: the hostfile and the commands; two real network namespaces train as one, and end together."""
+"""Several nodes: what tells a rank who it is; two network namespaces train as one, and end together."""
 
 from __future__ import annotations
 
@@ -8,75 +8,72 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from tests.test_cancel import until
 from wav.errors import ConfigError
 from wav.io.storage.commit import read_manifest
-from wav.training import nodes
-from wav.training.launch import launch
-from wav.training.nodes import Host, choose_hosts, free_port, read_hostfile, remote_command
+from wav.training.engine import adopt_launcher
+from wav.training.launch import RENDEZVOUS, launch
 from wav.training.spec import TrainSpec, read_checkpoint_file
 
-
-def test_hostfile_lines(tmp_path: Path) -> None:
-    path = tmp_path / "hostfile"
-    path.write_text("# the rack\nnode-a slots=8\n\n10.0.0.2   slots=4 # older\n")
-    assert read_hostfile(path) == (Host("node-a", 8), Host("10.0.0.2", 4))
-    path.write_text("node-a slots=8\nnode-b\n")
-    with pytest.raises(ConfigError, match=r"hostfile:2: 'node-b' is not HOST slots=GPUS"):
-        read_hostfile(path)
-    with pytest.raises(ConfigError, match=r"WAV_HOSTFILE = '.*absent': No such file"):
-        read_hostfile(tmp_path / "absent")
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", RENDEZVOUS)
 
 
-def test_the_hostfile_must_hold_the_run(spec_of: Callable[..., TrainSpec], tmp_path: Path) -> None:
-    path = tmp_path / "hostfile"
-    path.write_text("a slots=2\nb slots=1\nc slots=8\n")
-    assert choose_hosts(spec_of(pretrain_video={"nodes": 2, "ranks": 1}), str(path)) == (Host("a", 2), Host("b", 1))
-    with pytest.raises(ConfigError, match=r"pretrain_video.ranks = 2: .* gives b 1 slots"):
-        choose_hosts(spec_of(pretrain_video={"nodes": 2, "ranks": 2}), str(path))
-    with pytest.raises(ConfigError, match=r"pretrain_video.nodes = 4: .* has 3 hosts"):
-        choose_hosts(spec_of(pretrain_video={"nodes": 4}), str(path))
-    with pytest.raises(ConfigError, match=r"nodes = 2: WAV_HOSTFILE is not set"):
-        choose_hosts(spec_of(pretrain_video={"nodes": 2}), "")
-    with pytest.raises(ConfigError, match=r"first host '192.0.2.1' is not an address of this machine"):
-        free_port("192.0.2.1")
+@pytest.fixture
+def place(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the variables of a launcher, and no others."""
+
+    def set_to(**variables: str) -> None:
+        for name in (*PLACE, "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return set_to
 
 
-def test_no_secret_is_sent_to_another_node() -> None:
-    variables = {"AWS_SECRET_ACCESS_KEY": "hidden", "PREFECT_API_KEY": "hidden", "NCCL_SOCKET_IFNAME": "eth 1"}
-    command = remote_command("ssh -p 23", "node-b", ["python", "-m", "x"], variables)
-    assert command[:4] == ["ssh", "-p", "23", "node-b"]
-    assert command[4].endswith("exec env 'NCCL_SOCKET_IFNAME=eth 1' python -m x")
-    assert "hidden" not in " ".join(command)
+def test_a_rank_knows_its_place_from_any_launcher(place: Callable[..., None]) -> None:
+    def found() -> list[str | None]:
+        adopt_launcher()
+        return [os.environ.get(name) for name in PLACE[:5]]
+
+    place(SLURM_PROCID="9", SLURM_NTASKS="16", SLURM_LOCALID="1", MASTER_ADDR="node-a")
+    assert found() == ["9", "16", "1", "node-a", "29500"]
+    place(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="7", SLURM_PROCID="5")
+    assert found() == ["0", "2", "0", "a", "7"]
+    place(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", **{RENDEZVOUS: "/a"})
+    assert found() == ["1", "2", "1", None, None]
+    place()
+    with pytest.raises(ConfigError, match=r"RANK = '': must be a number; start a rank through"):
+        found()
+    place(SLURM_PROCID="9", SLURM_NTASKS="16", SLURM_LOCALID="1")
+    with pytest.raises(ConfigError, match="MASTER_ADDR is not set"):
+        found()
 
 
 def test_a_node_without_the_shared_folder_or_with_other_code_says_so(
     spec_of: Callable[..., TrainSpec], tmp_path: Path
 ) -> None:
-    def said(spec: Path) -> str:
-        argv = nodes.join_command(spec, 1, 2, "127.0.0.1:1")
-        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60)
+    def said(spec: Path, ranks: int = 2) -> str:
+        argv = [sys.executable, "-m", "wav.training.loop", str(spec)]
+        rank = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+        done = subprocess.run(argv, env=os.environ | rank, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 1
         return done.stdout
 
     path = tmp_path / "spec.json"
-    assert "must lie on a file system that all nodes share" in said(path)
+    assert "must lie on a file system that all of them share" in said(path)
     raw = json.loads(spec_of(pretrain_video={"nodes": 2}).to_json())
     path.write_text(json.dumps({**raw, "code": "other"}))
     assert "its code is not that of the run" in said(path)
-
-
-#: stands for ssh: runs the command line in the network namespace of the host with that address
-SHELL = """#!/bin/sh
-host=$1; shift
-exec ip netns exec "{name}-${{host##*.}}" sh -c "$*"
-"""
+    assert "WORLD_SIZE = 3: pretrain_video has 2 nodes of 1 ranks; start 2" in said(path, ranks=3)
 
 
 class Rack:
@@ -123,67 +120,63 @@ def rack() -> Iterator[Rack]:
         found.remove()
 
 
-#: launch() as a process of the first node
-LAUNCH = "import sys, pathlib; from wav.training.launch import launch; from wav.training.spec import TrainSpec\n"
-LAUNCH += "from wav.errors import WavError\n"
-LAUNCH += (
-    "try: launch(TrainSpec.from_json(pathlib.Path(sys.argv[1]).read_text()), lambda line: print(line, flush=True))\n"
-)
-LAUNCH += "except WavError as error: sys.exit(str(error))"
+#: launcher -> its command line on node {node}
+LAUNCHERS = {
+    "torchrun": "torch.distributed.run --nnodes=2 --node-rank={node} --nproc-per-node=1 --master-addr=10.97.0.1 "
+    "--master-port=29511 -m wav.training.loop {spec}",
+    "deepspeed": "deepspeed.launcher.runner --hostfile {folder}/hostfile --no_ssh --node_rank {node} "
+    "--master_addr 10.97.0.1 --master_port 29511 --module wav.training.loop {spec}",
+}
 
 
 class TwoNodes:
-    """A run on both namespaces, started on the first."""
+    """A run on both namespaces, started on each by a launcher."""
 
-    def __init__(self, rack: Rack, spec: TrainSpec, folder: Path) -> None:
+    def __init__(self, rack: Rack, spec: TrainSpec, folder: Path, launcher: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        shell, hostfile, path = folder / "shell", folder / "hostfile", folder / "spec.json"
-        shell.write_text(SHELL.format(name=rack.name))
-        shell.chmod(0o755)
-        hostfile.write_text("10.97.0.1 slots=1\n10.97.0.2 slots=1\n")
+        path, self.logs = folder / "spec.json", [folder / "log-0", folder / "log-1"]
         path.write_text(spec.to_json())
-        variables = {"WAV_HOSTFILE": str(hostfile), "WAV_REMOTE_SHELL": str(shell), "GLOO_SOCKET_IFNAME": "eth-1"}
-        self.process = subprocess.Popen(
-            rack.command(1, sys.executable, "-c", LAUNCH, str(path)),
-            env=os.environ | variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        (folder / "hostfile").write_text("10.97.0.1 slots=1\n10.97.0.2 slots=1\n")
+        variables = {"GLOO_SOCKET_IFNAME": "eth-1", "DS_ACCELERATOR": "cpu"}
+        self.nodes: list[subprocess.Popen[Any]] = []
+        for node, log in enumerate(self.logs):
+            line = LAUNCHERS[launcher].format(node=node, folder=folder, spec=path)
+            command = rack.command(node + 1, sys.executable, "-u", "-m", *line.split())
+            with log.open("w") as output:
+                environment = os.environ | variables
+                self.nodes.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
 
-    def wait_for(self, text: str) -> str:
-        """What it said until ``text`` came."""
-        assert self.process.stdout is not None
-        said = []
-        for line in self.process.stdout:
-            said.append(line)
-            if text in line:
-                return "".join(said)
-        raise AssertionError(f"it never said {text!r}: {''.join(said)}")
+    def said(self) -> str:
+        """By both nodes."""
+        return "".join(log.read_text() for log in self.logs)
+
+    def wait_for(self, text: str, seconds: float = 120.0) -> None:
+        """Until a node says ``text``."""
+        until(lambda: text in self.said(), seconds)
 
     def family(self) -> list[psutil.Process]:
         """Everything that belongs to the run, as the kernel sees it."""
-        return psutil.Process(self.process.pid).children(recursive=True)
+        return [process for node in self.nodes for process in psutil.Process(node.pid).children(recursive=True)]
 
-
-def joiner(family: list[psutil.Process], node: int) -> psutil.Process:
-    """The process that holds one node's ranks."""
-    return next(p for p in family if p.cmdline()[2:4] == ["wav.training.nodes", "join"] and f"--node {node}" in
-                " ".join(p.cmdline()))  # fmt: skip
+    def rank(self, node: int) -> psutil.Process:
+        """The rank of a node."""
+        below = psutil.Process(self.nodes[node].pid).children(recursive=True)
+        return next(p for p in below if "wav.training.loop" in p.cmdline() and "torch.distributed.run" not in
+                    p.cmdline() and not any("deepspeed" in word for word in p.cmdline()))  # fmt: skip
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("launcher", list(LAUNCHERS))
 def test_two_nodes_train_what_two_ranks_of_one_node_train(
-    rack: Rack, spec_of: Callable[..., TrainSpec], tmp_path: Path
+    rack: Rack, spec_of: Callable[..., TrainSpec], tmp_path: Path, launcher: str
 ) -> None:
-    """Same losses, same weights, whole checkpoints; a node's death ends the other; the run resumes."""
+    """Same losses, same weights, whole checkpoints."""
     one = spec_of(name="one", pretrain_video={"zero_stage": 2, "ranks": 2})
     launch(one, lambda _: None)
     two = spec_of(name="two", pretrain_video={"zero_stage": 2, "ranks": 1, "nodes": 2})
-    said, code = (run := TwoNodes(rack, two, tmp_path / "rack")).process.communicate(timeout=300)[0], run.process.wait()
-    assert code == 0, said
-    assert "2 nodes, 10.97.0.1, 10.97.0.2, meeting at 10.97.0.1:" in said
-    assert "2 rank(s)" in said
+    run = TwoNodes(rack, two, tmp_path / "rack", launcher)
+    assert [node.wait(300) for node in run.nodes] == [0, 0], run.said()
+    assert "2 rank(s)" in run.said()
     metrics = [json.loads((spec.paths.output / "metrics.json").read_text()) for spec in (one, two)]
     for name in ("loss", "validation_loss", "grad_norm", "steps"):
         assert metrics[0][name] == metrics[1][name]
@@ -196,28 +189,24 @@ def test_two_nodes_train_what_two_ranks_of_one_node_train(
 
 @pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
-def test_the_death_of_a_node_ends_the_other_and_the_run_resumes(
+def test_the_death_of_a_rank_ends_both_nodes_and_the_run_resumes(
     rack: Rack, spec_of: Callable[..., TrainSpec], tmp_path: Path, victim: int
 ) -> None:
     endless = {"ranks": 1, "nodes": 2, "steps": 5000, "checkpoint_every": 3, "log_every": 3}
     spec = spec_of(pretrain_video=endless)
-    run = TwoNodes(rack, spec, tmp_path / "rack")
+    run = TwoNodes(rack, spec, tmp_path / "rack", "torchrun")
     run.wait_for("checkpoint of step 9 ")
     family = run.family()
-    began = time.monotonic()
-    joiner(family, victim).send_signal(signal.SIGKILL)
-    said, _ = run.process.communicate(timeout=60)
-    seconds = time.monotonic() - began
-    assert run.process.returncode == 1
-    assert f"node 10.97.0.{victim + 1} ended with status" in said or "Connection closed by peer" in said, said
-    assert seconds < 30
+    run.rank(victim).send_signal(signal.SIGKILL)
+    assert 0 not in [node.wait(60) for node in run.nodes]
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive, [p.cmdline() for p in alive]
 
-    run = TwoNodes(rack, spec, tmp_path / "rack")
+    run = TwoNodes(rack, spec, tmp_path / "again", "torchrun")
     run.wait_for("resumed from the checkpoint of step")
     family = run.family()
-    run.process.send_signal(signal.SIGKILL)  # the first node's launcher: everything goes with it
-    run.process.wait()
+    for node in run.nodes:
+        node.send_signal(signal.SIGKILL)  # each launcher takes its ranks with it
+        node.wait()
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive, [p.cmdline() for p in alive]

@@ -7,7 +7,6 @@ simulator per slot; each episode's result depends on its own reset alone.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -18,13 +17,12 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from wav.processes import die_with_parent
 from wav.sim.env import Observation, SimEnv, make_env
 from wav.sim.workers import SimReply
 
 if TYPE_CHECKING:
     from wav.config import DataSettings
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -117,10 +115,7 @@ class _Worker:
 def main() -> None:
     """Serve until the parent closes its end."""
     connection = Connection(int(sys.argv[1]))
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(sys.argv[2]):
-        return  # the parent died before we could ask to die with it
+    die_with_parent(int(sys.argv[2]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     outputs: list[logging.Handler] = [logging.StreamHandler(), logging.StreamHandler(os.fdopen(int(sys.argv[3]), "w"))]
     logging.basicConfig(handlers=outputs, level=logging.WARNING, format="simulator: %(message)s")

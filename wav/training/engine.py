@@ -1,7 +1,7 @@
 """DeepSpeed: process group, engine, learning rate and gradient norm.
 
 On a CPU nothing is compiled: the shared-memory collective's C++ extension is switched off and torch's own fused
-AdamW is the optimiser. One process needs no network port at all.
+AdamW is the optimiser. Ranks of one machine need no port that other machines can reach.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import FileStore, HashStore
 
 from wav.errors import ConfigError
+from wav.training.launch import RENDEZVOUS
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -103,10 +104,34 @@ def resolve_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
+def adopt_launcher() -> None:
+    """Fill in RANK, WORLD_SIZE and LOCAL_RANK from SLURM's names where only ``srun`` started this rank.
+
+    torchrun and DeepSpeed's launcher set them, and where the ranks meet, themselves.
+
+    Raises:
+        ConfigError: nothing says which rank this is, or where several meet.
+    """
+    slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+    for name, other in slurm.items():
+        if name not in os.environ and other in os.environ:
+            os.environ[name] = os.environ[other]
+        if not os.environ.get(name, "").isdigit():
+            raise ConfigError(
+                f"{name} = {os.environ.get(name, '')!r}: must be a number; start a rank through a stage, torchrun, "
+                "deepspeed or srun"
+            )
+    if int(os.environ["WORLD_SIZE"]) > 1 and not os.environ.get(RENDEZVOUS):
+        if not os.environ.get("MASTER_ADDR"):
+            raise ConfigError("MASTER_ADDR is not set; export it as the first node's name, for all ranks alike")
+        os.environ.setdefault("MASTER_PORT", "29500")
+
+
 def init_world(device_name: str) -> World:
     """Join the process group described by RANK, WORLD_SIZE and LOCAL_RANK.
 
-    A single process meets itself through an in-memory store, without a port that another program could hold.
+    A single process meets itself in memory, the ranks of one machine through a file (:mod:`.launch`): neither opens a
+    port that another program could hold or talk to. Several nodes meet at MASTER_ADDR and MASTER_PORT.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = resolve_device(device_name, int(os.environ["LOCAL_RANK"]))
@@ -114,8 +139,11 @@ def init_world(device_name: str) -> World:
         os.environ["DS_ACCELERATOR"] = "cpu"
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
+        path = os.environ.get(RENDEZVOUS)
         if ranks == 1:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        elif path:
+            dist.init_process_group(backend, store=FileStore(path, ranks), rank=rank, world_size=ranks)
         else:
             dist.init_process_group(backend)
     return World(rank, ranks, device)

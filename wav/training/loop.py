@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -24,11 +25,13 @@ import torch.distributed as dist
 from wav.errors import ConfigError, TrainingError, WavError
 from wav.io.storage import ObjectStore, open_store
 from wav.io.storage.commit import Retention
+from wav.processes import die_with_parent
 from wav.training.checkpoint import BYTES_PER_PARAMETER, Checkpoints, Found, NotSavedError, RunState, seed_globals
 from wav.training.draws import StepInputs
 from wav.training.ema import Ema
 from wav.training.engine import (
     World,
+    adopt_launcher,
     init_engine,
     init_world,
     learning_rate,
@@ -38,13 +41,12 @@ from wav.training.engine import (
     set_learning_rate,
 )
 from wav.training.feed import Feed, Source, validation_inputs
-from wav.training.guard import die_with_parent, launcher
 from wav.training.inputs import Inputs, initial_model, open_inputs, passes_through, prune_work
 from wav.training.launch import ERROR_MARK
 from wav.training.objectives import StageModule
 from wav.training.output import Metrics, collect_state, publish_model, save_model, write_output
 from wav.training.record import Progress, Recorder, Window
-from wav.training.spec import TrainSpec, check_kernels
+from wav.training.spec import TrainSpec, check_kernels, code_digest
 from wav.training.universal import Layout
 from wav.training.watch import (
     is_spike,
@@ -328,17 +330,40 @@ def run(spec: TrainSpec) -> None:
     dist.destroy_process_group()
 
 
+def check_node(spec: TrainSpec) -> None:
+    """See that a rank of several nodes belongs to its run.
+
+    Raises:
+        ConfigError: the launcher started another number of ranks, or this node has other code.
+    """
+    wanted, ranks = spec.train.nodes * spec.train.ranks, int(os.environ["WORLD_SIZE"])
+    if ranks != wanted:
+        raise ConfigError(
+            f"WORLD_SIZE = {ranks}: {spec.stage} has {spec.train.nodes} nodes of {spec.train.ranks} ranks; "
+            f"start {wanted}"
+        )
+    if spec.code != code_digest():
+        raise ConfigError(f"{socket.gethostname()}: its code is not that of the run; update it")
+
+
 def main() -> int:
-    """Entry point: the spec file is the only argument."""
-    die_with_parent(launcher())
+    """Entry point of every rank, whatever launcher started it: the spec file is the last argument."""
+    die_with_parent()
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING, force=True)
     LOG.setLevel(logging.INFO)
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     try:
         path = Path(sys.argv[-1])
         if len(sys.argv) < 2 or not path.is_file():
-            raise ConfigError(f"training spec {sys.argv[-1]!r}: no such file; give the JSON that make_spec describes")
-        run(TrainSpec.from_json(path.read_text()))
+            raise ConfigError(
+                f"training spec {sys.argv[-1]!r}: no such file; give the JSON that make_spec describes (on several "
+                "nodes the run's folders must lie on a file system that all of them share)"
+            )
+        spec = TrainSpec.from_json(path.read_text())
+        adopt_launcher()
+        if spec.train.nodes > 1:
+            check_node(spec)
+        run(spec)
     except WavError as error:
         LOG.error("%s%s", ERROR_MARK, error)
         return 1
