@@ -47,7 +47,8 @@ class Step:
             return
         text = file.read_text()
         if self.action == "append":
-            file.write_text(text.rstrip("\n") + "\n" + self.code)
+            between = "\n\n\n" if file.suffix == ".py" else "\n"
+            file.write_text(text.rstrip("\n") + between + self.code)
             return
         lines = [line or " " for line in self.code.splitlines()]
         old = "".join(f"{line[1:]}\n" for line in lines if line[0] in " -")
