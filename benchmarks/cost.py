@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from wav.config import Settings, load_settings
-from wav.io.storage.commit import MANIFEST, read_manifest
+from wav.io.files import MANIFEST
+from wav.io.storage.commit import read_manifest
 from wav.summary import summarise
 
 STAGES = ("pretrain_video", "train_value", "train_joint")

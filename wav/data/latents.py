@@ -23,16 +23,15 @@ from numpy.typing import NDArray
 from wav.codec import Codec, PCACodec, load_codec, psnr
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError
+from wav.io.arrays import ArrayWriter, open_array
 from wav.io.files import (
     MANIFEST,
-    ArrayWriter,
     atomic_folder,
     check_files,
     manifest_digest,
-    open_array,
+    manifest_files,
     read_manifest,
     require_free_space,
-    write_array,
     write_manifest,
 )
 from wav.seeding import numpy_generator
@@ -164,8 +163,8 @@ def encode_store(
     with atomic_folder(out) as folder:
         texts = ("", *sorted({*episodes.instructions, *instructions} - {""}))
         embedding, mask = text_encoder.encode(texts)
-        write_array(folder / "text.npy", embedding)
-        write_array(folder / "text_mask.npy", mask)
+        np.save(folder / "text.npy", embedding)
+        np.save(folder / "text_mask.npy", mask)
         codec.save(folder / "codec", reference=True)
         text_encoder.save(folder / "text_encoder", reference=True)
         _write_latents(folder, episodes, codec, grid, progress)
@@ -334,4 +333,4 @@ class LatentStore:
 
     def verify(self) -> None:
         """Compare every file's content with the manifest's SHA-256; DataError names the first that differs."""
-        check_files(self._manifest, self.path, remedy=REMEDY, digests=True)
+        check_files(manifest_files(self._manifest), self.path, remedy=REMEDY, digests=True)

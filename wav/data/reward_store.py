@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from wav.data.statistics import Statistics
 from wav.data.store import EpisodeStore
 from wav.errors import DataError
-from wav.io.files import MANIFEST, check_files, manifest_digest, open_array, read_manifest
+from wav.io.arrays import open_array
+from wav.io.files import MANIFEST, check_files, manifest_digest, manifest_files, read_manifest
 
 FORMAT, VERSION = "wav-rewards", 1
 REMEDY = "label the episodes again with `dvc repro label_rewards`"
@@ -70,4 +71,4 @@ class RewardStore:
 
     def verify(self) -> None:
         """Compare every file's content with the manifest's SHA-256; DataError names the first that differs."""
-        check_files(self._manifest, self.path, remedy=REMEDY, digests=True)
+        check_files(manifest_files(self._manifest), self.path, remedy=REMEDY, digests=True)

@@ -30,13 +30,13 @@ from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.statistics import Statistics, compute_statistics
 from wav.errors import DataError
+from wav.io.arrays import ArrayWriter, open_array
 from wav.io.files import (
     MANIFEST,
-    ArrayWriter,
     atomic_folder,
     check_files,
     manifest_digest,
-    open_array,
+    manifest_files,
     read_json,
     read_manifest,
     write_json,
@@ -357,8 +357,8 @@ class EpisodeStore:
 
     def file_digests(self) -> dict[str, str]:
         """SHA-256 by path of every file of the store."""
-        return {record["path"]: record["sha256"] for record in self._manifest["files"]}
+        return {record.path: record.sha256 for record in manifest_files(self._manifest)}
 
     def verify(self) -> None:
         """Compare every file's content with the manifest's SHA-256; DataError names the first that differs."""
-        check_files(self._manifest, self.path, remedy=REMEDY, digests=True)
+        check_files(manifest_files(self._manifest), self.path, remedy=REMEDY, digests=True)

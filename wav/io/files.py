@@ -4,7 +4,7 @@ Every stage that writes arrays (episodes, rewards, latents) writes into a tempor
 renames it at the end, so that a run that is killed, or a disk that fills up, leaves nothing under the final name::
 
     with atomic_folder(out) as folder:
-        write_array(folder / "values.npy", values)
+        np.save(folder / "values.npy", values)
         write_manifest(folder, "wav-rewards", 1, {"episodes": store.digest})
 
     manifest = read_manifest(out, "wav-rewards", 1, remedy="run `dvc repro label_rewards`")
@@ -19,19 +19,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
-from numpy.typing import DTypeLike, NDArray
-
-from wav.errors import DataError, StorageError
+from wav.errors import DataError, StorageError, WavError
 
 MANIFEST = "manifest.json"
-_HEADER_BYTES = 128
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -43,6 +39,12 @@ class FileRecord:
     path: str
     bytes: int
     sha256: str
+    version: str = ""
+    """Version id in an object store; empty on disk."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for a manifest."""
+        return {name: value for name, value in asdict(self).items() if name != "version" or value}
 
 
 def file_digest(path: str | Path) -> str:
@@ -197,17 +199,25 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, durable: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling that becomes ``path`` when the block ends without an error, and is removed otherwise.
+
+    ``durable``: the folder is made where it is missing, and content and name are flushed to the disk.
 
     Raises:
         StorageError: the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     with disk_errors(path):
+        if durable:
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
+            if durable:
+                fsync_path(temporary)
             os.replace(temporary, path)
+            if durable:
+                fsync_path(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -255,41 +265,62 @@ def file_records(
 
 
 def check_files(
-    manifest: Mapping[str, Any] | Sequence[FileRecord], folder: str | Path, *, remedy: str, digests: bool = False
+    records: Iterable[FileRecord],
+    folder: str | Path,
+    *,
+    remedy: str,
+    digests: bool = False,
+    error: type[WavError] = DataError,
 ) -> None:
-    """Compare the files of ``folder`` with a manifest: sizes always, contents with ``digests``.
+    """Compare the files of ``folder`` with a manifest's records: sizes always, contents with ``digests``.
 
     Raises:
-        DataError: a file is missing, truncated or (with ``digests``) changed; names it and ends in ``remedy``.
+        DataError (or ``error``): a file is missing, truncated or (with ``digests``) changed; names it and ends in
+            ``remedy``.
     """
-    folder = Path(folder)
-    records = [FileRecord(**r) for r in manifest["files"]] if isinstance(manifest, Mapping) else list(manifest)
     for record in records:
-        path = folder / record.path
+        path = Path(folder) / record.path
         if not path.is_file():
-            raise DataError(f"{path}: missing, though the manifest lists it; {remedy}")
+            raise error(f"{path}: missing, though the manifest lists it; {remedy}")
         size = path.stat().st_size
         if size != record.bytes:
             kind = "truncated" if size < record.bytes else "too long"
-            raise DataError(f"{path}: {kind}, {size} bytes where the manifest says {record.bytes}; {remedy}")
+            raise error(f"{path}: {kind}, {size} bytes where the manifest says {record.bytes}; {remedy}")
         if digests and file_digest(path) != record.sha256:
-            raise DataError(f"{path}: content does not match the manifest's SHA-256 {record.sha256[:12]}; {remedy}")
+            raise error(f"{path}: content does not match the manifest's SHA-256 {record.sha256[:12]}; {remedy}")
+
+
+def manifest_files(manifest: Mapping[str, Any]) -> tuple[FileRecord, ...]:
+    """The files a manifest lists."""
+    return tuple(FileRecord(**record) for record in manifest["files"])
+
+
+def manifest_data(name: str, version: int, files: Iterable[FileRecord], content: Mapping[str, Any]) -> dict[str, Any]:
+    """The one form of a manifest: ``content``, the format's name and version, a record of every file."""
+    return {**content, "format": name, "version": version, "files": [record.to_json() for record in files]}
 
 
 def write_manifest(
     folder: str | Path, name: str, version: int, content: Mapping[str, Any], known: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Write ``manifest.json``: format name and version, ``content``, and a record of every other file in the folder.
+    """Write ``manifest.json`` with a record of every other file in the folder; see :func:`manifest_data`.
 
     ``known``: SHA-256 by path of files whose digest was computed when they were written.
     """
-    manifest = {
-        **content,
-        "format": name,
-        "version": version,
-        "files": [asdict(record) for record in file_records(folder, known=known)],
-    }
+    manifest = manifest_data(name, version, file_records(folder, known=known), content)
     write_json(Path(folder) / MANIFEST, manifest)
+    return manifest
+
+
+def check_format(
+    manifest: Any, name: str, version: int, where: str, remedy: str, error: type[WavError] = DataError
+) -> dict[str, Any]:
+    """``manifest`` itself; DataError (or ``error``) where it is of another format or version."""
+    if not isinstance(manifest, dict) or manifest.get("format") != name:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise error(f"{where}: format {found!r} where {name!r} is expected; {remedy}")
+    if manifest.get("version") != version:
+        raise error(f"{where}: version {manifest.get('version')!r} of {name} where this code reads {version}; {remedy}")
     return manifest
 
 
@@ -302,92 +333,12 @@ def read_manifest(folder: str | Path, name: str, version: int, *, remedy: str) -
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {remedy}")
-    manifest = read_json(folder / MANIFEST, remedy)
-    if not isinstance(manifest, dict) or manifest.get("format") != name:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise DataError(f"{folder / MANIFEST}: format {found!r} where {name!r} is expected; {remedy}")
-    if manifest.get("version") != version:
-        raise DataError(
-            f"{folder / MANIFEST}: version {manifest.get('version')!r} of {name} where this code reads {version}; "
-            f"{remedy}"
-        )
-    check_files(manifest, folder, remedy=remedy)
+    path = folder / MANIFEST
+    manifest = check_format(read_json(path, remedy), name, version, str(path), remedy)
+    check_files(manifest_files(manifest), folder, remedy=remedy)
     return manifest
 
 
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """Digest of a manifest, hence of everything it lists: the identity of the folder's content."""
     return canonical_digest(dict(manifest))
-
-
-class ArrayWriter:
-    """A ``.npy`` file grown row by row with plain writes (a full disk is an error, never a SIGBUS as with memmap).
-
-    Args:
-        path: file to write.
-        row_shape: shape of one row; the file holds N of them.
-        dtype: element type.
-    """
-
-    def __init__(self, path: str | Path, row_shape: Sequence[int], dtype: DTypeLike) -> None:
-        self.path, self.row_shape, self.dtype = Path(path), tuple(int(n) for n in row_shape), np.dtype(dtype)
-        self.rows = 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "wb")  # noqa: SIM115 - closed by close(), which callers reach through `with`
-        self._file.write(self._header())
-
-    def _header(self) -> bytes:
-        """NPY 1.0 header of fixed length, so that the row count can be filled in at the end."""
-        shape = repr((self.rows, *self.row_shape))
-        fields = f"{{'descr': '{self.dtype.str}', 'fortran_order': False, 'shape': {shape}, }}"
-        length = _HEADER_BYTES - 10
-        return b"\x93NUMPY\x01\x00" + length.to_bytes(2, "little") + fields.ljust(length - 1).encode() + b"\n"
-
-    def append(self, rows: NDArray[Any]) -> None:
-        """Add rows (n, ...)."""
-        if rows.shape[1:] != self.row_shape or rows.dtype != self.dtype:
-            raise DataError(
-                f"{self.path}: rows of {rows.dtype} {rows.shape[1:]} where the file holds {self.dtype} "
-                f"{self.row_shape}; make every episode of a store alike"
-            )
-        self._file.write(np.ascontiguousarray(rows).data)
-        self.rows += len(rows)
-
-    def close(self) -> None:
-        """Fill in the row count and close the file."""
-        if not self._file.closed:
-            self._file.seek(0)
-            self._file.write(self._header())
-            self._file.close()
-
-    def __enter__(self) -> ArrayWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def write_array(path: str | Path, array: NDArray[Any]) -> None:
-    """Write a whole array as ``.npy``."""
-    with ArrayWriter(path, array.shape[1:], array.dtype) as writer:
-        writer.append(array)
-
-
-def open_array(path: str | Path, shape: Sequence[int | None], dtype: DTypeLike, *, remedy: str) -> NDArray[Any]:
-    """Memory-map a ``.npy`` file read-only; ``None`` in ``shape`` accepts any size.
-
-    Raises:
-        DataError: not a ``.npy`` file, or of another shape or dtype; the message ends in ``remedy``.
-    """
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a readable .npy file ({error}); {remedy}") from None
-    fits = array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
-    if not fits or array.dtype != np.dtype(dtype):
-        raise DataError(
-            f"{path}: {array.dtype} {array.shape} where {np.dtype(dtype)} {tuple(shape)} is expected; {remedy}"
-        )
-    return np.asarray(array)

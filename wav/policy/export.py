@@ -29,6 +29,7 @@ from wav.io.files import (
     canonical_digest,
     check_files,
     file_records,
+    manifest_files,
     read_json,
     read_manifest,
     write_json,
@@ -239,7 +240,7 @@ def verify_export(folder: str | Path) -> dict[str, Any]:
     remedy = "export the policy again (`dvc repro export`)"
     try:
         manifest = read_manifest(folder, FORMAT, VERSION, remedy=remedy)
-        check_files(manifest, folder, remedy=remedy, digests=True)
+        check_files(manifest_files(manifest), folder, remedy=remedy, digests=True)
     except DataError as error:
         raise CheckpointError(str(error)) from None
     return manifest

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 
 from wav.errors import CheckpointError, StorageError
-from wav.io.files import require_free_space
+from wav.io.files import MANIFEST, require_free_space
 from wav.io.storage.base import ObjectStore, disk_errors
-from wav.io.storage.commit import MANIFEST, Retention, commits, fetch, publish, read_manifest, retain, seal, verify
+from wav.io.storage.commit import Retention, commits, fetch, publish, read_manifest, retain, seal, verify
 from wav.seeding import derive_seed
 from wav.training.ema import Ema
 from wav.training.engine import World

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from wav.data.statistics import Statistics
-from wav.io.files import atomic_folder, canonical_digest, file_records, write_json
+from wav.io.files import MANIFEST, atomic_folder, canonical_digest, file_records, write_json
 from wav.io.storage.base import ObjectStore, disk_errors
-from wav.io.storage.commit import MANIFEST, Manifest, publish, seal
+from wav.io.storage.commit import Manifest, publish, seal
 from wav.model import WAVTransformer
 from wav.training.ema import Ema
 from wav.training.inputs import Inputs
@@ -100,7 +100,7 @@ def write_output(
                     {
                         "key": f"{spec.prefix}/model/{entry.path}",
                         "version": entry.version,
-                        "size": entry.size,
+                        "size": entry.bytes,
                         "sha256": entry.sha256,
                     }
                     for entry in uploaded.files

@@ -1,25 +1,20 @@
-"""The object-store protocol and what its implementations share (digests, atomic local writes, disk errors)."""
+"""The object-store protocol and what its implementations share."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import hashlib
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from wav.errors import StorageError
-from wav.io.files import fsync_path
-
-BLOCK_BYTES = 4 << 20
+from wav.io.files import disk_errors as full_disk_named
 
 
 class TransferError(StorageError):
-    """A download broke off; what has arrived stays beside the target and the next attempt goes on from there."""
+    """The network broke off: not the object's fault, so the same call may succeed later."""
 
 
 @dataclass(frozen=True)
@@ -85,51 +80,16 @@ class ObjectStore(Protocol):
         """Give up uploads below ``prefix`` begun before a time (seconds since 1970); returns how many."""
 
 
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` of the local disk into a StorageError that names the path and the remedy."""
+    """Turn every ``OSError`` of the local disk into a StorageError that names the path and the remedy."""
     try:
-        yield
+        with full_disk_named(path):
+            yield
     except StorageError:
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageError(f"{path}: the disk is full; free space or set WAV_WORKSPACE to a larger disk") from error
         raise StorageError(f"{path}: {error.strerror or error}; check the path and its permissions") from error
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary sibling of ``path`` that is flushed and renamed to it on success and removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        yield temporary
-        fsync_path(temporary)
-        temporary.replace(path)
-        fsync_path(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def partial_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that grows over several attempts, open for appending and locked against a second downloader."""
-    with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(f"{path}: another process downloads the same file; wait for it to end") from None
-        yield file
 
 
 def check_key(key: str) -> str:
@@ -137,6 +97,15 @@ def check_key(key: str) -> str:
     if not key or key.startswith("/") or ".." in key.split("/"):
         raise StorageError(f"object key {key!r}: must be a relative path without '..'; this is a bug in the caller")
     return key
+
+
+def check_roundtrip(store: ObjectStore) -> None:
+    """Write, read and remove a small object; StorageError where it reads back differently."""
+    key = f".check/{uuid.uuid4().hex}"
+    store.put_bytes(key, b"wav")
+    if store.get_bytes(key) != b"wav":
+        raise StorageError(f"{store.url}: a small object reads back differently; check the server or the disk")
+    store.purge(key)
 
 
 def verify_digest(where: str, found: str, expected: str) -> None:

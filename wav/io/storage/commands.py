@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wav.errors import StorageError
+from wav.io.files import MANIFEST, FileRecord
 from wav.io.storage.base import Infos, ObjectStore, TransferError
-from wav.io.storage.commit import MANIFEST, FileEntry, Retention, discard, fetch, remote_manifest, superseded
+from wav.io.storage.commit import Retention, discard, fetch, remote_manifest, superseded
 
 CHECKPOINTS = "/checkpoints/"
 
@@ -33,9 +34,8 @@ def ls(store: ObjectStore, prefix: str = "") -> Iterator[str]:
             yield f"{store.uri(name)}  DAMAGED  {error}"
             continue
         if manifest is not None:
-            size = sum(entry.size for entry in manifest.files)
             facts = "  ".join(f"{key}={value}" for key, value in sorted(manifest.meta.items()))
-            yield f"{store.uri(name)}  {len(manifest.files)} files  {size / 2**20:.1f} MiB  {facts}".rstrip()
+            yield f"{store.uri(name)}  {len(manifest.files)} files  {manifest.size / 2**20:.1f} MiB  {facts}".rstrip()
     for name, infos in folders.items():
         if not _complete(name, infos) and CHECKPOINTS in name:
             yield f"{store.uri(name)}  INCOMPLETE  {len(infos)} objects, no manifest (on its way, or left by a crash)"
@@ -50,8 +50,7 @@ def get(store: ObjectStore, prefix: str, folder: Path) -> str:
     if folder.exists():
         raise StorageError(f"{folder}: exists already; name another folder or remove it")
     manifest = fetch(store, prefix.strip("/"), folder)
-    size = sum(entry.size for entry in manifest.files)
-    return f"{folder}: {len(manifest.files)} files, {size / 2**20:.1f} MiB, every digest right"
+    return f"{folder}: {len(manifest.files)} files, {manifest.size / 2**20:.1f} MiB, every digest right"
 
 
 def verify(store: ObjectStore, prefix: str) -> Iterator[str]:
@@ -70,7 +69,7 @@ def verify(store: ObjectStore, prefix: str) -> Iterator[str]:
             yield _verified(store, prefix, entry, Path(folder) / "object")
 
 
-def _verified(store: ObjectStore, prefix: str, entry: FileEntry, path: Path) -> str:
+def _verified(store: ObjectStore, prefix: str, entry: FileRecord, path: Path) -> str:
     try:
         store.get_file(f"{prefix}/{entry.path}", path, entry.sha256, entry.version)
     except TransferError:
@@ -79,7 +78,7 @@ def _verified(store: ObjectStore, prefix: str, entry: FileEntry, path: Path) -> 
         return f"BAD {entry.path}: {error}"
     size = path.stat().st_size
     path.unlink()
-    return f"good {entry.path}" if size == entry.size else f"BAD {entry.path}: {size} bytes, expected {entry.size}"
+    return f"good {entry.path}" if size == entry.bytes else f"BAD {entry.path}: {size} bytes, expected {entry.bytes}"
 
 
 def gc(

@@ -8,55 +8,56 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from wav.errors import StorageError
-from wav.io.files import fsync_path
-from wav.io.storage.base import ObjectStore, TransferError, disk_errors, file_sha256
+from wav.io.files import (
+    MANIFEST,
+    FileRecord,
+    atomic_file,
+    check_files,
+    check_format,
+    file_digest,
+    file_records,
+    fsync_path,
+    manifest_data,
+    manifest_files,
+)
+from wav.io.storage.base import ObjectStore, TransferError, disk_errors
 
-MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT, VERSION = "wav-commit", 2
 DOWNLOADS = 8  # files of a commit fetched side by side
 Scalar = str | int | float | bool | None
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """One file of a commit; ``version`` is its version id in the store, empty on disk."""
-
-    path: str
-    size: int
-    sha256: str
-    version: str = ""
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What a commit holds: files, and a few named facts about them."""
 
-    files: tuple[FileEntry, ...]
+    files: tuple[FileRecord, ...]
     meta: Mapping[str, Scalar]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(record.bytes for record in self.files)
 
     def to_json(self) -> str:
         """Canonical text of the manifest."""
-        raw = {"format": FORMAT, "files": [asdict(entry) for entry in self.files], "meta": dict(self.meta)}
-        return json.dumps(raw, indent=1, sort_keys=True)
+        return json.dumps(
+            manifest_data(FORMAT, VERSION, self.files, {"meta": dict(self.meta)}), indent=2, sort_keys=True
+        )
 
     @staticmethod
     def from_json(text: str, where: str) -> Manifest:
         """Parse a manifest; StorageError when it is damaged or of another format."""
         try:
-            raw = json.loads(text)
-            if raw["format"] != FORMAT:
-                raise StorageError(
-                    f"{where}: manifest format {raw['format']}, this version reads {FORMAT}; upgrade wav"
-                )
-            return Manifest(tuple(FileEntry(**entry) for entry in raw["files"]), raw["meta"])
+            raw = check_format(json.loads(text), FORMAT, VERSION, where, "use a commit of this version", StorageError)
+            return Manifest(manifest_files(raw), raw["meta"])
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(
                 f"{where}: damaged manifest ({error}); delete this commit and use an older one"
@@ -65,17 +66,12 @@ class Manifest:
 
 def seal(folder: Path, meta: Mapping[str, Scalar]) -> Manifest:
     """Flush and digest every file below ``folder`` and write its manifest, which completes it."""
-    entries = []
     with disk_errors(folder):
-        for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
-            fsync_path(path)
-            entries.append(FileEntry(path.relative_to(folder).as_posix(), path.stat().st_size, file_sha256(path)))
-        manifest = Manifest(tuple(entries), meta)
-        with (folder / MANIFEST).open("w") as file:
-            file.write(manifest.to_json())
-            file.flush()
-            os.fsync(file.fileno())
-        fsync_path(folder)
+        manifest = Manifest(file_records(folder), meta)
+        for record in manifest.files:
+            fsync_path(folder / record.path)
+        with atomic_file(folder / MANIFEST, durable=True) as file:
+            file.write_text(manifest.to_json())
     return manifest
 
 
@@ -89,17 +85,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 def verify(folder: Path) -> Manifest:
     """Compare a sealed folder with its manifest; StorageError names the first file that differs."""
-    manifest = read_manifest(folder)
-    for entry in manifest.files:
-        path = folder / entry.path
-        if not path.is_file():
-            raise StorageError(f"{path}: missing; delete {folder} and use an older commit")
-        if path.stat().st_size != entry.size:
-            raise StorageError(
-                f"{path}: {path.stat().st_size} bytes, expected {entry.size}; delete {folder} and use an older commit"
-            )
-        if file_sha256(path) != entry.sha256:
-            raise StorageError(f"{path}: content differs from its digest; delete {folder} and use an older commit")
+    manifest, remedy = read_manifest(folder), f"delete {folder} and use an older commit"
+    check_files(manifest.files, folder, remedy=remedy, digests=True, error=StorageError)
     return manifest
 
 
@@ -119,7 +106,7 @@ def publish(store: ObjectStore, folder: Path, prefix: str) -> Manifest:
     for entry in manifest.files:
         key = f"{prefix}/{entry.path}"
         info = store.head(key)
-        if info is None or not info.sha256 or (info.sha256, info.size) != (entry.sha256, entry.size):
+        if info is None or not info.sha256 or (info.sha256, info.size) != (entry.sha256, entry.bytes):
             info = store.put_file(folder / entry.path, key)
         entries.append(replace(entry, version=info.version))
     uploaded = Manifest(tuple(entries), manifest.meta)
@@ -130,8 +117,8 @@ def publish(store: ObjectStore, folder: Path, prefix: str) -> Manifest:
 def fetch(store: ObjectStore, prefix: str, folder: Path) -> Manifest:
     """Download a commit to ``folder``, each file verified; nothing appears under that name otherwise.
 
-    A download that broke off, even with its process, goes on where it stopped: what has arrived waits in a hidden
-    sibling of ``folder``, named after the manifest, so that another commit's files never mix with it.
+    A download that broke off, even with its process, goes on with the files that are lacking: the others wait in a
+    hidden sibling of ``folder``, named after the manifest, so that another commit's files never mix with them.
 
     Raises:
         TransferError: the connection broke; call again.
@@ -143,14 +130,16 @@ def fetch(store: ObjectStore, prefix: str, folder: Path) -> Manifest:
     digest = hashlib.sha256(manifest.to_json().encode()).hexdigest()[:12]
     temporary = folder.with_name(f".{folder.name}.{digest}.part")
 
-    def get(entry: FileEntry) -> None:
+    def get(entry: FileRecord) -> None:
         target = temporary / entry.path
-        if not (target.is_file() and file_sha256(target) == entry.sha256):
+        if not (target.is_file() and file_digest(target) == entry.sha256):
             store.get_file(f"{prefix}/{entry.path}", target, entry.sha256, entry.version)
 
     try:
         with disk_errors(folder):
             temporary.mkdir(parents=True, exist_ok=True)
+            for killed in temporary.rglob(".*.part"):
+                killed.unlink()
         with ThreadPoolExecutor(DOWNLOADS) as pool:
             list(pool.map(get, manifest.files))
         with disk_errors(folder):

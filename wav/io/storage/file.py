@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from wav.errors import StorageError
-from wav.io.storage.base import Infos, ObjectInfo, atomic_path, check_key, disk_errors, file_sha256, verify_digest
+from wav.io.files import atomic_file, file_digest
+from wav.io.storage.base import Infos, ObjectInfo, check_key, check_roundtrip, disk_errors, verify_digest
 
 
 class FileStore:
@@ -26,34 +26,30 @@ class FileStore:
 
     def check(self) -> None:
         """Write, read and remove a small object."""
-        key = f".check/{uuid.uuid4().hex}"
-        self.put_bytes(key, b"wav")
-        if self.get_bytes(key) != b"wav":
-            raise StorageError(f"{self.url}: a small object reads back differently; check the disk")
-        self.purge(key)
+        check_roundtrip(self)
 
     def put_file(self, path: Path, key: str) -> ObjectInfo:
         """Copy a file into the store and compare the copy's digest with the original's."""
         target = self._path(key)
-        digest = file_sha256(path)
-        with disk_errors(target), atomic_path(target) as temporary:
+        digest = file_digest(path)
+        with disk_errors(target), atomic_file(target, durable=True) as temporary:
             shutil.copyfile(path, temporary)
-            verify_digest(self.uri(key), file_sha256(temporary), digest)
+            verify_digest(self.uri(key), file_digest(temporary), digest)
         return self._info(key, target, digest)
 
     def put_bytes(self, key: str, data: bytes) -> ObjectInfo:
         """Write a small object."""
         target = self._path(key)
-        with disk_errors(target), atomic_path(target) as temporary:
+        with disk_errors(target), atomic_file(target, durable=True) as temporary:
             temporary.write_bytes(data)
         return self._info(key, target)
 
     def get_file(self, key: str, path: Path, sha256: str = "", version: str = "") -> ObjectInfo:
         """Copy an object to ``path``, verified when ``sha256`` is given."""
         source = self._existing(key)
-        with disk_errors(path), atomic_path(path) as temporary:
+        with disk_errors(path), atomic_file(path, durable=True) as temporary:
             shutil.copyfile(source, temporary)
-            digest = file_sha256(temporary)
+            digest = file_digest(temporary)
             verify_digest(self.uri(key), digest, sha256)
         return self._info(key, source, digest)
 

@@ -7,16 +7,13 @@ request that the server verifies; the whole file's SHA-256 travels as object met
 from __future__ import annotations
 
 import hashlib
-import os
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import boto3
-from boto3.exceptions import S3UploadFailedError
+from boto3.exceptions import RetriesExceededError, S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
@@ -24,25 +21,21 @@ from botocore.exceptions import (
     ClientError,
     ConnectTimeoutError,
     EndpointConnectionError,
-    FlexibleChecksumError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
 )
-from urllib3.exceptions import HTTPError
 
 from wav.errors import ConfigError, StorageError
-from wav.io.files import fsync_path
+from wav.io.files import atomic_file, file_digest
 from wav.io.storage.base import (
-    BLOCK_BYTES,
     Infos,
     ObjectInfo,
     TransferError,
     check_key,
+    check_roundtrip,
     disk_errors,
-    file_sha256,
-    partial_file,
     verify_digest,
 )
 
@@ -67,7 +60,6 @@ class S3Store:
         self._session, self._region = boto3.session.Session(), region
         if self._session.get_credentials() is None:
             raise StorageError(f"{self._where()}: no S3 credentials found; {CREDENTIALS_REMEDY}")
-        self._attempts = attempts
         self._client = self._connect(attempts)
         self._transfer = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
 
@@ -77,6 +69,7 @@ class S3Store:
             signature_version="s3v4",
             s3={"addressing_style": "path"},
             retries={"mode": "standard", "total_max_attempts": attempts},
+            response_checksum_validation="when_required",  # the whole file's own digest is compared
             connect_timeout=5,
             read_timeout=60,
         )
@@ -93,11 +86,7 @@ class S3Store:
         """Ask for the bucket, then write, read and remove a small object."""
         with self._explained(""):
             self._connect(attempts=2).head_bucket(Bucket=self.bucket)  # a server that is down is said at once
-        key = f".check/{uuid.uuid4().hex}"
-        self.put_bytes(key, b"wav")
-        if self.get_bytes(key) != b"wav":
-            raise StorageError(f"{self._where()}: a small object reads back differently; check the server")
-        self.purge(key)
+        check_roundtrip(self)
 
     def ensure_bucket(self, versioned: bool = True) -> None:
         """Create the bucket where it is missing and switch versioning on; does nothing the second time."""
@@ -113,7 +102,7 @@ class S3Store:
 
     def put_file(self, path: Path, key: str) -> ObjectInfo:
         """Upload a file in parts, each with a SHA-256 that the server compares."""
-        digest = file_sha256(path)
+        digest = file_digest(path)
         extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": digest}}
         with disk_errors(path), self._explained(key):
             self._client.upload_file(str(path), self.bucket, self._key(key), ExtraArgs=extra, Config=self._transfer)
@@ -131,84 +120,30 @@ class S3Store:
     def get_file(self, key: str, path: Path, sha256: str = "", version: str = "") -> ObjectInfo:
         """Download to ``path``, verified against ``sha256`` or the stored digest.
 
-        Bytes arrive in a hidden sibling. A download that broke off, even with its process, goes on where it stopped;
-        content that differs from its digest is fetched once more, then refused.
+        boto3 asks again for the parts that broke off; content that differs from its digest is fetched once more, then
+        refused.
         """
         info = self._head(key, version)
         if info is None:
             raise StorageError(f"{self.uri(key)}: no such object; check the key or upload it first")
-        expected = sha256 or info.sha256
-        identity = hashlib.sha256(f"{self.uri(key)} {info.version} {info.etag}".encode()).hexdigest()[:12]
-        part = path.with_name(f".{path.name}.{identity}.part")
-        with disk_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with partial_file(part) as file:
-                try:
-                    self._download(info, file)
-                    if expected and file_sha256(part) != expected:
-                        file.truncate(0)
-                        self._download(info, file)
-                    verify_digest(self.uri(key), file_sha256(part), expected)
-                except TransferError:
-                    raise
-                except BaseException:
-                    part.unlink(missing_ok=True)
-                    raise
-                os.fsync(file.fileno())
-                part.replace(path)
-            fsync_path(path.parent)
+        expected, extra = sha256 or info.sha256, {"VersionId": info.version} if info.version else {}
+        with disk_errors(path), atomic_file(path, durable=True) as temporary:
+            for _ in range(2):
+                with self._explained(key):
+                    place = {"Bucket": self.bucket, "Key": self._key(key), "Filename": str(temporary)}
+                    self._client.download_file(**place, ExtraArgs=extra, Config=self._transfer)
+                found = file_digest(temporary)
+                if not expected or found == expected:
+                    break
+            verify_digest(self.uri(key), found, expected)
         return info
-
-    def _download(self, info: ObjectInfo, file: BinaryIO) -> None:
-        """Append what ``file`` lacks of the object; gives up after as many attempts without a new byte as set."""
-        failures = 0
-        while (have := file.seek(0, os.SEEK_END)) < info.size:
-            try:
-                with self._explained(info.key):
-                    self._append(info, file, have)
-            except TransferError:
-                failures = 0 if file.seek(0, os.SEEK_END) > have else failures + 1
-                if failures >= self._attempts:
-                    raise
-                time.sleep(min(5.0, 0.1 * 2**failures))
-        if have > info.size:
-            raise StorageError(f"{self.uri(info.key)}: sent more than its {info.size} bytes; fetch it again")
-
-    def _append(self, info: ObjectInfo, file: BinaryIO, start: int) -> None:
-        """One request for the bytes from ``start`` on; TransferError when fewer arrive."""
-        extra = {"VersionId": info.version} if info.version else {"IfMatch": info.etag}
-        extra |= {"Range": f"bytes={start}-"} if start else {}
-        reply = self._client.get_object(Bucket=self.bucket, Key=self._key(info.key), **extra)
-        body = reply["Body"]
-        try:
-            while block := body.read(BLOCK_BYTES):
-                file.write(block)
-        except FlexibleChecksumError:
-            return  # the whole file is compared with its own digest, which says it better
-        except (BotoCoreError, HTTPError, ConnectionError, TimeoutError) as error:
-            raise self._broken(info, file, error) from error
-        finally:
-            file.flush()
-            body.close()
-        if file.tell() < info.size:
-            raise self._broken(info, file, None)
-
-    def _broken(self, info: ObjectInfo, file: BinaryIO, error: Exception | None) -> TransferError:
-        cause = f" ({' '.join(str(error).split())[:200]})" if error else ""
-        return TransferError(
-            f"{self.uri(info.key)}: the connection broke after {file.tell()} of {info.size} bytes{cause}; "
-            "run it again to go on from there"
-        )
 
     def get_bytes(self, key: str, version: str = "") -> bytes:
         """Content of a small object."""
         extra = {"VersionId": version} if version else {}
         with self._explained(key):
             reply = self._client.get_object(Bucket=self.bucket, Key=self._key(key), **extra)
-            try:
-                data: bytes = reply["Body"].read()
-            except (BotoCoreError, HTTPError, ConnectionError, TimeoutError) as error:
-                raise TransferError(f"{self.uri(key)}: the connection broke ({error}); try again") from error
+            data: bytes = reply["Body"].read()
         verify_digest(self.uri(key), hashlib.sha256(data).hexdigest(), reply.get("Metadata", {}).get("sha256", ""))
         return data
 
@@ -337,7 +272,7 @@ class S3Store:
             raise StorageError(f"{where}: S3 credentials are missing or incomplete; {CREDENTIALS_REMEDY}") from None
         except ClientError as error:
             raise StorageError(f"{where}: {_cause(error, bool(key))}") from error
-        except (HTTPClientError, IncompleteReadError) as error:
+        except (HTTPClientError, IncompleteReadError, RetriesExceededError) as error:
             text = " ".join(str(error).split())
             raise TransferError(f"{where}: {text}; check the network and try again") from error
         except S3UploadFailedError as error:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from wav.errors import StorageError
+from wav.io.files import MANIFEST
 from wav.io.storage import ObjectStore, open_store
 from wav.io.storage.commit import (
-    MANIFEST,
     Retention,
     commits,
     discard,
@@ -43,10 +43,10 @@ def test_seal_and_verify(tmp_path: Path) -> None:
     assert [f.path for f in manifest.files] == ["a.txt", "sub/b.txt"]
     assert verify(folder) == manifest
     (folder / "a.txt").write_text("ten")
-    with pytest.raises(StorageError, match=r"a\.txt: content differs"):
+    with pytest.raises(StorageError, match=r"a\.txt: content does not match"):
         verify(folder)
     (folder / "a.txt").write_text("truncat")
-    with pytest.raises(StorageError, match=r"a\.txt: 7 bytes, expected 3"):
+    with pytest.raises(StorageError, match=r"a\.txt: too long, 7 bytes where the manifest says 3"):
         verify(folder)
     (folder / "a.txt").unlink()
     with pytest.raises(StorageError, match=r"a\.txt: missing"):
@@ -120,8 +120,8 @@ def test_damaged_manifest_is_refused(tmp_path: Path, store: ObjectStore) -> None
     folder = folder_of(tmp_path / "c")
     seal(folder, {})
     raw = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**raw, "format": 99}))
-    with pytest.raises(StorageError, match="format 99"):
+    (folder / MANIFEST).write_text(json.dumps({**raw, "version": 99}))
+    with pytest.raises(StorageError, match="version 99 of wav-commit"):
         verify(folder)
     (folder / MANIFEST).write_text("{")
     with pytest.raises(StorageError, match="damaged manifest"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.storage.fault_proxy import FaultProxy
+from tests.io.storage.fault_proxy import FaultProxy
 from wav.errors import StorageError
 from wav.io.storage.base import TransferError
 from wav.io.storage.commit import commits, fetch, publish, seal, verify
@@ -99,7 +99,7 @@ def test_download_recovers(kind: str, store: S3Store, proxy: FaultProxy, folder:
 def test_broken_download_goes_on_where_it_stopped(
     store: S3Store, proxy: FaultProxy, folder: Path, tmp_path: Path
 ) -> None:
-    """Even in another process: what has arrived stays beside the target, and only the rest is asked for."""
+    """Even in another process: files that have arrived stay beside the target, and only the others are asked for."""
     publish(store, folder, "run/x")
     proxy.arm("truncate", method="GET", path=r"a\.bin", times=1)
     rest = proxy.arm("reset", method="GET", path=r"a\.bin", times=-1)
@@ -111,8 +111,6 @@ def test_broken_download_goes_on_where_it_stopped(
     proxy.requests.clear()
     fetch(store, "run/x", tmp_path / "back")
     assert verify(tmp_path / "back")
-    spans = [span for method, path, span in proxy.requests if method == "GET" and "a.bin" in path]
-    assert spans == ["bytes=50000-"]
     assert not any("b.bin" in path for _, path, _ in proxy.requests)
     assert not list(tmp_path.glob(".*"))
 
@@ -132,10 +130,10 @@ def test_full_disk_of_a_download_is_named(
 ) -> None:
     publish(store, folder, "run/x")
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(S3Store, "_append", full)
+    monkeypatch.setattr(store._client, "download_file", full)
     with pytest.raises(StorageError, match="disk is full"):
         fetch(store, "run/x", tmp_path / "back")
     assert not list(tmp_path.glob(".*"))

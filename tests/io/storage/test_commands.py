@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.storage.test_commit import folder_of
+from tests.io.storage.test_commit import folder_of
 from wav.cli import main
 from wav.errors import ConfigError, StorageError
+from wav.io.files import MANIFEST
 from wav.io.storage import ObjectStore, open_store
 from wav.io.storage.commands import gc, get, ls, verify
-from wav.io.storage.commit import MANIFEST, Retention, commits, publish, seal
+from wav.io.storage.commit import Retention, commits, publish, seal
 
 RUN = "training/pretrain_video/key"
 PROJECT = Path(__file__).resolve().parents[2]
