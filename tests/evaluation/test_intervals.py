@@ -1,5 +1,8 @@
 """Intervals against values computed elsewhere."""
 
+import math
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 
@@ -20,6 +23,18 @@ def test_wilson_known_values(successes, episodes, low, high):
     assert rate.success_rate == successes / episodes
     assert rate.wilson_low == pytest.approx(low, abs=2e-4)
     assert rate.wilson_high == pytest.approx(high, abs=2e-4)
+
+
+def test_wilson_and_mcnemar_equal_their_formulas():
+    z = NormalDist().inv_cdf(0.975)
+    for n in (1, 7, 50, 2000):
+        for k in {0, 1, n // 3, n}:
+            rate, centre = wilson(k, n), (k / n + z * z / (2 * n)) / (1 + z * z / n)
+            half = z / (1 + z * z / n) * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n))
+            assert (rate.wilson_low, rate.wilson_high) == pytest.approx((centre - half, centre + half), abs=1e-12)
+    for wins, losses in ((0, 3), (4, 4), (11, 3), (30, 12)):
+        tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
+        assert mcnemar(wins, losses) == pytest.approx(min(1.0, 2 * tail / 2 ** (wins + losses)), abs=1e-12)
 
 
 def test_wilson_of_nothing_says_nothing():

@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
-from statistics import NormalDist
 
 import numpy as np
+from scipy.stats import binomtest
 
 from wav.seeding import numpy_generator
 
@@ -48,25 +47,14 @@ class Difference:
         return asdict(self)
 
 
-def wilson(successes: int, episodes: int, confidence: float = 0.95) -> Rate:
-    """Wilson's score interval (Wilson 1927).
-
-    Raises:
-        ValueError: ``successes`` outside ``0..episodes`` or ``confidence`` outside (0, 1).
-    """
+def wilson(successes: int, episodes: int) -> Rate:
+    """Wilson's 95% score interval (Wilson 1927); ValueError for ``successes`` outside ``0..episodes``."""
     if not 0 <= successes <= episodes:
         raise ValueError(f"successes = {successes}: must lie in 0..{episodes}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence = {confidence}: must lie in (0, 1)")
     if episodes == 0:
         return Rate(0.0, 0, 0.0, 1.0)
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    rate, n = successes / episodes, episodes
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == n else min(1.0, centre + half)
-    return Rate(rate, n, low, high)
+    interval = binomtest(successes, episodes).proportion_ci(method="wilson")
+    return Rate(successes / episodes, episodes, float(interval.low), float(interval.high))
 
 
 def independent_difference(first: Rate, second: Rate) -> tuple[float, float]:
@@ -79,19 +67,13 @@ def independent_difference(first: Rate, second: Rate) -> tuple[float, float]:
 
 def mcnemar(wins: int, losses: int) -> float:
     """Two-sided exact p-value of McNemar's test: a fair coin over the ``wins + losses`` discordant pairs."""
-    n = wins + losses
-    if n == 0:
-        return 1.0
-    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, float(Fraction(2 * tail, 2**n)))
+    return float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def paired_difference(
-    first: Sequence[bool], second: Sequence[bool], *, confidence: float = 0.95, resamples: int = 4000, seed: int = 0
-) -> Difference:
+def paired_difference(first: Sequence[bool], second: Sequence[bool]) -> Difference:
     """Difference of success rates of two variants over the same episodes, in the same order.
 
-    The interval is the percentile bootstrap over episodes (pairs stay together).
+    The interval is the 95% percentile bootstrap over episodes (pairs stay together, 4000 resamples, always the same).
 
     Raises:
         ValueError: the two sequences differ in length.
@@ -104,7 +86,6 @@ def paired_difference(
         return Difference(0.0, -1.0, 1.0, 0, 0, 0, 1.0)
     # Resampling pairs only changes how often each of the outcomes win / tie / loss is drawn.
     shares = np.array([wins, n - wins - losses, losses]) / n
-    draws = numpy_generator(seed, "evaluation.bootstrap").multinomial(n, shares, size=resamples)
-    differences = (draws[:, 0] - draws[:, 2]) / n
-    low, high = np.quantile(differences, [(1 - confidence) / 2, (1 + confidence) / 2])
+    draws = numpy_generator(0, "evaluation.bootstrap").multinomial(n, shares, size=4000)
+    low, high = np.quantile((draws[:, 0] - draws[:, 2]) / n, [0.025, 0.975])
     return Difference((wins - losses) / n, float(low), float(high), wins, losses, n, mcnemar(wins, losses))
