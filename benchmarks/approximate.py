@@ -30,7 +30,7 @@ from wav.planning.planner import Planner
 from wav.planning.types import Plan, RowKey, SeededNoise
 from wav.policy.export import load_export
 from wav.policy.policy import Policy
-from wav.sim.env import select_tasks
+from wav.sim.registry import select_tasks
 
 ROWS = 8  #: the policy's batch while acting
 SEED = 7

@@ -21,7 +21,7 @@ import yaml
 
 from wav.config import STAGE_SECTIONS, load_settings
 from wav.data.store import EpisodeStore
-from wav.sim.env import LIBERO_SUITES
+from wav.sim.registry import LIBERO_SUITES
 
 #: what a preset's numbers are and are not, so that nobody quotes them for something else
 NOTES = {

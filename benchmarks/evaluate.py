@@ -31,7 +31,7 @@ from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Clock, Rollout, Scheduler
 from wav.model import build_model
 from wav.policy.policy import Policy
-from wav.sim.env import select_tasks, simulator_versions
+from wav.sim.registry import select_tasks, simulator_versions
 from wav.sim.workers import SimPool
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from wav.config import DataSettings, IngestSettings
 from wav.evaluation.intervals import wilson
-from wav.sim.env import simulator_versions
-from wav.sim.tabletop.expert import solves
+from wav.sim.demonstrations import solves
+from wav.sim.registry import simulator_versions
 from wav.sim.tabletop.tasks import TASKS
 from wav.sim.workers import map_in_processes
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from wav.config import DataSettings
 from wav.evaluation.intervals import wilson
-from wav.sim import env
-from wav.sim.tabletop.env import expert
+from wav.sim.demonstrations import solves
+from wav.sim.registry import simulator_versions, task_specs
 from wav.sim.workers import map_in_processes
 
 STATES = {"libero_object": 50, "libero_spatial": 50, "libero_goal": 10, "libero_10": 10}
@@ -41,10 +41,10 @@ COLUMNS = (
 
 def code_digest(suite: str) -> str:
     """Identity of the expert's code that tasks of ``suite`` run."""
-    folder = Path(expert.__file__).parent
-    names = ["arm", "expert", "libero_expert", "libero_expert_goals", "libero_expert_place", "libero_grasps"]
+    folder = Path(__file__).parents[1] / "wav" / "sim"
+    names = ["arm", "demonstrations", "libero/expert", "libero/expert_goals", "libero/expert_place", "libero/grasps"]
     if suite in ("libero_goal", "libero_10"):  # the others have no drawer to open and no knob to turn
-        names.append("libero_expert_parts")
+        names.append("libero/expert_parts")
     return hashlib.sha256(b"".join((folder / f"{name}.py").read_bytes() for name in names)).hexdigest()[:12]
 
 
@@ -66,7 +66,7 @@ def advance(suite: str, task: str, row: dict[str, Any], upto: int, code: str, wo
     steps, errors = list(row.get("steps", [])), dict(row.get("errors", {}))
     first, seconds = len(steps), row.get("seconds", 0.0) * len(steps)
     jobs = [(suite, task, index, data, 0.0, 0.0, 0) for index in range(first, upto)]
-    results = dict(map_in_processes(expert.solves, jobs, workers))
+    results = dict(map_in_processes(solves, jobs, workers))
     for job in range(len(jobs)):
         result = results[job]
         if isinstance(result, Exception) and "ConfigError" not in str(result):
@@ -90,7 +90,7 @@ def write(path: Path, table: dict[str, dict[str, Any]]) -> None:
         "about": "Scripted expert from evaluation's initial states 0, 1, ...; success is LIBERO's predicate within the "
         "protocol's step limit; no noise, nothing rendered but the first frame; seconds are of one core per episode. "
         "libero_goal and libero_10 are tried from 10 states only. errors: why the expert does not try.",
-        "versions": env.simulator_versions("libero_object"),
+        "versions": simulator_versions("libero_object"),
     })  # fmt: skip
     text = f'{about[:-1]},\n "suites": {{\n{suites}\n }}\n}}\n'
     json.loads(text)
@@ -115,7 +115,7 @@ def main() -> None:
     for upto in ROUNDS:
         for suite in arguments.suites:
             wanted = min(upto, arguments.states or STATES[suite])
-            for task in env.task_specs(suite):
+            for task in task_specs(suite):
                 row = table.setdefault(suite, {}).get(task, {})
                 if row.get("states", 0) >= wanted:
                     continue

@@ -16,7 +16,7 @@ from wav.evaluation.start import check_all
 from wav.evaluation.unsimulated import without_simulator
 from wav.policy.export import Checkpoint
 from wav.policy.policy import Policy
-from wav.sim.env import has_simulator
+from wav.sim.registry import has_simulator
 from wav.sim.workers import SimPool
 
 

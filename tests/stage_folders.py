@@ -17,7 +17,7 @@ from wav.data.store import EpisodeStore, EpisodeStoreWriter
 from wav.io.files import canonical_digest, file_records, write_json
 from wav.model import build_model
 from wav.rewards.label import label_store
-from wav.sim.env import task_specs
+from wav.sim.registry import task_specs
 from wav.text import TextEncoder, build_small
 
 DATA = DataSettings(

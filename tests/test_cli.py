@@ -15,7 +15,7 @@ from wav import cli, doctor
 from wav.config import Runtime
 from wav.evaluation.act import act_episodes
 from wav.policy.export import export_policy, policy_from_stages
-from wav.sim.env import select_tasks
+from wav.sim.registry import select_tasks
 
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
 
@@ -89,7 +89,7 @@ def test_act_refuses_a_damaged_or_missing_export(exported, tmp_path, capsys):
 
 
 def test_act_refuses_other_simulator_versions(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr("wav.sim.env.simulator_versions", lambda *_: {"mujoco": "9.9", "robosuite": "1.4.0"})
+    monkeypatch.setattr("wav.sim.registry.simulator_versions", lambda *_: {"mujoco": "9.9", "robosuite": "1.4.0"})
     with pytest.raises(ValueError, match=r"simulator: .*mujoco.*against.*9\.9"):
         act_episodes(exported, suite="tabletop", episodes=1, device="cpu", report=lambda line: None)
 

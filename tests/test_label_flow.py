@@ -20,7 +20,7 @@ from wav.evaluation import build_report
 from wav.plots import spearman
 from wav.rewards.label import label_store, value_channels
 from wav.rewards.terms import episode_rewards
-from wav.sim.tabletop.expert import record_demonstration
+from wav.sim.demonstrations import record_demonstration
 
 DATA = DataSettings(image_height=32, image_width=32)
 SETTINGS = Settings(data=DATA)

@@ -260,7 +260,7 @@ def _storage_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser
 def render(arguments: argparse.Namespace) -> int:
     """``wav render``: the first frame of one initial state as a picture."""
     from wav.evaluation.pictures import join_views, write_png
-    from wav.sim.env import select_tasks
+    from wav.sim.registry import select_tasks
     from wav.sim.workers import SimPool
 
     task = select_tasks(arguments.suite, tuple(arguments.task[:1]))[0]

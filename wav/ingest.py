@@ -28,7 +28,7 @@ from wav.data.sources.staging import DatasetSource, Staged, collect, staging_fol
 from wav.data.store import EpisodeStore, EpisodeStoreWriter, Rejection
 from wav.errors import ConfigError, DataError
 from wav.io.files import require_free_space
-from wav.sim.env import has_simulator
+from wav.sim.registry import has_simulator
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings

@@ -17,7 +17,7 @@ from pathlib import Path
 from wav.config import load_settings
 from wav.errors import ConfigError, exit_status
 from wav.local import PROJECT
-from wav.sim.env import LIBERO_SUITES
+from wav.sim.registry import LIBERO_SUITES
 
 #: what a stage's command and dependencies name; linked, not copied
 LINKED = ("wav", "flows")

@@ -10,7 +10,8 @@ import numpy as np
 from wav.config import DataSettings, EvalLiberoSettings, Settings
 from wav.data.conventions import Conventions
 from wav.seeding import numpy_generator
-from wav.sim.env import Observation, task_specs
+from wav.sim.env import Observation
+from wav.sim.registry import task_specs
 
 DATA = DataSettings(image_height=16, image_width=16, future_frames=5, frame_stride=1)
 EVALUATION = EvalLiberoSettings(

@@ -22,7 +22,7 @@ from wav.evaluation.evaluate import applicable
 from wav.planning.types import VARIANTS
 from wav.policy.export import Checkpoint, export_policy, load_export, policy_from_stages
 from wav.policy.policy import Policy
-from wav.sim.env import select_tasks
+from wav.sim.registry import select_tasks
 
 BASELINE = SETTINGS.model_copy(
     update={

@@ -20,7 +20,7 @@ from wav.errors import SimulationError
 from wav.evaluation import protocol, read_record
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Scheduler
-from wav.sim.env import task_specs
+from wav.sim.registry import task_specs
 from wav.sim.workers import SimPool
 
 ROOT = Path(__file__).parents[2]

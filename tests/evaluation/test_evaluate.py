@@ -14,7 +14,7 @@ from wav.errors import CheckpointError, ConfigError, DataError, SimulationError
 from wav.evaluation import check_start, evaluate, metrics_table, read_record
 from wav.evaluation.intervals import wilson
 from wav.evaluation.protocol import build_episodes, versions
-from wav.sim.env import select_tasks, task_specs
+from wav.sim.registry import select_tasks, task_specs
 
 
 def run(out, pool=None, checkpoint="weights", **changes):

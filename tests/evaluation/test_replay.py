@@ -14,9 +14,9 @@ from wav.evaluation.extras import first_frames
 from wav.evaluation.extras.first_frames import check_first_frames, rendered_frames
 from wav.evaluation.extras.replay import replay
 from wav.evaluation.verdict import refuse_failed, report_path
+from wav.sim.demonstrations import record_demonstration
 from wav.sim.env import Observation
 from wav.sim.replay import ReplayStart, body_poses, replay_episode, state_errors
-from wav.sim.tabletop.expert import record_demonstration
 from wav.sim.workers import SimReply
 
 DATA = DataSettings(image_height=32, image_width=32, tasks=("lift_red_cube",))

@@ -18,7 +18,7 @@ from wav.evaluation.records import read_record, write_record
 from wav.evaluation.rollout import Rollout
 from wav.policy.export import export_policy, policy_from_stages
 from wav.policy.policy import Policy
-from wav.sim.env import select_tasks
+from wav.sim.registry import select_tasks
 from wav.sim.workers import SimPool
 
 EPISODES = {"episodes_per_task": 1, "variants": ("planned",), "batch_size": 3, "swapped_episodes": 0, "videos": 0}

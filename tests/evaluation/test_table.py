@@ -19,8 +19,8 @@ from wav.evaluation.intervals import independent_difference, wilson
 from wav.evaluation.verdict import report_path
 from wav.io.files import write_json
 from wav.policy.export import export_policy, policy_from_stages
-from wav.sim.env import select_tasks
 from wav.sim.libero import assets as libero_assets
+from wav.sim.registry import select_tasks
 
 HEADING = {
     "export": "export",

@@ -11,7 +11,7 @@ from flows import eval_libero
 from tests.evaluation.fakes import DATA, settings
 from wav.errors import ConfigError
 from wav.evaluation import build_report, metrics_table
-from wav.sim.env import SUITES, has_simulator
+from wav.sim.registry import SUITES, has_simulator
 
 
 def test_only_unknown_robots_have_no_simulator():

@@ -25,7 +25,7 @@ from wav.data.statistics import Statistics, compute_statistics
 from wav.evaluation import evaluate
 from wav.evaluation.protocol import EpisodeSpec
 from wav.policy.policy import Policy
-from wav.sim.env import select_tasks, task_specs
+from wav.sim.registry import select_tasks, task_specs
 from wav.sim.workers import SimPool
 
 DEATH = 3

@@ -17,9 +17,9 @@ import pytest
 
 from wav.config import DataSettings
 from wav.errors import ConfigError, DataError, ServiceError
-from wav.sim.env import LIBERO_SUITES, select_tasks, task_specs
 from wav.sim.libero import assets as libero_assets
 from wav.sim.libero import tasks as libero_tasks
+from wav.sim.registry import LIBERO_SUITES, select_tasks, task_specs
 from wav.sim.workers import SimPool
 
 ROOT = Path(__file__).parents[2]

@@ -112,20 +112,18 @@ def libero(tmp_path_factory):
         patch.setenv("WAV_LIBERO_ASSETS", str(KIT))
         patch.setenv("WAV_LOCAL_DIR", str(tmp_path_factory.mktemp("local")))
         libero_assets.find_assets.cache_clear()
-        from wav.sim.tabletop.env import expert
+        from wav.sim import demonstrations
 
         def settings(suite: str) -> DataSettings:
             return DataSettings(suite=suite, tasks=(), image_height=16, image_width=16, views=("agentview",))
 
-        yield expert, settings
-        for env in expert._ENVIRONMENTS.values():
-            env.close()
-        expert._ENVIRONMENTS.clear()
+        yield demonstrations, settings
+        demonstrations.kept_env.cache_clear()
         libero_assets.find_assets.cache_clear()
 
 
 def _first_task(suite: str) -> str:
-    from wav.sim.env import task_specs
+    from wav.sim.registry import task_specs
 
     return next(iter(task_specs(suite)))
 
@@ -133,8 +131,8 @@ def _first_task(suite: str) -> str:
 @needs_assets
 @pytest.mark.parametrize("suite", ["libero_object", "libero_spatial"])
 def test_the_expert_solves_a_task_from_an_initial_state_of_evaluation(libero, suite):
-    expert, settings = libero
-    outcome = expert.solves(suite, _first_task(suite), 0, settings(suite), 0.0, 0.0, 0)
+    demonstrations, settings = libero
+    outcome = demonstrations.solves(suite, _first_task(suite), 0, settings(suite), 0.0, 0.0, 0)
     assert outcome.success
     assert outcome.steps < 150
 
@@ -143,10 +141,10 @@ def test_the_expert_solves_a_task_from_an_initial_state_of_evaluation(libero, su
 def test_a_demonstration_is_reproducible_its_labels_clean_and_its_start_not_evaluations(libero):
     from wav.sim.libero.tasks import initial_states
 
-    expert, settings = libero
+    demonstrations, settings = libero
     suite, data = "libero_object", settings("libero_object")
     task = _first_task(suite)
-    first, again = (expert.record_demonstration(suite, task, 1000, data, 0.1, 1.0, 3) for _ in range(2))
+    first, again = (demonstrations.record_demonstration(suite, task, 1000, data, 0.1, 1.0, 3) for _ in range(2))
     first.validate()
     assert first.success
     for name in ("state", "joints", "actions", "expert_actions"):
@@ -155,7 +153,7 @@ def test_a_demonstration_is_reproducible_its_labels_clean_and_its_start_not_eval
     noise = (first.actions - first.expert_actions)[:-1]
     assert 0.02 < noise[:, :3].std() < 0.15  # executed: the label plus noise, clipped
     assert np.abs(noise[:, 6]).max() == 0
-    env = expert._environment(suite, data)
+    env = demonstrations.kept_env(suite, data)
     starts = {}
     for index in (0, 1000, 1001):
         env.reset(task, index)
@@ -170,8 +168,8 @@ def test_a_demonstration_is_reproducible_its_labels_clean_and_its_start_not_eval
 
 @needs_assets
 def test_clouds_are_where_the_objects_are(libero):
-    expert, settings = libero
-    env = expert._environment("libero_object", settings("libero_object"))
+    demonstrations, settings = libero
+    env = demonstrations.kept_env("libero_object", settings("libero_object"))
     env.reset(_first_task("libero_object"), 0)
     sim, solids = env.scene.sim, Solids(env.scene.sim)
     body = env.scene.obj_body_id["alphabet_soup_1"]

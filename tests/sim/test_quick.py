@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from wav.config import DataSettings
-from wav.sim.env import make_env, select_tasks
+from wav.sim.registry import make_env, select_tasks
 
 KIT = Path(os.environ.get("WAV_LIBERO_ASSETS") or Path(__file__).parents[3] / "shared" / "libero-assets")
 needs_assets = pytest.mark.skipif(
@@ -53,7 +53,7 @@ def test_the_same_states_with_fewer_look_ups(suite: str, monkeypatch: pytest.Mon
     for quick in (True, False):
         env = make_env(suite, data)
         if not quick:
-            monkeypatch.setattr(f"{module}.quicken", lambda robot: None)
+            monkeypatch.setattr(f"{module}.use_fast_control", lambda robot: None)
         found.append(play(env, task))
         env.close()
     (ours, few), (theirs, many) = found

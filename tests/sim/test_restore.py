@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from wav.config import DataSettings, load_settings
-from wav.sim.env import make_env
+from wav.sim.registry import make_env
 from wav.sim.restore import restore, save
 from wav.sim.tabletop.expert import TabletopExpert
 

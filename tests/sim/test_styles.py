@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from wav.config import load_settings
-from wav.sim.env import make_env
+from wav.sim.demonstrations import run_expert
+from wav.sim.registry import make_env
 from wav.sim.styles import SLOW, STYLES, draw_style
-from wav.sim.tabletop.expert import run_expert
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 from wav.config import DataSettings
 from wav.errors import ConfigError, SimulationError
-from wav.sim.env import select_tasks, task_specs
+from wav.sim.registry import select_tasks, task_specs
 from wav.sim.tabletop.tasks import SCENES, TASKS, initial_state
 from wav.sim.workers import SimPool, map_in_processes
 
@@ -87,7 +87,7 @@ def test_observations_have_liberos_shape(env) -> None:
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_the_expert_solves_every_task(env, task: str) -> None:
-    from wav.sim.tabletop.expert import run_expert
+    from wav.sim.demonstrations import run_expert
 
     assert run_expert(env, "tabletop", task, 1000, noise=0.1)[0]
     assert env.success(task)

@@ -132,7 +132,7 @@ def test_an_error_names_the_log_and_a_wait_may_be_limited():
         pool.submit_reset(0, "lift_red_cube", 0)
         assert pool.wait(300.0)[0][1].error is None
     assert str(log) in reply.error
-    assert "KeyError: 'no_such_task'" in log.read_text()
+    assert "task 'no_such_task': no task of suite 'tabletop'" in log.read_text()
 
 
 def test_a_stalled_job_is_given_up_and_the_next_one_runs(monkeypatch):

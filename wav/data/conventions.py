@@ -53,7 +53,7 @@ class Conventions:
     def for_simulator(cls, data: DataSettings, simulator: Mapping[str, str] | None = None) -> Conventions:
         """What the simulators of :mod:`wav.sim` produce under ``data`` (with this machine's versions by default)."""
         if simulator is None:
-            from wav.sim.env import simulator_versions
+            from wav.sim.registry import simulator_versions
 
             simulator = simulator_versions(data.suite)
         return cls(

@@ -17,7 +17,7 @@ from wav.io.files import read_json
 from wav.planning.types import Variant
 from wav.policy.export import load_export
 from wav.policy.policy import Policy
-from wav.sim.env import LIBERO_SUITES, select_tasks
+from wav.sim.registry import LIBERO_SUITES, select_tasks
 
 #: Opens simulators: (suite, data, workers, slots) -> context manager.
 PoolFactory = Callable[[str, DataSettings, int, int], AbstractContextManager[Pool]]

@@ -22,7 +22,8 @@ from wav.errors import CheckpointError, ConfigError
 from wav.io.files import canonical_digest, sources_digest
 from wav.model import native_training
 from wav.planning.types import Variant
-from wav.sim.env import TaskSpec, select_tasks
+from wav.sim.env import TaskSpec
+from wav.sim.registry import select_tasks
 
 #: Environment steps of every suite under ``budget: reference`` (its loop counts policy calls; spec section 7.9).
 REFERENCE_BUDGET = 1000

@@ -20,7 +20,7 @@ from wav.evaluation.extras.first_frames import check_first_frames
 from wav.evaluation.rollout import Pool
 from wav.evaluation.verdict import ALLOW_VARIABLE, refuse_failed, report_path
 from wav.io.files import read_json
-from wav.sim.env import LIBERO_SUITES
+from wav.sim.registry import LIBERO_SUITES
 
 log = logging.getLogger(__name__)
 

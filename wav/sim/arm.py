@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,3 +75,17 @@ class Arm:
 def pointing(approach: NDArray[np.float64], closing: NDArray[np.float64]) -> NDArray[np.float64]:
     """Orientation (3, 3) of the gripper site for unit vectors along which it points and along which it closes."""
     return np.column_stack([closing, np.cross(approach, closing), approach])
+
+
+class Expert(Protocol):
+    """A suite's scripted expert for one episode (:func:`wav.sim.registry.make_expert`)."""
+
+    arm: Arm
+
+    def __call__(self) -> Action:
+        """The clean action (7,) for the simulator's current state."""
+        ...
+
+    def random_pose(self, rng: np.random.Generator) -> tuple[NDArray[np.float64], float]:
+        """Somewhere above the scene for the arm to start from: (x, y, z) in m and a yaw in rad."""
+        ...

@@ -1,4 +1,4 @@
-"""The protocol every simulator keeps, and the registry of task suites.
+"""The types every simulator speaks and the protocol it keeps; the suites are in :mod:`wav.sim.registry`.
 
 A simulator hosts one scene at a time. ``reset(task, index)`` puts it in the initial state that is a pure function of
 (task, index) and returns the first :class:`Observation`; ``step`` takes one 7-D OSC_POSE delta action at 20 Hz.
@@ -6,22 +6,12 @@ A simulator hosts one scene at a time. ``reset(task, index)`` puts it in the ini
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from wav.errors import ConfigError
-
-if TYPE_CHECKING:
-    from wav.config import DataSettings
-
-LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
-SUITES = ("tabletop", *LIBERO_SUITES)
-"""Suites with a simulator."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +39,30 @@ class Observation:
     """(8,): seven joint angles (rad) and the gripper opening (m), where the simulator has them."""
 
 
+@dataclass(frozen=True)
+class SimReply:
+    """Answer of a simulator process to a reset or to a chunk of actions."""
+
+    observation: Observation | None
+    """What the policy sees now; None on an error."""
+    success: bool = False
+    """Success of the task that was reset (the chunk then stopped early)."""
+    steps_done: int = 0
+    """Environment steps made by this request; 0 for a reset."""
+    frames: Sequence[Mapping[str, NDArray[np.uint8]]] = ()
+    """view -> (H, W, 3), the reset's or one per step; empty unless recording."""
+    successes: Mapping[str, bool] = field(default_factory=dict)
+    """Every task of the scene: whether its predicate has held since the reset."""
+    error: str | None = None
+    """Why the simulator died or stalled; the next reset of the slot starts a fresh one."""
+    lost: bool = False
+    """The error came with another episode's request to the same process: this episode is not to blame."""
+    busy_seconds: float = 0.0
+    """What the request took in the simulator's process."""
+    render_seconds: float = 0.0
+    """The share of it spent on observations: drawing, reading pixels and state."""
+
+
 class SimEnv(Protocol):
     """A simulator of one suite."""
 
@@ -71,73 +85,3 @@ class SimEnv(Protocol):
     def close(self) -> None:
         """Free the renderer and the simulation."""
         ...
-
-
-def task_specs(suite: str) -> dict[str, TaskSpec]:
-    """Tasks of ``suite`` by name; raises ConfigError for an unknown suite."""
-    if suite == "tabletop":
-        from wav.sim.tabletop.tasks import TASKS
-
-        return dict(TASKS)
-    if suite in LIBERO_SUITES:
-        from wav.sim.libero import tasks as libero_tasks
-
-        return libero_tasks.task_specs(suite)
-    raise _unknown(suite)
-
-
-def has_simulator(suite: str) -> bool:
-    """Whether ``suite`` can be simulated; False for the dataset of a robot that nobody simulates here.
-
-    Raises:
-        ConfigError: the name is nearly that of a suite with a simulator.
-    """
-    if suite in SUITES:
-        return True
-    if difflib.get_close_matches(suite, SUITES, n=1):
-        raise _unknown(suite)
-    return False
-
-
-def _unknown(suite: str) -> ConfigError:
-    near = difflib.get_close_matches(suite, SUITES, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f"; the suites are {', '.join(SUITES)}"
-    return ConfigError(f"data.suite = {suite!r}: unknown suite{hint}")
-
-
-def select_tasks(suite: str, names: tuple[str, ...]) -> tuple[TaskSpec, ...]:
-    """The named tasks of ``suite`` (all of them for an empty tuple); raises ConfigError with the nearest known name."""
-    specs = task_specs(suite)
-    for name in names:
-        if name not in specs:
-            near = difflib.get_close_matches(name, specs, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"data.tasks: {name!r} is no task of suite {suite!r}; did you mean {near!r}?")
-    return tuple(specs[name] for name in (names or specs))
-
-
-def make_env(suite: str, data: DataSettings) -> SimEnv:
-    """Create a simulator of ``suite`` rendering as ``data`` says (image size, views, render mode)."""
-    if suite == "tabletop":
-        from wav.sim.tabletop.env import TabletopEnv
-
-        return TabletopEnv(data)
-    if suite in LIBERO_SUITES:
-        from wav.sim.libero.env import LiberoEnv
-
-        return LiberoEnv(data.model_copy(update={"suite": suite}))
-    raise _unknown(suite)
-
-
-def simulator_versions(suite: str = "tabletop") -> dict[str, str]:
-    """What decides physics and pixels of ``suite``, recorded with data and evaluations: versions, LIBERO's assets.
-
-    Raises:
-        ServiceError: a LIBERO suite, and LIBERO is not ready here (:func:`wav.sim.libero.assets.bootstrap`).
-    """
-    from importlib.metadata import version
-
-    if suite in LIBERO_SUITES:
-        from wav.sim.libero import assets as libero_assets
-
-        return libero_assets.simulator_versions()
-    return {name: version(name) for name in ("mujoco", "robosuite")}

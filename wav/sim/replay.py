@@ -6,7 +6,6 @@ expert's detour are a pure function of the seed) and for LIBERO's HDF5 files (th
 
 from __future__ import annotations
 
-import functools
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,9 @@ from numpy.typing import NDArray
 
 from wav.errors import DataError
 from wav.seeding import derive_seed, numpy_generator
-from wav.sim.env import LIBERO_SUITES, Observation, SimEnv, make_env
+from wav.sim.demonstrations import begin, kept_env
+from wav.sim.env import Observation, SimEnv
+from wav.sim.registry import LIBERO_SUITES
 
 if TYPE_CHECKING:
     from wav.config import DataSettings
@@ -55,11 +56,6 @@ class ReplayOutcome:
     """Metres between the first states: a wrong start, rather than wrong actions."""
 
 
-@functools.lru_cache(maxsize=1)
-def _environment(data: DataSettings) -> SimEnv:
-    return make_env(data.suite, data)
-
-
 def smallest_pictures(data: DataSettings) -> DataSettings:
     """Settings for a simulator of which only the states are wanted."""
     return data.model_copy(update={"image_height": 16, "image_width": 16, "views": data.views[:1], "render": "fast"})
@@ -80,7 +76,7 @@ def replay_episode(
     Raises:
         DataError: the beginning cannot be restored; names the episode and the remedy.
     """
-    env = _environment(smallest_pictures(data))
+    env = kept_env(data.suite, smallest_pictures(data))
     recorded = bool(start.file)
     observation = _begin_recorded(env, start, states[0]) if recorded else begin_scripted(env, data.suite, start)
     seen, success = [observation.state], env.successes()[start.task]
@@ -102,14 +98,12 @@ def replay_episode(
 
 
 def begin_scripted(env: SimEnv, suite: str, start: ReplayStart) -> Observation:
-    """The expert's beginning: the initial state and, for some, a detour (:func:`wav.sim.tabletop.expert.begin`)."""
+    """The expert's beginning: the initial state and, for some, a detour (:func:`wav.sim.demonstrations.begin`)."""
     if start.episode_seed != derive_seed(start.seed, "expert", start.task, start.index) % 2**31:
         raise DataError(
             f"{start.episode_id}: was recorded under another ingest.seed than {start.seed}; "
             "replay with the parameters the store was made with"
         )
-    from wav.sim.tabletop.expert import begin
-
     rng = numpy_generator(start.seed, "expert", start.task, start.index)
     return begin(env, suite, start.task, start.index, start.detour, rng)[1]
 

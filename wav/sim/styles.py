@@ -1,7 +1,7 @@
 """Styles of scripted demonstrations: the same task done well and less well, so that there is something to choose.
 
 Demonstrations by one expert all look alike, and a planner that searches among futures finds nothing to prefer. A style
-wraps an expert (:class:`wav.sim.tabletop.expert.Expert`) and changes how it moves, never what it does in the end:
+wraps an expert (:class:`wav.sim.arm.Expert`) and changes how it moves, never what it does in the end:
 
     direct    the expert itself
     slow      every motion at most 0.3 of the full speed
@@ -16,16 +16,13 @@ feedback on the simulator's state, so they remain correct labels of their style 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wav.seeding import numpy_generator
-from wav.sim.arm import Action, Arm
-
-if TYPE_CHECKING:
-    from wav.sim.tabletop.expert import Expert
+from wav.sim.arm import Action, Arm, Expert
 
 SLOW = 0.3
 """Largest commanded motion of the slow style, as a share of the action range."""

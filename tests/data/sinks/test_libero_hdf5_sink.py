@@ -238,13 +238,13 @@ def test_errors_of_a_process_that_recovers_states_keep_their_kind(
     make_store, data, tmp_path, monkeypatch, answer, kind, message
 ):
     store = make_store()
-    monkeypatch.setattr("wav.sim.env.simulator_versions", lambda _: VERSIONS)
+    monkeypatch.setattr("wav.sim.registry.simulator_versions", lambda _: VERSIONS)
     monkeypatch.setattr("wav.sim.workers.map_in_processes", lambda *_: iter([(0, answer)]))
     recover = partial(recover_states, store, data=data, ingest=IngestSettings())
     with pytest.raises(kind, match=message):
         export_hdf5(store, tmp_path / "libero", recover=recover)
     assert not (tmp_path / "libero").exists()
-    monkeypatch.setattr("wav.sim.env.simulator_versions", lambda _: {**VERSIONS, "mujoco": "3.4"})
+    monkeypatch.setattr("wav.sim.registry.simulator_versions", lambda _: {**VERSIONS, "mujoco": "3.4"})
     with pytest.raises(DataError, match="the states cannot be had here"):
         export_hdf5(store, tmp_path / "libero", recover=recover)
 

@@ -218,7 +218,7 @@ def _attributes(have: Conventions, task: str, instruction: str) -> dict[str, Any
 
 def _problem(suite: str, task: str) -> tuple[str, tuple[str, str] | None]:
     """Name of LIBERO's problem class, and (place below LIBERO's folder, text) of the task's definition if installed."""
-    from wav.sim.env import LIBERO_SUITES
+    from wav.sim.registry import LIBERO_SUITES
 
     if suite not in LIBERO_SUITES:
         return suite, None

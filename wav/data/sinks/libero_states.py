@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from wav.data.store import EpisodeInfo, EpisodeStore
 from wav.errors import DataError
-from wav.sim.env import LIBERO_SUITES
+from wav.sim.registry import LIBERO_SUITES
 from wav.sim.replay import ReplayStart, begin_scripted, smallest_pictures
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def recover_states(
         DataError: the store is no LIBERO simulator's, or a demonstration comes out otherwise than it was recorded.
         ServiceError: LIBERO is not ready here.
     """
-    from wav.sim.env import simulator_versions
+    from wav.sim.registry import simulator_versions
     from wav.sim.workers import map_in_processes
 
     suite, made = store.conventions.suite, dict(store.conventions.simulator)

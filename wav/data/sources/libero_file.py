@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from wav.data.sources import checks
 from wav.errors import ConfigError, DataError
-from wav.sim.env import LIBERO_SUITES
+from wav.sim.registry import LIBERO_SUITES
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings

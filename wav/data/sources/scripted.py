@@ -14,7 +14,8 @@ from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.store import Rejection
 from wav.errors import DataError, SimulationError
-from wav.sim.env import TaskSpec, select_tasks
+from wav.sim.env import TaskSpec
+from wav.sim.registry import select_tasks
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
@@ -51,7 +52,7 @@ class ScriptedSource:
     Args:
         data: suite, tasks, cameras.
         settings: number, noise, detours, seed.
-        record: records one demonstration; by default :func:`wav.sim.tabletop.expert.record_demonstration`.
+        record: records one demonstration; by default :func:`wav.sim.demonstrations.record_demonstration`.
         run: runs it over jobs; by default :func:`wav.sim.workers.map_in_processes`.
     """
 
@@ -146,7 +147,7 @@ class ScriptedSource:
         """Recorder and mapper; the simulator is imported only here."""
         record, run = self._record, self._run
         if record is None:
-            from wav.sim.tabletop.expert import record_demonstration
+            from wav.sim.demonstrations import record_demonstration
 
             record = record_demonstration
         if run is None:

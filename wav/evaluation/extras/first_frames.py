@@ -21,7 +21,8 @@ from wav.errors import ConfigError, SimulationError
 from wav.evaluation import pictures
 from wav.evaluation.rollout import MAX_ATTEMPTS, Pool
 from wav.rewards.ssim import ssim
-from wav.sim.env import TaskSpec, select_tasks
+from wav.sim.env import TaskSpec
+from wav.sim.registry import select_tasks
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from wav.errors import DataError
 from wav.evaluation.intervals import wilson
 from wav.evaluation.verdict import report_path
 from wav.io.files import write_json
-from wav.sim.env import simulator_versions
+from wav.sim.registry import simulator_versions
 from wav.sim.replay import ReplayOutcome, ReplayStart, replay_episode
 from wav.sim.workers import map_in_processes
 

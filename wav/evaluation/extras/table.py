@@ -29,7 +29,7 @@ from wav.io.files import read_json, write_json, write_text
 from wav.planning.types import VARIANTS
 from wav.policy.export import verify_export
 from wav.policy.policy import Policy
-from wav.sim.env import LIBERO_SUITES, simulator_versions
+from wav.sim.registry import LIBERO_SUITES, simulator_versions
 from wav.sim.workers import SimPool
 
 #: Seconds between two lines of progress.

@@ -1,7 +1,7 @@
 """The tabletop suite: language-conditioned pick-and-place in robosuite 1.4, LIBERO-shaped.
 
 Two cameras (agentview, wrist), the 8-D state of :func:`wav.data.state.encode_state`, 7-D OSC_POSE delta actions at
-20 Hz, images rotated by 180 degrees as LIBERO's are. Tasks and initial states are in ``tabletop_tasks``.
+20 Hz, images rotated by 180 degrees as LIBERO's are. Tasks and initial states are in :mod:`wav.sim.tabletop.tasks`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wav.data.state import encode_state
 from wav.errors import ConfigError
 from wav.sim.env import Observation
-from wav.sim.quick import quicken
+from wav.sim.fast_control import use_fast_control
 from wav.sim.rendering import simplify_model
-from wav.sim.robosuite import quiet
+from wav.sim.robosuite import SETTLE_STEPS, STILL, RobosuiteEnv, quiet, scene_options
 from wav.sim.tabletop.tasks import (
     BIN_CENTER,
     BIN_HALF,
@@ -33,21 +32,14 @@ if TYPE_CHECKING:
     from wav.config import DataSettings
 
 with quiet():
-    from robosuite.controllers import load_controller_config
     from robosuite.environments.manipulation.single_arm_env import SingleArmEnv
     from robosuite.models.arenas import TableArena
     from robosuite.models.objects import BoxObject, BreadObject, CanObject, MilkObject
     from robosuite.models.tasks import ManipulationTask
     from robosuite.utils.mjcf_utils import new_body, new_geom
-    from robosuite.utils.transform_utils import convert_quat
 
-CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
-SETTLE_STEPS = 10
-"""Environment steps with a still arm and an open gripper before an episode begins, as in LIBERO."""
 LIFT_HEIGHT = 0.04
 """Metres an object's bottom must be above the table to count as lifted."""
-OPEN, CLOSED = -1.0, 1.0
-"""Gripper commands."""
 SUPERSAMPLE = 2
 """Frames are rendered this many times larger and averaged down (multisampling is off in fast rendering)."""
 AGENTVIEW_POSITION = (0.55, 0.0, 1.45)
@@ -59,18 +51,7 @@ class _Scene(SingleArmEnv):
 
     def __init__(self, scene: str, fast: bool) -> None:
         self.scene, self.fast = scene, fast
-        super().__init__(
-            robots="Panda",
-            controller_configs=load_controller_config(default_controller="OSC_POSE"),
-            initialization_noise=None,
-            use_camera_obs=False,
-            has_renderer=False,
-            has_offscreen_renderer=True,
-            hard_reset=False,
-            ignore_done=True,
-            control_freq=20,
-            horizon=1_000_000,
-        )
+        super().__init__(robots="Panda", **scene_options(20))
 
     def reward(self, action: Any = None) -> float:
         """No reward: success predicates decide."""
@@ -148,40 +129,23 @@ def _bin_body() -> Any:
     return body
 
 
-class TabletopEnv:
-    """The tabletop suite's simulator (:class:`wav.sim.env.SimEnv`); scenes are built when first needed.
-
-    Non-obvious: every rendering makes its own GL context current, so several environments may live in one process.
-    """
+class TabletopEnv(RobosuiteEnv):
+    """The tabletop suite's simulator (:class:`wav.sim.env.SimEnv`)."""
 
     def __init__(self, data: DataSettings) -> None:
-        unknown = [view for view in data.views if view not in CAMERAS]
-        if unknown:
-            raise ConfigError(f"data.views: {unknown[0]!r} is no camera of suite 'tabletop'; it has {list(CAMERAS)}")
-        self.data = data
-        self._scenes: dict[str, _Scene] = {}
-        self._scene: _Scene | None = None
-        self._task = ""
+        super().__init__(data, TASKS)
 
-    @property
-    def scene(self) -> _Scene:
-        """The current scene."""
-        if self._scene is None:
-            raise ConfigError("TabletopEnv.step: called before reset; call reset(task, index) first")
-        return self._scene
+    def _build(self, task: str) -> _Scene:
+        return _Scene(TASKS[task].scene, fast=self.data.render == "fast")
 
     def reset(self, task: str, index: int) -> Observation:
         """Initial state ``index`` of ``task``, settled for ten steps; a pure function of both."""
-        name = TASKS[task].scene
-        if name not in self._scenes:
-            self._scenes[name] = _Scene(name, fast=self.data.render == "fast")
-        self._scene, self._task = self._scenes[name], task
-        self._scene.reset()
-        quicken(self._scene.robots[0])
+        scene = self._select(task)
+        scene.reset()
+        use_fast_control(scene.robots[0])
         self._set_state(initial_state(task, index))
-        still = np.array([0, 0, 0, 0, 0, 0, OPEN], dtype=np.float32)
         for _ in range(SETTLE_STEPS):
-            self._scene.step(still)
+            scene.step(STILL)
         return self.observe()
 
     def _set_state(self, state: InitialState) -> None:
@@ -203,30 +167,8 @@ class TabletopEnv:
         self.scene.step(np.clip(action, -1.0, 1.0))
         return self.observe() if render else None
 
-    def observe(self) -> Observation:
-        """Render the views and read the state now."""
-        images = {view: self._render(CAMERAS[view]) for view in self.data.views}
-        robot = self.scene.robots[0]
-        fingers = self.scene.sim.data.qpos[robot._ref_gripper_joint_pos_indexes]
-        joints = np.append(robot._joint_positions, fingers[0] - fingers[1]).astype(np.float32)
-        return Observation(images, self.state(), TASKS[self._task].instruction, joints)
-
-    def state(self) -> NDArray[np.float32]:
-        """(8,) state as the policy sees it."""
-        robot, sim = self.scene.robots[0], self.scene.sim
-        quat = convert_quat(sim.data.get_body_xquat(robot.robot_model.eef_name), to="xyzw")
-        position = sim.data.site_xpos[robot.eef_site_id]
-        return encode_state(position, quat, sim.data.qpos[robot._ref_gripper_joint_pos_indexes])
-
-    def _render(self, camera: str) -> NDArray[np.uint8]:
-        height, width = self.data.image_height, self.data.image_width
-        context = self.scene.sim._render_context_offscreen
-        context.gl_ctx.make_current()
-        k = SUPERSAMPLE
-        context.render(width=width * k, height=height * k, camera_id=self.scene.sim.model.camera_name2id(camera))
-        raw = context.read_pixels(width * k, height * k)[::-1, ::-1]
-        mean = raw.reshape(height, k, width, k, 3).astype(np.uint16).sum(axis=(1, 3)) // (k * k)
-        return np.ascontiguousarray(mean.astype(np.uint8))
+    def _supersampling(self) -> int:
+        return SUPERSAMPLE
 
     def object_position(self, name: str) -> NDArray[np.float64]:
         """World position (m) of an object's body: privileged, for the expert and the predicates."""
@@ -275,14 +217,3 @@ class TabletopEnv:
             case "put_milk_and_bread_in_bin":
                 return self.in_bin("milk") and self.in_bin("bread")
         raise ConfigError(f"task {task!r}: no success predicate; the tasks are {list(TASKS)}")
-
-    def successes(self) -> dict[str, bool]:
-        """Predicates of all tasks that share the current scene."""
-        return {name: self.success(name) for name, spec in TASKS.items() if spec.scene == self.scene.scene}
-
-    def close(self) -> None:
-        """Free the scenes."""
-        for scene in self._scenes.values():
-            scene.close()
-        self._scenes.clear()
-        self._scene = None

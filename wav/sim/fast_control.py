@@ -1,8 +1,8 @@
 """A robosuite arm stepped with less Python, to the same state bit for bit.
 
 Every control step is 25 steps of physics, and robosuite 1.4 looks names, limits and gripper ranges up again in each and
-computes every Jacobian twice. :func:`quicken` replaces those two methods on one robot; every number is computed by the
-same operations from the same operands, and the same calls of MuJoCo's ``mj_forward`` and ``mj_step`` are made.
+computes every Jacobian twice. :func:`use_fast_control` replaces those two methods on one robot; every number is
+computed by the same operations from the same operands, and the same calls of ``mj_forward`` and ``mj_step`` are made.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 
-def quicken(robot: Any) -> None:
+def use_fast_control(robot: Any) -> None:
     """Replace ``control`` of a single-arm robot and ``update`` of its controller; call it after each reset.
 
     A reset gives the robot a new controller, and may give it a new model.
