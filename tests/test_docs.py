@@ -17,11 +17,17 @@ import pytest
 import tomllib
 import yaml
 
+import wav
+from wav.cli import parser
+from wav.config import Runtime
+
 PROJECT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     p.relative_to(PROJECT).as_posix()
     for p in [*PROJECT.glob("*.md"), *(PROJECT / "docs").rglob("*.md"), *(PROJECT / "examples").rglob("*.md")]
 )
+#: what speaks of things as they are: a changelog names what is gone, the walks name the files that they make
+CURRENT = [page for page in PAGES if page != "CHANGELOG.md" and not page.startswith("docs/extending/")]
 #: first folders of paths that are in the tree (others, such as data/ and reports/, are what a pipeline makes)
 ROOMS = ("wav", "flows", "tests", "docs", "infra", "benchmarks", "presets", "examples", "clients")
 
@@ -82,11 +88,9 @@ def test_links_lead_somewhere(page: str) -> None:
             assert anchor in heading_names(path.read_text()), f"{page}: {path.name} has no heading for #{anchor}"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", CURRENT)
 def test_named_paths_and_modules_exist(page: str) -> None:
     text = read(page)
-    if page.startswith("docs/extending/"):  # the walks name the files that they make
-        return
     for path in re.findall(rf"(?<![\w/.~-])((?:{'|'.join(ROOMS)})/[\w./-]*\w)(?![\w*])", code(text)):
         if "NAME" in path:
             continue
@@ -95,7 +99,7 @@ def test_named_paths_and_modules_exist(page: str) -> None:
         assert is_known(dotted), f"{page}: names {dotted}, which is neither a module nor a name of one"
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", CURRENT)
 def test_named_presets_and_make_targets_exist(page: str) -> None:
     presets = {p.stem for p in (PROJECT / "presets").glob("*.yaml")}
     targets = set(re.findall(r"^([a-z][a-z-]*):", read("Makefile"), flags=re.M))
@@ -108,9 +112,25 @@ def test_named_presets_and_make_targets_exist(page: str) -> None:
             assert name in targets, f"{page}: make {name}, which is no target"
 
 
-def test_named_commands_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
-    from wav.cli import parser
+@pytest.mark.parametrize("page", CURRENT)
+def test_named_parameters_exist(page: str) -> None:
+    sections = yaml.safe_load(read("params.yaml"))
+    for section, field in re.findall(rf"(?<![\w/.])({'|'.join(sections)})\.([a-z_]+)(?![\w(/])", code(read(page))):
+        if (PROJECT / "flows" / f"{section}.py").is_file() and field in ("py", "json"):
+            continue
+        assert field in sections[section], f"{page}: {section}.{field}, which params.yaml does not have"
 
+
+def test_named_environment_variables_are_read_somewhere() -> None:
+    files = [p for room in ("wav", "flows", "infra", "tests", "benchmarks") for p in (PROJECT / room).rglob("*.py")]
+    known = set(re.findall(r"WAV_[A-Z][A-Z_]*", "".join(p.read_text() for p in [*files, PROJECT / "Makefile"])))
+    runtime = {f"WAV_{name.upper()}" for name in Runtime.model_fields}
+    for page in CURRENT:
+        for name in re.findall(r"WAV_[A-Z][A-Z0-9_]*", read(page)):
+            assert name in known | runtime, f"{page}: {name}, which nothing reads"
+
+
+def test_named_commands_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
     for page in PAGES:
         for line in re.findall(r"^(?:\s*|.*&& )wav ([a-z].*)$", code(read(page)), flags=re.M):
             try:
@@ -134,8 +154,6 @@ def test_no_file_names_a_place_on_one_machine() -> None:
 def test_papers_agree_with_the_package() -> None:
     package = tomllib.loads(read("pyproject.toml"))["project"]
     citation = yaml.safe_load(read("CITATION.cff"))
-    import wav
-
     assert citation["license"] == package["license"] == "Apache-2.0"
     assert "Apache License" in read(package["license-files"][0])
     assert citation["version"] == wav.__version__
