@@ -116,9 +116,9 @@ def test_named_presets_and_make_targets_exist(page: str) -> None:
 def test_named_parameters_exist(page: str) -> None:
     sections = yaml.safe_load(read("params.yaml"))
     for section, field in re.findall(rf"(?<![\w/.])({'|'.join(sections)})\.([a-z_]+)(?![\w(/])", code(read(page))):
-        if (PROJECT / "flows" / f"{section}.py").is_file() and field in ("py", "json"):
-            continue
-        assert field in sections[section], f"{page}: {section}.{field}, which params.yaml does not have"
+        assert field in {*sections[section], "py", "json"}, (
+            f"{page}: {section}.{field}, which params.yaml does not have"
+        )
 
 
 def test_named_environment_variables_are_read_somewhere() -> None:
