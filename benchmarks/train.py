@@ -1,18 +1,18 @@
-"""Training steps on the plain schedule (what the reference's trainer does) and on ours, in turns in one process.
+"""Training steps on the baseline schedule (what the reference's trainer does) and on ours, in turns in one process.
 
-Same weights, same windows, same draws, in the three stages; what the plain schedule does stands in
-:mod:`plain_training`. A step is draws, losses, gradients, clipping, AdamW and the average; the plain one also decodes
-its samples' frames from mp4 files (:mod:`recordings`) and runs VAE and text encoder. ``step_ratio`` is against a plain
-step that is given latents and embeddings, so that it holds the transformer's work alone. Prints a table; ``--json
-FILE`` writes it:
+Same weights, same windows, same draws, in the three stages; what the baseline does stands in :mod:`baseline.training`.
+A step is draws, losses, gradients, clipping, AdamW and the average; the baseline's also decodes its samples' frames
+from mp4 files (:mod:`baseline.recordings`) and runs VAE and text encoder. ``step_ratio`` is against a baseline step
+that is given latents and embeddings, so that it holds the transformer's work alone. Prints a table; ``--json FILE``
+writes it:
 
     python benchmarks/train.py --sizes default --json benchmarks/results/train-default-cpu.json
     python benchmarks/train.py --sizes medium --json benchmarks/results/train-medium-cpu.json
 
 On a CPU seconds are those of CPU time (one thread), because neighbours on a shared machine stretch the clock's, which
 are recorded as ``clock_seconds``. Both schedules take one (level, noise) draw per video pass for the ratio. Ours may
-take several per pass: ``effective`` counts the expert draws that are trained per second with four, against the plain
-schedule's one.
+take several per pass: ``effective`` counts the expert draws that are trained per second with four, against the
+baseline's one.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from baseline.training import baseline, diffusers_operations
 from counting import Counted, machine, matrix_peak, write_result
-from plain_training import NeverFrozen, diffusers_operations, plain
 from sizes import SIZES, Sizes, Train
 from torch import Tensor
 from training_data import ENCODERS, Encoders, Pictures, make_encoders, windows
 
 from wav.data.windows import WindowBatch
 from wav.model import WAVTransformer, build_model
-from wav.training.draws import SeededRandom, draw
+from wav.training.draws import SeededRandom
 from wav.training.ema import Ema
-from wav.training.objectives import StageModule
+from wav.training.objectives import build_objective
 
 STAGES = ("pretrain_video", "train_value", "train_joint")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 POOL = 4  #: batches that are trained on in turn
 DRAWS = 4  #: of ours per video pass, for the effective rate
 DROPOUT = {"pretrain_video": 0.06, "train_value": 0.0, "train_joint": 0.0}
-#: What makes the plain schedule plain.
-PLAIN = ("videos", "encoders", "tokens", "checkpointing", "operations", "optimiser")
-FROM_LATENTS = "plain, from latents"  #: the plain schedule without its first two parts
+#: What the baseline does that ours does not.
+BASELINE = ("videos", "encoders", "tokens", "checkpointing", "operations", "optimiser")
+FROM_LATENTS = "baseline, from latents"  #: the baseline without its first two parts
 
 
 class Run:
@@ -59,13 +59,12 @@ class Run:
         self.train, self.encoders, self.parts = train, encoders, parts
         self.device = next(model.parameters()).device
         if "tokens" in parts:
-            plain(model, checkpointing=False)
+            baseline(model, checkpointing=False)
         if "checkpointing" in parts or train.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         self.model = model.train()
-        self.module = StageModule(model, train, sizes.memory, sizes.action_dim)  # type: ignore[arg-type]
-        if "tokens" in parts:
-            self.module.frozen = NeverFrozen()  # type: ignore[assignment]
+        settings: Any = train
+        self.objective = build_objective(settings, model, sizes.memory, sizes.action_dim)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trained,
@@ -74,7 +73,7 @@ class Run:
             weight_decay=train.weight_decay,
             fused=None if "optimiser" in parts else True,
         )
-        self.ema = Ema(self.module, 0.995, 0, 1)
+        self.ema = Ema(self.objective, 0.995, 0, 1)
 
     def operations(self) -> Any:
         """Context in which the schedule's own norms and rotations run."""
@@ -86,10 +85,8 @@ class Run:
             pictures = self.encoders.decode(pictures)
         if "encoders" in self.parts:
             batch = self.encoders.encode(batch, pictures)
-        random = SeededRandom(0, index)
-        settings: Any = self.train
-        inputs = draw(batch.to("cpu"), settings, self.encoders, random, has_value=True, index=index)
-        loss, _ = self.module(inputs.to(self.device))
+        inputs = self.objective.draw(batch.to("cpu"), self.encoders, SeededRandom(0, index), index)
+        loss, _ = self.objective(inputs.to(self.device))
         return loss  # type: ignore[no-any-return]
 
     def step(self, batch: WindowBatch, pictures: Pictures, index: int) -> float:
@@ -162,13 +159,13 @@ def stage_result(
 ) -> dict[str, Any]:  # fmt: skip
     """Compare, count and time the schedules of one stage within ``budget`` seconds."""
     begun = time.perf_counter()
-    names = {"plain": (PLAIN, train), FROM_LATENTS: (PLAIN[2:], train), "ours": ((), train)}
+    names = {"baseline": (BASELINE, train), FROM_LATENTS: (BASELINE[2:], train), "ours": ((), train)}
     if train.stage != "pretrain_video":
         names["ours, more draws"] = ((), replace(train, value_draws=DRAWS, action_draws=DRAWS))
     if factors:
-        names |= {f"plain but {part}": (tuple(p for p in PLAIN if p != part), train) for part in PLAIN}
+        names |= {f"baseline but {part}": (tuple(p for p in BASELINE if p != part), train) for part in BASELINE}
     runs = runs_of(names, sizes, encoders, dtype)
-    result: dict[str, Any] = {"difference": difference(runs["plain"], runs["ours"], *pool[0])}
+    result: dict[str, Any] = {"difference": difference(runs["baseline"], runs["ours"], *pool[0])}
     rows: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         with peak_memory(encoders.device) as memory, Counted() as counted:
@@ -192,20 +189,20 @@ def stage_result(
         row |= {"seconds": median, "min": min(kept), "max": max(kept), "samples_per_second": train.batch_size / median}
         row |= {"clock_seconds": statistics.median(clock[name][1:] or clock[name])}
     result |= {
-        "ratio": _ratio(seconds["plain"], seconds["ours"]),
+        "ratio": _ratio(seconds["baseline"], seconds["ours"]),
         "step_ratio": _ratio(seconds[FROM_LATENTS], seconds["ours"]),
-        "curve": {name: curves[name] for name in ("plain", "ours")},
-        "curve_difference": max(abs(a - b) for a, b in zip(curves["plain"], curves["ours"], strict=True)),
+        "curve": {name: curves[name] for name in ("baseline", "ours")},
+        "curve_difference": max(abs(a - b) for a, b in zip(curves["baseline"], curves["ours"], strict=True)),
         "schedules": rows,
     }
     if "ours, more draws" in rows:
-        result["effective_ratio"] = DRAWS * rows["plain"]["seconds"] / rows["ours, more draws"]["seconds"]
+        result["effective_ratio"] = DRAWS * rows["baseline"]["seconds"] / rows["ours, more draws"]["seconds"]
     return result
 
 
-def _ratio(plain: list[float], ours: list[float]) -> float:
+def _ratio(baseline: list[float], ours: list[float]) -> float:
     """Median ratio of steps taken in turns; the first allocates."""
-    pairs = list(zip(plain, ours, strict=True))
+    pairs = list(zip(baseline, ours, strict=True))
     return statistics.median(a / b for a, b in pairs[1:] or pairs)
 
 
@@ -232,7 +229,7 @@ def summary(stages: dict[str, Any], sizes: Sizes) -> dict[str, Any]:
         "step_ratio": min(stage["step_ratio"] for stage in stages.values()),
         "max_abs_diff": max(stage["difference"]["loss"] for stage in stages.values()),
         "max_gradient_diff": max(stage["difference"]["gradient"] for stage in stages.values()),
-        "plain_seconds": sum(stage["schedules"]["plain"]["seconds"] for stage in stages.values()),
+        "baseline_seconds": sum(stage["schedules"]["baseline"]["seconds"] for stage in stages.values()),
         "ours_seconds": sum(stage["schedules"]["ours"]["seconds"] for stage in stages.values()),
         "stages": stages,
         "sizes": asdict(sizes),
@@ -264,12 +261,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--sizes", choices=SIZES, default="default")
     parser.add_argument("--stage", choices=STAGES, action="append", help="default: all three")
-    parser.add_argument("--encoders", choices=ENCODERS, default="pca", help="what the plain schedule runs in the step")
+    parser.add_argument("--encoders", choices=ENCODERS, default="pca", help="what the baseline runs in the step")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--batch", type=int, default=0, help="samples of a step (default: the sizes')")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in ours too")
-    parser.add_argument("--factors", action="store_true", help="also the plain schedule without each of its parts")
+    parser.add_argument("--factors", action="store_true", help="also the baseline without each of its parts")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--steps", type=int, default=30, help="steps of a curve at most")
     parser.add_argument("--budget", type=float, default=30.0, help="seconds a stage may take")

@@ -1,10 +1,10 @@
 """Windows to train on: pictures and instructions, their latents, and the encoders that made them.
 
-The plain schedule decodes and encodes pictures, and encodes instructions, within the step, as the reference does; ours
-reads what was encoded once. Pictures come from mp4 files where PyAV is installed (:mod:`recordings`); without it they
-are random and nothing is decoded on either side. ``pca``: the default pipeline's codec and small T5 (needs scipy and
-transformers). ``vae``: LTX-Video's VAE with random weights (needs diffusers alone; the instructions are taken as
-encoded already on both sides, because T5 needs transformers). ``none``: no encoder on either side.
+The baseline schedule decodes and encodes pictures, and encodes instructions, within the step, as the reference does;
+ours reads what was encoded once. Pictures come from mp4 files where PyAV is installed (:mod:`baseline.recordings`);
+without it they are random and nothing is decoded on either side. ``pca``: the default pipeline's codec and small T5
+(needs scipy and transformers). ``vae``: LTX-Video's VAE with random weights (needs diffusers alone; the instructions
+are taken as encoded already on both sides, because T5 needs transformers). ``none``: no encoder on either side.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from wav.data.windows import WindowBatch
 
 if TYPE_CHECKING:
-    from recordings import Recordings, Samples
+    from baseline.recordings import Recordings, Samples
 
 INSTRUCTIONS = ("lift the red cube", "lift the green cube", "put the cube into the box", "open the drawer")
 ENCODERS = ("pca", "vae", "none")
@@ -59,7 +59,7 @@ class Encoders:
     def record(self) -> None:
         """Take pictures from mp4 files from now on, where they can be written and read."""
         if find_spec("av") is not None:
-            from recordings import Recordings
+            from baseline.recordings import Recordings
 
             height, width = (cells * self.patch for cells in self.sizes.grid)
             self.recordings = Recordings(self.sizes.views, (height, width), self.sizes.memory, self._clip_frames)

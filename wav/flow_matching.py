@@ -1,4 +1,4 @@
-"""Flow matching: noise levels, the straight path from data to noise, its velocity, Euler steps and the masked loss.
+"""Flow matching: noise levels, the straight path from data to noise, its velocity, Euler steps and the loss.
 
 x_s = (1 - s) x1 + s x0 with data x1 and Gaussian noise x0; the network predicts v = dx/ds = x0 - x1 at timestep
 t = 1000 s. Decoding starts at s = 1 (noise) and steps down to s = 0. Video latents are (..., F, h, w), memory frames
@@ -8,7 +8,7 @@ first; memory frames are never denoised and always carry timestep 0.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wav.errors import ConfigError
 
@@ -34,11 +34,6 @@ def training_sigmas(levels: int = TRAINING_LEVELS) -> Tensor:
 def timesteps(sigma: Tensor) -> Tensor:
     """What the network is told about level ``sigma``: sigma * 1000, float32."""
     return sigma.float() * 1000.0
-
-
-def reference_timesteps(sigma: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The reference trainer's timesteps: levels rounded to its compute ``dtype``, times 1000, cut to integers."""
-    return (sigma.to(dtype) * 1000.0).long()
 
 
 def draw_sigmas(shape: tuple[int, ...], generator: torch.Generator, levels: int = TRAINING_LEVELS) -> Tensor:
@@ -67,19 +62,9 @@ def euler_step(x: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: f
     return x + (sigma_next - sigma) * velocity
 
 
-def mix_memory(memory: Tensor, noise: Tensor, rate: Tensor) -> Tensor:
-    """Training augmentation of memory frames: (1 - r) memory + r noise, one ``rate`` r per sample (B,)."""
-    return mix(memory, noise, rate)
-
-
 def join_frames(memory: Tensor, future: Tensor) -> Tensor:
     """Memory (..., Fm, h, w) and future (..., Ff, h, w) latents along the frame axis."""
     return torch.cat([memory, future], dim=-3)
-
-
-def shaped_noise(noise: Tensor, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> Tensor:
-    """A sample of N(mean, diag std^2) from standard normal ``noise`` (the planner's distributions)."""
-    return noise * std + mean
 
 
 def frame_timesteps(memory_frames: int, future_frames: int, timestep: Tensor) -> Tensor:
@@ -88,21 +73,6 @@ def frame_timesteps(memory_frames: int, future_frames: int, timestep: Tensor) ->
     return timestep.unsqueeze(-1) * is_future
 
 
-def masked_loss(prediction: Tensor, target: Tensor, memory_frames: int) -> Tensor:
-    """Mean squared error per sample (B,) over future frames only; both (B, V, C, F, h, w), F counting memory frames.
-
-    The reference masks memory tokens too, but divides by all tokens (:func:`reference_loss`).
-    """
-    error = (prediction[..., memory_frames:, :, :].float() - target[..., memory_frames:, :, :].float()).square()
-    return error.flatten(1).mean(1)
-
-
-def reference_loss(prediction: Tensor, target: Tensor, memory_frames: int) -> Tensor:
-    """The reference's video loss per sample (B,): squared error of future frames over the count of ALL elements."""
-    frames = prediction.shape[-3]
-    return masked_loss(prediction, target, memory_frames) * ((frames - memory_frames) / frames)
-
-
-def token_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error per sample (B,) of expert tokens (B, ..., A, C)."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+def velocity_loss(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error of a predicted velocity, in float32; ``clean`` may be shared by several draws of noise."""
+    return nn.functional.mse_loss(velocity.float(), velocity_target(clean, noise).float())

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from tests.golden.conftest import Golden
+from tests.golden.reference_trainer import reference_timesteps
 from wav.flow_matching import (
     frame_timesteps,
     inference_sigmas,
     join_frames,
-    mix_memory,
-    reference_timesteps,
-    shaped_noise,
+    mix,
     timesteps,
     training_sigmas,
 )
@@ -71,9 +70,9 @@ def test_noisy_latents(golden: Golden, tables: dict[str, Tensor], mode: str) -> 
     if mode == "train":  # the reference draws one rate for the batch
         strength = golden.recorded("train", "video_only")[0]["noise_to_first_frame"]
         rate = strength * tables["noisebuild.train.random_random"].float().expand(len(memory))
-        memory = mix_memory(memory, noise[..., :frames, :, :], rate)
+        memory = mix(memory, noise[..., :frames, :, :], rate)
     elif mode == "meanstd":  # the case's mean and standard deviation of the future noise
-        future = shaped_noise(future, mean=0.25, std=0.5)
+        future = 0.25 + 0.5 * future
     latents = pack(join_frames(memory, future)[:, None])[:, 0].flatten(1, 2)
     torch.testing.assert_close(latents, tables[f"noisebuild.{mode}.latents"], atol=1e-6, rtol=0)
     is_memory = frame_timesteps(frames, future.shape[-3], torch.ones(1)) == 0

@@ -1,4 +1,4 @@
-"""One training iteration of each stage against the reference's trainer, with its departures switched on.
+"""One training iteration of each stage against the reference's trainer (:mod:`tests.golden.reference_trainer`).
 
 The batch is encoded by the recorded VAE and corrupted by our own code from the recorded random numbers, so that what
 the model is given, the loss and every parameter's gradient norm are all ours.
@@ -6,6 +6,7 @@ the model is given, the loss and every parameter's gradient norm are all ours.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,17 +14,24 @@ import torch
 from torch import Tensor
 
 from tests.golden.conftest import Golden
+from tests.golden.reference_trainer import ReferenceJoint, ReferenceValue, ReferenceVideo
+from tests.training.micro import record_calls
 from wav.config import PretrainVideoSettings, TrainJointSettings, TrainSettings, TrainValueSettings
 from wav.data.statistics import symlog
 from wav.data.windows import WindowBatch
 from wav.flow_matching import training_sigmas
 from wav.model import WAVTransformer
 from wav.model.video import pack
-from wav.training.draws import CLEAN, REFERENCE, Compat, StepInputs, draw
-from wav.training.objectives import StageModule
+from wav.training.objectives import JointObjective, Objective, ValueObjective, VideoObjective
 
 RTOL = 1e-4
 STAGES = {"video_only": PretrainVideoSettings, "value_only": TrainValueSettings, "action_full": TrainJointSettings}
+#: The reference's objective and ours.
+KINDS: dict[str, tuple[type[Objective], type[Objective]]] = {
+    "video_only": (ReferenceVideo, VideoObjective),
+    "value_only": (ReferenceValue, ValueObjective),
+    "action_full": (ReferenceJoint, JointObjective),
+}
 #: What the reference's level draws are for, in call order.
 LEVELS = {
     "video_only": ["video_level"],
@@ -119,26 +127,22 @@ class Stage:
         u = self.draws["u_density"][LEVELS[self.name].index(purpose)]
         return sigmas[(u * len(sigmas)).long()].view(shape)
 
-    def inputs(self, compat: Compat) -> StepInputs:
-        return draw(self.batch, self.settings, self, self, has_value=True, index=0, compat=compat)
-
-    def module(self, model: WAVTransformer, compat: Compat) -> StageModule:
+    def objective(self, model: WAVTransformer, kind: type[Objective]) -> Objective:
         """The recorded state is the whole history token: no zeros in front."""
-        return StageModule(model, self.settings, self.memory_frames, action_dim=0, compat=compat)
+        return kind(model, self.settings, self.memory_frames, action_dim=0)
 
-    def check_given(self, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        """What the model was called with, against what the reference's was."""
-        latents, timestep, text, mask = args
+    def check_given(self, calls: dict[str, list[tuple[tuple[Tensor, ...], dict[str, Any]]]]) -> None:
+        """What the parts of the model were called with, against what the reference's were."""
+        ((latents, timestep, text, mask), _), *_ = calls["video"]
         per_token = timestep[:, None, :, None].expand(-1, latents.shape[1], -1, latents.shape[4] * latents.shape[5])
         given = {"noisy_latents": pack(latents), "timesteps": per_token, "prompt_embeds": text}
         given["prompt_attention_mask"] = mask.float()
         for expert in ("value", "action"):
-            if kwargs.get(f"{expert}_tokens") is not None:
-                given[f"{expert}_states"] = kwargs[f"{expert}_tokens"]
-                level = kwargs[f"{expert}_timestep"].view(-1, 1)
-                given[f"{expert}_timestep"] = level.expand(-1, self.info["action_chunk"])
-        if kwargs.get("history") is not None:
-            given["history_action_state"] = kwargs["history"]
+            for (tokens, level, *read), _ in calls[expert]:
+                given[f"{expert}_states"] = tokens
+                given[f"{expert}_timestep"] = level.view(-1, 1).expand(-1, self.info["action_chunk"])
+                if expert == "action":
+                    given["history_action_state"] = read[-1]
         recorded = {key.removeprefix("fwd_in.") for key in self.tensors if key.startswith("fwd_in.")}
         assert recorded == {*given, "condition_mask"}
         for key, tensor in given.items():
@@ -153,8 +157,10 @@ def stage(request: pytest.FixtureRequest, golden: Golden) -> Stage:
 
 def test_iteration(stage: Stage, golden: Golden) -> None:
     model = golden.transformer()
-    model.register_forward_pre_hook(lambda _, args, kwargs: stage.check_given(args, kwargs), with_kwargs=True)
-    loss, _ = stage.module(model, REFERENCE)(stage.inputs(REFERENCE))
+    calls = {name: record_calls(model, name) for name in ("video", "value", "action")}
+    objective = stage.objective(model, KINDS[stage.name][0])
+    loss, _ = objective(objective.draw(stage.batch, stage, stage, 0))
+    stage.check_given(calls)
     assert loss.item() == pytest.approx(stage.info["loss"], rel=RTOL)
     loss.backward()
     ours = {name: None if p.grad is None else p.grad.norm().item() for name, p in model.named_parameters()}
@@ -170,9 +176,11 @@ def _close(ours: float | None, recorded: float) -> bool:
 
 
 def test_our_own_objective_differs(stage: Stage, golden: Golden) -> None:
-    """Guard against switches that do nothing: without them the loss is not the reference's."""
-    rate = Compat(shared_memory_rate=True)  # one rate is all that is recorded
+    """Guard against departures that do nothing: without them the loss is not the reference's."""
+    objective = stage.objective(golden.transformer(), KINDS[stage.name][1])
+    inputs = objective.draw(stage.batch, stage, stage, 0)
+    rate = inputs.draws.memory_rate[:1].expand_as(inputs.draws.memory_rate)  # one rate is all that is recorded
     with torch.no_grad():
-        loss, _ = stage.module(golden.transformer(), CLEAN)(stage.inputs(rate))
+        loss, _ = objective(replace(inputs, draws=replace(inputs.draws, memory_rate=rate)))
     assert torch.isfinite(loss)
     assert loss.item() != pytest.approx(stage.info["loss"], rel=10 * RTOL)

@@ -1,4 +1,4 @@
-"""Training steps on the GPU: as on the CPU in float32, finite in bfloat16, our schedule as the plain one."""
+"""Training steps on the GPU: as on the CPU in float32, finite in bfloat16, our schedule as the baseline."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from sizes import SIZES, Train
-from train import DROPOUT, PLAIN, STAGES, Run, difference, runs_of
+from train import BASELINE, DROPOUT, STAGES, Run, difference, runs_of
 from training_data import Encoders, windows
 
 SMALL = SIZES["tiny"]
@@ -16,15 +16,15 @@ SMALL = SIZES["tiny"]
 def runs(stage: str, device: torch.device, dtype: torch.dtype = torch.float32) -> dict[str, Run]:
     train = Train(stage, SMALL.batch, DROPOUT[stage], value_draws=2, action_draws=2)
     encoders = Encoders(SMALL, device)
-    names = {"plain": (tuple(p for p in PLAIN if p != "encoders"), train), "ours": ((), train)}
+    names = {"baseline": (tuple(p for p in BASELINE if p != "encoders"), train), "ours": ((), train)}
     return runs_of(names, SMALL, encoders, dtype)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_our_schedule_equals_the_plain_one(stage: str, device: torch.device) -> None:
+def test_our_schedule_equals_the_baseline(stage: str, device: torch.device) -> None:
     made = runs(stage, device)
     batch = windows(SMALL, Encoders(SMALL, device), SMALL.batch, 0)
-    found = difference(made["plain"], made["ours"], *batch)
+    found = difference(made["baseline"], made["ours"], *batch)
     assert found["loss"] < 1e-4
     assert found["gradient"] < 1e-3
 

@@ -29,8 +29,8 @@ from wav.model.build import build_from_settings, value_channels
 from wav.model.video import VideoBlock
 from wav.planning.planner import Planner
 from wav.planning.types import RowKey, SeededNoise
-from wav.training.draws import SeededRandom, draw
-from wav.training.objectives import StageModule
+from wav.training.draws import SeededRandom
+from wav.training.objectives import build_objective
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from baseline.planner import BaselinePlannerModel
@@ -84,8 +84,8 @@ def test_training_flops(stage: str, checkpointing: bool, value_expert: bool, mon
     train, model = getattr(config, stage), build_from_settings(config)
     if checkpointing:
         model.enable_gradient_checkpointing()
-    module = StageModule(model, train, config.data.memory_frames, config.data.action_dim)
-    inputs = draw(windows(config), train, Empty(), SeededRandom(0, 0), has_value=value_expert, index=0)
+    module = build_objective(train, model, config.data.memory_frames, config.data.action_dim)
+    inputs = module.draw(windows(config), Empty(), SeededRandom(0, 0), index=0)
     module(inputs)  # AdaLN rows of the frozen video part are kept from step to step
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss, _ = module(inputs)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 
 from tests.training.conftest import settings
 from wav.data.windows import WindowBatch
-from wav.training.draws import CLEAN, Compat, SeededRandom, StepInputs, draw
+from wav.model import WAVTransformer, build_model
+from wav.training.draws import SeededRandom, StepInputs
+from wav.training.objectives import Objective, build_objective
 
 SIZE, VIEWS, CHANNELS, TOKENS, CAPTION = 8, 2, 6, 5, 16
 CONFIG = settings(pretrain_video={"caption_dropout": 0.0})
@@ -46,10 +50,38 @@ def inputs_of(
     has_value: bool = True,
     index: int = 0,
     name: tuple[int, ...] | None = None,
-    compat: Compat = CLEAN,
     **changes: Any,
 ) -> StepInputs:
     """Draws of ``stage``; ``name`` is (step, rank, micro-batch)."""
+    objective = objective_of(stage, small_model(has_value), **changes)
+    random = SeededRandom(objective.settings.seed, *(name or (index, 0, 0)))
+    return objective.draw(batch, Empty(), random, index)
+
+
+@cache
+def small_model(has_value: bool = True) -> WAVTransformer:
+    """A model that is only asked what it has."""
+    config = settings(model={"value_expert": has_value})
+    return build_model(config.model, config.data, CHANNELS, CAPTION)
+
+
+def objective_of(stage: str, model: WAVTransformer, **changes: Any) -> Objective:
+    """The stage's objective around ``model``, some of its settings changed."""
     train = getattr(CONFIG, stage).model_copy(update=changes)
-    random = SeededRandom(train.seed, *(name or (index, 0, 0)))
-    return draw(batch, train, Empty(), random, has_value=has_value, index=index, compat=compat)
+    return build_objective(train, model, CONFIG.data.memory_frames, CONFIG.data.action_dim)
+
+
+def record_calls(model: WAVTransformer, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Arguments of every later call of a part of the model: video, value or action."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    part = getattr(model, name)
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return part(*args, **kwargs)
+
+    if isinstance(part, nn.Module):
+        part.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    else:
+        setattr(model, name, called)
+    return calls

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
 
 import pytest
 import torch
 
-from tests.training.micro import CONFIG, SIZE, Empty, inputs_of, random_batch
+from tests.training.micro import CONFIG, SIZE, Empty, inputs_of, objective_of, random_batch, small_model
 from wav.data.windows import WindowBatch
-from wav.training.draws import Compat, Draws, Roles, StepInputs, drop_captions, share, split_roles
-
-LABELS = {"video_label", "condition_label"}
+from wav.training.draws import Draws, Roles, drop_captions, share
 
 
 @pytest.fixture
@@ -23,29 +20,29 @@ def batch() -> WindowBatch:
 def test_roles_hold_their_share_over_a_run() -> None:
     assert sum(share(i, 1, 0.7) for i in range(1000)) == 700
     assert sum(share(i, 32, 0.7) for i in range(100)) == 2240
-    joint = CONFIG.train_joint.model_copy(update={"action_probability": 0.7})
-    roles = [split_roles(joint, 4, i, True) for i in range(100)]
+    joint = objective_of("train_joint", small_model(), action_probability=0.7)
+    roles = [joint.roles(4, i) for i in range(100)]
     assert all(r.action + r.value + r.video == 4 for r in roles)
     assert (sum(r.action for r in roles), sum(r.value for r in roles)) == (280, 60)
-    assert split_roles(joint, 4, 0, False).value == 0
-    assert split_roles(CONFIG.pretrain_video, 4, 0, True) == Roles(0, 0, 4)
-    assert split_roles(CONFIG.train_value, 4, 0, True) == Roles(0, 4, 0)
+    assert objective_of("train_joint", small_model(has_value=False)).roles(4, 0).value == 0
+    assert objective_of("pretrain_video", small_model()).roles(4, 0) == Roles(0, 0, 4)
+    assert objective_of("train_value", small_model()).roles(4, 0) == Roles(0, 4, 0)
 
 
 def test_draws_are_a_pure_function_of_their_name(batch: WindowBatch) -> None:
     a, b, c = (inputs_of(batch, "train_joint", index=i).draws for i in (0, 0, 1))
     for name in vars(a):
         assert torch.equal(getattr(a, name), getattr(b, name))
-    assert not torch.equal(a.future_noise, c.future_noise)
+    assert not torch.equal(a.video_noise, c.video_noise)
     assert a.memory_rate.shape == (SIZE,)
     assert a.memory_rate.max() <= CONFIG.train_joint.memory_noise
-    levels = torch.cat([a.action_level.flatten(), a.value_level.flatten(), a.video_level])
+    levels = torch.cat([a.action_level.flatten(), a.value_level.flatten(), a.video_level, a.condition_level])
     assert ((levels > 0) & (levels <= 1)).all()
 
 
 def test_purposes_do_not_share_noise(batch: WindowBatch) -> None:
     draws = inputs_of(batch, "train_joint").draws
-    flat = [getattr(draws, n).flatten()[:8] for n in ("memory_noise", "future_noise", "value_noise", "action_noise")]
+    flat = [getattr(draws, n).flatten()[:8] for n in ("memory_noise", "video_noise", "value_noise", "action_noise")]
     assert all(not torch.equal(a, b) for i, a in enumerate(flat) for b in flat[:i])
 
 
@@ -71,7 +68,7 @@ def test_ranks_and_micro_batches_draw_their_own_numbers(batch: WindowBatch) -> N
         tensors = [getattr(draws, field.name) for draws in first]
         assert tensors[0].numel() > 0, field.name
         assert all(torch.equal(a, getattr(b, field.name)) for a, b in zip(tensors, again, strict=True))
-        if field.name not in LABELS:
+        if field.name != "condition_level":
             assert all(not torch.equal(a, b) for i, a in enumerate(tensors) for b in tensors[:i]), field.name
 
 
@@ -83,35 +80,8 @@ def test_ranks_drop_their_own_captions(batch: WindowBatch) -> None:
 
 
 @pytest.mark.parametrize("stage", ["pretrain_video", "train_value", "train_joint"])
-def test_pure_noise_carries_the_timestep_of_inference(stage: str, batch: WindowBatch) -> None:
+def test_what_is_read_and_not_trained_is_pure_noise(stage: str, batch: WindowBatch) -> None:
     inputs = inputs_of(batch, stage)
     draws, roles = inputs.draws, inputs.roles
-    assert torch.equal(draws.video_label, torch.ones(SIZE - roles.video))
-    assert torch.equal(draws.condition_label, torch.ones(roles.action))
-
-
-@pytest.mark.parametrize(
-    ("switch", "stage", "moves"),
-    [
-        ("random_labels", "pretrain_video", set()),
-        ("random_labels", "train_value", {"video_label"}),
-        ("random_labels", "train_joint", {"condition_label"}),
-        ("shared_memory_rate", "train_value", {"memory_rate"}),
-        ("remixed_memory", "pretrain_video", {"memory_rate"}),
-        ("remixed_memory", "train_value", set()),
-        ("kept_caption_mask", "pretrain_video", {"text_mask"}),
-    ],
-)
-def test_what_a_departure_moves(switch: str, stage: str, moves: set[str], batch: WindowBatch) -> None:
-    def tensors(inputs: StepInputs) -> dict[str, Any]:
-        return {**vars(inputs.draws), **{name: getattr(inputs.batch, name) for name in ("text", "text_mask")}}
-
-    ours, theirs = (
-        tensors(inputs_of(batch, stage, compat=compat, caption_dropout=0.5))
-        for compat in (Compat(), Compat(**{switch: True}))
-    )
-    assert {name for name in ours if not torch.equal(ours[name], theirs[name])} == moves
-    if switch == "shared_memory_rate":
-        assert len(theirs["memory_rate"].unique()) == 1
-    if (switch, stage) == ("remixed_memory", "pretrain_video"):
-        assert torch.equal(theirs["memory_rate"], ours["memory_rate"] * ours["video_level"])
+    assert torch.equal(draws.video_level[: SIZE - roles.video], torch.ones(SIZE - roles.video))
+    assert torch.equal(draws.condition_level, torch.ones(roles.action))

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.training.conftest import settings
-from tests.training.micro import CAPTION, CHANNELS, CONFIG, SIZE, inputs_of, random_batch
+from tests.training.micro import CAPTION, CHANNELS, SIZE, inputs_of, objective_of, random_batch, record_calls
 from wav.data.windows import WindowBatch
-from wav.flow_matching import join_frames
 from wav.model import WAVTransformer, build_model
-from wav.model.transformer import WAVOutput
-from wav.training.draws import CLEAN, Compat, Draws, Roles, StepInputs
-from wav.training.objectives import StageModule, trainable_names
+from wav.model.transformer import VideoOutput
+from wav.training.draws import Draws, Roles, StepInputs
 
 
 @pytest.fixture
@@ -34,10 +33,9 @@ def build(**changes: Any) -> WAVTransformer:
 
 
 def loss_of(
-    inputs: StepInputs, stage: str, model: WAVTransformer, compat: Compat = CLEAN, **changes: Any
+    inputs: StepInputs, stage: str, model: WAVTransformer, **changes: Any
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    module = StageModule(model, getattr(CONFIG, stage).model_copy(update=changes), 2, 7, compat)
-    return module(inputs)
+    return objective_of(stage, model, **changes)(inputs)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +52,6 @@ def test_who_gets_a_gradient(stage: str, trains: Callable[[str], bool], batch: W
     loss.backward()
     got = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert got == {name for name, _ in model.named_parameters() if trains(name)}
-    assert got == trainable_names(model, getattr(CONFIG, stage))
 
 
 def test_value_stage_never_sees_the_future(batch: WindowBatch) -> None:
@@ -85,44 +82,46 @@ def test_weights_of_the_joint_loss(batch: WindowBatch) -> None:
     assert total.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-class Oracle(WAVTransformer):
-    """Keeps what it was called with; predicts the true future velocity and garbage for memory frames."""
+class Oracle(nn.Module):
+    """A model whose video part predicts ``answer``, the velocity of the future frames."""
 
-    def forward(self, latents: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> WAVOutput:
-        self.seen = (latents, timestep, args, kwargs)
-        return WAVOutput(join_frames(torch.full_like(latents[:, :, :, :2], 9.0), self.answer), None, None)
+    has_value = True
+
+    def __init__(self, answer: torch.Tensor) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def video(self, *args: Any, first_frame: int) -> VideoOutput:
+        assert first_frame == 2
+        return VideoOutput(self.answer, ())
 
 
 def test_video_loss_counts_future_frames_alone(batch: WindowBatch) -> None:
-    model, inputs = build(), inputs_of(batch, "pretrain_video")
-    model.__class__ = Oracle
-    model.answer = inputs.draws.future_noise - batch.future
-    loss, _ = loss_of(inputs, "pretrain_video", model)
-    assert loss.item() == 0
-    model.answer = model.answer + 2
-    loss, _ = loss_of(inputs, "pretrain_video", model)
-    assert loss.item() == pytest.approx(4)
+    inputs = inputs_of(batch, "pretrain_video")
+    answer = inputs.draws.video_noise - batch.future
+    for error in (0, 2):
+        loss, _ = loss_of(inputs, "pretrain_video", Oracle(answer + error))  # type: ignore[arg-type]
+        assert loss.item() == pytest.approx(error**2)
 
 
 def test_what_the_video_expert_is_given(batch: WindowBatch) -> None:
     """Memory: (1 - r) z + r noise at t = 0. Future: the point at its level for video rows, else noise at t = 1000."""
-    model = build()
-    model.__class__ = Oracle
-    model.answer = torch.zeros_like(batch.future)
     for stage in ("pretrain_video", "train_joint"):
+        model = build()
+        calls = record_calls(model, "video")
         inputs = inputs_of(batch, stage, action_probability=0.0, memory_noise=0.5)
+        loss_of(inputs, stage, model)
+        ((latents, timestep, *_), _) = calls[-1]
         draws, video = inputs.draws, inputs.roles.video
-        module = StageModule(model, getattr(CONFIG, stage), 2, 7)
-        latents, timestep = module._latents(inputs)
         rate = draws.memory_rate.view(-1, 1, 1, 1, 1, 1)
         memory = (1 - rate) * batch.memory + rate * draws.memory_noise
         assert torch.allclose(latents[:, :, :, :2], memory, atol=1e-6)
         assert (timestep[:, :2] == 0).all()
         level = draws.video_level.view(-1, 1, 1, 1, 1, 1)
-        clean, noise = batch.future[SIZE - video :], draws.future_noise[SIZE - video :]
-        assert torch.allclose(latents[SIZE - video :, :, :, 2:], (1 - level) * clean + level * noise, atol=1e-6)
-        assert torch.allclose(timestep[SIZE - video :, 2], draws.video_level * 1000)
-        assert torch.equal(latents[: SIZE - video, :, :, 2:], draws.future_noise[: SIZE - video])
+        noised = (1 - level) * batch.future + level * draws.video_noise
+        assert torch.allclose(latents[:, :, :, 2:], noised, atol=1e-6)
+        assert torch.allclose(timestep[:, 2], draws.video_level * 1000)
+        assert torch.equal(latents[: SIZE - video, :, :, 2:], draws.video_noise[: SIZE - video])
         assert (timestep[: SIZE - video, 2:] == 1000).all()
 
 
@@ -137,9 +136,8 @@ def test_joint_value_loss_equals_the_value_stage(batch: WindowBatch) -> None:
             **vars(joint.draws),
             "memory_rate": joint.draws.memory_rate[:rows],
             "memory_noise": joint.draws.memory_noise[:rows],
-            "future_noise": joint.draws.future_noise[:rows],
-            "video_label": torch.ones(rows),
-            "video_level": torch.zeros(0),
+            "video_noise": joint.draws.video_noise[:rows],
+            "video_level": torch.ones(rows),
         }
     )
     alone, _ = loss_of(StepInputs(part, draws, Roles(0, rows, 0)), "train_value", model)
@@ -158,26 +156,33 @@ def test_joint_without_value_expert(probability: float, batch: WindowBatch) -> N
 
 def test_what_the_experts_are_given(batch: WindowBatch) -> None:
     """Value noise that the action reads is pure and labelled 1000, as at inference; labels are mixed at their level."""
-    model, inputs, called = build(), inputs_of(batch, "train_joint"), {}
-    model.register_forward_pre_hook(lambda _, args, kwargs: called.update(kwargs), with_kwargs=True)
+    model, inputs = build(), inputs_of(batch, "train_joint")
+    values, actions = record_calls(model, "value"), record_calls(model, "action")
     loss_of(inputs, "train_joint", model)
     draws, rows = inputs.draws, inputs.roles.action
-    assert torch.equal(called["value_tokens"][:rows], draws.condition_noise)
-    assert (called["value_timestep"][:rows] == 1000).all()
-    assert torch.allclose(called["value_timestep"][rows:], draws.value_level.flatten() * 1000)
-    assert torch.allclose(called["action_timestep"], draws.action_level * 1000)
-    level = draws.action_level[..., None, None]
-    noised = (1 - level) * batch.actions[:rows, None] + level * draws.action_noise
-    assert torch.allclose(called["action_tokens"], noised, atol=1e-6)
-    assert torch.equal(called["history"][:, 0, 7:], batch.state[:rows])
-    assert (called["history"][:, 0, :7] == 0).all()
+    ((tokens, timestep, _), _), ((noised, told, _), _) = values
+    assert torch.equal(tokens, draws.condition_noise)
+    assert (timestep == 1000).all()
+    assert torch.allclose(noised, at_level(batch.values[rows : rows + inputs.roles.value], draws, "value"), atol=1e-6)
+    assert torch.allclose(told, draws.value_level * 1000)
+    (((tokens, timestep, _, features, history), _),) = actions
+    assert torch.allclose(tokens, at_level(batch.actions[:rows], draws, "action"), atol=1e-6)
+    assert torch.allclose(timestep, draws.action_level * 1000)
+    assert features[0].shape[:2] == (rows, 4)
+    assert torch.equal(history[:, 0, 7:], batch.state[:rows])
+    assert (history[:, 0, :7] == 0).all()
 
-    value = inputs_of(batch, "train_value")
-    loss_of(value, "train_value", model)
-    level = value.draws.value_level[..., None, None]
-    noised = (1 - level) * batch.values[:, None] + level * value.draws.value_noise
-    assert torch.allclose(called["value_tokens"], noised, atol=1e-6)
-    assert torch.allclose(called["value_timestep"], value.draws.value_level * 1000)
+    inputs = inputs_of(batch, "train_value")
+    loss_of(inputs, "train_value", model)
+    (tokens, timestep, _), _ = values[-1]
+    assert torch.allclose(tokens, at_level(batch.values, inputs.draws, "value"), atol=1e-6)
+    assert torch.allclose(timestep, inputs.draws.value_level * 1000)
+
+
+def at_level(clean: torch.Tensor, draws: Draws, name: str) -> torch.Tensor:
+    """(n, R, A, C): every draw of an expert's tokens at its level."""
+    level = getattr(draws, f"{name}_level")[..., None, None]
+    return (1 - level) * clean[:, None] + level * getattr(draws, f"{name}_noise")
 
 
 @pytest.mark.parametrize("stage", ["pretrain_video", "train_value", "train_joint"])
@@ -205,16 +210,3 @@ def test_a_weight_of_zero_trains_nothing_through_its_loss(batch: WindowBatch) ->
     assert norms["proj_out.weight"] == norms["value_proj_out.weight"] == 0
     assert norms["action_proj_out.weight"] > 0
     assert norms["value_blocks.0.attn1.to_q.weight"] > 0
-
-
-def test_departures_of_the_loss(batch: WindowBatch) -> None:
-    """The reference divides the future's error by the count of all frames and cuts timesteps to integers."""
-    model, inputs = build(), inputs_of(batch, "pretrain_video")
-    model.__class__ = Oracle
-    model.answer = inputs.draws.future_noise - batch.future + 2
-    loss, _ = loss_of(inputs, "pretrain_video", model, Compat(diluted_video_loss=True))
-    assert loss.item() == pytest.approx(4 * 2 / 4)  # two of four frames
-    loss_of(inputs, "pretrain_video", model.to(torch.bfloat16), Compat(integer_timesteps=True))
-    rounded = (inputs.draws.video_level.bfloat16() * 1000).long()
-    assert torch.equal(model.seen[1][:, -1].long(), rounded)
-    assert (rounded - inputs.draws.video_level * 1000).abs().max() > 0.5

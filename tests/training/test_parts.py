@@ -18,7 +18,7 @@ from wav.io.storage.commit import Retention, commits, seal
 from wav.training.checkpoint import Uploader
 from wav.training.ema import Ema
 from wav.training.engine import learning_rate, plan_batch
-from wav.training.record import Recorder, Window, duration
+from wav.training.record import LossMean, Recorder, duration
 
 
 def test_learning_rate() -> None:
@@ -68,12 +68,12 @@ def test_average_shards_cover_every_weight() -> None:
     assert torch.equal(whole, module.weight)
 
 
-def test_window_keeps_exact_means() -> None:
-    window = Window()
-    window.add({"loss": 1.0, "loss_video": 3.0})
-    window.add({"loss": 2.0})
-    assert window.mean() == {"loss": 1.5, "loss_video": 3.0}
-    assert window.steps == []
+def test_means_of_losses_are_exact() -> None:
+    losses = LossMean()
+    losses.add({"loss": 1.0, "loss_video": 3.0})
+    losses.add({"loss": 2.0})
+    assert losses.mean() == {"loss": 1.5, "loss_video": 3.0}
+    assert losses.steps == []
 
 
 def test_recorder_restores_each_step_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The plain schedule of the training benchmark decodes, in every step, the very frames that ours was encoded from."""
+"""The baseline of the training benchmark decodes, in every step, the very frames that ours was encoded from."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import recordings
+from baseline import recordings
+from baseline.recordings import HORIZON, Recordings
 from counting import Counted
-from recordings import HORIZON, Recordings
 from sizes import SIZES, Train
-from train import FROM_LATENTS, PLAIN, Run, stage_result
+from train import BASELINE, FROM_LATENTS, Run, stage_result
 from training_data import PcaEncoders, windows
 
 from wav.model import build_model
@@ -42,7 +42,7 @@ def test_samples_are_frames_of_one_episode_in_order() -> None:
     assert all(np.abs(a.astype(int) - b).max() > 50 for a, b in zip(memory[:, 0, 0], memory[:, 0, 2], strict=True))
 
 
-def test_the_plain_step_decodes_what_ours_was_encoded_from(
+def test_the_baseline_step_decodes_what_ours_was_encoded_from(
     encoders: PcaEncoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert encoders.recordings is not None
@@ -56,7 +56,7 @@ def test_the_plain_step_decodes_what_ours_was_encoded_from(
     monkeypatch.setattr(recordings, "_decoded", lambda file, groups: reads.append(file) or decoded(file, groups))
     train: Any = Train("train_value", 4)
     model: Any = build_model(SMALL.model, SMALL, SMALL.latent, SMALL.caption, SMALL.value_channels)
-    for parts, files in ((PLAIN, 4 * SMALL.views), (PLAIN[2:], 0), ((), 0)):
+    for parts, files in ((BASELINE, 4 * SMALL.views), (BASELINE[2:], 0), ((), 0)):
         reads.clear()
         Run(model, train, SMALL, encoders, parts).loss(batch, pictures, 0)
         assert len(reads) == files
@@ -67,7 +67,7 @@ def test_ratios_of_a_stage(encoders: PcaEncoders) -> None:
     found = stage_result(Train("train_value", 4), SMALL, encoders, pool, torch.float32, 2, 60.0, False)
     assert found["ratio"] > 0
     assert found["step_ratio"] > 0
-    assert set(found["schedules"]) == {"plain", FROM_LATENTS, "ours", "ours, more draws"}
+    assert set(found["schedules"]) == {"baseline", FROM_LATENTS, "ours", "ours, more draws"}
     assert found["difference"]["loss"] < 1e-5
 
 

@@ -67,7 +67,7 @@ def dump(path: Path) -> Callable[[], None]:
 
         def run(trainer: Trainer) -> None:
             whole: dict[str, Any] = {"step": trainer.start, "rows": trainer.recorder.rows}
-            whole["window"] = trainer.window.steps
+            whole["losses"] = trainer.losses.steps
             optimizer = trainer.engine.optimizer
             if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
                 optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed links moments at the first step otherwise
@@ -189,18 +189,18 @@ def validation_loss(spec: TrainSpec) -> float:
     """The loss of the written weights on the held-out windows, computed without DeepSpeed."""
     from wav.model.pretrained import load_model
     from wav.training.engine import plan_batch
-    from wav.training.feed import validation_inputs
     from wav.training.inputs import open_inputs
-    from wav.training.objectives import StageModule
+    from wav.training.objectives import build_objective
+    from wav.training.prefetch import validation_inputs
 
     model = load_model(spec.paths.output / "model", torch.float32)
-    module = StageModule(model, spec.train, spec.data.memory_frames, spec.data.action_dim).eval()
+    objective = build_objective(spec.train, model, spec.data.memory_frames, spec.data.action_dim).eval()
     held_out = open_inputs(spec).validation
     assert held_out is not None
     plan = plan_batch(spec.train, spec.train.ranks)
-    inputs = validation_inputs(held_out, spec.train, plan, model.has_value, torch.device("cpu"))
+    inputs = validation_inputs(held_out, objective, plan, torch.device("cpu"))
     with torch.no_grad():
-        losses = [float(module(batch)[0]) for batch in inputs]
+        losses = [float(objective(batch)[0]) for batch in inputs]
     return sum(losses) / len(losses)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import random
 import shutil
 import threading
@@ -28,6 +27,7 @@ from wav.io.storage.commit import Retention, commits, fetch, publish, read_manif
 from wav.seeding import derive_seed
 from wav.training.ema import Ema
 from wav.training.engine import World
+from wav.training.record import mean_row
 from wav.training.universal import Layout, convert, needs_conversion
 
 if TYPE_CHECKING:
@@ -43,13 +43,13 @@ BYTES_PER_PARAMETER = 24
 class RunState:
     """What a rank must know, besides weights, to go on as if it had never stopped.
 
-    ``step``: optimiser steps done, which is the sampler's position; ``rows``: recorded metrics; ``window``: losses
+    ``step``: optimiser steps done, which is where the sampler is; ``rows``: recorded metrics; ``losses``: of the steps
     since the last row; ``seconds``: time trained so far; ``waited``: of it, waiting for data.
     """
 
     step: int
     rows: list[tuple[int, dict[str, float]]]
-    window: list[dict[str, float]]
+    losses: list[dict[str, float]]
     seconds: float
     waited: float
 
@@ -250,8 +250,8 @@ class Checkpoints:
             files = [_rank_file(found.folder, rank) for rank in range(found.layout.ranks)]
             ema.load_shards([file["ema"] for file in files])
             saved = files[self.world.rank % found.layout.ranks]
-            windows = [file["run"]["window"] for file in files]
-            state = RunState(**{**files[0]["run"], "window": mean_window(windows)})
+            steps = zip(*(file["run"]["losses"] for file in files), strict=True)
+            state = RunState(**{**files[0]["run"], "losses": [mean_row(list(rows)) for rows in steps]})
         restore_random_states(saved["random"])
         self._barrier()
         if self.world.is_main:
@@ -307,15 +307,6 @@ def _rank_file(folder: Path, rank: int) -> dict[str, Any]:
     path = folder / f"rank-{rank:05d}.pt"
     saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     return saved
-
-
-def mean_window(windows: list[list[dict[str, float]]]) -> list[dict[str, float]]:
-    """Losses since the last row, averaged over the ranks that saw them."""
-    return [
-        {name: math.fsum(row[name] for row in rows if name in row) / sum(name in row for row in rows) for name in names}
-        for rows in zip(*windows, strict=True)
-        for names in [sorted({name for row in rows for name in row})]
-    ]
 
 
 def seed_globals(seed: int) -> None:

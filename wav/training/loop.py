@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import resource
 import shutil
 import signal
 import socket
@@ -17,11 +16,11 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
+from wav.data.windows import BatchSampler
 from wav.errors import ConfigError, TrainingError, WavError
 from wav.io.storage import ObjectStore, open_store
 from wav.io.storage.commit import Retention
@@ -40,26 +39,16 @@ from wav.training.engine import (
     reported_gradient_norm,
     set_learning_rate,
 )
-from wav.training.feed import Feed, Source, validation_inputs
 from wav.training.inputs import Inputs, initial_model, open_inputs, passes_through, prune_work
 from wav.training.launch import ERROR_MARK
-from wav.training.objectives import StageModule
+from wav.training.objectives import build_objective
 from wav.training.output import Metrics, collect_state, publish_model, save_model, write_output
-from wav.training.record import Progress, Recorder, Window
+from wav.training.prefetch import Prefetcher, Source, validation_inputs
+from wav.training.preflight import count_parameters, layers_to_recompute, preflight
+from wav.training.record import LossMean, Progress, Recorder, Row
 from wav.training.spec import TrainSpec, check_kernels, code_digest
+from wav.training.throughput import operations_per_sample, peak_memory, peak_operations, tokens_per_sample
 from wav.training.universal import Layout
-from wav.training.watch import (
-    is_spike,
-    layers_to_recompute,
-    operations_per_sample,
-    peak_operations,
-    preflight,
-    tokens_per_sample,
-    usual_loss,
-)
-
-if TYPE_CHECKING:
-    from wav.model import WAVTransformer
 
 LOG = logging.getLogger("wav.training")
 INTERRUPTED = 128 + signal.SIGTERM
@@ -69,40 +58,34 @@ class Trainer:
     """State of one run on one rank."""
 
     def __init__(self, spec: TrainSpec, world: World, inputs: Inputs, store: ObjectStore) -> None:
-        from wav.data.windows import BatchSampler
-
-        self.spec, self.settings, self.world, self.inputs = spec, spec.train, world, inputs
+        self.spec, self.settings, self.world, self.inputs, self.store = spec, spec.train, world, inputs, store
         self.plan = plan_batch(self.settings, world.ranks)
-        model = initial_model(spec, inputs)
+        self.model = initial_model(spec, inputs)
+        self.objective = build_objective(self.settings, self.model, spec.data.memory_frames, spec.data.action_dim)
+        self.parameters, self.trained = count_parameters(self.objective)
         if self.settings.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
+            self.model.enable_gradient_checkpointing()
         if self.settings.gradient_checkpointing == "auto":
-            model.recomputed_layers = layers_to_recompute(spec, inputs, model, self.plan.micro, world)
-            self._say(f"{spec.stage}: {model.recomputed_layers} of {spec.model.layers} layers are recomputed")
-        self.model = model
-        module = StageModule(model, self.settings, spec.data.memory_frames, spec.data.action_dim)
-        self.trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        self.parameters = sum(p.numel() for p in module.parameters())
+            self.model.recomputed_layers = layers_to_recompute(spec, inputs, self.objective, self.plan.micro, world)
+            self._say(f"{spec.stage}: {self.model.recomputed_layers} of {spec.model.layers} layers are recomputed")
         layout = Layout(world.ranks, self.settings.zero_stage, self.settings.precision)
         if world.is_main:
-            preflight(spec, module, layout, world.device, BYTES_PER_PARAMETER)
+            preflight(spec, self.objective, layout, world.device, BYTES_PER_PARAMETER)
         self.tokens = tokens_per_sample(spec, inputs)
-        self.operations = operations_per_sample(spec, inputs, module)
+        self.operations = operations_per_sample(spec, inputs, self.objective)
         keep = Retention(self.settings.keep_last, self.settings.keep_best, self.settings.keep_every)
         self.checkpoints = Checkpoints(spec.work / "checkpoints", store, spec.prefix, keep, world, layout)
         found = self.checkpoints.find()
-        self.engine = init_engine(module, self.settings, self.plan, world, found is not None and bool(found.universal))
+        universal = found is not None and bool(found.universal)
+        self.engine = init_engine(self.objective, self.settings, self.plan, world, universal)
         self.ema = Ema(self.engine.module, self.settings.ema_decay, world.rank, world.ranks)
         sampler = BatchSampler(len(inputs.train), self.settings.batch_size, self.settings.seed, world.rank, world.ranks)
-        self.source = Source(inputs.train, sampler, self.settings, self.plan, world, model.has_value)
+        self.source = Source(inputs.train, sampler, self.objective, self.plan, world)
         self.held_out: list[StepInputs] = []
         if inputs.validation is not None and len(inputs.validation):
-            self.held_out = validation_inputs(
-                inputs.validation, self.settings, self.plan, model.has_value, world.device
-            )
-        self.store = store
+            self.held_out = validation_inputs(inputs.validation, self.objective, self.plan, world.device)
         self.recorder = Recorder(spec.work / "live", world.is_main)
-        self.window = Window()
+        self.losses = LossMean()
         self.interrupted = False
         self._resume(found)
         self._begin = time.monotonic()
@@ -113,7 +96,7 @@ class Trainer:
         self._seconds, self._waited = (state.seconds, state.waited) if state else (0.0, 0.0)
         if state:
             self.recorder.restore(state.rows)
-            self.window.steps = state.window
+            self.losses.steps = state.losses
             self._say(f"{self.spec.stage}: resumed from the checkpoint of step {state.step}")
 
     def run(self) -> None:
@@ -124,18 +107,18 @@ class Trainer:
             f"{self.world.ranks} rank(s) on {self.world.device}, run {self.spec.key}"
         )
         signal.signal(signal.SIGTERM, self._on_signal)
-        feed = Feed(self.source, self.start, self.settings.steps)
+        batches = Prefetcher(self.source, self.start, self.settings.steps)
         progress = Progress(
             self.spec.stage, self.settings.steps, self.settings.batch_size, self.start, self.world.is_main
         )
         try:
-            for step, inputs in enumerate(feed, self.start + 1):
-                self._step(step, inputs, feed, progress)
+            for step, inputs in enumerate(batches, self.start + 1):
+                self._step(step, inputs, batches.waited, progress)
         finally:
-            feed.close()
-        self._finish(feed.waited)
+            batches.close()
+        self._finish(batches.waited)
 
-    def _step(self, step: int, inputs: list[StepInputs], feed: Feed, progress: Progress) -> None:
+    def _step(self, step: int, inputs: list[StepInputs], waited: float, progress: Progress) -> None:
         """Optimiser step ``step`` (from 1), and what falls due after it: a row, validation, a checkpoint."""
         last = step == self.settings.steps
         record = last or step % self.settings.log_every == 0
@@ -144,32 +127,32 @@ class Trainer:
         parts, norm = self._update(step, inputs, record or save)
         if not math.isfinite(parts["loss"]) or (norm is not None and not math.isfinite(norm)):
             self._diverged(step, parts["loss"], norm)
-        self.window.add(parts)
-        progress.step(step, parts["loss"], feed.waited)
+        self.losses.add(parts)
+        progress.step(step, parts["loss"], waited)
         if record:
-            row = self.window.mean()
+            row = self.losses.mean()
             row = dict(zip(row, self.world.mean(list(row.values())), strict=True))
-            if is_spike(self.recorder.rows, row["loss"], self.settings.spike_factor):
+            if self.recorder.is_spike(row["loss"], self.settings.spike_factor):
                 self._spiked(step, row["loss"])
             row |= {"learning_rate": learning_rate(self.settings, step - 1)}
             if norm is not None:
                 row["grad_norm"] = norm
             row["time/samples_per_second"] = progress.rate(step)
-            row["time/data_wait_share"] = feed.waited / max(1e-9, self._elapsed() - self._seconds)
+            row["time/data_wait_share"] = waited / max(1e-9, self._elapsed() - self._seconds)
             self.recorder.add(step, row)
         every = self.settings.validate_every or max(1, self.settings.steps // 10)
         if self.held_out and (last or step % every == 0):
             self.recorder.add(step, {f"validation/{name}": value for name, value in self.validate().items()})
         if save:
-            self._save(step, feed.waited, needed=last or stop)
+            self._save(step, waited, needed=last or stop)
         if stop and not last:
             self._say(f"{self.spec.stage}: interrupted at step {step}, which is saved; run again to go on")
             raise SystemExit(INTERRUPTED)
 
-    def _update(self, step: int, inputs: list[StepInputs], want_norm: bool) -> tuple[dict[str, float], float | None]:
+    def _update(self, step: int, inputs: list[StepInputs], want_norm: bool) -> tuple[Row, float | None]:
         """Forward, backward, optimiser and average; returns the mean losses and, if wanted, the gradient norm."""
         set_learning_rate(self.engine, learning_rate(self.settings, step - 1))
-        passes = Window()
+        passes = LossMean()
         norm: float | None = None
         for index, micro in enumerate(inputs):
             loss, parts = self.engine(micro)
@@ -177,28 +160,25 @@ class Trainer:
             if want_norm and index == len(inputs) - 1:
                 norm = local_gradient_norm(self.engine)
             self.engine.step()
-            values = torch.stack([loss.detach().float(), *parts.values()]).tolist()
-            passes.add(dict(zip(["loss", *parts], values, strict=True)))
+            passes.add(as_row(loss, parts))
         if want_norm and norm is None:
             norm = reported_gradient_norm(self.engine)
         self.ema.update(step)
         return passes.mean(), norm
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> Row:
         """Losses of the averaged weights on the held-out windows, with the same draws every time."""
-        window = Window()
+        losses = LossMean()
         self.engine.eval()
         with self.ema.swapped(), torch.no_grad():
             for inputs in self.held_out:
-                loss, parts = self.engine(inputs)
-                values = torch.stack([loss.float(), *parts.values()]).tolist()
-                window.add(dict(zip(["loss", *parts], values, strict=True)))
+                losses.add(as_row(*self.engine(inputs)))
         self.engine.train()
-        return window.mean()
+        return losses.mean()
 
     def _save(self, step: int, waited: float, needed: bool) -> None:
         """Write a checkpoint; one that is not ``needed`` may fail (a full disk), the next one tries again."""
-        state = RunState(step, self.recorder.rows, self.window.steps, self._elapsed(), self._waited + waited)
+        state = RunState(step, self.recorder.rows, self.losses.steps, self._elapsed(), self._waited + waited)
         loss = self.recorder.latest("validation/loss")
         facts = {} if loss is None else {"validation_loss": loss}
         try:
@@ -222,7 +202,7 @@ class Trainer:
         good = self.checkpoints.newest(steps[-1])
         raise TrainingError(
             f"{self.spec.stage}.spike_factor = {self.settings.spike_factor}: loss {loss:.4g} at step {step} is more "
-            f"than that many times the recent {usual_loss(self.recorder.rows):.4g}; lower learning_rate, or raise "
+            f"than that many times the recent {self.recorder.usual_loss():.4g}; lower learning_rate, or raise "
             f"spike_factor to go on (the last good checkpoint is {good or 'none yet'}; newer ones are suspect)"
         )
 
@@ -279,28 +259,19 @@ def fresh_folder(folder: Path) -> Path:
     return folder
 
 
-def peak_memory(world: World) -> Metrics:
-    """GiB at the peak (a collective): resident on all ranks together, and of the fullest GPU where there are GPUs.
-
-    Each rank counts its own peak, pages that ranks share once per rank.
-    """
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    peak: Metrics = {"peak_memory_gib": round(world.mean([resident])[0] * world.ranks, 3)}
-    if world.device.type == "cuda":
-        allocated = torch.tensor(float(torch.cuda.max_memory_allocated(world.device)), device=world.device)
-        if world.ranks > 1:
-            dist.all_reduce(allocated, op=dist.ReduceOp.MAX)
-        peak["peak_gpu_memory_gib"] = round(allocated.item() / 2**30, 3)
-    return peak
+def as_row(loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> Row:
+    """A loss and its parts as floats, fetched from the device at once."""
+    values = torch.stack([loss.detach().float(), *parts.values()]).tolist()
+    return dict(zip(["loss", *parts], values, strict=True))
 
 
 def pass_through(spec: TrainSpec, inputs: Inputs, store: ObjectStore) -> None:
     """Hand the previous stage's weights on: a model without a value expert has nothing to train in this stage."""
     LOG.info("%s: model.value_expert = false, so there is nothing to train; the weights pass unchanged", spec.stage)
-    model: WAVTransformer = initial_model(spec, inputs)
+    model = initial_model(spec, inputs)
     folder = fresh_folder(spec.work / "model")
     save_model(model, collect_state(model, None, ""), folder)
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, _ = count_parameters(model)
     metrics: Metrics = {"stage": spec.stage, "steps": 0, "trainable_parameters": 0, "parameters": parameters}
     write_output(spec, inputs, folder, None, metrics, publish_model(spec, store, folder))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import statistics
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from dvclive import Live
 Row = dict[str, float]
 LOG = logging.getLogger("wav.training")
 PROGRESS_S = 8.0
+HISTORY, YOUNG = 10, 5  #: recorded losses that say what is usual, at most and at least
 
 
 def duration(seconds: float) -> str:
@@ -35,7 +37,7 @@ class Progress:
         return (step - self._start) * self.batch_size / max(1e-9, time.monotonic() - self._begin)
 
     def step(self, step: int, loss: float, waited: float) -> None:
-        """Say where step ``step`` (of ``steps``) is, if the last line is old enough; ``waited``: seconds for data."""
+        """Report step ``step`` (of ``steps``) where the last line is old enough; ``waited``: seconds for data."""
         now = time.monotonic()
         first = step == self._start + 1
         if not self.speak or not (first or now - self._last >= PROGRESS_S or step == self.steps):
@@ -82,14 +84,24 @@ class Recorder:
         """The last recorded value of a metric."""
         return next((row[name] for _, row in reversed(self.rows) if name in row), None)
 
+    def usual_loss(self) -> float | None:
+        """Median loss of the last recorded rows; None while there are too few to say."""
+        losses = [row["loss"] for _, row in self.rows if "loss" in row][-HISTORY:]
+        return statistics.median(losses) if len(losses) >= YOUNG else None
+
+    def is_spike(self, loss: float, factor: float) -> bool:
+        """Whether ``loss`` is more than ``factor`` times the usual one (never where ``factor`` is 0)."""
+        usual = self.usual_loss()
+        return bool(factor) and usual is not None and usual > 0 and loss > factor * usual
+
     def close(self) -> None:
         """Finish the curves."""
         if self.enabled:
             self._live.end()
 
 
-class Window:
-    """Losses since the last recorded row, kept as floats so that a checkpoint can hold them exactly."""
+class LossMean:
+    """Means of the losses since the last recorded row, kept as floats so that a checkpoint can hold them exactly."""
 
     def __init__(self) -> None:
         self.steps: list[Row] = []
@@ -99,11 +111,13 @@ class Window:
         self.steps.append(parts)
 
     def mean(self) -> Row:
-        """Mean of every part over the steps that had it; empties the window."""
-        names = sorted({name for row in self.steps for name in row})
-        mean = {}
-        for name in names:
-            values = [row[name] for row in self.steps if name in row]
-            mean[name] = math.fsum(values) / len(values)
-        self.steps = []
+        """Mean of every part over the steps that had it; starts anew."""
+        mean, self.steps = mean_row(self.steps), []
         return mean
+
+
+def mean_row(rows: list[Row]) -> Row:
+    """Mean of every name over the rows that have it."""
+    names = sorted({name for row in rows for name in row})
+    columns = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: math.fsum(values) / len(values) for name, values in columns.items()}

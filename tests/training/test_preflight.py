@@ -18,29 +18,26 @@ from wav.io.storage.commit import commits
 from wav.model.accounting import activation_bytes
 from wav.training.engine import World
 from wav.training.inputs import initial_model, open_inputs
+from wav.training.objectives import build_objective
+from wav.training.preflight import layers_to_recompute, preflight, sizes_of, state_bytes
+from wav.training.record import Recorder
+from wav.training.throughput import peak_operations
 from wav.training.universal import Layout
-from wav.training.watch import (
-    is_spike,
-    layers_to_recompute,
-    peak_operations,
-    preflight,
-    sizes_of,
-    state_bytes,
-    usual_loss,
-)
 
 ONE = Layout(1, 0, "fp32")
 CPU = torch.device("cpu")
 
 
-def test_spike() -> None:
-    rows = [(step, {"loss": 1.0 + step / 100}) for step in range(6)] + [(6, {"validation/loss": 99.0})]
-    assert usual_loss(rows[:4]) is None
-    assert usual_loss(rows) == pytest.approx(1.025)
-    assert is_spike(rows, 11.0, 10.0)
-    assert not is_spike(rows, 10.0, 10.0)
-    assert not is_spike(rows, 1e9, 0.0)
-    assert not is_spike(rows[:4], 1e9, 10.0)
+def test_spike(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, enabled=False)
+    recorder.restore([(step, {"loss": 1.0 + step / 100}) for step in range(4)])
+    assert recorder.usual_loss() is None
+    assert not recorder.is_spike(1e9, 10.0)
+    recorder.restore([(4, {"loss": 1.04}), (5, {"loss": 1.05}), (6, {"validation/loss": 99.0})])
+    assert recorder.usual_loss() == pytest.approx(1.025)
+    assert recorder.is_spike(11.0, 10.0)
+    assert not recorder.is_spike(10.0, 10.0)
+    assert not recorder.is_spike(1e9, 0.0)
 
 
 def test_memory_is_cut_as_zero_cuts_it() -> None:
@@ -55,14 +52,14 @@ def test_auto_recomputes_only_what_memory_asks_for(spec_of, monkeypatch: pytest.
     inputs = open_inputs(spec)
     model, world = initial_model(spec, inputs), World(0, 1, CPU)
     needed = activation_bytes(sizes_of(spec, inputs, model), spec.train, 4)
-    parameters = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(("value_", "action_")))
-    state = state_bytes(parameters, trained, ONE)
+    objective = build_objective(spec.train, model, spec.data.memory_frames, spec.data.action_dim)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    state = state_bytes(sum(p.numel() for p in model.parameters()), trained, ONE)
     memory = namedtuple("memory", "available")
 
     def layers(free: float) -> int:
-        monkeypatch.setattr("wav.training.watch.psutil.virtual_memory", lambda: memory(int(free / 0.9) + 1))
-        return layers_to_recompute(spec, inputs, model, 4, world)
+        monkeypatch.setattr("wav.training.preflight.psutil.virtual_memory", lambda: memory(int(free / 0.9) + 1))
+        return layers_to_recompute(spec, inputs, objective, 4, world)
 
     assert layers(state + 2 * needed) == 0
     assert layers(state + 0.95 * needed) == 1
@@ -74,7 +71,7 @@ def test_preflight(spec_of, monkeypatch: pytest.MonkeyPatch) -> None:
     spec.work.mkdir(parents=True)
     preflight(spec, module, ONE, CPU, 24)
     memory = namedtuple("memory", "available")
-    monkeypatch.setattr("wav.training.watch.psutil.virtual_memory", lambda: memory(20_000_000))
+    monkeypatch.setattr("wav.training.preflight.psutil.virtual_memory", lambda: memory(20_000_000))
     with pytest.raises(TrainingError, match=r"pretrain_video: 1 million parameters.*smaller model"):
         preflight(spec, module, ONE, CPU, 24)
     asked: list[int] = []
@@ -83,7 +80,7 @@ def test_preflight(spec_of, monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(needed)
         raise StorageError("disk")
 
-    monkeypatch.setattr("wav.training.watch.require_free_space", full)
+    monkeypatch.setattr("wav.training.preflight.require_free_space", full)
     with pytest.raises(StorageError):
         preflight(spec, module, ONE, CPU, 24)
     trained = 1_001_000

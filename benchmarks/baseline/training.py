@@ -1,11 +1,11 @@
-"""The plain schedule of training: what the published reference's trainer computes in a step, redundancy included.
+"""The baseline schedule of training: what the published reference's trainer computes in a step, redundancy included.
 
 The yardstick of ``benchmarks/train.py``. VAE and text encoder run inside the step; an AdaLN row for every token; the
 video head computed in every stage; features copied into buffers, tiled for every draw, keys and values projected for
 every draw; every block recomputed in the backward pass; norms and rotations as the operations of diffusers that the
 reference is built on; AdamW without its fused kernel. The frozen video expert of the value stage has no gradients (the
 reference freezes its parameters), so that nothing of it is kept for a backward pass either. Same weights, same draws,
-same losses as :class:`wav.training.objectives.StageModule`, which this model is put into.
+same losses: this model is put into the objectives of :mod:`wav.training.objectives`.
 ``tests/training/test_schedule.py`` compares losses and gradients of both.
 """
 
@@ -22,12 +22,12 @@ from wav.model import WAVTransformer, kernels
 from wav.model.experts import ExpertParts
 from wav.model.layers import modulated_head
 from wav.model.rope import video_rope
-from wav.model.transformer import ExpertOutput, VideoOutput, WAVOutput
+from wav.model.transformer import ExpertOutput, VideoOutput
 from wav.model.video import TextContext, pack, unpack
 
 
-class PlainTransformer(WAVTransformer):
-    """A WAVTransformer on the reference's schedule; make one of a model with :func:`plain`."""
+class BaselineTransformer(WAVTransformer):
+    """A WAVTransformer on the reference's schedule; make one of a model with :func:`baseline`."""
 
     def video(
         self,
@@ -54,7 +54,7 @@ class PlainTransformer(WAVTransformer):
             features.append(h.flatten(1, 3).clone())
         velocity = self.proj_out(modulated_head(h, self.scale_shift_table, e.unsqueeze(3)))
         velocity = unpack(velocity.view(*velocity.shape[:2], frames, cells, -1), height, width)
-        return VideoOutput(velocity, tuple(features))
+        return VideoOutput(velocity[:, :, :, first_frame:], tuple(features))
 
     def _run_expert(
         self,
@@ -85,29 +85,13 @@ class PlainTransformer(WAVTransformer):
         velocity = parts.proj_out(modulated_head(h[:, -chunk:], parts.scale_shift_table, e[:, -chunk:]))
         return ExpertOutput(velocity.view(shape), tuple(features))
 
-    def forward(self, *args: Any, freeze_video: bool = False, need_video: bool = True, **kwargs: Any) -> WAVOutput:
-        """As the model's own, but the head is computed in every stage and features are tiled for every draw.
 
-        Where the video expert is frozen, no parameter of it requires a gradient, so torch keeps nothing of its pass.
-        """
-        kwargs.pop("value_sources", None)
-        kwargs.pop("first_frame", None)
-        output = super().forward(*args, **kwargs)
-        return output if need_video and not freeze_video else output._replace(video=None)
-
-
-class NeverFrozen:
-    """Stands where :class:`wav.training.objectives.StageModule` keeps its fast frozen pass: there is none."""
-
-    usable = False
-
-
-def plain(model: WAVTransformer, checkpointing: bool = True) -> PlainTransformer:
-    """The same weights (not copies) on the plain schedule; ``checkpointing``: every block is recomputed."""
-    model.__class__ = PlainTransformer
+def baseline(model: WAVTransformer, checkpointing: bool = True) -> BaselineTransformer:
+    """The same weights (not copies) on the baseline schedule; ``checkpointing``: every block is recomputed."""
+    model.__class__ = BaselineTransformer
     if checkpointing:
         model.enable_gradient_checkpointing()
-    return cast(PlainTransformer, model)
+    return cast(BaselineTransformer, model)
 
 
 def _never(x: Tensor) -> bool:

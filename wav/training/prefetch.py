@@ -14,11 +14,11 @@ import torch
 
 from wav.data.windows import BatchSampler, WindowDataset
 from wav.seeding import numpy_generator
-from wav.training.draws import SeededRandom, StepInputs, draw
+from wav.training.draws import SeededRandom, StepInputs
 from wav.training.engine import BatchPlan, World
 
 if TYPE_CHECKING:
-    from wav.config import TrainSettings
+    from wav.training.objectives import Objective
 
 AHEAD = 2
 VALIDATION_BATCHES = 4
@@ -30,10 +30,9 @@ class Source:
 
     dataset: WindowDataset
     sampler: BatchSampler
-    settings: TrainSettings
+    objective: Objective
     plan: BatchPlan
     world: World
-    has_value: bool
 
     def step(self, step: int) -> list[StepInputs]:
         """This rank's micro-batches of one optimiser step: a pure function of (seed, step, rank)."""
@@ -42,12 +41,12 @@ class Source:
         for micro in range(self.plan.accumulation):
             rows = batch.rows(micro * size, (micro + 1) * size)
             index = step * self.plan.accumulation + micro
-            random = SeededRandom(self.settings.seed, step, self.world.rank, micro)
-            inputs.append(draw(rows, self.settings, self.dataset, random, has_value=self.has_value, index=index))
+            random = SeededRandom(self.objective.settings.seed, step, self.world.rank, micro)
+            inputs.append(self.objective.draw(rows, self.dataset, random, index))
         return inputs
 
 
-class Feed:
+class Prefetcher:
     """Iterates over the steps [start, stop); ``waited`` counts the seconds spent waiting for data."""
 
     def __init__(self, source: Source, start: int, stop: int) -> None:
@@ -55,7 +54,7 @@ class Feed:
         self._source, self._start, self._stop = source, start, stop
         self._ready: queue.Queue[list[StepInputs] | BaseException] = queue.Queue(AHEAD)
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True, name="feed")
+        self._thread = threading.Thread(target=self._work, daemon=True, name="prefetch")
         self._thread.start()
 
     def _work(self) -> None:
@@ -96,18 +95,14 @@ class Feed:
 
 
 def validation_inputs(
-    dataset: WindowDataset, settings: TrainSettings, plan: BatchPlan, has_value: bool, device: torch.device
+    dataset: WindowDataset, objective: Objective, plan: BatchPlan, device: torch.device
 ) -> list[StepInputs]:
-    """A few fixed micro-batches, spread evenly over the held-out windows; the same at every call and on every rank."""
-    size = min(plan.micro, len(dataset))
+    """A few fixed micro-batches, evenly spaced over the held-out windows; the same at every call and on every rank."""
+    seed, size = objective.settings.seed, min(plan.micro, len(dataset))
     count = min(VALIDATION_BATCHES, len(dataset) // size)
     indices = np.linspace(0, len(dataset) - 1, count * size).round().astype(np.int64)
     inputs = []
     for i in range(count):
-        generator = numpy_generator(settings.seed, "validation.memory", i)
-        batch = dataset.batch(indices[i::count], generator)
-        quiet = settings.model_copy(update={"caption_dropout": 0.0})
-        random = SeededRandom(settings.seed, "validation", i)
-        drawn = draw(batch, quiet, dataset, random, has_value=has_value, index=i)
-        inputs.append(drawn.to(device))
+        batch = dataset.batch(indices[i::count], numpy_generator(seed, "validation.memory", i))
+        inputs.append(objective.draw(batch, None, SeededRandom(seed, "validation", i), i).to(device))
     return inputs

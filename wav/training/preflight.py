@@ -1,47 +1,27 @@
-"""What keeps a long run from being wasted: room for it before it starts, its speed, and a stop when the loss jumps."""
+"""Whether a run fits this machine, found out before it starts: room on the disk, and memory for its state."""
 
 from __future__ import annotations
 
 import math
 import os
-import statistics
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from torch import nn
 
-from wav.config import TrainSettings
 from wav.errors import TrainingError
 from wav.io.files import require_free_space
 from wav.io.storage.commit import Retention
 from wav.model.accounting import Sizes, activation_bytes
-from wav.training.objectives import trainable_names
-from wav.training.record import Row
 from wav.training.universal import Layout
 
 if TYPE_CHECKING:
     from wav.model import WAVTransformer
     from wav.training.engine import World
     from wav.training.inputs import Inputs
+    from wav.training.objectives import Objective
     from wav.training.spec import TrainSpec
-
-#: Dense bf16 peak of a GPU in operations per second, by a part of its name (vendors' data sheets).
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-HISTORY, YOUNG = 10, 5
-
-
-def usual_loss(rows: Sequence[tuple[int, Row]]) -> float | None:
-    """Median loss of the last recorded rows; None while there are too few to say."""
-    losses = [row["loss"] for _, row in rows if "loss" in row][-HISTORY:]
-    return statistics.median(losses) if len(losses) >= YOUNG else None
-
-
-def is_spike(rows: Sequence[tuple[int, Row]], loss: float, factor: float) -> bool:
-    """Whether ``loss`` is more than ``factor`` times the usual one (never where ``factor`` is 0)."""
-    usual = usual_loss(rows)
-    return bool(factor) and usual is not None and usual > 0 and loss > factor * usual
 
 
 def preflight(spec: TrainSpec, module: nn.Module, layout: Layout, device: torch.device, checkpoint_bytes: int) -> None:
@@ -61,8 +41,7 @@ def preflight(spec: TrainSpec, module: nn.Module, layout: Layout, device: torch.
         StorageError: the disk has too little room.
         TrainingError: the memory has too little room.
     """
-    every = sum(p.numel() for p in module.parameters())
-    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    every, trained = count_parameters(module)
     keep = Retention(spec.train.keep_last, spec.train.keep_best, spec.train.keep_every)
     kept = min(keep.last + keep.best + 1, 1 + spec.train.steps // spec.train.checkpoint_every)
     if keep.every:
@@ -93,31 +72,34 @@ def state_bytes(parameters: int, trained: int, layout: Layout) -> int:
     return weights + gradients + moments + 4 * trained // layout.ranks
 
 
-def layers_to_recompute(spec: TrainSpec, inputs: Inputs, model: WAVTransformer, micro: int, world: World) -> int:
+def layers_to_recompute(spec: TrainSpec, inputs: Inputs, objective: Objective, micro: int, world: World) -> int:
     """Layers that a pass over ``micro`` samples must recompute to fit beside weights, gradients and moments.
 
     Between none and all layers the activations shrink by the same amount for each
     (:func:`wav.model.accounting.activation_bytes`, an estimate). The weights are on the CPU still, so what is free now
     is free for all of it; a tenth is left for what is not counted: buffers, fragmentation, the libraries' own.
     """
-    chosen = trainable_names(model, spec.train)
-    trained = sum(p.numel() for name, p in model.named_parameters() if name in chosen)
-    layout = Layout(world.ranks, spec.train.zero_stage, spec.train.precision)
-    state = state_bytes(sum(p.numel() for p in model.parameters()), trained, layout)
+    every, trained = count_parameters(objective)
+    state = state_bytes(every, trained, Layout(world.ranks, spec.train.zero_stage, spec.train.precision))
     if world.device.type == "cuda":
         free = torch.cuda.mem_get_info(world.device)[0]
     else:
         free = psutil.virtual_memory().available // world.ranks
+    sizes = sizes_of(spec, inputs, objective.model)
     kept, least = (
-        activation_bytes(
-            sizes_of(spec, inputs, model), spec.train.model_copy(update={"gradient_checkpointing": on}), micro
-        )
+        activation_bytes(sizes, spec.train.model_copy(update={"gradient_checkpointing": on}), micro)
         for on in (False, True)
     )
     room = 0.9 * free - state
     if kept <= room:
         return 0
     return min(spec.model.layers, math.ceil((kept - room) / max(1.0, (kept - least) / spec.model.layers)))
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """Parameters of a module, all and trained ones."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains)
 
 
 def sizes_of(spec: TrainSpec, inputs: Inputs, model: WAVTransformer) -> Sizes:
@@ -141,34 +123,3 @@ def sizes_of(spec: TrainSpec, inputs: Inputs, model: WAVTransformer) -> Sizes:
         value_channels=config.value_in_channels,
         action_channels=config.action_in_channels,
     )
-
-
-def tokens_per_sample(spec: TrainSpec, inputs: Inputs) -> int:
-    """Video tokens of a sample: views x latent frames (memory and future) x cells."""
-    _, views, _, height, width = inputs.latents.image.shape
-    frames = spec.data.memory_frames + inputs.latents.clip.shape[3]
-    return int(views * frames * height * width)
-
-
-def operations_per_sample(spec: TrainSpec, inputs: Inputs, module: nn.Module) -> float:
-    """Operations of a training sample by the 6 N D rule (2 forward, 4 backward where trained), attention left out.
-
-    The video transformer sees every video token once, an expert its action tokens once per draw.
-    """
-    tokens = {"video": float(tokens_per_sample(spec, inputs))}
-    for expert in ("value", "action"):
-        tokens[expert] = float(spec.data.action_chunk * getattr(spec.train, f"{expert}_draws", 0))
-    total = 0.0
-    for name, parameter in module.named_parameters():
-        plain = name.removeprefix("model.")
-        kind = next((expert for expert in ("value", "action") if plain.startswith(f"{expert}_")), "video")
-        total += (6 if parameter.requires_grad else 2) * parameter.numel() * tokens[kind]
-    return total
-
-
-def peak_operations(device: torch.device, settings: TrainSettings) -> float | None:
-    """Known peak of the device for the run's precision; None for CPUs, fp32 and GPUs not in the table."""
-    if device.type != "cuda" or settings.precision != "bf16":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)

@@ -1,10 +1,10 @@
 """Demonstrations as mp4 files, and training samples decoded from them: the loader of a trainer that keeps no latents.
 
-What the plain schedule of ``benchmarks/train.py`` reads in every step, as the reference does: every sample opens a file
-of each camera and takes its frames. The loader that the reference builds on runs an ffmpeg process for each file and
-sample; where a choice had to be made here it is the one that is cheaper for the plain schedule: libraries in this
-process, H.264 instead of LeRobot's AV1, a key frame every other frame, pictures that hardly move, one read for a clip,
-one converter of colours for a file's frames. Needs PyAV.
+What the baseline schedule of ``benchmarks/train.py`` reads in every step, as the reference does: every sample opens a
+file of each camera and takes its frames. The loader that the reference builds on runs an ffmpeg process for each file
+and sample; where a choice had to be made here it is the one that is cheaper for the baseline schedule: libraries in
+this process, H.264 instead of LeRobot's AV1, a key frame every other frame, pictures that hardly move, one read for a
+clip, one converter of colours for a file's frames. Needs PyAV.
 """
 
 from __future__ import annotations

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.training.micro import CONFIG, small_model
 from wav.data.windows import BatchSampler
 from wav.training.draws import StepInputs
 from wav.training.engine import World, plan_batch
-from wav.training.feed import Feed, Source, validation_inputs
 from wav.training.inputs import Inputs, open_inputs
+from wav.training.objectives import Objective, build_objective
+from wav.training.prefetch import Prefetcher, Source, validation_inputs
 
 CPU = torch.device("cpu")
 RANKS = 2
@@ -29,7 +31,11 @@ def source(inputs: tuple[Inputs, Any], rank: int, ranks: int = RANKS, **changes:
     settings = settings.model_copy(update={"micro_batch_size": 1, **changes})
     sampler = BatchSampler(len(opened.train), settings.batch_size, settings.seed, rank, ranks)
     world = World(rank, ranks, CPU)
-    return Source(opened.train, sampler, settings, plan_batch(settings, ranks), world, has_value=True)
+    return Source(opened.train, sampler, around(settings), plan_batch(settings, ranks), world)
+
+
+def around(settings: Any) -> Objective:
+    return build_objective(settings, small_model(), CONFIG.data.memory_frames, CONFIG.data.action_dim)
 
 
 def tensors(step: list[StepInputs]) -> list[torch.Tensor]:
@@ -53,7 +59,7 @@ def test_a_step_is_a_function_of_seed_step_and_rank(inputs: tuple[Inputs, Any]) 
     assert equal(steps[0], source(inputs, 0).step(3))
     others = [steps[1], source(inputs, 1).step(3), source(inputs, 0, seed=1).step(3)]
     for other in others:
-        for name in ("memory_rate", "memory_noise", "future_noise", "video_level"):
+        for name in ("memory_rate", "memory_noise", "video_noise", "video_level"):
             mine, theirs = (getattr(step[0].draws, name) for step in (steps[0], other))
             assert not torch.equal(mine, theirs), name
 
@@ -67,25 +73,25 @@ def test_ranks_share_one_global_batch(inputs: tuple[Inputs, Any]) -> None:
     assert torch.equal(memories(1), memories(RANKS))
 
 
-def test_the_feed_gives_every_step_once_in_order(inputs: tuple[Inputs, Any]) -> None:
+def test_the_batches_gives_every_step_once_in_order(inputs: tuple[Inputs, Any]) -> None:
     made = source(inputs, 0)
-    feed = Feed(made, 2, 6)
+    batches = Prefetcher(made, 2, 6)
     try:
-        steps = list(feed)
+        steps = list(batches)
     finally:
-        feed.close()
+        batches.close()
     assert len(steps) == 4
     assert all(equal(step, made.step(2 + i)) for i, step in enumerate(steps))
 
 
 def test_an_error_while_preparing_reaches_the_training_thread(inputs: tuple[Inputs, Any]) -> None:
     broken = replace(source(inputs, 0), dataset=None)
-    feed = Feed(broken, 0, 3)
+    batches = Prefetcher(broken, 0, 3)
     try:
         with pytest.raises(AttributeError):
-            next(iter(feed))
+            next(iter(batches))
     finally:
-        feed.close()
+        batches.close()
 
 
 def test_validation_draws_repeat_and_drop_no_caption(inputs: tuple[Inputs, Any]) -> None:
@@ -94,9 +100,8 @@ def test_validation_draws_repeat_and_drop_no_caption(inputs: tuple[Inputs, Any])
     quiet, always = (
         validation_inputs(
             opened.validation,
-            settings.model_copy(update={"caption_dropout": dropout}),
+            around(settings.model_copy(update={"caption_dropout": dropout})),
             plan_batch(settings, 1),
-            True,
             CPU,
         )
         for dropout in (0.0, 1.0)
