@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import yaml
 
-from flows.isolation import stage_table
 from wav.errors import ConfigError, ServiceError
 from wav.processes import Group
 
@@ -128,7 +128,7 @@ class Checkout:
     def own_files(self) -> list[str]:
         """What a retrain may change and commit: ``dvc.lock`` and the outputs that DVC leaves to git."""
         found = ["dvc.lock"]
-        for stage in stage_table(self.folder).values():
+        for stage in yaml.safe_load((self.folder / "dvc.yaml").read_text())["stages"].values():
             for item in [*stage.get("outs", []), *stage.get("metrics", [])]:
                 if isinstance(item, dict):
                     found += [path for path, options in item.items() if (options or {}).get("cache") is False]

@@ -1,7 +1,7 @@
 """A workspace for one run of one stage: its inputs linked, its outputs its own, so that DVC's are never written over.
 
-``runs/<flow-run-id>/`` holds ``params.yaml`` (the workspace's, with the run's changes), links to what ``dvc.yaml``
-lists as the stage's data, ``run.json`` (where the inputs came from) and what the run makes.
+``runs/<flow-run-id>/`` holds ``params.yaml`` (the workspace's, with the run's changes), links to the stage's inputs
+(:mod:`wav.stages`), ``run.json`` (where the inputs came from) and what the run makes.
 """
 
 from __future__ import annotations
@@ -15,29 +15,9 @@ import yaml
 from wav.config import Settings, parse_settings
 from wav.errors import DataError
 from wav.io.files import read_json, write_json
-from wav.local import PROJECT
+from wav.stages import stage as find_stage
 
 RUN_FILE = "run.json"
-CODE = ("wav/", "flows/")
-
-
-def stage_table(workspace: Path) -> dict[str, Any]:
-    """Stages of the workspace's ``dvc.yaml`` (the project's, where it has none of its own)."""
-    path = workspace / "dvc.yaml"
-    raw = yaml.safe_load((path if path.is_file() else PROJECT / "dvc.yaml").read_text())
-    return dict(raw["stages"])
-
-
-def data_inputs(stage: str, workspace: Path) -> list[str]:
-    """Paths that a stage reads, code left out."""
-    return [path for path in stage_table(workspace)[stage].get("deps", []) if not path.startswith(CODE)]
-
-
-def outputs(stage: str, workspace: Path) -> list[str]:
-    """Paths that a stage makes, metrics included."""
-    entry = stage_table(workspace)[stage]
-    items = [*entry.get("outs", []), *entry.get("metrics", [])]
-    return [next(iter(item)) if isinstance(item, dict) else item for item in items]
 
 
 def changed_settings(params: Path, changes: Mapping[str, Mapping[str, Any]]) -> Settings:
@@ -70,7 +50,7 @@ def isolate(
     """Make ``folder`` a workspace in which ``stage`` reads the inputs of ``workspace``.
 
     Args:
-        stage: name in ``dvc.yaml``.
+        stage: its name.
         workspace: whose inputs and parameters are used.
         folder: made where it is missing; links and parameters are refreshed.
         changes: section -> parameter -> value that differ from ``workspace/params.yaml``.
@@ -81,7 +61,7 @@ def isolate(
         DataError: an input is missing.
     """
     prepare(stage, workspace, folder, changed_settings(workspace / "params.yaml", changes or {}))
-    for path in data_inputs(stage, workspace):
+    for path in find_stage(stage).inputs:
         source = workspace / path
         for original, other in (instead or {}).items():
             if path == original or path.startswith(original + "/"):

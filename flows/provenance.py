@@ -15,7 +15,8 @@ from urllib.parse import quote, urlsplit
 
 import yaml
 
-from flows.isolation import CODE, outputs, source_workspace, stage_table
+from flows.isolation import source_workspace
+from wav.stages import STAGES
 
 #: set by retrain for the flows that ``dvc repro`` starts
 PARENT_VARIABLE = "WAV_PARENT_RUN"
@@ -56,10 +57,10 @@ def hash_table(stage: str, folder: Path) -> list[dict[str, Any]]:
     source = source_workspace(folder)
     locked = locked_hashes(source)
     rows: list[dict[str, Any]] = []
-    for path in stage_table(source)[stage].get("deps", []):
-        if not path.startswith(CODE) and (folder / path).exists():
+    for path in STAGES[stage].inputs:
+        if (folder / path).exists():
             rows.append({"role": "input", "path": path, "dvc": locked.get(path, "not tracked by DVC")})
-    for path in outputs(stage, source):
+    for path in STAGES[stage].made:
         rows.append({"role": "output", "path": path, "dvc": dvc_hash(folder / path) or "not made"})
     return rows
 

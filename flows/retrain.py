@@ -24,13 +24,14 @@ from flows.lifeline import outlives
 from flows.outage import await_server, finished, run_flow
 from flows.provenance import PARENT_VARIABLE, locked_hashes, run_url
 from wav import promotion
-from wav.config import STAGE_SECTIONS, Runtime, Settings, load_settings
+from wav.config import Runtime, Settings, load_settings
 from wav.errors import ConfigError, TrainingError, WavError, exit_status
 from wav.evaluation.records import metrics_table
 from wav.io.files import read_json
 from wav.io.storage import ObjectInfo, ObjectStore, open_store
 from wav.io.storage.commit import fetch, publish, remote_manifest, seal
 from wav.promotion import Champion, Outcomes, Verdict
+from wav.stages import CODE_STAGE, STAGES
 
 FAILED = re.compile(r"failed to reproduce '([\w@.-]+)'")
 STARTED = re.compile(r"Running stage '([\w@.-]+)'")
@@ -114,7 +115,7 @@ def reproduce(run: Retrain) -> None:
     """
     logger = get_run_logger()
     with Progress("stages", logger) as progress:
-        names = list(STAGE_SECTIONS)
+        names = [CODE_STAGE, *STAGES]
 
         def say(line: str) -> None:
             logger.info(line)

@@ -14,27 +14,22 @@ from flows.artifacts import Progress, publish_images, publish_numbers, publish_o
 from flows.common import StageRun, finish, start, step
 from wav import plots
 from wav.io.files import read_json
+from wav.stages import STAGES, TRAINING
 from wav.training.launch import launch
 from wav.training.spec import TrainPaths, make_spec
 
 STEP = re.compile(r"\bstep (\d+)/(\d+)(?:\s+(loss \S+)\s+(\S+ samples/s))?")
-#: stage -> (folder of its output, folder of the stage it starts from)
-FOLDERS = {
-    "pretrain_video": ("models/video", None),
-    "train_value": ("models/value", "models/video"),
-    "train_joint": ("models/joint", "models/value"),
-}
 
 
 def training_paths(run: StageRun) -> TrainPaths:
     """Inputs and outputs of the stage in its workspace."""
-    output, init = FOLDERS[run.stage]
+    training = TRAINING[run.stage]
     return TrainPaths(
         episodes=run.path("data/episodes"),
         latents=run.path("data/latents"),
-        rewards=None if run.stage == "pretrain_video" else run.path("data/rewards"),
-        init=run.path(init) if init else None,
-        output=run.path(output),
+        rewards=run.path("data/rewards") if "data/rewards" in STAGES[run.stage].inputs else None,
+        init=run.path(training.start) if training.start else None,
+        output=run.path(training.folder),
         cache=run.scratch("training"),
     )
 
@@ -81,7 +76,7 @@ def read_curve(path: Path) -> tuple[list[float], list[float]]:
 @step("publish curves")
 def publish(run: StageRun, metrics: dict[str, Any]) -> None:
     """Metrics, curves and the checkpoint's objects on the flow run."""
-    output = run.path(FOLDERS[run.stage][0])
+    output = run.path(TRAINING[run.stage].folder)
     publish_numbers("metrics", metrics, f"{run.stage}: final metrics")
     pictures = {}
     for path in sorted((output / "plots").rglob("*.tsv")):
@@ -105,5 +100,5 @@ def run_training(stage: str, workspace: str) -> None:
     run = start(stage, workspace)
     metrics = train(run)
     publish(run, metrics)
-    output = run.path(FOLDERS[stage][0])
+    output = run.path(TRAINING[stage].folder)
     finish(run, [output / "metrics.json", output / "checkpoint.json"])

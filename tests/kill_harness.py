@@ -28,10 +28,10 @@ from infra.local import ports
 from infra.local.workspace import make_workspace
 from wav.local import read_env
 from wav.processes import marked
+from wav.stages import CODE_STAGE, STAGES, TRAINING
 
 PROJECT = Path(__file__).resolve().parents[1]
-STAGES: dict[str, Any] = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
-TRAININGS = ("pretrain_video", "train_value", "train_joint")
+TRAININGS = tuple(TRAINING)
 #: trainings on two ranks; the others are one process
 SPREAD = ("train_joint",)
 SIMULATIONS = ("ingest", "eval_libero")
@@ -223,21 +223,16 @@ class Lab:
         done = names[: names.index(stage)]
         cache = self.root / "reference-cache" / "files"  # "runs" beside it would spare stages from running
         shutil.copytree(cache, self.root / f"{name}-cache" / "files")
-        lock["stages"] = {name: entry for name, entry in lock["stages"].items() if name in done}
+        lock["stages"] = {name: entry for name, entry in lock["stages"].items() if name in (CODE_STAGE, *done)}
         if done:
             (case.workspace / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
-        for path in (out for earlier in done for out in outputs(earlier)):
+        code = [row.code for row in STAGES.values()]
+        for path in (*code, *(out for earlier in done for out in STAGES[earlier].made)):
             source, target = self.reference.workspace / path, case.workspace / path
             target.parent.mkdir(parents=True, exist_ok=True)
             copy = shutil.copytree if source.is_dir() else shutil.copy2
             copy(source, target)
         return case
-
-
-def outputs(stage: str) -> list[str]:
-    """Paths a stage makes, metrics included."""
-    entries = [*STAGES[stage].get("outs", []), *STAGES[stage].get("metrics", [])]
-    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
 
 
 @contextlib.contextmanager
@@ -297,10 +292,8 @@ def results(workspace: Path) -> dict[str, Any]:
     import hashlib
 
     found: dict[str, Any] = {}
-    for stage in STAGES:
-        for entry in STAGES[stage].get("metrics", []):
-            path = next(iter(entry))
-            found[path] = strip(json.loads((workspace / path).read_text()))
-    for path in sorted(workspace.glob("models/*/model/*.safetensors")):
-        found[str(path.relative_to(workspace))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in (row.metrics for row in STAGES.values() if row.metrics):
+        found[path] = strip(json.loads((workspace / path).read_text()))
+    for weights in sorted(workspace.glob("models/*/model/*.safetensors")):
+        found[str(weights.relative_to(workspace))] = hashlib.sha256(weights.read_bytes()).hexdigest()
     return found

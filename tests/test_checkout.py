@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from flows.checkout import Checkout
-from flows.isolation import outputs, stage_table
 from wav.errors import ConfigError, ServiceError
+from wav.stages import STAGES
 
 PROJECT = Path(__file__).resolve().parents[1]
 DVC = """
@@ -120,8 +120,8 @@ def test_what_a_killed_stage_left_is_no_dirt(tmp_path: Path) -> None:
     git(tmp_path, "init", "-q")
     (tmp_path / ".gitignore").write_text((PROJECT / ".gitignore").read_text())
     git(tmp_path, "add", ".gitignore")
-    for stage in stage_table(PROJECT):
-        for path in map(Path, outputs(stage, PROJECT)):
+    for stage in STAGES.values():
+        for path in map(Path, (*stage.made, stage.code)):
             for part in (f".{path.name}.tmp-7", f".{path.name}.tmp-old-7"):
                 left = tmp_path / path.parent / part / "file"
                 left.parent.mkdir(parents=True, exist_ok=True)

@@ -11,12 +11,13 @@ from prefect.logging import disable_run_logger
 
 from flows import provenance
 from flows.eval_run import default_checkpoint, find_checkpoint, prepare_export, wanted_changes
-from flows.isolation import data_inputs, isolate, outputs, source_workspace
+from flows.isolation import isolate, source_workspace
 from wav import promotion
-from wav.config import STAGE_SECTIONS, load_settings
+from wav.config import load_settings
 from wav.errors import CheckpointError, ConfigError, DataError
 from wav.io.files import write_json
 from wav.io.storage import open_store
+from wav.stages import STAGES
 
 PROJECT = Path(__file__).resolve().parents[1]
 SMOKE = PROJECT / "presets" / "smoke.yaml"
@@ -26,20 +27,20 @@ SMOKE = PROJECT / "presets" / "smoke.yaml"
 def workspace(tmp_path: Path) -> Path:
     """A workspace whose data exist, as far as links go."""
     folder = tmp_path / "workspace"
-    for stage in STAGE_SECTIONS:
-        for path in data_inputs(stage, PROJECT):
+    for stage in STAGES.values():
+        for path in stage.inputs:
             (folder / path).mkdir(parents=True, exist_ok=True)
             (folder / path / "content").write_text(path)
     (folder / "params.yaml").write_text(SMOKE.read_text())
     return folder
 
 
-@pytest.mark.parametrize("stage", STAGE_SECTIONS)
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_run_reads_the_workspace_and_writes_elsewhere(stage: str, workspace: Path, tmp_path: Path) -> None:
     folder = isolate(stage, workspace, tmp_path / "runs" / "1")
-    for path in data_inputs(stage, workspace):
+    for path in STAGES[stage].inputs:
         assert (folder / path).resolve() == (workspace / path).resolve()
-    for path in outputs(stage, workspace):
+    for path in STAGES[stage].made:
         place = folder / path
         place.parent.mkdir(parents=True, exist_ok=True)
         assert place.parent.resolve().is_relative_to(folder.resolve()), f"{path} would be written into the workspace"

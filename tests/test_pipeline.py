@@ -1,11 +1,11 @@
-"""dvc.yaml against the settings and the code; parameter files complete; all eight stages run on presets/smoke.yaml."""
+"""The table of stages, dvc.yaml and the code; parameter files; all eight stages run on presets/smoke.yaml."""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,133 +19,121 @@ import yaml
 
 from infra.local import ports
 from infra.local.workspace import make_workspace
-from wav.config import STAGE_SECTIONS, Settings, load_settings
+from wav.config import Settings, load_settings
+from wav.source_code import code_digest, stage_modules
+from wav.stages import CODE_STAGE, STAGES, TRAINING, dvc_yaml
 
 PROJECT = Path(__file__).resolve().parents[1]
-STAGES = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
-#: code that cannot change a stage's result: settings (their values are params), services, artefacts, pictures
-PLUMBING = (
-    "flows/__init__.py",
-    "flows/common.py",
-    "flows/artifacts.py",
-    "wav/__init__.py",
-    "wav/data/__init__.py",
-    "wav/io/__init__.py",
-    "wav/config.py",
-    "wav/errors.py",
-    "wav/local.py",
-    "wav/plots.py",
-    "wav/io/storage/",
-)
-#: imports that a stage does not reach: only for_simulator() needs the simulator, called where wav.sim is imported too;
-#: replay looks for the dataset's files under `wav replay` alone, never in an evaluation
-NOT_FOLLOWED = {("wav/data/conventions.py", "wav/sim/"), ("wav/evaluation/extras/replay.py", "wav/data/sources/")}
-#: modules that run in processes of their own, which no import names
-PROCESSES = {
-    "ingest": ("wav.sim.worker",),
-    "pretrain_video": ("wav.training.loop",),
-    "train_value": ("wav.training.loop",),
-    "train_joint": ("wav.training.loop",),
-    "eval_libero": ("wav.sim.worker",),
-}
-
-
-def module_file(name: str) -> Path | None:
-    """File of a module of this project, or None."""
-    base = PROJECT.joinpath(*name.split("."))
-    for candidate in (base.with_suffix(".py"), base / "__init__.py"):
-        if candidate.is_file():
-            return candidate
-    return None
-
-
-def imported(path: Path) -> set[Path]:
-    """Project files that a file imports at any depth of its code, those under ``if TYPE_CHECKING`` left out."""
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for statement in node.body
-        for inner in ast.walk(statement)
-    }
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    parents = {".".join(name.split(".")[:n]) for name in names for n in range(1, name.count(".") + 2)}
-    return {found for name in parents if name.split(".")[0] in ("wav", "flows") and (found := module_file(name))}
-
-
-def _not_followed(source: str, target: str) -> bool:
-    return any(source == ours and target.startswith(theirs) for ours, theirs in NOT_FOLLOWED)
-
-
-def closure(stage: str) -> set[str]:
-    """Relative paths of all code a stage may run, plumbing left out (and not followed)."""
-    roots = [module_file(name) for name in (f"flows.{stage}", *PROCESSES.get(stage, ()))]
-    todo, seen = [path for path in roots if path is not None], set()
-    assert len(todo) == len(roots), f"{stage}: a root module does not exist"
-    while todo:
-        path = todo.pop()
-        relative = path.relative_to(PROJECT).as_posix()
-        if relative in seen or relative.startswith(PLUMBING):
-            continue
-        seen.add(relative)
-        todo += [p for p in imported(path) if not _not_followed(relative, p.relative_to(PROJECT).as_posix())]
-    return seen
-
-
-def code_deps(stage: str) -> list[str]:
-    return [dep for dep in STAGES[stage]["deps"] if dep.split("/")[0] in ("wav", "flows")]
 
 
 def covers(dep: str, path: str) -> bool:
     return path == dep or path.startswith(dep + "/")
 
 
-def out_paths(stage: str) -> list[str]:
-    entries = STAGES[stage].get("outs", []) + STAGES[stage].get("metrics", [])
-    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+def test_dvc_yaml_is_what_the_table_means() -> None:
+    assert (PROJECT / "dvc.yaml").read_text() == dvc_yaml(), "run `python -m wav.stages > dvc.yaml`"
 
 
-def test_stages_and_params_are_the_settings_sections() -> None:
-    assert list(STAGES) == list(STAGE_SECTIONS)
-    for stage, sections in STAGE_SECTIONS.items():
-        assert tuple(STAGES[stage]["params"]) == sections, stage
-        assert STAGES[stage]["cmd"] == f"python -m flows.{stage}"
-
-
-@pytest.mark.parametrize("stage", STAGE_SECTIONS)
-def test_code_dependencies_are_what_the_stage_imports(stage: str) -> None:
-    used, deps = closure(stage), code_deps(stage)
-    missing = sorted(path for path in used if not any(covers(dep, path) for dep in deps))
-    assert not missing, f"dvc.yaml: {stage} lacks deps {missing}"
-    idle = [dep for dep in deps if not any(covers(dep, path) for path in used)]
-    assert not idle, f"dvc.yaml: {stage} lists deps it does not use: {idle}"
-
-
-@pytest.mark.parametrize("stage", STAGE_SECTIONS)
-def test_data_dependencies_are_made_by_earlier_stages(stage: str) -> None:
+@pytest.mark.parametrize("name", STAGES)
+def test_inputs_are_made_by_earlier_stages_and_sections_exist(name: str) -> None:
     order = list(STAGES)
-    made = [out for earlier in order[: order.index(stage)] for out in out_paths(earlier)]
-    for dep in set(STAGES[stage]["deps"]) - set(code_deps(stage)):
-        assert any(covers(out, dep) for out in made), f"{stage}: nothing makes {dep}"
+    made = [out for earlier in order[: order.index(name)] for out in STAGES[earlier].made]
+    for path in STAGES[name].inputs:
+        assert any(covers(out, path) for out in made), f"{name}: nothing makes {path}"
+    assert set(STAGES[name].sections) <= set(Settings.model_fields)
+    assert name in STAGES[name].sections
+    assert set(TRAINING) == {"pretrain_video", "train_value", "train_joint"}
 
 
-def test_training_outputs_persist_and_metrics_stay_in_git() -> None:
-    for stage in ("pretrain_video", "train_value", "train_joint"):
-        for entry in STAGES[stage]["outs"]:
-            path, options = next(iter(entry.items()))
-            assert options.get("persist") or path.startswith("reports/stages/"), path
-    for stage in STAGES.values():
-        for entry in stage.get("metrics", []):
-            path, options = next(iter(entry.items()))
-            assert options == {"cache": False} | ({"persist": True} if path.startswith("models/") else {}), path
+#: what a stage must not depend on: beginnings of paths
+NOT_OF = {
+    "ingest": ("wav/training", "wav/model", "wav/codec", "wav/rewards", "wav/evaluation", "wav/planning"),
+    "label_rewards": ("wav/sim", "wav/data/sources", "wav/codec", "wav/model", "wav/text"),
+    "encode": ("wav/sim", "wav/data/sources", "wav/rewards", "wav/model", "wav/training"),
+    "pretrain_video": ("wav/rewards", "wav/planning", "wav/policy", "wav/sim", "wav/data/sources", "wav/evaluation"),
+    "train_value": ("wav/planning", "wav/policy", "wav/sim", "wav/data/sources", "wav/evaluation"),
+    "train_joint": ("wav/planning", "wav/policy", "wav/sim", "wav/data/sources", "wav/evaluation"),
+    "eval_libero": ("wav/training", "wav/data/sources", "wav/ingest"),
+    "export": ("wav/training", "wav/data/sources", "wav/ingest"),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_what_decides_its_result_and_on_nothing_else(name: str) -> None:
+    found = stage_modules(name)
+    assert f"flows/{name}.py" in found
+    assert not [path for path in found if path.startswith((*NOT_OF[name], "benchmarks"))]
+
+
+def test_a_digest_is_of_the_code_alone(tmp_path: Path) -> None:
+    path, kernel = tmp_path / "a.py", tmp_path / "a.c"
+    path.write_text('"""Doc."""\n\n\ndef f(x: int) -> str:\n    """Says."""\n    return f"#{x}" + "# no comment"\n')
+    before = code_digest(path)
+    path.write_text(
+        '"""New."""\n# why\ndef f(x: int) -> str:\n    # so\n    return f"#{x}" + "# no comment"  # really\n'
+    )
+    assert code_digest(path) == before
+    path.write_text(path.read_text().replace("# no comment", "# a comment"))
+    assert code_digest(path) != before
+    kernel.write_text("/* one\n two */\nint a; // three\n")
+    before = code_digest(kernel)
+    kernel.write_text("int a;\n")
+    assert code_digest(kernel) == before
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project whose stages write a word where results should be, all of them up to date."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in ("wav", "flows"):
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("params.yaml", ".dvcignore"):
+        shutil.copy(PROJECT / name, folder)
+    stages = yaml.safe_load((PROJECT / "dvc.yaml").read_text())["stages"]
+    for name, row in STAGES.items():
+        paths = " ".join(row.made)
+        stages[name]["cmd"] = f"mkdir -p $(dirname {paths}) && for p in {paths}; do echo {name} > $p; done"
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
+    dvc(folder, "init", "--no-scm", "-q")
+    dvc(folder, "repro", "-q")
+    return folder
+
+
+def dvc(workspace: Path, *arguments: str, environment: dict[str, str] | None = None) -> str:
+    environment = {**(environment or os.environ), "PYTHONPATH": str(workspace)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    command = [sys.executable, "-m", "dvc", *arguments]
+    done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def stale(workspace: Path) -> set[str]:
+    """Stages that ``dvc repro`` would run now, ``code`` having run."""
+    dvc(workspace, "repro", "-q", CODE_STAGE)
+    return set(json.loads(dvc(workspace, "status", "--json"))) - {CODE_STAGE}
+
+
+@pytest.mark.parametrize(
+    ("module", "stages"),
+    [
+        ("wav/inference/adapter.py", {"eval_libero", "export"}),
+        ("wav/data/sources/libero_hdf5.py", {"ingest"}),
+        ("wav/rewards/label.py", {"label_rewards", "train_value", "train_joint", "eval_libero"}),
+        ("wav/planning/planner.py", {"eval_libero", "export"}),
+        ("wav/training/loop.py", {"pretrain_video", "train_value", "train_joint"}),
+        ("wav/config.py", set()),
+    ],
+)
+def test_a_comment_runs_nothing_again_and_code_only_what_it_decides(copy: Path, module: str, stages: set[str]) -> None:
+    before = (copy / module).read_text()
+    try:
+        (copy / module).write_text(f"# a comment\n{before}\n# another\n")
+        assert stale(copy) == set()
+        (copy / module).write_text(f"{before}\nEDITED = 1\n")
+        assert stale(copy) == stages
+    finally:
+        (copy / module).write_text(before)
 
 
 @pytest.mark.parametrize("name", ["params.yaml", *(f"presets/{p.name}" for p in PROJECT.glob("presets/*.yaml"))])
@@ -201,7 +189,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
 def test_every_stage_ran(smoke: tuple[Path, dict[str, str], str]) -> None:
     _, environment, text = smoke
     ran = re.findall(r"^Running stage '(\w+)'", text, re.MULTILINE)
-    assert sorted(ran) == sorted(STAGE_SECTIONS)
+    assert sorted(ran) == sorted([CODE_STAGE, *STAGES])
     assert "skipping" not in text
     assert "is cached" not in text
     local = Path(environment["WAV_LOCAL_DIR"])
@@ -211,13 +199,13 @@ def test_every_stage_ran(smoke: tuple[Path, dict[str, str], str]) -> None:
     )
     runs = json.load(urllib.request.urlopen(request, timeout=10))
     assert {run["state_name"] for run in runs} == {"Completed"}
-    assert len(runs) == len(STAGE_SECTIONS)
+    assert len(runs) == len(STAGES)
 
 
 @pytest.mark.smoke
 def test_results_are_whole_and_declared(smoke: tuple[Path, dict[str, str], str]) -> None:
     workspace, _, _ = smoke
-    declared = [out for stage in STAGES for out in out_paths(stage)]
+    declared = [path for stage in STAGES.values() for path in (*stage.made, stage.code)]
     for out in declared:
         assert (workspace / out).exists(), out
     for top in ("data", "models", "reports", "export"):
@@ -232,18 +220,11 @@ def test_results_are_whole_and_declared(smoke: tuple[Path, dict[str, str], str])
     assert "<html" in (workspace / "reports/index.html").read_text().lower()
 
 
-def repro(workspace: Path, environment: dict[str, str], *arguments: str) -> str:
-    command = [sys.executable, "-m", "dvc", *arguments]
-    done = subprocess.run(command, cwd=workspace, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.mark.smoke
 def test_second_repro_is_a_no_op(smoke: tuple[Path, dict[str, str], str]) -> None:
     workspace, environment, _ = smoke
     began = time.monotonic()
-    text = repro(workspace, environment, "repro")
+    text = dvc(workspace, "repro", environment=environment)
     assert "Running stage" not in text
     assert time.monotonic() - began < 15
 
@@ -271,7 +252,7 @@ def test_a_parameter_reruns_what_depends_on_it(
     changed[section][field] = yaml.safe_load(value)
     (workspace / "params.yaml").write_text(yaml.safe_dump(changed))
     try:
-        text = repro(workspace, environment, "repro", "--dry")
+        text = dvc(workspace, "repro", "--dry", environment=environment)
     finally:
         (workspace / "params.yaml").write_text(before)
     ran = set(re.findall(r"^Running stage '(\w+)'", text, re.MULTILINE))
@@ -282,8 +263,10 @@ def test_a_parameter_reruns_what_depends_on_it(
 @pytest.mark.smoke
 def test_metrics_and_plots_are_shown(smoke: tuple[Path, dict[str, str], str]) -> None:
     workspace, environment, _ = smoke
-    assert "success_rate" in repro(workspace, environment, "metrics", "show")
-    page = Path(repro(workspace, environment, "plots", "show").strip().splitlines()[-1].removeprefix("file://"))
+    assert "success_rate" in dvc(workspace, "metrics", "show", environment=environment)
+    page = Path(
+        dvc(workspace, "plots", "show", environment=environment).strip().splitlines()[-1].removeprefix("file://")
+    )
     html = page.read_text()
     assert "loss" in html
     assert 'src="http' not in html, "the page must work without a network"

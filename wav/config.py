@@ -1,7 +1,7 @@
 """Settings: ``params.yaml`` (what changes a result) and the ``WAV_*`` environment (where and with what to run).
 
 One frozen class per section of ``params.yaml``; a stage sees only the sections that ``dvc.yaml`` lists for it
-(:data:`STAGE_SECTIONS`, :meth:`Settings.for_stage`), so that DVC's idea of what a stage depends on stays true.
+(:mod:`wav.stages`, :meth:`Settings.for_stage`), so that DVC's idea of what a stage depends on stays true.
 
 Run ``python -m wav.config params.yaml`` to check a file.
 """
@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from wav.config_errors import explain
 from wav.errors import ConfigError, exit_status
 from wav.planning.scores import SCORES
+from wav.stages import stage as find_stage
 
 
 class Section(BaseModel):
@@ -262,19 +263,6 @@ class ExportSettings(Section):
     compile: bool = Field(False, description="plan on compiled code and CUDA graphs; no effect where CPU kernels run")
 
 
-#: Which sections of params.yaml each stage may read; dvc.yaml lists the same (tests/test_pipeline.py compares).
-STAGE_SECTIONS: dict[str, tuple[str, ...]] = {
-    "ingest": ("data", "ingest"),
-    "label_rewards": ("data", "label_rewards"),
-    "encode": ("data", "encode"),
-    "pretrain_video": ("data", "model", "pretrain_video"),
-    "train_value": ("data", "model", "train_value"),
-    "train_joint": ("data", "model", "train_joint"),
-    "eval_libero": ("data", "model", "planner", "eval_libero"),
-    "export": ("data", "model", "planner", "export"),
-}
-
-
 class Settings(Section):
     """All of params.yaml."""
 
@@ -324,21 +312,18 @@ class _StageView:
     """Settings as one stage may see them."""
 
     def __init__(self, settings: Settings, stage: str) -> None:
-        if stage not in STAGE_SECTIONS:
-            raise ConfigError(f"stage {stage!r}: unknown; the stages are {', '.join(STAGE_SECTIONS)}")
-        self._settings, self._stage = settings, stage
+        self._settings, self._stage, self._sections = settings, stage, find_stage(stage).sections
 
     def __getattr__(self, name: str) -> Any:
-        if name not in STAGE_SECTIONS[self._stage]:
+        if name not in self._sections:
             raise ConfigError(
-                f"stage {self._stage} read section {name!r}, which dvc.yaml does not list for it; "
-                "add it to STAGE_SECTIONS and to the stage's params"
+                f"stage {self._stage} read section {name!r}, which wav/stages.py does not list for it; add it there"
             )
         return getattr(self._settings, name)
 
     def model_dump(self, **kwargs: Any) -> dict[str, Any]:
         """The visible sections as plain data."""
-        return self._settings.model_dump(include=set(STAGE_SECTIONS[self._stage]), **kwargs)
+        return self._settings.model_dump(include=set(self._sections), **kwargs)
 
 
 class Runtime(BaseSettings):

@@ -20,8 +20,8 @@ from wav.model.accounting import (
     trained_parameters,
     training_cost,
 )
+from wav.stages import TRAINING
 
-STAGES = ("pretrain_video", "train_value", "train_joint")
 ZERO_STAGES = (1, 2, 3)
 #: the reference's released schedule: K, M, N, Euler steps
 REFERENCE = (5, 30, 5, 10)
@@ -43,7 +43,7 @@ def summarise(settings: Settings, gpus: int = 8) -> dict[str, Any]:
     """
     sizes, split = Sizes.of(settings), parameter_split(settings)
     stages: dict[str, Any] = {}
-    for name in STAGES:
+    for name in TRAINING:
         train: TrainSettings = getattr(settings, name)
         if name == "train_value" and not sizes.value_width:
             continue

@@ -15,13 +15,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from wav.config import STAGE_SECTIONS
 from wav.errors import DataError
 from wav.evaluation import charts
 from wav.evaluation.records import VARIANTS, EpisodeRecord, columns, read_record
 from wav.io.files import read_json, write_text
+from wav.stages import STAGES, TRAINING
 
-_TRAINING = {"pretrain_video": "video", "train_value": "value", "train_joint": "joint"}
 _MIME = {".png": "image/png", ".mp4": "video/mp4", ".svg": "image/svg+xml"}
 _MAX_VIDEOS, _MAX_PICTURES = 12, 9
 #: Files beyond this size are named instead of embedded, so that the page stays a page.
@@ -109,8 +108,8 @@ def collect(workspace: Path, suite: str) -> Page:
     else:
         page.missing.append("closed-loop results: stage eval_libero has not run")
     _held_out(page, evaluation)
-    for stage, name in _TRAINING.items():
-        _training(page, stage, workspace / "models" / name)
+    for stage, training in TRAINING.items():
+        _training(page, stage, workspace / training.folder)
     for stage, title in (("label_rewards", "Rewards"), ("encode", "Codec"), ("ingest", "Demonstrations")):
         found = sorted((workspace / "reports" / stage).rglob("*.png"))
         if found:
@@ -259,8 +258,8 @@ def read_curve(path: Path) -> tuple[list[float], list[float]]:
 
 def _timings(page: Page, workspace: Path) -> None:
     """Seconds and peak memory per stage, in the pipeline's order."""
-    for stage in STAGE_SECTIONS:
-        path = workspace / "reports" / "stages" / f"{stage}.json"
+    for stage, row in STAGES.items():
+        path = workspace / row.record
         if path.exists():
             facts = read_json(path, f"run `dvc repro {stage}`")
             page.timings.append({"stage": stage, "seconds": facts["seconds"], "memory": facts.get("peak_memory_gib")})
