@@ -141,7 +141,7 @@ _TABLE = (
         "pretrain_video",
         "the video expert (training stage 1)",
         Training("wav.training.objectives:StageModule", "models/video"),
-        unused=("wav.rewards",),
+        unused=("wav.data.reward_store",),
     ),
     _training(
         "train_value",
