@@ -46,21 +46,14 @@ def test_inputs_are_made_by_earlier_stages_and_sections_exist(name: str) -> None
 
 
 #: what a stage must not depend on: beginnings of paths
+LATER = ("wav/rewards", "wav/planning", "wav/policy", "wav/sim", "wav/data/sources", "wav/evaluation")
 NOT_OF = {
     "ingest": ("wav/training", "wav/model", "wav/codec", "wav/rewards", "wav/evaluation", "wav/planning"),
     "label_rewards": ("wav/sim", "wav/data/sources", "wav/codec", "wav/model", "wav/text"),
     "encode": ("wav/sim", "wav/data/sources", "wav/rewards", "wav/model", "wav/training"),
-    "pretrain_video": (
-        "wav/rewards",
-        "wav/data/reward_store",
-        "wav/planning",
-        "wav/policy",
-        "wav/sim",
-        "wav/data/sources",
-        "wav/evaluation",
-    ),
-    "train_value": ("wav/rewards", "wav/planning", "wav/policy", "wav/sim", "wav/data/sources", "wav/evaluation"),
-    "train_joint": ("wav/rewards", "wav/planning", "wav/policy", "wav/sim", "wav/data/sources", "wav/evaluation"),
+    "pretrain_video": ("wav/data/reward_store", *LATER),
+    "train_value": LATER,
+    "train_joint": LATER,
     "eval_libero": ("wav/training", "wav/data/sources", "wav/ingest"),
     "export": ("wav/training", "wav/data/sources", "wav/ingest"),
 }
