@@ -90,7 +90,7 @@ class Sabotaged(SimPool):
     def submit_steps(self, slot, actions):
         if self.signals.get(self.episode):
             self.stall_seconds = 5.0
-            os.kill(self._processes[0].process.pid, self.signals[self.episode].pop())
+            os.kill(self.pids[0], self.signals[self.episode].pop())
         super().submit_steps(slot, actions)
 
 

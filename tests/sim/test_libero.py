@@ -345,7 +345,7 @@ def test_results_do_not_depend_on_workers_and_survive_a_kill():
                             [reply.observation.state, *(i.ravel() for i in reply.observation.images.values())]
                         )
             if workers == 2:
-                os.kill(pool._processes[0].process.pid, signal.SIGKILL)
+                os.kill(pool.pids[0], signal.SIGKILL)
                 pool.submit_steps(0, actions)
                 assert pool.wait()[0][1].error
                 pool.submit_reset(0, task, 0)

@@ -124,7 +124,7 @@ def test_a_pool_answers_alike_for_any_number_of_processes_and_survives_a_kill() 
                         assert reply.steps_done == len(reply.frames) == 3
                         states[slot] = reply.observation.state
             seen.append(states)
-            os.kill(pool._processes[0].process.pid, signal.SIGKILL)
+            os.kill(pool.pids[0], signal.SIGKILL)
             pool.submit_steps(0, actions)
             slot, reply = pool.wait()[0]
             assert slot == 0

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from wav.config import DataSettings
@@ -22,6 +23,10 @@ STILL = np.zeros((2, 7), np.float32)
 @pytest.fixture(autouse=True)
 def _local(monkeypatch, tmp_path):
     monkeypatch.setenv("WAV_LOCAL_DIR", str(tmp_path / "local"))
+
+
+def logs(tmp_path):
+    return sorted((tmp_path / "local" / "simulators").glob("*.log"))
 
 
 def device(software=False, cuda=None, usable=True):
@@ -69,13 +74,13 @@ def test_devices_are_those_cuda_leaves_visible_else_mesa(monkeypatch, devices, v
 
 
 @pytest.mark.parametrize("visible", ["", "3"])
-def test_a_simulator_starts_whatever_cuda_is_told(monkeypatch, visible):
+def test_a_simulator_starts_whatever_cuda_is_told(monkeypatch, tmp_path, visible):
     monkeypatch.setenv(rendering.CUDA_VARIABLE, visible)
     with SimPool("tabletop", DATA, workers=1, slots=1) as pool:
         renderer = pool.renderer()
         pool.submit_reset(0, "lift_red_cube", 0)
         (_, reply) = pool.wait()[0]
-        log = pool._processes[0].log
+        (log,) = logs(tmp_path)
     assert reply.error is None
     assert reply.observation.images["agentview"].std() > 5
     assert renderer["renderer"]
@@ -85,7 +90,7 @@ def test_a_simulator_starts_whatever_cuda_is_told(monkeypatch, visible):
     assert not log.exists()  # an orderly end leaves nothing
 
 
-def test_a_stalled_simulator_is_noticed_though_others_answer():
+def test_a_stalled_simulator_is_noticed_though_others_answer(tmp_path):
     with SimPool("tabletop", DATA, workers=2, slots=4, stall_seconds=60) as pool:
         for slot in range(4):
             pool.submit_reset(slot, "lift_red_cube", slot)
@@ -94,8 +99,8 @@ def test_a_stalled_simulator_is_noticed_though_others_answer():
             ready |= dict(pool.wait())
         assert all(reply.error is None for reply in ready.values())
         pool.stall_seconds = 5.0
-        stopped = pool._processes[1]
-        os.kill(stopped.process.pid, signal.SIGSTOP)
+        stopped = pool.pids[1]
+        os.kill(stopped, signal.SIGSTOP)
         began, errors = time.monotonic(), {}
         for slot in range(4):
             pool.submit_steps(slot, STILL)
@@ -108,8 +113,9 @@ def test_a_stalled_simulator_is_noticed_though_others_answer():
                     pool.submit_steps(slot, STILL)  # the healthy process stays busy
         assert 5 <= time.monotonic() - began < 90
         assert (errors[1].lost, errors[3].lost) == (False, True)  # the request it was at is to blame
-        assert f"no answer for 5 s; its output is in {stopped.log}" in errors[1].error
-        assert stopped.process.poll() is not None
+        log = Path(errors[1].error.rpartition(" ")[2])
+        assert f"simulator process {stopped} gave no answer for 5 s; its output is in {log}" in errors[1].error
+        assert not psutil.pid_exists(stopped)
         pool.stall_seconds = 60.0
         pool.submit_steps(3, STILL)  # its episode is gone: said at once, by no process
         assert dict(pool.wait())[3].lost
@@ -118,17 +124,17 @@ def test_a_stalled_simulator_is_noticed_though_others_answer():
         while 1 not in again:
             again |= dict(pool.wait())
         np.testing.assert_array_equal(again[1].observation.state, ready[1].observation.state)
-    assert stopped.log.exists()  # kept after a failure
+    assert logs(tmp_path) == [log]  # kept after a failure
 
 
-def test_an_error_names_the_log_and_a_wait_may_be_limited():
+def test_an_error_names_the_log_and_a_wait_may_be_limited(tmp_path):
     with SimPool("tabletop", DATA, workers=1, slots=1) as pool:
         with pytest.raises(SimulationError, match="nothing was submitted"):
             pool.wait(1.0)
         pool.submit_reset(0, "no_such_task", 0)
         assert pool.wait(0.01) == []
         ((_, reply),) = pool.wait()
-        log = pool._processes[0].log
+        (log,) = logs(tmp_path)
         pool.submit_reset(0, "lift_red_cube", 0)
         assert pool.wait(300.0)[0][1].error is None
     assert str(log) in reply.error

@@ -19,6 +19,7 @@ from typing import Any
 
 from wav.errors import SimulationError
 from wav.local import local_folder
+from wav.processes import ending
 from wav.sim.rendering import simulator_environment
 
 KEPT_LOGS = 20
@@ -37,7 +38,7 @@ def _log_path() -> Path:
 
 
 class WorkerProcess:
-    """One simulator process; requests are (kind, payload), answers come back in order.
+    """One simulator process, which answers requests of (kind, payload) one after the other.
 
     Args:
         number: which of the caller's processes this is; devices are dealt out by it.
@@ -61,28 +62,29 @@ class WorkerProcess:
         os.close(stderr)
         self.connection = Connection(ours.detach())
 
-    def send(self, kind: str, payload: Any) -> None:
-        """Queue a request; raises SimulationError if the process is gone."""
+    def ask(self, kind: str, payload: Any, seconds: float) -> Any:
+        """The answer to one request.
+
+        Raises:
+            SimulationError: the process is gone, or has not answered within ``seconds``; names its log, which stays.
+        """
         try:
             self.connection.send((kind, payload))
-        except OSError:
-            raise SimulationError(self.epitaph()) from None
-
-    def receive(self) -> Any:
-        """Next answer; raises SimulationError if the process is gone."""
-        try:
-            return self.connection.recv()
+            if self.connection.poll(seconds):
+                return self.connection.recv()
+            self.failed, why = True, f"gave no answer for {seconds:g} s"
         except (EOFError, OSError):
-            raise SimulationError(self.epitaph()) from None
+            self.failed = True
+            try:
+                why = ending(self.process.wait(timeout=2))
+            except subprocess.TimeoutExpired:
+                why = "closed its connection, but still runs"
+        raise SimulationError(f"simulator process {self.process.pid} {why}; its output is in {self.log}")
 
-    def epitaph(self) -> str:
-        """Why the process is gone, in a sentence; its log stays."""
-        self.failed = True
-        try:
-            status: int | str = self.process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            status = "none: it still runs"
-        return f"simulator process {self.process.pid} died (exit status {status}); its output is in {self.log}"
+    def tell(self, kind: str, payload: Any) -> None:
+        """A message that has no answer; if the process is gone, the next request says so."""
+        with contextlib.suppress(OSError):
+            self.connection.send((kind, payload))
 
     def kill(self) -> None:
         """End it at once, after a second for Python's traceback (faulthandler, on SIGABRT) to reach the log."""

@@ -18,9 +18,8 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from wav.processes import die_with_parent
-from wav.sim.env import Observation, SimEnv
+from wav.sim.env import Observation, SimEnv, SimReply
 from wav.sim.registry import make_env
-from wav.sim.workers import SimReply
 
 if TYPE_CHECKING:
     from wav.config import DataSettings

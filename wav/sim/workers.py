@@ -1,27 +1,26 @@
 """Simulators in their own processes: a pool of evaluation slots, and a parallel map for demonstrations.
 
 A worker is ``python -m wav.sim.worker`` at the other end of a socket pair. It imports no torch, never shares a CUDA
-context, and ends with its parent (end of file on its socket, and PR_SET_PDEATHSIG should the parent be killed).
+context, and ends with its parent (end of file on its socket, and PR_SET_PDEATHSIG should the parent be killed). Each
+has a thread here that asks it and waits, so that one that dies or hangs holds up nobody else.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
-import time
+import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wav.errors import SimulationError
-from wav.sim.env import Observation
+from wav.sim.env import SimReply
 from wav.sim.process import WorkerProcess
 from wav.sim.rendering import choose_backend, describe_renderer
 
@@ -36,30 +35,7 @@ STALL_SECONDS = 300.0
 JOB_SECONDS = 3600.0
 """The same for one job of :func:`map_in_processes`."""
 JOB_ATTEMPTS = 3
-"""Processes that a job of :func:`map_in_processes` may outlive."""
-
-
-@dataclass(frozen=True)
-class SimReply:
-    """Answer of a slot to one request."""
-
-    observation: Observation | None
-    """What the policy sees now; None on an error."""
-    success: bool
-    """Success of the task that was reset."""
-    steps_done: int
-    """Environment steps made by this request; 0 for a reset."""
-    frames: list[dict[str, NDArray[np.uint8]]]
-    """view -> (H, W, 3), the reset's or one per step; empty unless recording."""
-    successes: dict[str, bool]
-    """Every task of the scene: whether its predicate has held since the reset."""
-    error: str | None = None
-    lost: bool = False
-    """The error came with another episode's request to the same process: this episode is not to blame."""
-    busy_seconds: float = 0.0
-    """What the request took in the simulator's process."""
-    render_seconds: float = 0.0
-    """The share of it spent on observations: drawing, reading pixels and state."""
+"""Processes that a job of :func:`map_in_processes` may cost."""
 
 
 def worker_count(workers: int) -> int:
@@ -70,9 +46,9 @@ def worker_count(workers: int) -> int:
 class SimPool:
     """``slots`` simultaneously live episodes over ``workers`` simulator processes; a context manager.
 
-    Non-obvious: a process that dies, or does not answer a request within ``stall_seconds``, is killed; its pending
-    requests are answered with ``error`` and it is replaced at the next request. The request it was at is to blame, the
-    others are ``lost``. A fresh simulator gives the same episode, since an episode is a pure function of its reset.
+    Non-obvious: a process that dies, or does not answer a request within ``stall_seconds``, is killed and replaced at
+    the next reset. The request it was at is answered with ``error``; those for the other episodes it hosted are
+    ``lost``. A fresh simulator gives the same episode, since an episode is a pure function of its reset.
 
     Raises:
         ServiceError: nothing renders on this machine.
@@ -84,11 +60,9 @@ class SimPool:
         choose_backend()  # once, for all processes
         self.suite, self.data, self.slots, self.stall_seconds = suite, data, slots, stall_seconds
         self.workers = min(worker_count(workers), slots)
-        self._processes: list[WorkerProcess | None] = [None] * self.workers
-        self._pending: list[deque[int]] = [deque() for _ in range(self.workers)]
-        self._since = [0.0] * self.workers  # when the request a process is at was given to it
-        self._hosted: set[int] = set()  # slots whose episode lives in a process
-        self._failed: list[tuple[int, SimReply]] = []
+        self.answers: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        self._unanswered = 0
+        self._hosts = [_Host(self, number) for number in range(self.workers)]
 
     def __enter__(self) -> SimPool:
         return self
@@ -98,15 +72,17 @@ class SimPool:
 
     def submit_reset(self, slot: int, task: str, init_index: int, record: bool = False) -> None:
         """Start an episode in ``slot``; the reply carries the first observation."""
-        self._hosted.add(slot)
         self._submit(slot, "reset", (slot, task, init_index, record))
 
     def submit_steps(self, slot: int, actions: NDArray[np.float32]) -> None:
         """Execute ``actions`` (k, 7) in ``slot``, stopping at success; the reply carries the last observation."""
-        if slot not in self._hosted:
-            self._failed.append((slot, _error_reply("its episode was lost with the process that hosted it", lost=True)))
-            return
         self._submit(slot, "steps", (slot, np.asarray(actions, dtype=np.float32)))
+
+    def _submit(self, slot: int, kind: str, payload: Any) -> None:
+        if not 0 <= slot < self.slots:
+            raise SimulationError(f"slot {slot}: the pool has slots 0 to {self.slots - 1}")
+        self._unanswered += 1
+        self._hosts[slot % self.workers].requests.put((slot, kind, payload))
 
     def wait(self, timeout: float | None = None) -> list[tuple[int, SimReply]]:
         """Block until at least one request is answered; all (slot, reply) that are ready.
@@ -114,27 +90,16 @@ class SimPool:
         Args:
             timeout: seconds after which to return with nothing; None: wait as long as it takes.
         """
-        until = math.inf if timeout is None else time.monotonic() + timeout
-        while True:
-            if self._failed:
-                failed, self._failed = self._failed, []
-                return failed
-            busy = [w for w in range(self.workers) if self._pending[w]]
-            if not busy:
-                raise SimulationError("SimPool.wait: nothing was submitted; submit a reset or steps first")
-            deadline = min(until, *(self._since[w] + self.stall_seconds for w in busy))
-            connections = {self._process(w).connection: w for w in busy}
-            ready = wait(list(connections), timeout=max(0.0, deadline - time.monotonic()))
-            replies = [reply for c in ready for reply in self._receive(connections[c])]  # type: ignore[index]
-            if replies:
-                return replies
-            now = time.monotonic()
-            for worker in busy:
-                if self._pending[worker] and now >= self._since[worker] + self.stall_seconds:
-                    where = f"its output is in {self._process(worker).log}"
-                    self._bury(worker, f"simulator process gave no answer for {self.stall_seconds:g} s; {where}")
-            if not self._failed and now >= until:
-                return []
+        if not self._unanswered:
+            raise SimulationError("SimPool.wait: nothing was submitted; submit a reset or steps first")
+        try:
+            replies = [self.answers.get(timeout=timeout)]
+        except queue.Empty:
+            return []
+        while not self.answers.empty():
+            replies.append(self.answers.get())
+        self._unanswered -= len(replies)
+        return replies
 
     def renderer(self) -> dict[str, str]:
         """What the pictures are drawn with (:func:`wav.sim.rendering.describe_renderer`); call it between episodes.
@@ -142,77 +107,72 @@ class SimPool:
         Raises:
             SimulationError: the process cannot say, or requests are pending.
         """
-        if self._pending[0]:
+        if self._unanswered:
             raise SimulationError("SimPool.renderer: requests are pending; ask before the first or after the last")
-        process = self._process(0)
-        process.send("call", (describe_renderer, ()))
-        answer = process.receive() if process.connection.poll(self.stall_seconds) else "no answer"
-        if not isinstance(answer, dict):
-            process.failed = True
-            raise SimulationError(f"renderer: {answer}; the simulator's output is in {process.log}")
-        return answer
+        self._hosts[0].requests.put((0, "call", (describe_renderer, ())))
+        _, answer = self.answers.get()
+        if isinstance(answer, SimReply):
+            raise SimulationError(f"renderer: {answer.error}")
+        found: dict[str, str] = answer
+        return found
 
     @property
     def pids(self) -> list[int]:
         """Of the processes that are running."""
-        return [process.process.pid for process in self._processes if process is not None]
+        return [host.process.process.pid for host in self._hosts if host.process is not None]
 
     def close(self) -> None:
-        """End all processes."""
-        for process in self._processes:
-            if process is not None:
-                process.close()
-        self._processes = [None] * self.workers
+        """End all processes, those that are at work by force."""
+        for host in self._hosts:
+            host.closing = True
+            host.requests.put(None)
+        for host in self._hosts:
+            host.join(timeout=2)
+            if host.is_alive() and host.process is not None:
+                host.process.process.kill()
+            host.join()
 
-    def _process(self, worker: int) -> WorkerProcess:
-        """The live process of ``worker``, started if need be."""
-        process = self._processes[worker]
-        if process is None:
-            process = self._processes[worker] = WorkerProcess(worker)
-            process.send("open", (self.suite, self.data))
-        return process
 
-    def _submit(self, slot: int, kind: str, payload: Any) -> None:
-        if not 0 <= slot < self.slots:
-            raise SimulationError(f"slot {slot}: the pool has slots 0 to {self.slots - 1}")
-        worker = slot % self.workers
-        if not self._pending[worker]:
-            self._since[worker] = time.monotonic()
-        self._pending[worker].append(slot)
+class _Host(threading.Thread):
+    """One simulator process of a pool and the episodes that live in it."""
+
+    def __init__(self, pool: SimPool, number: int) -> None:
+        super().__init__(name=f"simulator-{number}", daemon=True)
+        self.pool, self.number, self.closing = pool, number, False
+        self.requests: queue.SimpleQueue[tuple[int, str, Any] | None] = queue.SimpleQueue()
+        self.process: WorkerProcess | None = None
+        self._hosted: set[int] = set()
+        self.start()
+
+    def run(self) -> None:
+        """Answer requests in order until the pool is closed."""
+        while (request := self.requests.get()) is not None and not self.closing:
+            self.pool.answers.put((request[0], self._answer(*request)))
+        if self.process is not None:
+            self.process.close()
+
+    def _answer(self, slot: int, kind: str, payload: Any) -> Any:
+        """The simulator's reply; one that says why there is none where it failed."""
+        if kind == "reset":
+            self._hosted.add(slot)
+        elif kind == "steps" and slot not in self._hosted:
+            return SimReply(None, error="its episode was lost with the process that hosted it", lost=True)
+        if self.process is None:
+            self.process = WorkerProcess(self.number)
+            self.process.tell("open", (self.pool.suite, self.pool.data))
         try:
-            self._process(worker).send(kind, payload)
+            reply = self.process.ask(kind, payload, self.pool.stall_seconds)
         except SimulationError as error:
-            self._bury(worker, str(error))
-
-    def _receive(self, worker: int) -> list[tuple[int, SimReply]]:
-        """One answer of a process; none if it died."""
-        process = self._process(worker)
-        try:
-            reply = process.receive()
-        except SimulationError as error:
-            self._bury(worker, str(error))
-            return []
-        slot, self._since[worker] = self._pending[worker].popleft(), time.monotonic()
-        if isinstance(reply, SimReply):
-            return [(slot, reply)]
-        process.failed = True
-        return [(slot, _error_reply(f"{reply}; its output is in {process.log}"))]
-
-    def _bury(self, worker: int, why: str) -> None:
-        """End a process that died or stalls and answer what it owes."""
-        process = self._processes[worker]
-        if process is not None:
-            log.warning("simulator process %d is replaced: %s", process.process.pid, why)
-            process.kill()
-        self._processes[worker] = None
-        self._hosted -= set(range(worker, self.slots, self.workers))
-        for place, slot in enumerate(self._pending[worker]):
-            self._failed.append((slot, _error_reply(why, lost=place > 0)))
-        self._pending[worker].clear()
-
-
-def _error_reply(why: str, lost: bool = False) -> SimReply:
-    return SimReply(None, False, 0, [], {}, why, lost)
+            if not self.closing:
+                log.warning("%s; it is replaced", error)
+            self.process.kill()
+            self.process = None
+            self._hosted.clear()
+            return SimReply(None, error=str(error))
+        if isinstance(reply, SimReply | dict):
+            return reply
+        self.process.failed = True
+        return SimReply(None, error=f"{reply}; its output is in {self.process.log}")
 
 
 def map_in_processes(
@@ -232,77 +192,48 @@ def map_in_processes(
     Yields:
         (index of the job, result, or the exception it ended with) as they finish, in no particular order.
     """
-    todo = deque(_Job(index, arguments) for index, arguments in enumerate(jobs))
-    live: dict[Connection, _Running] = {}
+    count = min(worker_count(workers), len(jobs))
+    todo, stopped = deque(enumerate(jobs)), threading.Event()
+    done: queue.Queue[tuple[int, Any]] = queue.Queue(maxsize=max(1, count))  # results wait for whoever takes them
+    running: dict[int, WorkerProcess] = {}
+
+    def attempt(number: int, job: tuple[Any, ...]) -> Any:
+        process = running.get(number) or running.setdefault(number, WorkerProcess(number))
+        try:
+            return process.ask("call", (function, job), job_seconds)
+        except SimulationError as error:
+            process.kill()
+            del running[number]
+            return error
+
+    def serve(number: int) -> None:
+        while todo and not stopped.is_set():
+            try:
+                index, job = todo.popleft()
+            except IndexError:  # another thread took the last one
+                break
+            for last in (*[False] * (JOB_ATTEMPTS - 1), True):
+                result = attempt(number, job)
+                if last or stopped.is_set() or not isinstance(result, SimulationError):
+                    break
+                log.warning("%s; its job is run again", result)
+            done.put((index, result))
+        if number in running:
+            running[number].close()
+
+    threads = [threading.Thread(target=serve, args=(number,), daemon=True) for number in range(count)]
+    left = len(jobs)
     try:
-        for number in range(min(worker_count(workers), len(jobs))):
-            _start(WorkerProcess(number), number, function, todo, live)
-        while live:
-            first = min(running.started for running in live.values()) + job_seconds
-            ready = wait(list(live), timeout=max(0.0, first - time.monotonic()))
-            now = time.monotonic()
-            late = [c for c, running in live.items() if c not in ready and now >= running.started + job_seconds]
-            for connection in [*ready, *late]:
-                running = live.pop(connection)  # type: ignore[call-overload]
-                process, job, result = running.process, running.job, _answer(running, connection in late, job_seconds)
-                if isinstance(result, SimulationError):
-                    process = WorkerProcess(running.number)
-                    if job.attempt < JOB_ATTEMPTS:
-                        log.warning("%s; its job is run again", result)
-                        todo.appendleft(replace(job, attempt=job.attempt + 1))
-                        _start(process, running.number, function, todo, live)
-                        continue
-                _start(process, running.number, function, todo, live)
-                yield job.index, result
+        for thread in threads:
+            thread.start()
+        while left:
+            result = done.get()
+            left -= 1
+            yield result
     finally:
-        for running in live.values():
-            running.process.process.kill()
-            running.process.close()
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One call of :func:`map_in_processes`."""
-
-    index: int
-    arguments: tuple[Any, ...]
-    attempt: int = 1
-
-
-@dataclass(frozen=True)
-class _Running:
-    """What a process is at."""
-
-    process: WorkerProcess
-    number: int
-    job: _Job
-    started: float
-
-
-def _answer(running: _Running, late: bool, limit: float) -> Any:
-    """A job's result or exception; a SimulationError where its process is gone."""
-    if late:
-        running.process.kill()
-        return SimulationError(f"no answer within {limit:g} s; the simulator's output is in {running.process.log}")
-    try:
-        return running.process.receive()
-    except SimulationError as error:
-        running.process.close()
-        return error
-
-
-def _start(
-    process: WorkerProcess,
-    number: int,
-    function: Callable[..., Any],
-    todo: deque[_Job],
-    live: dict[Connection, _Running],
-) -> None:
-    """Give ``process`` the next job, or end it; one that is killed just now is noticed when it is waited for."""
-    if not todo:
-        process.close()
-        return
-    job = todo.popleft()
-    with contextlib.suppress(SimulationError):
-        process.send("call", (function, job.arguments))
-    live[process.connection] = _Running(process, number, job, time.monotonic())
+        stopped.set()
+        while any(thread.is_alive() for thread in threads):
+            for process in list(running.values()) if left else ():  # nobody takes the other results
+                process.process.kill()
+            with contextlib.suppress(queue.Empty):
+                done.get(timeout=0.05)
