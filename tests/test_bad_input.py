@@ -14,7 +14,7 @@ from tests.stage_folders import DATA, PLANNER, make_stages
 from wav.config import parse_settings
 from wav.data.statistics import Statistics, compute_statistics
 from wav.errors import CheckpointError, ConfigError, WavError
-from wav.model.pretrained import init_from, load_model
+from wav.model.loading import init_from, load_model
 from wav.policy.export import policy_from_stages
 
 THREE = {"views": ["top", "left_wrist", "right_wrist"]}

@@ -11,16 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from wav.flow_matching import euler_step, frame_timesteps, inference_sigmas, join_frames
-from wav.model import WAVTransformer
+from wav.model import ExpertOutput, VideoOutput, WAVTransformer
 from wav.model.layers import modulated_head
 from wav.model.rope import video_rope
-from wav.model.transformer import ExpertOutput, VideoOutput
 from wav.model.video import pack, unpack
 from wav.planning.types import NoiseShapes
 
@@ -99,7 +97,7 @@ class BaselinePlannerModel:
 
     def _video(self, context: Context, future: Tensor, sigma: float) -> VideoOutput:
         """One video pass of rows b * M + m: text per candidate, an AdaLN row per token, the head always."""
-        video: Any = self.model
+        video = self.model.video
         M = future.shape[0] // context.memory.shape[0]
         latents = join_frames(context.memory.repeat_interleave(M, 0), future)
         n, v, _, f, height, width = latents.shape
@@ -109,9 +107,8 @@ class BaselinePlannerModel:
         timestep = frame_timesteps(context.memory.shape[3], future.shape[3], level)
         tokens = timestep.repeat_interleave(height * width, 1)[:, None].expand(-1, v, -1)  # (n, v, f * s)
         h = video.proj_in(pack(latents)).view(n, v, f * height * width, 1, -1)
-        temb, e = video._time(tokens, v)
-        scale = tuple(self.model.config.rope_interpolation_scale)
-        rope = video_rope(h.shape[-1], f, height, width, scale, h.device)
+        temb, e = video.embed_time(tokens, v)
+        rope = video_rope(h.shape[-1], f, height, width, video.rope_scale, h.device)
         features = []
         for block in video.transformer_blocks:
             h = block(h, temb, rope, text.states, text.bias)
@@ -129,7 +126,7 @@ class BaselinePlannerModel:
         history: Tensor | None,
     ) -> ExpertOutput:
         """Tokens (n, A, C) through an expert, an AdaLN row per token, K/V projected from the buffers."""
-        expert: Any = self.model._expert(name)
+        expert = self.model.expert(name)
         chunk = tokens.shape[1]
         levels = torch.full((len(tokens), chunk), sigma * 1000.0, device=tokens.device)
         h = expert.proj_in(tokens)

@@ -119,7 +119,7 @@ def test_export_and_act(
     folder = export_policy(*parts, tmp_path / "export", settings=BASELINE, metrics=None)
     loaded = load_export(folder, batch_size=2, device="cpu")
     assert loaded.model.shapes.value is None
-    assert not any(name.startswith("value_") for name, _ in loaded.model.model.named_parameters())
+    assert not any(name.startswith("value.") for name, _ in loaded.model.model.named_parameters())
     lines: list[str] = []
     options = {"suite": "tabletop", "episodes": 2, "device": "cpu", "report": lines.append}
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from wav.model import WAVTransformer
-from wav.model.pretrained import load_state
+from wav.model.loading import load_state
 
 FOLDER = Path(os.environ.get("WAV_GOLDEN_DIR") or Path(__file__).resolve().parents[3] / "shared" / "golden")
 META: dict[str, Any] = json.loads((FOLDER / "meta.json").read_text()) if (FOLDER / "meta.json").is_file() else {}

@@ -100,7 +100,7 @@ class ReferenceModel:
         The value expert ran once, on pure noise; every Euler step reads the head again on those same hidden states,
         told only the step's timestep.
         """
-        hidden, expert, values = self._value_features(video, value)[-1], self.model._expert("value"), value
+        hidden, expert, values = self._value_features(video, value)[-1], self.model.expert("value"), value
         for sigma, after in pairwise(inference_sigmas(steps).tolist()):
             _, e = expert.time_embed(torch.full((len(value), 1), sigma * 1000.0))
             values = euler_step(values, expert.head(hidden, e), sigma, after)

@@ -21,6 +21,7 @@ from wav.data.statistics import symlog
 from wav.data.windows import WindowBatch
 from wav.flow_matching import training_sigmas
 from wav.model import WAVTransformer
+from wav.model.loading import published_name
 from wav.model.video import pack
 from wav.training.objectives import JointObjective, Objective, ValueObjective, VideoObjective
 
@@ -163,7 +164,9 @@ def test_iteration(stage: Stage, golden: Golden) -> None:
     stage.check_given(calls)
     assert loss.item() == pytest.approx(stage.info["loss"], rel=RTOL)
     loss.backward()
-    ours = {name: None if p.grad is None else p.grad.norm().item() for name, p in model.named_parameters()}
+    ours = {
+        published_name(name): None if p.grad is None else p.grad.norm().item() for name, p in model.named_parameters()
+    }
     recorded = stage.info["grad_norms"]
     untouched = {name for name, norm in ours.items() if norm is None}
     assert untouched == {name for name in ours if recorded.get(name) is None}

@@ -142,7 +142,7 @@ def test_changed_weights_drop_what_was_recorded() -> None:
     model = make(CompiledPlannerModel)
     before = act(model)
     with torch.no_grad():
-        model.model.transformer_blocks[1].attn1.to_q.weight.mul_(1.5)
+        model.model.video.transformer_blocks[1].attn1.to_q.weight.mul_(1.5)
     after = act(model)
     assert not torch.equal(before.actions, after.actions)
     assert_same(after, act(WAVPlannerModel(model.model, model.shapes)))

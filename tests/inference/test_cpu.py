@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wav.inference import native
-from wav.inference.products import FeedProduct, Product, SelfProduct, attend
+from wav.inference.products import FeedProduct, Product, SelfProduct, attend, turns
 from wav.model.layers import Attention, FeedForward
 from wav.model.rope import rotate, token_rope
 
@@ -68,7 +68,7 @@ def test_norms_and_rotation_of_queries_and_keys(dim: int) -> None:
         draw(1, dim, seed=3),
         token_rope(dim, length, 57, torch.device("cpu")),
     )
-    pair, value = SelfProduct(attention).project(h, shift, scale, 1e-6, rope)
+    pair, value = SelfProduct(attention).project(h, shift, scale, 1e-6, turns(rope))
     x = F.rms_norm(h, (dim,), None, 1e-6) * scale + shift
     close(pair[:, :, 0], rotate(attention.norm_q(attention.to_q(x)), rope))
     close(pair[:, :, 1], rotate(attention.norm_k(attention.to_k(x)), rope))

@@ -174,7 +174,7 @@ def test_changed_weights_are_seen_by_the_next_observation() -> None:
     model = make()
     before = act(model).actions
     with torch.no_grad():
-        cast_linear(model.model.transformer_blocks[1].attn1.to_q).weight.mul_(1.5)
+        cast_linear(model.model.video.transformer_blocks[1].attn1.to_q).weight.mul_(1.5)
     after = act(model).actions
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, act(WAVPlannerModel(model.model, model.shapes)).actions, atol=0, rtol=0)

@@ -195,7 +195,7 @@ def test_the_activation_estimate_is_what_a_block_keeps() -> None:
 
     half = {"dtype": torch.bfloat16}
     h = torch.randn(1, 2, frames, cells, dim, **half, requires_grad=True)
-    turns = torch.polar(torch.ones(frames * cells, dim // 2), torch.rand(frames * cells, dim // 2))
+    turns = torch.rand(2, frames * cells, dim).unbind()
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         block(h, torch.randn(1, 2, frames, 6, dim, **half), turns, torch.randn(1, 4, dim, **half), None)
     tokens = 2 * frames * cells

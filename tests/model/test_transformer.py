@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,12 +34,12 @@ def test_full_size_has_the_published_parameter_counts() -> None:
         full = WAVTransformer()
     counts = {"video": 0, "value": 0, "action": 0}
     for name, parameter in full.named_parameters():
-        counts[name.split("_")[0] if name.startswith(("value_", "action_")) else "video"] += parameter.numel()
+        counts[name.split(".")[0]] += parameter.numel()
     assert counts == {"video": 1_948_569_728, "value": 163_792_394, "action": 193_243_663}
 
 
 def test_names_of_one_block() -> None:
-    names = {n.removeprefix("action_blocks.1.") for n in small().state_dict() if n.startswith("action_blocks.1.")}
+    names = {n.removeprefix("action.blocks.1.") for n in small().state_dict() if n.startswith("action.blocks.1.")}
     attention = {f"{p}.{k}" for p in ("to_q", "to_k", "to_v", "to_out.0") for k in ("weight", "bias")}
     attention |= {"norm_q.weight", "norm_k.weight"}
     expected = {f"attn{i}.{name}" for i in (1, 2, 3) for name in attention} | {"scale_shift_table"}
@@ -50,11 +49,11 @@ def test_names_of_one_block() -> None:
 def test_without_value_expert(inputs: Inputs) -> None:
     model = small(value_expert=False)
     assert not model.has_value
-    assert not [n for n in model.state_dict() if n.startswith("value_") or ".attn3." in n]
+    assert not [n for n in model.state_dict() if n.startswith("value.") or ".attn3." in n]
     features = model.video(inputs.latents, inputs.timestep, inputs.text).features
     assert model.action(inputs.action, inputs.expert_timestep, features).shape == inputs.action.shape
     with pytest.raises(ConfigError, match="value_expert"):
-        model.value(inputs.value, inputs.expert_timestep, features)
+        model(inputs.latents, inputs.timestep, inputs.text, None, inputs.value, inputs.expert_timestep)
 
 
 @torch.no_grad()
@@ -65,7 +64,7 @@ def test_candidates_share_their_samples_text(
     other = torch.randn(B, candidates, *inputs.latents.shape[1:])
     timestep = inputs.timestep.repeat_interleave(candidates, 0)
     out = model.video(other.flatten(0, 1), timestep, inputs.text, inputs.text_mask)
-    assert captured == [(B, 4, 16)] * len(model.transformer_blocks)
+    assert captured == [(B, 4, 16)] * len(model.video.transformer_blocks)
     alone = model.video(other[:, 1], inputs.timestep, inputs.text, inputs.text_mask)
     torch.testing.assert_close(out.velocity.unflatten(0, (B, candidates))[:, 1], alone.velocity, atol=2e-6, rtol=1e-5)
 
@@ -99,7 +98,7 @@ def test_a_cache_is_computed_once_for_all_steps(
     features = model.video(inputs.latents, inputs.timestep, inputs.text).features
     values = model.value(inputs.value, inputs.expert_timestep, features).features
     captured.clear()
-    value_cache, action_cache = model.value_cache(features), model.action_cache(features, values)
+    value_cache, action_cache = model.value.cache(features), model.action.cache(features, values)
     assert len(captured) == 4 + 8
     for _ in range(3):
         model.value(inputs.value, inputs.expert_timestep, value_cache)
@@ -109,7 +108,7 @@ def test_a_cache_is_computed_once_for_all_steps(
 
 def test_time_is_embedded_per_frame_not_per_token(model: WAVTransformer, inputs: Inputs) -> None:
     rows: list[int] = []
-    handle = model.time_embed.register_forward_hook(lambda _, args, __: rows.append(args[0].numel()))
+    handle = model.video.time_embed.register_forward_hook(lambda _, args, __: rows.append(args[0].numel()))
     model.video(inputs.latents, inputs.timestep, inputs.text)
     handle.remove()
     assert rows == [B * F]
@@ -127,8 +126,8 @@ def test_rows_do_not_leak_but_views_of_a_sample_do(model: WAVTransformer, inputs
 
 @torch.no_grad()
 def test_views_join_in_every_third_layer_only(model: WAVTransformer, inputs: Inputs) -> None:
-    assert [block.joint for block in model.transformer_blocks] == [True, False, False, True]
-    for block in model.transformer_blocks:
+    assert [block.joint for block in model.video.transformer_blocks] == [True, False, False, True]
+    for block in model.video.transformer_blocks:
         block.joint = False
     try:
         base = model.video(inputs.latents, inputs.timestep, inputs.text).velocity
@@ -136,7 +135,7 @@ def test_views_join_in_every_third_layer_only(model: WAVTransformer, inputs: Inp
         changed[0, 0] += 1
         moved = model.video(changed, inputs.timestep, inputs.text).velocity - base
     finally:
-        for i, block in enumerate(model.transformer_blocks):
+        for i, block in enumerate(model.video.transformer_blocks):
             block.joint = i % 3 == 0
     assert moved[0, 1].abs().max() == 0
 
@@ -196,34 +195,6 @@ def test_gradients_of_draws_add_up(inputs: Inputs) -> None:
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(together[name], parameter.grad, atol=2e-4, rtol=1e-3, msg=name)
-
-
-def test_frozen_video_gets_no_gradient(inputs: Inputs) -> None:
-    model = small()
-    out = _everything(model, inputs, freeze_video=True, action_tokens=None)
-    assert out.video is None
-    assert out.action is None
-    names = set(_gradients(model, out))
-    assert names
-    assert all(name.startswith("value_") for name in names)
-
-
-@torch.no_grad()
-def test_row_selection(model: WAVTransformer, inputs: Inputs) -> None:
-    full = _everything(model, inputs)
-    picked = torch.tensor([1, 0])
-    some = _everything(
-        model,
-        replace(inputs, value=inputs.value[picked], expert_timestep=inputs.expert_timestep[picked]),
-        value_rows=picked,
-        action_tokens=inputs.action[1:],
-        action_timestep=torch.tensor([50.0]),
-        action_rows=slice(1, 2),
-        action_value_rows=slice(0, 1),
-        history=inputs.history[1:],
-    )
-    torch.testing.assert_close(some.value, full.value[picked])
-    torch.testing.assert_close(some.action, full.action[1:, 0], atol=2e-6, rtol=1e-5)
 
 
 def test_save_and_load_round_trip(model: WAVTransformer, tmp_path: Path) -> None:

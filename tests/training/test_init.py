@@ -14,7 +14,7 @@ from diffusers import LTXVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from wav.errors import CheckpointError, ServiceError
-from wav.model.pretrained import WEIGHTS
+from wav.model.loading import WEIGHTS, published_state
 from wav.training.inputs import initial_model, open_inputs
 from wav.training.spec import TrainSpec
 
@@ -38,7 +38,7 @@ def stock(tmp_path: Path) -> Path:
 
 
 def start_of(spec: TrainSpec) -> dict[str, torch.Tensor]:
-    return initial_model(spec, open_inputs(spec)).state_dict()
+    return published_state(initial_model(spec, open_inputs(spec)).state_dict())
 
 
 def test_folder_and_file(spec_of, stock: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ from tests.training.conftest import settings
 from tests.training.micro import CAPTION, CHANNELS, SIZE, inputs_of, objective_of, random_batch, record_calls
 from wav.data.windows import WindowBatch
 from wav.model import WAVTransformer, build_model
-from wav.model.transformer import VideoOutput
+from wav.model.video import VideoOutput
 from wav.training.draws import Draws, Roles, StepInputs
 
 
@@ -41,8 +41,8 @@ def loss_of(
 @pytest.mark.parametrize(
     ("stage", "trains"),
     [
-        ("pretrain_video", lambda name: not name.startswith(("value_", "action_"))),
-        ("train_value", lambda name: name.startswith("value_")),
+        ("pretrain_video", lambda name: name.startswith("video.")),
+        ("train_value", lambda name: name.startswith("value.")),
         ("train_joint", lambda name: True),
     ],
 )
@@ -83,15 +83,13 @@ def test_weights_of_the_joint_loss(batch: WindowBatch) -> None:
 
 
 class Oracle(nn.Module):
-    """A model whose video part predicts ``answer``, the velocity of the future frames."""
-
-    has_value = True
+    """A video expert that predicts ``answer``, the velocity of the future frames."""
 
     def __init__(self, answer: torch.Tensor) -> None:
         super().__init__()
         self.answer = answer
 
-    def video(self, *args: Any, first_frame: int) -> VideoOutput:
+    def forward(self, *args: Any, first_frame: int) -> VideoOutput:
         assert first_frame == 2
         return VideoOutput(self.answer, ())
 
@@ -100,7 +98,9 @@ def test_video_loss_counts_future_frames_alone(batch: WindowBatch) -> None:
     inputs = inputs_of(batch, "pretrain_video")
     answer = inputs.draws.video_noise - batch.future
     for error in (0, 2):
-        loss, _ = loss_of(inputs, "pretrain_video", Oracle(answer + error))  # type: ignore[arg-type]
+        model = build()
+        model.video = Oracle(answer + error)  # type: ignore[assignment]
+        loss, _ = loss_of(inputs, "pretrain_video", model)
         assert loss.item() == pytest.approx(error**2)
 
 
@@ -207,6 +207,6 @@ def test_a_weight_of_zero_trains_nothing_through_its_loss(batch: WindowBatch) ->
     loss.backward()
     assert loss.item() == pytest.approx(parts["loss_action"].item())
     norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
-    assert norms["proj_out.weight"] == norms["value_proj_out.weight"] == 0
-    assert norms["action_proj_out.weight"] > 0
-    assert norms["value_blocks.0.attn1.to_q.weight"] > 0
+    assert norms["video.proj_out.weight"] == norms["value.proj_out.weight"] == 0
+    assert norms["action.proj_out.weight"] > 0
+    assert norms["value.blocks.0.attn1.to_q.weight"] > 0

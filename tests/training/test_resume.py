@@ -187,7 +187,7 @@ def test_layout_that_cannot_go_on_is_refused(spec_of, start) -> None:
 
 def validation_loss(spec: TrainSpec) -> float:
     """The loss of the written weights on the held-out windows, computed without DeepSpeed."""
-    from wav.model.pretrained import load_model
+    from wav.model.loading import load_model
     from wav.training.engine import plan_batch
     from wav.training.inputs import open_inputs
     from wav.training.objectives import build_objective
@@ -217,6 +217,6 @@ def test_zero3_weights_are_whole(spec_of, start) -> None:
     assert {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in after.items()}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
-    assert all(name.startswith("value_") for name in changed)
+    assert all(name.startswith("value.") for name in changed)
     metrics = json.loads((value.paths.output / "metrics.json").read_text())
     assert metrics["validation_loss"] == pytest.approx(validation_loss(value), rel=1e-6)

@@ -56,7 +56,9 @@ def test_same_losses_and_gradients_as_the_baseline(stage: str) -> None:
     with diffusers_operations():
         wanted_loss, wanted = gradients(make(stage, "baseline"), inputs)
     assert loss == pytest.approx(wanted_loss, rel=1e-5)
-    head = {"model.scale_shift_table", "model.proj_out.weight", "model.proj_out.bias"}  # always computed there
+    head = {
+        f"model.video.{name}" for name in ("scale_shift_table", "proj_out.weight", "proj_out.bias")
+    }  # always computed there
     assert found.keys() - head == wanted.keys() - head
     for name, gradient in found.items():
         scale = float(wanted[name].abs().max())
@@ -72,7 +74,7 @@ def test_the_value_stage_keeps_nothing_of_the_video_pass() -> None:
     assert not any(shape[-1:] == (4 * D,) for shape in kept)
     wide = [shape for shape in kept if shape[-1:] == (D,) and shape.numel() >= SIZE * TOKENS * D]
     assert len(wide) <= 2 * MODEL.layers  # each layer's features, once for keys and once for values
-    assert not any(p.requires_grad for n, p in module.model.named_parameters() if not n.startswith("value_"))
+    assert not any(p.requires_grad for n, p in module.model.named_parameters() if not n.startswith("value."))
 
 
 def counted(objective: Objective, inputs: Any) -> Counted:

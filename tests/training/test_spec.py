@@ -10,9 +10,7 @@ import pytest
 from tests.training.conftest import settings
 from wav.config import Settings
 from wav.errors import ConfigError, DataError
-from wav.model import native_training
-from wav.training import spec as module
-from wav.training.spec import TrainPaths, TrainSpec, check_kernels, make_spec
+from wav.training.spec import TrainPaths, TrainSpec, make_spec
 
 
 def test_text_roundtrip(spec_of) -> None:
@@ -47,22 +45,6 @@ def test_key_follows_the_inputs_and_the_code(spec_of, tmp_path: Path, monkeypatc
     assert make_spec("pretrain_video", settings(), replace(spec.paths, latents=other), **make).key != spec.key
     monkeypatch.setattr("wav.training.spec.code_digest", lambda: "other code")
     assert spec_of().key != spec.key
-
-
-def test_kernels_that_round_differently_make_another_run(spec_of, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = spec_of()
-    assert spec.kernels == native_training.both()
-    check_kernels(spec)
-    monkeypatch.setattr(native_training, "kernels", lambda: None)
-    other = spec_of()
-    assert other.kernels.endswith("torch")
-    if other.kernels != spec.kernels:  # false without a compiler
-        assert other.key != spec.key
-        with pytest.raises(ConfigError, match="round differently"):
-            check_kernels(spec)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert module.kernels_here("auto") == module.kernels_here("cuda:1") == ""
-    assert module.kernels_here("cpu") == other.kernels
 
 
 def test_only_the_stage_s_sections_are_read(spec_of, workspace: Path, tmp_path: Path) -> None:

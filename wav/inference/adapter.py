@@ -117,7 +117,7 @@ class WAVPlannerModel:
         prepared = self.prepared
         if text_mask is not None:
             text_mask = None if text_mask.device.type == "cpu" and bool(text_mask.all()) else text_mask.to(self.device)
-        states = self.model.encode_text(self._in(text), text_mask)
+        states = self.model.video.encode_text(self._in(text), text_mask)
         return Context(
             prepared.memory(self._in(memory)),
             prepared.text(states.states),
@@ -202,7 +202,7 @@ class WAVPlannerModel:
 
     def _expert(self, name: str) -> Expert:
         """One expert; raises ConfigError where the model has none."""
-        self.model._expert(name)
+        self.model.expert(name)
         return self._weights().experts[name]
 
     def _in(self, tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wav.inference.products import CrossProduct, FeedProduct, Product, SelfProduct
+from wav.inference.products import CrossProduct, FeedProduct, Product, SelfProduct, turns
 from wav.model.experts import ExpertBlock
 from wav.model.layers import modulated_head
 from wav.model.rope import token_rope, video_rope
@@ -104,14 +104,14 @@ class Expert:
     most_levels: ClassVar[float] = LEVELS
 
     def __init__(self, model: WAVTransformer, name: str) -> None:
-        self.parts = model._expert(name)
-        self.layers = [self.layer_kind(block) for block in self.parts.layers]
+        self.parts = model.expert(name)
+        self.layers = [self.layer_kind(cast(ExpertBlock, block)) for block in self.parts.blocks]
         self.proj_in, self.proj_out = Product(self.parts.proj_in), Product(self.parts.proj_out)
         self.levels: dict[tuple[float, int], tuple[list[Modulation], Tensor, Tensor]] = {}
 
     def rope(self, dim: int, length: int, device: torch.device) -> Tensor:
         """Rotations of ``length`` tokens, as the layers take them."""
-        return token_rope(dim, length, self.parts.rope_base, device)
+        return turns(token_rope(dim, length, self.parts.rope_base, device))
 
     def at(self, timestep: float, history: int) -> tuple[list[Modulation], Tensor, Tensor]:
         """AdaLN rows of every layer and the head's shift and 1 + scale at a timestep, computed once.
@@ -169,11 +169,11 @@ class Prepared:
 
     def __init__(self, model: WAVTransformer) -> None:
         self.model, self.version = model, _version(model)
-        blocks = cast("list[VideoBlock]", list(model.transformer_blocks))
+        blocks = cast("list[VideoBlock]", list(model.video.transformer_blocks))
         self.layers = [self.video_kind(block) for block in blocks]
         names = (name for name in ("value", "action") if model.config[f"{name}_expert"])
         self.experts = {name: self.expert_kind(model, name) for name in names}
-        self.proj_in = Product(model.proj_in)
+        self.proj_in = Product(model.video.proj_in)
         self.levels: dict[tuple[float, int, int, int], tuple[list[Modulation], Tensor]] = {}
 
     @property
@@ -192,8 +192,8 @@ class Prepared:
         if found is None:
             if len(self.levels) >= self.most_levels:
                 self.levels.clear()
-            times = torch.tensor([[0.0, timestep]], device=self.model.scale_shift_table.device)
-            temb, e = self.model._time(times, views)  # (1, V, 2, ...)
+            times = torch.tensor([[0.0, timestep]], device=self.model.video.scale_shift_table.device)
+            temb, e = self.model.video.embed_time(times, views)  # (1, V, 2, ...)
             index = [0] * memory + [1] * future
             rows = temb[0][:, index].unsqueeze(2)
             found = self.levels[key] = ([_modulation(layer.table, rows) for layer in self.layers], e[:, :, index])
@@ -210,7 +210,7 @@ class Prepared:
     def rope(self, dim: int, frames: int, height: int, width: int, device: torch.device) -> Tensor:
         """Rotations of a latent grid, as the layers take them."""
         first, second, third = self.model.config.rope_interpolation_scale
-        return video_rope(dim, frames, height, width, (first, second, third), device)
+        return turns(video_rope(dim, frames, height, width, (first, second, third), device))
 
     def video(
         self,
@@ -244,7 +244,7 @@ class Prepared:
             read(index, h.flatten(1, 3))
         if not head:
             return None
-        tokens = self.model.proj_out(modulated_head(h, self.model.scale_shift_table, e.unsqueeze(3)))
+        tokens = self.model.video.proj_out(modulated_head(h, self.model.video.scale_shift_table, e.unsqueeze(3)))
         return unpack(tokens, height, width)
 
 

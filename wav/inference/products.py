@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from wav.inference import native
 from wav.inference.native import LOG2E
-from wav.model import native_training
 from wav.model.layers import Attention, FeedForward
-from wav.model.rope import rotate
+from wav.model.rope import Rope
 
 LARGEST = 80.0  #: of a logit, as a power of two, for attention without the maximum: sums stay far inside float32
 LANES = 64  #: exp2 gives other last bits past the last whole vector, so it is always given whole ones
@@ -30,6 +29,25 @@ SCORES = 1 << 18  #: logits computed at a time, 1 MiB, so that they stay in a co
 def plain_cpu(x: Tensor) -> bool:
     """Whether ``x`` is computed on by the CPU kernels of this module."""
     return x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def turns(table: Rope) -> Tensor:
+    """The model's table as unit complex numbers (L, dim / 2): cosine and sine lie side by side, as the kernels read."""
+    cos, sin = table
+    return torch.complex(cos[:, 1::2].contiguous(), sin[:, 1::2].contiguous())
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of the last dimension of ``x`` (..., L, dim) by ``table``, in float32.
+
+    ``table``: :func:`turns`, or its ``torch.view_as_real`` (L, dim / 2, 2).
+    """
+    pairs = x.float().unflatten(-1, (-1, 2))
+    if table.is_complex():
+        return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2).to(x.dtype)
+    (first, second), (cosine, sine) = pairs.unbind(-1), table.unbind(-1)
+    rotated = torch.stack([first * cosine - second * sine, second * cosine + first * sine], -1)
+    return rotated.flatten(-2).to(x.dtype)
 
 
 def has_onednn() -> bool:
@@ -135,13 +153,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, small: bool, b
     """Attention of ``query`` (rows, Lq, D) on ``key`` and ``value`` (rows, Lk, D), heads still side by side.
 
     ``small``: logits are :func:`bounded`. ``bias`` (rows, 1, 1, Lk) is added to the logits: they have no bound, and the
-    kernel of training looks for the largest. Compiled code runs the library's kernel.
+    library's kernel runs, as in compiled code.
     """
     if torch.compiler.is_compiling():
         return _library_attention(query, key, value, heads, bias)
-    if bias is not None and plain_cpu(query) and not torch.is_grad_enabled() and native_training.available():
-        parts = [x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value)]
-        return torch.ops.wav.attention(*parts, bias)[0]  # type: ignore[no-any-return]
     plain = small and bias is None and plain_cpu(query)
     if plain and native.available():
         return native.attend(query, key, value, heads)
@@ -180,7 +195,7 @@ class SelfProduct:
         self.heads, self.small = attention.heads, bounded(attention)
         self.qkv = Product(attention.to_q, attention.to_k, attention.to_v)
         self.norms = torch.stack([attention.norm_q.weight, attention.norm_k.weight]).detach()
-        self.eps = attention.norm_q.eps
+        self.eps = cast(float, attention.norm_q.eps)
         self.out = Product(cast(nn.Linear, attention.to_out[0]))
 
     def project(self, h: Tensor, shift: Tensor, scale: Tensor, eps: float, rope: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +228,7 @@ class CrossProduct:
         self.heads, self.small = attention.heads, bounded(attention)
         self.query, self.norm_q = Product(attention.to_q), attention.norm_q.weight.detach()
         self.kv, self.norm_k = Product(attention.to_k, attention.to_v), attention.norm_k.weight.detach()
-        self.eps = attention.norm_q.eps
+        self.eps = cast(float, attention.norm_q.eps)
         self.out = Product(cast(nn.Linear, attention.to_out[0]))
 
     def keys_values(self, context: Tensor) -> Tensor:

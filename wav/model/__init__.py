@@ -5,15 +5,10 @@ tests, ``tests/golden`` compares it with the reference implementation.
 """
 
 from wav.model.build import build_model
+from wav.model.experts import ActionCache, ExpertOutput
 from wav.model.layers import KeyValue
-from wav.model.transformer import (
-    ActionCache,
-    ExpertOutput,
-    VideoOutput,
-    WAVOutput,
-    WAVTransformer,
-)
-from wav.model.video import TextContext
+from wav.model.transformer import WAVOutput, WAVTransformer
+from wav.model.video import TextContext, VideoOutput
 
 __all__ = [
     "ActionCache",

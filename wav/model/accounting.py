@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from wav.model.build import build_from_settings, value_channels
-from wav.model.transformer import JOINT_EVERY
+from wav.model.video import JOINT_EVERY
 
 if TYPE_CHECKING:
     from wav.config import PlannerSettings, Settings, TrainJointSettings, TrainSettings, TrainValueSettings
@@ -131,8 +131,7 @@ def parameter_split(settings: Settings) -> dict[str, int]:
         model = build_from_settings(settings)
     split = {"video": 0, "value": 0, "action": 0}
     for name, parameter in model.named_parameters():
-        part = name.split("_", 1)[0]
-        split[part if part in ("value", "action") else "video"] += parameter.numel()
+        split[name.split(".", 1)[0]] += parameter.numel()
     return {**split, "total": sum(split.values())}
 
 

@@ -35,7 +35,7 @@ from wav.io.files import (
     write_json,
     write_manifest,
 )
-from wav.model.pretrained import load_model
+from wav.model.loading import load_model
 from wav.policy.policy import Policy
 
 FORMAT, VERSION = "wav-policy", 1

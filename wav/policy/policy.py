@@ -150,7 +150,7 @@ class Policy:
             CheckpointError: a part is missing, unreadable, or does not belong to the others.
         """
         from wav.codec import load_codec
-        from wav.model.pretrained import load_model
+        from wav.model.loading import load_model
         from wav.text import TextEncoder
 
         folder, remedy = Path(folder), "export the policy again"

@@ -16,7 +16,7 @@ from wav.data.windows import WindowDataset
 from wav.errors import CheckpointError, DataError
 from wav.model import WAVTransformer, build_model
 from wav.model.build import value_channels
-from wav.model.pretrained import init_from, load_model
+from wav.model.loading import init_from, load_model
 from wav.training.spec import TrainSpec, read_checkpoint_file
 
 LOG = logging.getLogger("wav.training")

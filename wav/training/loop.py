@@ -46,7 +46,7 @@ from wav.training.output import Metrics, collect_state, publish_model, save_mode
 from wav.training.prefetch import Prefetcher, Source, validation_inputs
 from wav.training.preflight import count_parameters, layers_to_recompute, preflight
 from wav.training.record import LossMean, Progress, Recorder, Row
-from wav.training.spec import TrainSpec, check_kernels, code_digest
+from wav.training.spec import TrainSpec, code_digest
 from wav.training.throughput import operations_per_sample, peak_memory, peak_operations, tokens_per_sample
 from wav.training.universal import Layout
 
@@ -280,7 +280,6 @@ def run(spec: TrainSpec) -> None:
     """Run a spec on this rank; errors are those of what it reads, of the store and of training itself."""
     if spec.threads:
         torch.set_num_threads(spec.threads)
-    check_kernels(spec)
     seed_globals(spec.train.seed)
     store = open_store(spec.store, spec.endpoint, spec.region)
     if int(os.environ["RANK"]) == 0:

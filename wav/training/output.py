@@ -16,6 +16,7 @@ from wav.io.files import MANIFEST, atomic_folder, canonical_digest, file_records
 from wav.io.storage.base import ObjectStore, disk_errors
 from wav.io.storage.commit import Manifest, publish, seal
 from wav.model import WAVTransformer
+from wav.model.loading import save_model as save_weights
 from wav.training.ema import Ema
 from wav.training.inputs import Inputs
 from wav.training.spec import CHECKPOINT_FILE, TrainSpec
@@ -43,11 +44,9 @@ def collect_state(model: torch.nn.Module, ema: Ema | None, prefix: str) -> dict[
 
 
 def save_model(model: WAVTransformer, state: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write the weights as diffusers does (config.json and safetensors), from a float32 copy of the model."""
-    copy = WAVTransformer.from_config(model.config)
-    copy.load_state_dict(state, strict=True)
+    """Write whole float32 weights of ``model`` as diffusers does (config.json and safetensors)."""
     with disk_errors(folder):
-        copy.save_pretrained(str(folder), safe_serialization=True)
+        save_weights(model, folder, state)
 
 
 def publish_model(spec: TrainSpec, store: ObjectStore, folder: Path) -> Manifest:

@@ -1,8 +1,7 @@
 """What a training run is given, and the key that says when two runs are the same run.
 
 A run is described by one JSON file (:class:`TrainSpec`). Its ``key`` digests everything that changes the result:
-the stage's parameters, its inputs, the code, and the kernels that compute on a CPU. A restart resumes checkpoints of an
-equal key and no others.
+the stage's parameters, its inputs and the code. A restart resumes checkpoints of an equal key and no others.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ WATCHING = frozenset(
 #: its own noise, so runs on one and on two ranks from the start are two equally good samples, not bit-equal.
 LAYOUT = frozenset({"ranks", "nodes", "zero_stage"})
 #: Sources below ``wav/`` whose change makes another run.
-SOURCES = ("model", "inference", "training", "data", "flow_matching.py", "seeding.py")
+SOURCES = ("model", "training", "data", "flow_matching.py", "seeding.py")
 CHECKPOINT_FILE = "checkpoint.json"
 
 
@@ -74,7 +73,6 @@ class TrainSpec:
     inputs: dict[str, str]
     code: str
     key: str
-    kernels: str  #: see :func:`kernels_here`
 
     @property
     def prefix(self) -> str:
@@ -90,7 +88,7 @@ class TrainSpec:
         """The spec as text; holds no credentials."""
         raw = {
             **{name: getattr(self, name) for name in ("stage", "store", "endpoint", "region", "device", "threads")},
-            **{name: getattr(self, name) for name in ("inputs", "code", "key", "kernels")},
+            **{name: getattr(self, name) for name in ("inputs", "code", "key")},
             **{name: getattr(self, name).model_dump(mode="json") for name in ("data", "model", "train")},
             "paths": {name: None if path is None else str(path) for name, path in asdict(self.paths).items()},
         }
@@ -163,11 +161,11 @@ def make_spec(
     absolute: dict[str, Any] = {n: None if p is None else Path(p).absolute() for n, p in asdict(paths).items()}
     paths = TrainPaths(**absolute)
     spec = TrainSpec(
-        stage, settings.data, settings.model, train, paths, store, endpoint, region, device, threads, {}, "", "", ""
+        stage, settings.data, settings.model, train, paths, store, endpoint, region, device, threads, {}, "", ""
     )
-    inputs, code, kernels = input_digests(paths), code_digest(), kernels_here(device)
+    inputs, code = input_digests(paths), code_digest()
     if stage == "pretrain_video" and spec.model.init_from:
-        from wav.model.weights import weights_digest  # slow import
+        from wav.model.loading import weights_digest  # slow import
 
         inputs["init_from"] = weights_digest(spec.model.init_from)
     parameters = {
@@ -175,8 +173,8 @@ def make_spec(
         "model": spec.model.model_dump(mode="json"),
         "train": train.model_dump(mode="json", exclude=set(WATCHING | LAYOUT)),
     }
-    whole = {"stage": stage, "parameters": parameters, "inputs": inputs, "code": code, "kernels": kernels}
-    return replace(spec, inputs=inputs, code=code, key=canonical_digest(whole)[:24], kernels=kernels)
+    whole = {"stage": stage, "parameters": parameters, "inputs": inputs, "code": code}
+    return replace(spec, inputs=inputs, code=code, key=canonical_digest(whole)[:24])
 
 
 def input_digests(paths: TrainPaths) -> dict[str, str]:
@@ -203,31 +201,6 @@ def read_checkpoint_file(folder: Path) -> dict[str, str]:
     if not isinstance(raw, dict) or "model_digest" not in raw:
         raise DataError(f"{path}: has no model_digest; {remedy}")
     return raw
-
-
-def kernels_here(device: str) -> str:
-    """What computes float32 training on ``device`` in this process; empty on a GPU.
-
-    Compiled kernels and torch's own operations round differently, and so do kernels of other vector lengths: a run that
-    was begun with one is not continued with another.
-    """
-    import torch  # slow imports
-
-    from wav.model import native_training
-
-    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        return ""
-    return native_training.both()
-
-
-def check_kernels(spec: TrainSpec) -> None:
-    """Raise ConfigError where this process would compute with other kernels than the run's key says."""
-    here = kernels_here(spec.device)
-    if here != spec.kernels:
-        raise ConfigError(
-            f"training run {spec.key}: begun with the CPU kernels {spec.kernels!r}, this process has {here!r}, which "
-            "round differently; give every rank the processor, compiler and WAV_NATIVE of the process that starts them"
-        )
 
 
 def code_digest() -> str:

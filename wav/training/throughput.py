@@ -37,7 +37,7 @@ def operations_per_sample(spec: TrainSpec, inputs: Inputs, module: nn.Module) ->
     total = 0.0
     for name, parameter in module.named_parameters():
         plain = name.removeprefix("model.")
-        kind = next((expert for expert in ("value", "action") if plain.startswith(f"{expert}_")), "video")
+        kind = plain.split(".", 1)[0]
         total += (6 if parameter.requires_grad else 2) * parameter.numel() * tokens[kind]
     return total
 

@@ -60,7 +60,8 @@ class JointObjective(Objective):
             return None
         draws, clean = inputs.draws, labelled_values(inputs.batch)[: inputs.roles.action]
         tokens = mix(clean, draws.condition_noise, draws.condition_level)
-        return self.model.value(tokens, self.timestep(draws.condition_level), features).features
+        read: Sequence[Tensor] = self.model.value(tokens, self.timestep(draws.condition_level), features).features
+        return read
 
     def _action(self, inputs: StepInputs, features: Sequence[Tensor]) -> Tensor:
         """The action samples' draws."""

@@ -19,7 +19,7 @@ class ValueObjective(Objective):
 
     def trained(self) -> Iterable[nn.Parameter]:
         """The value expert's."""
-        return [p for n, p in self.model.named_parameters() if n.startswith("value_")]
+        return self.model.value.parameters()
 
     def roles(self, size: int, index: int) -> Roles:
         """All are value samples."""

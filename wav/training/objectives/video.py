@@ -18,7 +18,7 @@ class VideoObjective(Objective):
 
     def trained(self) -> Iterable[nn.Parameter]:
         """The video expert's."""
-        return [p for n, p in self.model.named_parameters() if not n.startswith(("value_", "action_"))]
+        return self.model.video.parameters()
 
     def roles(self, size: int, index: int) -> Roles:
         """All are video samples."""

@@ -13,9 +13,29 @@ from safetensors.torch import load_file, save_file
 from tests.model.conftest import B, F, H, Inputs, V, W, small
 from wav.errors import CheckpointError, ServiceError
 from wav.model import WAVTransformer
-from wav.model.pretrained import WEIGHTS, init_from, load_model, load_state, read_weights
+from wav.model.loading import (
+    WEIGHTS,
+    init_from,
+    load_model,
+    load_state,
+    locate,
+    module_name,
+    published_name,
+    published_state,
+    read_weights,
+    weights_digest,
+)
 from wav.model.video import pack
-from wav.model.weights import locate, weights_digest
+
+
+def published(model: WAVTransformer) -> dict[str, torch.Tensor]:
+    return published_state(model.state_dict())
+
+
+def test_names_on_disk_and_in_the_model_undo_each_other(model: WAVTransformer) -> None:
+    assert published_name("video.transformer_blocks.0.attn1.to_q.weight") == "transformer_blocks.0.attn1.to_q.weight"
+    assert published_name("value.blocks.0.scale_shift_table") == "value_blocks.0.scale_shift_table"
+    assert [module_name(published_name(name)) for name in model.state_dict()] == list(model.state_dict())
 
 
 @pytest.fixture
@@ -32,13 +52,13 @@ def test_load_model_is_exact(model: WAVTransformer, folder: Path, inputs: Inputs
         assert torch.equal(again.video(inputs.latents, inputs.timestep, inputs.text).velocity, expected)
     again.train()
     again.video(inputs.latents, inputs.timestep, inputs.text).velocity.sum().backward()
-    assert again.proj_in.weight.grad is not None
+    assert again.video.proj_in.weight.grad is not None
 
 
 def test_shards_are_read_whole(model: WAVTransformer, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    assert read_weights(tmp_path).keys() == model.state_dict().keys()
+    assert read_weights(tmp_path).keys() == published(model).keys()
     next(iter(tmp_path.glob("*.safetensors"))).unlink()
     with pytest.raises(CheckpointError, match="no such weights"):
         load_model(tmp_path)
@@ -46,8 +66,8 @@ def test_shards_are_read_whole(model: WAVTransformer, tmp_path: Path) -> None:
 
 def test_mismatches_are_named_and_change_nothing(model: WAVTransformer) -> None:
     target = small()
-    before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
-    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in published(target).items()}
+    state = {name: tensor + 1 for name, tensor in published(model).items()}
     del state["proj_in.weight"]
     state["surplus"] = torch.zeros(1)
     state["proj_out.bias"] = torch.zeros(99)
@@ -55,17 +75,17 @@ def test_mismatches_are_named_and_change_nothing(model: WAVTransformer) -> None:
         CheckpointError, match=r"1 missing \(proj_in.weight\).*surplus.*proj_out.bias \(99,\) for \(6,\)"
     ):
         load_state(target, state)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in target.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in published(target).items())
 
 
 def test_expected_mismatches_are_reported(model: WAVTransformer) -> None:
-    state = dict(model.state_dict())
+    state = dict(published(model))
     del state["view_embed"]
     state["surplus.bias"] = torch.zeros(1)
     report = load_state(small(), state, expected_missing=["view_embed"], expected_extra=[r"surplus\."])
     assert report.missing == ("view_embed",)
     assert report.extra == ("surplus.bias",)
-    assert len(report.loaded) == len(model.state_dict()) - 1
+    assert len(report.loaded) == len(published(model)) - 1
 
 
 def test_another_class_unknown_options_and_bad_files(folder: Path) -> None:
@@ -127,8 +147,8 @@ def test_stock_ltx_weights_compute_what_stock_computes(inputs: Inputs, tmp_path:
         "view_ada.1.weight",
         "view_ada.1.bias",
     }
-    assert target.view_embed.abs().max() == 0
-    for block in target.transformer_blocks:  # stock knows one view: compare view by view
+    assert target.video.view_embed.abs().max() == 0
+    for block in target.video.transformer_blocks:  # stock knows one view: compare view by view
         block.joint = False
     with torch.no_grad():
         got = target.video(inputs.latents, inputs.timestep, inputs.text, inputs.text_mask).velocity
@@ -186,8 +206,8 @@ def test_ltx_video_in_every_layout_computes_what_stock_computes(layout: str, inp
     source = tmp_path / WEIGHTS if layout == "file alone" else tmp_path
     report = init_from(target, source)
     assert len(report.loaded) == len(stock.state_dict())
-    assert not target.view_embed.any()
-    assert not any(p.any() for p in target.view_ada.parameters())
+    assert not target.video.view_embed.any()
+    assert not any(p.any() for p in target.video.view_ada.parameters())
     with torch.no_grad():
         got = target.video(inputs.latents[:, :1], inputs.timestep, inputs.text, inputs.text_mask).velocity
     torch.testing.assert_close(pack(got).reshape(B, F * H * W, -1), stock_velocity(stock, inputs), atol=5e-6, rtol=1e-5)
@@ -216,19 +236,19 @@ def test_a_missing_shard_or_tensor_is_named(tmp_path: Path) -> None:
 
 
 def video_weights(model: WAVTransformer) -> dict[str, torch.Tensor]:
-    return {n: t for n, t in model.state_dict().items() if not n.startswith(("value_", "action_"))}
+    return {n: t for n, t in published(model).items() if not n.startswith(("value_", "action_"))}
 
 
 def test_ge_base_is_one_file_without_configuration(model: WAVTransformer, inputs: Inputs, tmp_path: Path) -> None:
     save_file({n: t.bfloat16() for n, t in video_weights(model).items()}, tmp_path / "GE_base_fast.safetensors")
     for source in (tmp_path, tmp_path / "GE_base_fast.safetensors"):
         target = small(layers=4)
-        before = target.value_proj_in.weight.clone()
+        before = target.value.proj_in.weight.clone()
         report = init_from(target, source)
         assert set(report.loaded) == set(video_weights(model))
         assert all(name.startswith(("value_", "action_")) for name in report.missing)
-        assert torch.equal(target.view_embed, model.view_embed.bfloat16().float())
-        assert torch.equal(target.value_proj_in.weight, before)
+        assert torch.equal(target.video.view_embed, model.video.view_embed.bfloat16().float())
+        assert torch.equal(target.value.proj_in.weight, before)
     save_file({"a": torch.zeros(1)}, tmp_path / "GE_sim.safetensors")
     with pytest.raises(CheckpointError, match=r"GE_base_fast.safetensors, GE_sim.safetensors; name one"):
         init_from(small(), tmp_path)
@@ -245,7 +265,7 @@ def test_reference_checkpoints_of_every_stage(stage: str, tmp_path: Path) -> Non
         for parameter in source.parameters():
             parameter.add_(0.1)
     experts = [name.removesuffix("_expert") for name in STAGES[stage]]
-    names = [n for n in source.state_dict() if n.split("_")[0] not in {"value", "action"} - set(experts)]
+    names = [n for n in published(source) if n.split("_")[0] not in {"value", "action"} - set(experts)]
     options = dict(stock_model().config)
     config = {n: v for n, v in options.items() if not n.startswith("_")}
     config |= {"_class_name": "LTXVideoTransformer3DModel", "_diffusers_version": "0.32.0"}
@@ -253,22 +273,22 @@ def test_reference_checkpoints_of_every_stage(stage: str, tmp_path: Path) -> Non
     folder = tmp_path / "step_30000"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: source.state_dict()[name].contiguous() for name in names}, folder / WEIGHTS)
+    save_file({name: published(source)[name].contiguous() for name in names}, folder / WEIGHTS)
     for where in (folder, folder / WEIGHTS):
         target = small()
-        before = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+        before = {name: tensor.clone() for name, tensor in published(target).items()}
         report = init_from(target, where)
         assert set(report.loaded) == set(names)
         assert not report.extra
-        for name, tensor in target.state_dict().items():
-            assert torch.equal(tensor, source.state_dict()[name] if name in names else before[name]), name
+        for name, tensor in published(target).items():
+            assert torch.equal(tensor, published(source)[name] if name in names else before[name]), name
     with pytest.raises(CheckpointError, match=r"num_attention_heads = 2, this model has 4"):
         init_from(small(heads=4, head_dim=4), folder / WEIGHTS)
 
 
 def test_half_an_expert_is_refused(model: WAVTransformer, tmp_path: Path) -> None:
     for lost in ("value_proj_out.bias", "action_blocks.2.attn3.to_q.weight", "view_ada.1.bias"):
-        state = {name: tensor for name, tensor in model.state_dict().items() if name != lost}
+        state = {name: tensor for name, tensor in published(model).items() if name != lost}
         save_file(state, tmp_path / "half.safetensors")
         with pytest.raises(CheckpointError, match=rf"half.safetensors: parameters 1 missing \({lost}\)"):
             init_from(small(), tmp_path)
@@ -283,11 +303,11 @@ def test_what_this_model_cannot_hold_is_said(
     assert report.extra
     assert all(name.startswith("value_") or ".attn3." in name for name in report.extra)
     assert f"{len(report.extra)} unused" in caplog.text
-    save_file({**model.state_dict(), "action_state": torch.zeros(1, 1, 15)}, tmp_path / "act.safetensors")
+    save_file({**published(model), "action_state": torch.zeros(1, 1, 15)}, tmp_path / "act.safetensors")
     with pytest.raises(CheckpointError, match=r"1 unexpected \(action_state\)"):
         init_from(small(), tmp_path / "act.safetensors")
     assert init_from(small(), tmp_path / "act.safetensors", expected_extra=["action_state"]).extra == ("action_state",)
-    save_file({f"model.diffusion_model.{n}": t for n, t in model.state_dict().items()}, tmp_path / "ltx.safetensors")
+    save_file({f"model.diffusion_model.{n}": t for n, t in published(model).items()}, tmp_path / "ltx.safetensors")
     with pytest.raises(CheckpointError, match=r"original release.*transformer/"):
         init_from(small(), tmp_path / "ltx.safetensors")
     config = json.loads((folder / "config.json").read_text())
