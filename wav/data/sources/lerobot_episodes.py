@@ -14,9 +14,9 @@ from wav.data.conventions import ABSOLUTE_ACTIONS, DELTA_ACTIONS
 from wav.data.episode import Episode
 from wav.data.sources import checks
 from wav.data.sources.frames import decode_image, preparation
-from wav.data.sources.kept import kept_files_closed
 from wav.data.sources.lerobot_meta import Entry, Feature
 from wav.data.sources.lerobot_rows import episode_rows
+from wav.data.sources.open_files import files_closed
 from wav.data.sources.videos import Clip, decode_video
 from wav.data.store import Rejection
 from wav.errors import DataError
@@ -56,7 +56,7 @@ def gripper_samples(plan: Plan, entries: tuple[Entry, ...]) -> Iterator[tuple[ch
     """
     refused: DataError | None = None
     sound = False
-    with kept_files_closed():
+    with files_closed():
         for entry in entries[:: max(1, len(entries) // _SAMPLES)][:_SAMPLES]:
             try:
                 table = episode_rows(entry, [plan.state, plan.action])

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from wav.data.sources.kept import kept_files
 from wav.data.sources.lerobot_meta import Entry, damage_named
+from wav.data.sources.open_files import stays_open
 from wav.errors import DataError
 
 _EPISODE = "episode_index"
@@ -53,19 +52,8 @@ class RowFile:
             statistics = metadata.row_group(group).column(column).statistics
             yield (statistics.min, statistics.max) if statistics is not None and statistics.has_min_max else None
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
-
-ROWS = kept_files(RowFile)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[RowFile]:
-    """The file, kept open; DataError where it is missing or damaged."""
-    with damage_named(path), ROWS.using(path) as file:
-        yield file
+open_rows = stays_open(RowFile)
 
 
 def episode_rows(entry: Entry, columns: list[str]) -> pa.Table:
@@ -74,7 +62,8 @@ def episode_rows(entry: Entry, columns: list[str]) -> pa.Table:
     Raises:
         DataError: the file is missing or damaged, or a column is missing or of another type.
     """
-    with _opened(entry.data) as file:
+    with damage_named(entry.data):
+        file = open_rows(entry.data)
         lacking = [name for name in (*columns, *_INDICES) if name not in file.types]
         if lacking:
             raise DataError(f"{entry.data}: column {lacking[0]!r} is missing; download the dataset again")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
-from wav.data.sources.kept import kept_files_closed
+from wav.data.sources.open_files import files_closed
 from wav.data.store import EpisodeStore, EpisodeStoreWriter, Rejection
 from wav.errors import DataError, SimulationError, StorageError
 from wav.io.files import canonical_digest, read_json, require_free_space, write_json
@@ -94,7 +94,7 @@ class DatasetSource(ABC):
 
     def outcomes(self, workers: int) -> Iterator[Episode | Rejection]:
         """Episodes and rejections one by one in this process (``workers`` changes nothing here)."""
-        with kept_files_closed():
+        with files_closed():
             for job in self.jobs():
                 yield from job.read(*job.arguments)
 
@@ -237,7 +237,7 @@ def collect(jobs: Sequence[Job], conventions: Conventions, folder: Path, workers
 def _run(arguments: list[tuple[Any, ...]], workers: int) -> Iterator[tuple[int, Exception | None]]:
     """(number of the job, None or its error) as jobs finish."""
     if workers == 1 or len(arguments) == 1:
-        with kept_files_closed():
+        with files_closed():
             for number, job in enumerate(arguments):
                 stage(*job)
                 yield number, None

@@ -1,6 +1,6 @@
 """Videos of datasets: the frames of one episode at a time, decoded in the order they lie in, each file opened once.
 
-A file stays open from one episode to the next (:mod:`wav.data.sources.kept`), and an episode that begins where the last
+A file stays open from one episode to the next (:mod:`wav.data.sources.open_files`), and an episode that begins where the last
 one ended is decoded on from there; any other is sought.
 """
 
@@ -17,7 +17,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from wav.data.sources.frames import Images, Preparation, check_frame
-from wav.data.sources.kept import kept_files
+from wav.data.sources.open_files import close_files, stays_open
 from wav.errors import DataError
 
 MAX_OFFSET = 0.25
@@ -65,7 +65,6 @@ class VideoFile:
     def _open(self) -> None:
         self._container = av.open(str(self.path))
         if not self._container.streams.video:
-            self._container.close()
             raise DataError(f"{self.path}: holds no video stream; download the file again")
         self._stream = self._container.streams.video[0]
         self._frames: Iterator[av.VideoFrame] = self._container.decode(self._stream)
@@ -93,20 +92,14 @@ class VideoFile:
 
     def _seek(self, start: float) -> None:
         """To a key frame at or before ``start`` (s); the beginning is read from a file opened anew, as any other is."""
+        if self._begun and (start <= 0 or self.ended):
+            self._open()
         if start > 0 and self._stream.time_base is not None:
             self._container.seek(int(start / self._stream.time_base), stream=self._stream, backward=True)
             self._frames = self._container.decode(self._stream)
-        elif self._begun:
-            self.close()
-            self._open()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._next, self._frames = None, iter(())
-        self._container.close()
 
 
-VIDEOS = kept_files(VideoFile)
+open_video = stays_open(VideoFile)
 
 
 def decode_video(clip: Clip, prepare: Preparation) -> Images:
@@ -119,13 +112,14 @@ def decode_video(clip: Clip, prepare: Preparation) -> Images:
             have another size.
     """
     try:
-        with VIDEOS.using(clip.path) as video:
-            result, seen, found = _decode(video, clip, prepare)
-            if video.ended:
-                VIDEOS.drop(clip.path)  # no episode goes on here
+        result, seen, found = _decode(open_video(clip.path), clip, prepare)
     except FileNotFoundError:
         raise DataError(f"{clip.path}: missing; download the dataset again") from None
+    except DataError:
+        close_files()
+        raise
     except av.error.FFmpegError as error:
+        close_files()
         raise DataError(f"{clip.path}: damaged or truncated video ({error}); download the file again") from None
     if not seen.all():
         lost = int(np.flatnonzero(~seen)[0])

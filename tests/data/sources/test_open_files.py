@@ -1,7 +1,6 @@
 """Files that stay open between episodes: how often, how many, and that it changes no frame."""
 
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,8 @@ import pytest
 from tests.data.sources.datasets import TASKS, lerobot_dataset, libero_episodes, write_video
 from wav.data.sources import lerobot_rows, open_source, videos
 from wav.data.sources.frames import preparation
-from wav.data.sources.kept import LIMIT, KeptFiles, kept_files_closed
-from wav.data.sources.videos import VIDEOS, Clip, VideoFile, decode_video
+from wav.data.sources.open_files import _CACHES, LIMIT, files_closed
+from wav.data.sources.videos import Clip, VideoFile, decode_video
 from wav.data.store import EpisodeStore
 from wav.errors import DataError
 from wav.ingest import ingest
@@ -21,73 +20,8 @@ FPS = 20
 AS_IS = preparation("180", "180", False, 32, 32)
 
 
-class Handle:
-    """A file that knows whether it is open."""
-
-    now = 0
-
-    def __init__(self, path: Path) -> None:
-        self.text, self.open = path.read_text(), True
-        Handle.now += 1
-
-    def close(self) -> None:
-        assert self.open
-        self.open = False
-        Handle.now -= 1
-
-
-@pytest.fixture
-def paths(tmp_path: Path) -> list[Path]:
-    found = [tmp_path / name for name in "abc"]
-    for path in found:
-        path.write_text(path.name)
-    return found
-
-
-def test_the_files_read_last_stay_open(paths):
-    Handle.now = 0
-    kept = KeptFiles(Handle, limit=2)
-    handles = []
-    for path in (*paths[:2], paths[0], paths[2]):
-        with kept.using(path) as handle:
-            handles.append(handle)
-    assert handles[2] is handles[0]
-    assert [handle.open for handle in handles] == [True, False, True, True]  # b was used longest ago
-    kept.close()
-    assert Handle.now == 0
-
-
-def test_a_changed_file_and_one_that_failed_are_opened_anew(paths):
-    kept = KeptFiles(Handle)
-    with kept.using(paths[0]) as first:
-        pass
-    paths[0].write_text("longer")
-    with kept.using(paths[0]) as second:
-        assert second.text == "longer"
-    assert not first.open
-    with pytest.raises(KeyError), kept.using(paths[0]):
-        raise KeyError
-    assert not second.open
-    paths[0].unlink()
-    with pytest.raises(FileNotFoundError), kept.using(paths[0]):
-        pass
-
-
-def test_threads_share_no_position(paths):
-    kept, seen = KeptFiles(Handle), []
-
-    def read() -> None:
-        with kept.using(paths[0]) as handle:
-            seen.append(handle)
-
-    for _ in range(2):
-        thread = threading.Thread(target=read)
-        thread.start()
-        thread.join()
-    read()
-    read()
-    assert seen[0] is not seen[1]
-    assert seen[2] is seen[3] is not seen[0]
+def open_files() -> int:
+    return sum(cache.cache_info().currsize for cache in _CACHES)
 
 
 @pytest.fixture
@@ -112,8 +46,7 @@ def test_each_file_is_opened_once_however_many_episodes_it_has(data, lerobot_set
     assert ingest(data, lerobot_settings, tmp_path / "out", workers=1, source=source).episodes == 9
     assert sorted(opened) == ["file-000.mp4", "file-000.mp4", "file-000.parquet"]
     assert seeks == [0, 0]  # the episodes lie one behind the other
-    assert not VIDEOS._files
-    assert not lerobot_rows.ROWS._files
+    assert open_files() == 0
 
 
 def test_files_of_one_episode_each_do_not_pile_up(data, lerobot_settings, tmp_path, monkeypatch):
@@ -121,13 +54,13 @@ def test_files_of_one_episode_each_do_not_pile_up(data, lerobot_settings, tmp_pa
 
     def watch(clip, prepare):
         frames = decode_video(clip, prepare)
-        most[0] = max(most[0], len(VIDEOS._files) + len(lerobot_rows.ROWS._files))
+        most[0] = max(most[0], open_files())
         return frames
 
     monkeypatch.setattr("wav.data.sources.lerobot_episodes.decode_video", watch)
     lerobot_dataset(Path(lerobot_settings.path), libero_episodes(LIMIT + 4), "v2.1", fps=FPS)
     ingest(data, lerobot_settings, tmp_path / "out", workers=1)
-    assert most[0] == LIMIT  # parquet files; a video read to its end is closed
+    assert most[0] == 2 * LIMIT  # videos and parquet files
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -149,7 +82,7 @@ def test_clips_in_any_order_are_those_of_a_fresh_file(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), np.uint8)
     path = tmp_path / "a.mp4"
     write_video(path, [frames], FPS)
-    with kept_files_closed():
+    with files_closed():
         for start, count in (
             (0, 7),
             (7, 5),
@@ -177,7 +110,7 @@ def test_a_video_replaced_between_episodes_is_noticed(tmp_path):
     first, second = np.random.default_rng(0).integers(0, 256, (2, 12, 32, 32, 3), np.uint8)
     path = tmp_path / "a.mp4"
     write_video(path, [first], FPS)
-    with kept_files_closed():
+    with files_closed():
         decode_video(Clip(path, 0.0, 4, FPS, None, alone=False), AS_IS)
         write_video(tmp_path / "b.mp4", [second], FPS)
         os.replace(tmp_path / "b.mp4", path)
