@@ -28,7 +28,8 @@ from benchmarks.counting import machine, write_result
 from benchmarks.fitting import fit_exponent
 from tests.data.sources.datasets import lerobot_dataset, libero_episodes
 from wav.config import DataSettings, EncodeSettings, IngestSettings, LabelRewardsSettings
-from wav.data.latents import LatentStore, build_text_encoder, encode_store, fit_codec
+from wav.data.encode import build_text_encoder, encode_store, fit_codec
+from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
 from wav.data.windows import BatchSampler, WindowDataset

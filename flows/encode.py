@@ -12,7 +12,8 @@ from flows.artifacts import Progress, publish_images, publish_numbers
 from flows.common import StageRun, finish, main, start, step
 from wav import plots
 from wav.codec import psnr
-from wav.data.latents import LatentStore, build_text_encoder, encode_store, fit_codec
+from wav.data.encode import build_text_encoder, encode_store, fit_codec
+from wav.data.latents import LatentStore
 from wav.data.store import EpisodeStore
 from wav.io.files import write_json
 

@@ -10,10 +10,11 @@ import numpy as np
 from wav.codec import PCACodec
 from wav.config import DataSettings, EvalLiberoSettings, LabelRewardsSettings, ModelSettings, PlannerSettings, Settings
 from wav.data.conventions import Conventions
+from wav.data.encode import encode_store
 from wav.data.episode import Episode
-from wav.data.latents import encode_store
 from wav.data.statistics import Statistics
-from wav.data.store import EpisodeStore, EpisodeStoreWriter
+from wav.data.store import EpisodeStore
+from wav.data.writer import EpisodeStoreWriter
 from wav.io.files import canonical_digest, file_records, write_json
 from wav.model import build_model
 from wav.rewards.label import label_store

@@ -15,7 +15,8 @@ from tests.evaluation.fakes import settings
 from wav.config import DataSettings, Settings
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
-from wav.data.store import EpisodeStore, EpisodeStoreWriter
+from wav.data.store import EpisodeStore
+from wav.data.writer import EpisodeStoreWriter
 from wav.evaluation import build_report
 from wav.plots import spearman
 from wav.rewards.label import label_store, value_channels

@@ -80,15 +80,11 @@ def test_save_keeps_the_digest(tmp_path: Path, encoder: TextEncoder) -> None:
     assert TextEncoder.from_pretrained(tmp_path / "copy", 16).digest == encoder.digest
 
 
-def test_the_cache_spares_the_model_and_is_keyed_by_the_prompt(tmp_path: Path, folder: Path) -> None:
-    first = TextEncoder.from_pretrained(folder, 16, cache=tmp_path / "cache")
-    expected = first.encode([RED, GREEN])
-    assert len(list((tmp_path / "cache").glob("*.npz"))) == 2
-    second = TextEncoder.from_pretrained(folder, 16, cache=tmp_path / "cache")
-    np.testing.assert_array_equal(second.encode([RED, GREEN])[0], expected[0])
-    assert "_model" not in second.__dict__
-    second.encode([""])
-    assert "_model" in second.__dict__
+def test_the_model_is_loaded_at_the_first_prompt(folder: Path) -> None:
+    encoder = TextEncoder.from_pretrained(folder, 16)
+    assert "_model" not in encoder.__dict__
+    encoder.encode([""])
+    assert "_model" in encoder.__dict__
 
 
 def test_a_hub_id_that_was_not_fetched_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ from tqdm import tqdm
 from wav.data.episode import Episode
 from wav.data.sources import Source, open_source
 from wav.data.sources.staging import DatasetSource, Staged, collect, staging_folder
-from wav.data.store import EpisodeStore, EpisodeStoreWriter, Rejection
+from wav.data.store import EpisodeStore, Rejection
+from wav.data.writer import EpisodeStoreWriter
 from wav.errors import ConfigError, DataError
 from wav.io.files import require_free_space
 from wav.sim.registry import has_simulator

@@ -8,7 +8,6 @@ It is loaded through ``from_pretrained`` like any other.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import re
 import shutil
@@ -117,10 +116,10 @@ def _quiet() -> Iterator[None]:
 
 
 class TextEncoder:
-    """Frozen T5: instructions to (n, tokens, dim) embeddings. The model is loaded at the first prompt not cached."""
+    """Frozen T5: instructions to (n, tokens, dim) embeddings. The model is loaded at the first prompt."""
 
-    def __init__(self, folder: Path, source: str, tokens: int, device: str, dtype: str, cache: Path | None) -> None:
-        self.source, self.tokens, self.device, self.dtype, self.cache = source, tokens, device, dtype, cache
+    def __init__(self, folder: Path, source: str, tokens: int, device: str, dtype: str) -> None:
+        self.source, self.tokens, self.device, self.dtype = source, tokens, device, dtype
         self._model_folder = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
         self._tokenizer_folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
         config = read_json(self._model_folder / "config.json", f"{FIELD} must name a T5 encoder")
@@ -132,7 +131,7 @@ class TextEncoder:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, tokens: int, device: str = "cpu", dtype: str = "float32", cache: Path | None = None
+        cls, source: str | Path, tokens: int, device: str = "cpu", dtype: str = "float32"
     ) -> TextEncoder:
         """Open a T5 encoder.
 
@@ -141,7 +140,6 @@ class TextEncoder:
             tokens: length every instruction is padded to (data.text_tokens).
             device: where the model runs.
             dtype: float32, or bfloat16 for the large encoders.
-            cache: folder for embeddings, keyed by digest and prompt; None keeps them in memory only.
 
         Raises:
             ServiceError: a hub id that was not fetched. DataError: no T5 in there, or not the recorded one.
@@ -151,7 +149,7 @@ class TextEncoder:
         if reference:
             source = reference[0]
         folder = resolve(source, FIELD, ("text_encoder/*", "tokenizer/*") if "LTX" in source else ())
-        encoder = cls(folder, source, tokens, device, dtype, cache)
+        encoder = cls(folder, source, tokens, device, dtype)
         if reference and encoder.digest != reference[1]:
             raise DataError(f"{source}: the weights in the hub cache are not those recorded; fetch the same revision")
         return encoder
@@ -227,28 +225,10 @@ class TextEncoder:
         return model.eval().requires_grad_(False).to(self.device)
 
     def _one(self, instruction: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Embedding (tokens, dim) and mask (tokens,) of one instruction."""
-        if instruction in self._memory:
-            return self._memory[instruction]
-        file = self._cache_file(instruction)
-        if file is not None and file.is_file():
-            with np.load(file) as arrays:
-                found = arrays["embedding"], arrays["mask"]
-        else:
-            found = self._compute(instruction)
-            if file is not None:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                temporary = file.with_name(f".{file.name}.tmp.npz")
-                np.savez(temporary, embedding=found[0], mask=found[1])
-                temporary.replace(file)
-        self._memory[instruction] = found
-        return found
-
-    def _cache_file(self, instruction: str) -> Path | None:
-        if self.cache is None:
-            return None
-        key = hashlib.sha256(f"{self.digest}\x1f{self.dtype}\x1f{self.tokens}\x1f{instruction}".encode()).hexdigest()
-        return self.cache / f"{key}.npz"
+        """Embedding (tokens, dim) and mask (tokens,) of one instruction, computed once."""
+        if instruction not in self._memory:
+            self._memory[instruction] = self._compute(instruction)
+        return self._memory[instruction]
 
     @torch.no_grad()
     def _compute(self, instruction: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:

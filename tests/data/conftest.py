@@ -9,7 +9,8 @@ import pytest
 from wav.config import DataSettings
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
-from wav.data.store import EpisodeStore, EpisodeStoreWriter
+from wav.data.store import EpisodeStore
+from wav.data.writer import EpisodeStoreWriter
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ import pytest
 
 from wav.codec import PCACodec, psnr
 from wav.config import EncodeSettings
-from wav.data.latents import LatentStore, build_text_encoder, encode_store, fit_codec
+from wav.data.encode import build_text_encoder, encode_store, fit_codec
+from wav.data.latents import LatentStore
 from wav.data.windows import WindowDataset
 from wav.errors import ConfigError, DataError
 
@@ -67,7 +68,7 @@ def test_text_rows(store, data, parts, tmp_path: Path) -> None:
 
 def test_chunks_do_not_change_the_latents(store, data, parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = encode_store(store, *parts, data, tmp_path / "whole")
-    monkeypatch.setattr("wav.data.latents._CHUNK_BYTES", 1)
+    monkeypatch.setattr("wav.data.encode._CHUNK_BYTES", 1)
     single = encode_store(store, *parts, data, tmp_path / "single")
     np.testing.assert_allclose(single.clip, whole.clip, atol=1e-5)
     np.testing.assert_allclose(single.image, whole.image, atol=1e-5)

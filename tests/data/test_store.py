@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from wav.data.conventions import Conventions
-from wav.data.store import EpisodeStore, EpisodeStoreWriter
+from wav.data.store import EpisodeStore
+from wav.data.writer import EpisodeStoreWriter
 from wav.errors import DataError
 
 FIELDS = ("state", "joints", "actions", "expert_actions")

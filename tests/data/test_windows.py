@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from wav.data.statistics import Statistics, compute_statistics
-from wav.data.store import EpisodeStore, EpisodeStoreWriter
+from wav.data.store import EpisodeStore
 from wav.data.windows import BatchSampler, WindowDataset, sample_memory, split_episodes
+from wav.data.writer import EpisodeStoreWriter
 from wav.errors import ConfigError, DataError
 
 V, C, F, H, W, L, CT, CV = 2, 3, 2, 2, 4, 5, 6, 10

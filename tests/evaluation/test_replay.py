@@ -8,7 +8,8 @@ import pytest
 
 from wav.config import DataSettings, IngestSettings
 from wav.data.conventions import Conventions
-from wav.data.store import EpisodeStore, EpisodeStoreWriter
+from wav.data.store import EpisodeStore
+from wav.data.writer import EpisodeStoreWriter
 from wav.errors import ConfigError, DataError, SimulationError
 from wav.evaluation.extras import first_frames
 from wav.evaluation.extras.first_frames import check_first_frames, rendered_frames

@@ -12,7 +12,8 @@ import pytest
 from tests.evaluation.fakes import DATA, FakePolicy, FakePool, settings
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
-from wav.data.store import EpisodeStore, EpisodeStoreWriter
+from wav.data.store import EpisodeStore
+from wav.data.writer import EpisodeStoreWriter
 from wav.errors import DataError
 from wav.evaluation import build_report, evaluate, held_out_values
 from wav.evaluation.pictures import write_png

@@ -15,7 +15,8 @@ from wav.config import LabelRewardsSettings
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.reward_store import RewardStore
-from wav.data.store import EpisodeStore, EpisodeStoreWriter
+from wav.data.store import EpisodeStore
+from wav.data.writer import EpisodeStoreWriter
 from wav.errors import DataError
 from wav.plots import spearman
 from wav.rewards.label import label_store, returns, value_channels

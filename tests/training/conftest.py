@@ -14,9 +14,10 @@ import pytest
 
 from wav.config import Settings
 from wav.data.conventions import Conventions
+from wav.data.encode import build_text_encoder, encode_store, fit_codec
 from wav.data.episode import Episode
-from wav.data.latents import build_text_encoder, encode_store, fit_codec
-from wav.data.store import EpisodeStore, EpisodeStoreWriter
+from wav.data.store import EpisodeStore
+from wav.data.writer import EpisodeStoreWriter
 from wav.rewards.label import label_store
 from wav.training.launch import RENDEZVOUS
 from wav.training.spec import TrainPaths, TrainSpec, make_spec

@@ -28,8 +28,9 @@ from tests.training.conftest import episode
 from wav.config import Settings, load_settings
 from wav.data.conventions import Conventions
 from wav.data.statistics import Statistics, compute_statistics
-from wav.data.store import EpisodeStore, EpisodeStoreWriter
+from wav.data.store import EpisodeStore
 from wav.data.windows import WindowDataset
+from wav.data.writer import EpisodeStoreWriter
 from wav.io.storage import open_store
 from wav.model import build_model
 from wav.seeding import numpy_generator

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from wav.config import DataSettings, Settings, parse_settings
-from wav.data.latents import LatentStore, build_text_encoder, encode_store, fit_codec
+from wav.data.encode import build_text_encoder, encode_store, fit_codec
+from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
 from wav.data.windows import WindowDataset

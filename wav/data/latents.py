@@ -1,7 +1,7 @@
 """The latent store: every frame, every window's future clip and every instruction, encoded once.
 
-Training reads only this and the small arrays of the episode store; VAE and T5 are never loaded there. Rows follow the
-episode store's concatenated frame order. Layout of the folder::
+Training reads only this and the small arrays of the episode store; VAE and T5 are never loaded there
+(:mod:`wav.data.encode` makes the store). Rows follow the episode store's concatenated frame order. Layout::
 
     manifest.json    format version; digests of episodes, codec and text encoder; frame grid; size and SHA-256 per file
     image.npy        (N, V, C, h, w) float32: each frame as a single image (memory)
@@ -12,7 +12,7 @@ episode store's concatenated frame order. Layout of the folder::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,33 +20,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wav.codec import Codec, PCACodec, load_codec, psnr
-from wav.data.store import EpisodeStore
-from wav.errors import ConfigError, DataError
-from wav.io.arrays import ArrayWriter, open_array
-from wav.io.files import (
-    MANIFEST,
-    atomic_folder,
-    check_files,
-    manifest_digest,
-    manifest_files,
-    read_manifest,
-    require_free_space,
-    write_manifest,
-)
-from wav.seeding import numpy_generator
-from wav.text import TextEncoder, build_small
+from wav.errors import DataError
+from wav.io.arrays import open_array
+from wav.io.files import MANIFEST, check_files, manifest_digest, manifest_files, read_manifest
 
 if TYPE_CHECKING:
-    from wav.config import DataSettings, EncodeSettings
+    from wav.codec import Codec
+    from wav.config import DataSettings
+    from wav.data.store import EpisodeStore
+    from wav.text import TextEncoder
 
 FORMAT, VERSION = "wav-latents", 1
 REMEDY = "encode the episodes again with `dvc repro encode`"
-LTX_HUB_ID = "Lightricks/LTX-Video"
-
-_CHUNK_BYTES = 1 << 26  # raw pixels gathered at once
-_FIT_BYTES = 1 << 28  # raw pixels of the clips (and of the frames) a codec is fitted on
-_PSNR_FRAMES = 128  # per view
 
 
 @dataclass(frozen=True)
@@ -60,191 +45,6 @@ class FrameGrid:
         """(stop - start, future_frames) frame indices of the windows at start..stop-1 of an episode of ``length``."""
         steps = np.arange(start, stop)[:, None] + self.stride * np.arange(1, self.future_frames + 1)
         return np.asarray(np.minimum(steps, length - 1))
-
-
-def fit_codec(episodes: EpisodeStore, data: DataSettings, settings: EncodeSettings, device: str = "cpu") -> Codec:
-    """The codec that ``settings`` describe: a PCA fitted on frames drawn from the store, or the LTX VAE.
-
-    Raises:
-        DataError: too few or unsuitable frames. ConfigError: settings that the VAE does not have.
-        ServiceError: VAE weights that were not fetched.
-    """
-    if settings.codec == "ltx":
-        from wav.codec.ltx import LTXCodec
-
-        codec = LTXCodec.from_pretrained(settings.path or LTX_HUB_ID, device=device)
-        for name, have in (("patch", codec.spatial), ("temporal", codec.temporal), ("channels", codec.channels)):
-            if getattr(settings, name) != have:
-                raise ConfigError(f"encode.{name} = {getattr(settings, name)}: the VAE has {have}; set it to {have}")
-        return codec
-    grid = FrameGrid(data.frame_stride, data.future_frames)
-    frame_bytes = data.image_height * data.image_width * 3
-    generator = numpy_generator(settings.seed, "codec.fit")
-    count = min(settings.fit_frames, max(64, _FIT_BYTES // frame_bytes))
-    frames = [episodes.images(view, rows) for view, rows in _draw(episodes, count, generator)]
-    count = min(settings.fit_frames, max(64, _FIT_BYTES // (frame_bytes * grid.future_frames)))
-    clips = []
-    for view, rows in _draw(episodes, count, generator):
-        future = _future_rows(episodes, rows, grid)
-        clips.append(episodes.images(view, future.reshape(-1)).reshape(*future.shape, *frames[0].shape[1:]))
-    return PCACodec.fit(
-        np.concatenate(frames),
-        np.concatenate(clips),
-        patch=settings.patch,
-        temporal=settings.temporal,
-        channels=settings.channels,
-        coordinates=settings.coordinates,
-        seed=settings.seed,
-    )
-
-
-def _draw(episodes: EpisodeStore, count: int, generator: np.random.Generator) -> list[tuple[str, NDArray[np.int64]]]:
-    """About ``count`` frames in total, the same number from every view: (view, sorted rows)."""
-    views = episodes.conventions.views
-    share = min(episodes.frames, -(-count // len(views)))
-    return [(view, np.sort(generator.choice(episodes.frames, share, replace=False))) for view in views]
-
-
-def build_text_encoder(
-    settings: EncodeSettings, data: DataSettings, instructions: Sequence[str], folder: Path, device: str = "cpu"
-) -> TextEncoder:
-    """The text encoder that ``settings`` describe; the built-in one is written into ``folder`` first.
-
-    Raises:
-        ConfigError: ``encode.text_dim`` is not the encoder's width. ServiceError: weights that were not fetched.
-    """
-    if settings.text == "builtin-small":
-        source = str(build_small(folder, instructions, settings.text_dim, settings.seed))
-    else:
-        source = settings.text
-    encoder = TextEncoder.from_pretrained(source, data.text_tokens, device=device)
-    if encoder.dim != settings.text_dim:
-        raise ConfigError(
-            f"encode.text_dim = {settings.text_dim}: {settings.text} has width {encoder.dim}; set it to {encoder.dim}"
-        )
-    return encoder
-
-
-def encode_store(
-    episodes: EpisodeStore,
-    codec: Codec,
-    text_encoder: TextEncoder,
-    data: DataSettings,
-    out: str | Path,
-    progress: Callable[[int, int], None] | None = None,
-    instructions: Sequence[str] = (),
-) -> LatentStore:
-    """Encode a whole episode store into ``out``, atomically and in bounded memory.
-
-    Args:
-        episodes: the store.
-        codec: frames to latents.
-        text_encoder: instructions to embeddings.
-        data: frame grid (frame_stride, future_frames), views and text_tokens.
-        out: folder.
-        progress: called with (frames done, frames in total).
-        instructions: further instructions to encode beside the episodes' own and "".
-
-    Raises:
-        DataError: the store's views or image size are not those of ``data``, a text is too long.
-        StorageError: the disk is full, or too small for what will be written.
-    """
-    have = episodes.conventions
-    if (have.views, have.image_height, have.image_width) != (tuple(data.views), data.image_height, data.image_width):
-        raise DataError(
-            f"{episodes.path}: views {have.views} at {have.image_height}x{have.image_width} where data.views and the "
-            f"image size say {tuple(data.views)} at {data.image_height}x{data.image_width}; run the ingest stage again"
-        )
-    if text_encoder.tokens != data.text_tokens:
-        raise ConfigError(
-            f"data.text_tokens = {data.text_tokens}: the encoder pads to {text_encoder.tokens}; open it with the same"
-        )
-    grid = FrameGrid(data.frame_stride, data.future_frames)
-    with atomic_folder(out) as folder:
-        texts = ("", *sorted({*episodes.instructions, *instructions} - {""}))
-        embedding, mask = text_encoder.encode(texts)
-        np.save(folder / "text.npy", embedding)
-        np.save(folder / "text_mask.npy", mask)
-        codec.save(folder / "codec", reference=True)
-        text_encoder.save(folder / "text_encoder", reference=True)
-        _write_latents(folder, episodes, codec, grid, progress)
-        content = {
-            "episodes": episodes.digest,
-            "codec": codec.digest,
-            "text": text_encoder.digest,
-            "text_tokens": text_encoder.tokens,
-            "instructions": list(texts),
-            "frames": episodes.frames,
-            "views": list(have.views),
-            "stride": grid.stride,
-            "future_frames": grid.future_frames,
-            "channels": codec.channels,
-            "psnr": _quality(folder, episodes, codec, grid),
-        }
-        write_manifest(folder, FORMAT, VERSION, content)
-    return LatentStore.open(out, episodes)
-
-
-def _write_latents(
-    folder: Path,
-    episodes: EpisodeStore,
-    codec: Codec,
-    grid: FrameGrid,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    """Write image.npy and clip.npy, a bounded number of frames at a time."""
-    views = episodes.conventions.views
-    h, w = (n // codec.spatial for n in (episodes.conventions.image_height, episodes.conventions.image_width))
-    latent_frames = 1 + (grid.future_frames - 1) // codec.temporal
-    image_row, clip_row = (len(views), codec.channels, h, w), (len(views), codec.channels, latent_frames, h, w)
-    require_free_space(folder, 4 * episodes.frames * int(np.prod(image_row) + np.prod(clip_row)))
-    clip_bytes = episodes.conventions.image_height * episodes.conventions.image_width * 3 * grid.future_frames
-    step = max(1, _CHUNK_BYTES // clip_bytes)
-    done = 0
-    with (
-        ArrayWriter(folder / "image.npy", image_row, np.float32) as image_file,
-        ArrayWriter(folder / "clip.npy", clip_row, np.float32) as clip_file,
-    ):
-        for index in range(len(episodes)):
-            episode = episodes[index]
-            for start in range(0, episode.length, step):
-                stop = min(start + step, episode.length)
-                rows = grid.rows(start, stop, episode.length)
-                frames = [codec.encode_frames(np.asarray(episode.images[v][start:stop])) for v in views]
-                clips = [codec.encode_clips(np.asarray(episode.images[v][rows])) for v in views]
-                image_file.append(np.stack(frames, axis=1))
-                clip_file.append(np.stack(clips, axis=1))
-                done += stop - start
-                if progress:
-                    progress(done, episodes.frames)
-
-
-def _quality(folder: Path, episodes: EpisodeStore, codec: Codec, grid: FrameGrid) -> dict[str, dict[str, float]]:
-    """PSNR (dB, at most 100) per view of evenly spaced frames and future clips: {"image"|"clip": {view: dB}}."""
-    image, clip = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("image", "clip"))
-    result: dict[str, dict[str, float]] = {"image": {}, "clip": {}}
-    for index, view in enumerate(episodes.conventions.views):
-        rows = _spread(episodes.frames, _PSNR_FRAMES)
-        decoded = codec.decode_frames(np.asarray(image[rows, index]))
-        result["image"][view] = round(min(100.0, psnr(decoded, episodes.images(view, rows))), 3)
-        rows = _spread(episodes.frames, max(1, _PSNR_FRAMES // grid.future_frames))
-        frames = _future_rows(episodes, rows, grid)
-        decoded = codec.decode_clips(np.asarray(clip[rows, index]))
-        original = episodes.images(view, frames.reshape(-1)).reshape(decoded.shape)
-        result["clip"][view] = round(min(100.0, psnr(decoded, original)), 3)
-    return result
-
-
-def _spread(total: int, count: int) -> NDArray[np.int64]:
-    """At most ``count`` evenly spaced rows of ``total``."""
-    return np.unique(np.linspace(0, total - 1, min(count, total)).round().astype(np.int64))
-
-
-def _future_rows(episodes: EpisodeStore, rows: NDArray[np.int64], grid: FrameGrid) -> NDArray[np.int64]:
-    """(n, future_frames) rows, in the concatenated order, of the future clips at ``rows`` (n,)."""
-    last = episodes.offsets[np.searchsorted(episodes.offsets, rows, side="right")] - 1
-    steps = rows[:, None] + grid.stride * np.arange(1, grid.future_frames + 1)
-    return np.asarray(np.minimum(steps, last[:, None]))
 
 
 class LatentStore:
@@ -319,6 +119,8 @@ class LatentStore:
 
     def codec(self) -> Codec:
         """The codec that made the latents; DataError where the saved one is another."""
+        from wav.codec import load_codec  # training opens the store without any codec
+
         codec = load_codec(self.path / "codec")
         if codec.digest != self.codec_digest:
             raise DataError(f"{self.path / 'codec'}: is not the codec that made the latents; {REMEDY}")
@@ -326,6 +128,8 @@ class LatentStore:
 
     def text_encoder(self, device: str = "cpu") -> TextEncoder:
         """The text encoder that made the embeddings; DataError where the saved one is another."""
+        from wav.text import TextEncoder
+
         encoder = TextEncoder.from_pretrained(self.path / "text_encoder", self.text_tokens, device=device)
         if encoder.digest != self.text_digest:
             raise DataError(f"{self.path / 'text_encoder'}: is not the encoder that made the embeddings; {REMEDY}")

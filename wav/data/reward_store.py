@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wav.data.statistics import Statistics
-from wav.data.store import EpisodeStore
 from wav.errors import DataError
 from wav.io.arrays import open_array
 from wav.io.files import MANIFEST, check_files, manifest_digest, manifest_files, read_manifest
+
+if TYPE_CHECKING:
+    from wav.data.store import EpisodeStore
 
 FORMAT, VERSION = "wav-rewards", 1
 REMEDY = "label the episodes again with `dvc repro label_rewards`"

@@ -13,70 +13,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from wav.data.conventions import ABSOLUTE_ACTIONS, DELTA_ACTIONS
-from wav.data.statistics import Statistics
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError
 from wav.seeding import numpy_generator
 
 if TYPE_CHECKING:
     from wav.config import DataSettings
+    from wav.data.latents import LatentStore
+    from wav.data.reward_store import RewardStore
 
 Split = Literal["train", "validation"]
-
-
-class LatentSource(Protocol):
-    """What :class:`wav.data.latents.LatentStore` offers; N rows in the concatenated frame order."""
-
-    @property
-    def image(self) -> NDArray[np.float32]:
-        """(N, V, C, h, w): every frame as an image."""
-        ...
-
-    @property
-    def clip(self) -> NDArray[np.float32]:
-        """(N, V, C, Ff, h, w): the future clip of the window that starts at each frame."""
-        ...
-
-    @property
-    def text(self) -> NDArray[np.float32]:
-        """(n, L, Ct): embeddings of the instructions."""
-        ...
-
-    @property
-    def text_mask(self) -> NDArray[np.bool_]:
-        """(n, L): which tokens are real."""
-        ...
-
-    @property
-    def instructions(self) -> tuple[str, ...]:
-        """Instruction of every row of ``text``."""
-        ...
-
-    @property
-    def empty_text(self) -> int:
-        """Row of ``text`` that holds the empty instruction."""
-        ...
-
-
-class RewardSource(Protocol):
-    """What :class:`wav.data.reward_store.RewardStore` offers."""
-
-    @property
-    def values(self) -> NDArray[np.float32]:
-        """(N, Cv): weighted terms and, last, the return."""
-        ...
-
-    @property
-    def statistics(self) -> Statistics:
-        """Statistics with the key "value"."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -235,8 +188,8 @@ class WindowDataset:
     def __init__(
         self,
         episodes: EpisodeStore,
-        latents: LatentSource,
-        rewards: RewardSource | None,
+        latents: LatentStore,
+        rewards: RewardStore | None,
         data: DataSettings,
         split: Split = "train",
         validation_share: float = 0.05,
@@ -260,7 +213,7 @@ class WindowDataset:
         self._step = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
     @staticmethod
-    def _check_rows(episodes: EpisodeStore, latents: LatentSource, rewards: RewardSource | None) -> None:
+    def _check_rows(episodes: EpisodeStore, latents: LatentStore, rewards: RewardStore | None) -> None:
         """Every source must have one row per frame and the store's cameras."""
         rows = {"latents image": len(latents.image), "latents clip": len(latents.clip)}
         if rewards is not None:
@@ -278,7 +231,7 @@ class WindowDataset:
             )
 
     @staticmethod
-    def _instruction_rows(episodes: EpisodeStore, latents: LatentSource) -> NDArray[np.int64]:
+    def _instruction_rows(episodes: EpisodeStore, latents: LatentStore) -> NDArray[np.int64]:
         """(E,) row of the text embeddings for every episode."""
         rows = {instruction: row for row, instruction in enumerate(latents.instructions)}
         for info in episodes.episodes:

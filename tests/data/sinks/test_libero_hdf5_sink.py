@@ -19,7 +19,8 @@ from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.sinks.libero_hdf5 import export_hdf5
 from wav.data.sinks.libero_states import SimulatorStates, recover_states
-from wav.data.store import EpisodeStore, EpisodeStoreWriter
+from wav.data.store import EpisodeStore
+from wav.data.writer import EpisodeStoreWriter
 from wav.errors import ConfigError, DataError, SimulationError
 from wav.ingest import ingest
 

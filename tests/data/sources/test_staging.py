@@ -150,7 +150,7 @@ def test_memory_does_not_grow_with_the_dataset(data, tmp_path, hdf5_settings, sm
 
 
 def test_stores_of_other_conventions_are_not_adopted(data, hdf5_settings, tmp_path):
-    from wav.data.store import EpisodeStoreWriter
+    from wav.data.writer import EpisodeStoreWriter
 
     ingest(data, hdf5_settings, tmp_path / "one", workers=1)
     store = EpisodeStore.open(tmp_path / "one")

@@ -11,7 +11,6 @@ does again only the jobs whose key (settings, reader code, source files) has no 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from abc import ABC, abstractmethod
@@ -25,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.sources.open_files import files_closed
-from wav.data.store import EpisodeStore, EpisodeStoreWriter, Rejection
+from wav.data.store import EpisodeStore, Rejection
+from wav.data.writer import EpisodeStoreWriter
 from wav.errors import DataError, SimulationError, StorageError
-from wav.io.files import canonical_digest, read_json, require_free_space, write_json
+from wav.io.files import canonical_digest, read_json, require_free_space, sources_digest, write_json
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
@@ -119,11 +119,8 @@ class DatasetSource(ABC):
 @lru_cache(maxsize=1)
 def reader_code() -> str:
     """Digest of the code that decides what a staged store holds."""
-    data = Path(__file__).parent.parent
-    digest = hashlib.sha256()
-    for path in sorted([*data.glob("sources/*.py"), *data.glob("*.py"), data.parent / "io" / "files.py"]):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    names = ("conventions", "episode", "state", "statistics", "store", "writer")
+    return sources_digest(["data/sources", "io", *(f"data/{name}.py" for name in names)])
 
 
 def grouped(sizes: Sequence[int], limit: int = JOB_BYTES) -> Iterator[range]:

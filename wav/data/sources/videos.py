@@ -1,7 +1,7 @@
 """Videos of datasets: the frames of one episode at a time, decoded in the order they lie in, each file opened once.
 
-A file stays open from one episode to the next (:mod:`wav.data.sources.open_files`), and an episode that begins where the last
-one ended is decoded on from there; any other is sought.
+A file stays open from one episode to the next (:mod:`wav.data.sources.open_files`), and an episode that begins where
+the last one ended is decoded on from there; any other is sought.
 """
 
 from __future__ import annotations
