@@ -21,7 +21,10 @@ from torch import Tensor
 from wav.data.windows import WindowBatch
 from wav.flow_matching import frame_timesteps
 from wav.training.draws import Captions, Draws, Random, StepInputs
-from wav.training.objectives import JointObjective, Objective, ValueObjective, VideoObjective
+from wav.training.objectives.base import Objective
+from wav.training.objectives.joint import JointObjective
+from wav.training.objectives.value import ValueObjective
+from wav.training.objectives.video import VideoObjective
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,10 @@ from wav.flow_matching import training_sigmas
 from wav.model import WAVTransformer
 from wav.model.loading import published_name
 from wav.model.video import pack
-from wav.training.objectives import JointObjective, Objective, ValueObjective, VideoObjective
+from wav.training.objectives.base import Objective
+from wav.training.objectives.joint import JointObjective
+from wav.training.objectives.value import ValueObjective
+from wav.training.objectives.video import VideoObjective
 
 RTOL = 1e-4
 STAGES = {"video_only": PretrainVideoSettings, "value_only": TrainValueSettings, "action_full": TrainJointSettings}

@@ -12,7 +12,8 @@ from tests.training.conftest import settings
 from wav.data.windows import WindowBatch
 from wav.model import WAVTransformer, build_model
 from wav.training.draws import SeededRandom, StepInputs
-from wav.training.objectives import Objective, build_objective
+from wav.training.objectives import build_objective
+from wav.training.objectives.base import Objective
 
 SIZE, VIEWS, CHANNELS, TOKENS, CAPTION = 8, 2, 6, 5, 16
 CONFIG = settings(pretrain_video={"caption_dropout": 0.0})

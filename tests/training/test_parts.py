@@ -17,8 +17,9 @@ from wav.io.storage import open_store
 from wav.io.storage.commit import Retention, commits, seal
 from wav.training.checkpoint import Uploader
 from wav.training.ema import Ema
-from wav.training.engine import learning_rate, plan_batch
-from wav.training.record import LossMean, Recorder, duration
+from wav.training.engine import plan_batch
+from wav.training.record import Recorder, duration
+from wav.training.step import LossMean, learning_rate
 
 
 def test_learning_rate() -> None:

@@ -13,7 +13,8 @@ from wav.data.windows import BatchSampler
 from wav.training.draws import StepInputs
 from wav.training.engine import World, plan_batch
 from wav.training.inputs import Inputs, open_inputs
-from wav.training.objectives import Objective, build_objective
+from wav.training.objectives import build_objective
+from wav.training.objectives.base import Objective
 from wav.training.prefetch import Prefetcher, Source, validation_inputs
 
 CPU = torch.device("cpu")

@@ -99,15 +99,15 @@ def test_a_spike_stops_the_run_and_names_the_checkpoint_before_it(spec_of, start
     """From step 8 on the loss is 1000 times what it was; the checkpoint of step 8 is not the last good one."""
 
     def spoil() -> None:
-        from wav.training.loop import Trainer
+        from wav.training import loop
 
-        update = Trainer._update
+        update = loop.update
 
-        def spoiled(trainer: Trainer, step: int, inputs: Any, want_norm: bool) -> Any:
-            parts, norm = update(trainer, step, inputs, want_norm)
+        def spoiled(engine: Any, ema: Any, settings: Any, step: int, inputs: Any, want_norm: bool) -> Any:
+            parts, norm = update(engine, ema, settings, step, inputs, want_norm)
             return {name: value * (1000 if step >= 8 else 1) for name, value in parts.items()}, norm
 
-        Trainer._update = spoiled  # type: ignore[method-assign]
+        loop.update = spoiled
 
     few = {"steps": 9, "log_every": 1, "checkpoint_every": 1, "validate_every": 9}
     spec = spec_of(pretrain_video=few)

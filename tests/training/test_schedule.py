@@ -13,7 +13,7 @@ import torch
 from tests.training.micro import CAPTION, CHANNELS, CONFIG, SIZE, VIEWS, inputs_of, objective_of, random_batch
 from wav.config import ModelSettings
 from wav.model import build_model
-from wav.training.objectives import Objective
+from wav.training.objectives.base import Objective
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from baseline.training import baseline, diffusers_operations

@@ -27,7 +27,7 @@ from wav.io.storage.commit import Retention, commits, fetch, publish, read_manif
 from wav.seeding import derive_seed
 from wav.training.ema import Ema
 from wav.training.engine import World
-from wav.training.record import mean_row
+from wav.training.step import mean_row
 from wav.training.universal import Layout, convert, needs_conversion
 
 if TYPE_CHECKING:

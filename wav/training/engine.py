@@ -1,4 +1,4 @@
-"""DeepSpeed: process group, engine, learning rate and gradient norm.
+"""DeepSpeed: process group and engine.
 
 On a CPU nothing is compiled: the shared-memory collective's C++ extension is switched off and torch's own fused
 AdamW is the optimiser. Ranks of one machine need no port that other machines can reach.
@@ -7,7 +7,6 @@ AdamW is the optimiser. Ranks of one machine need no port that other machines ca
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 from collections.abc import Iterator
@@ -238,33 +237,3 @@ def clear_padding(engine: DeepSpeedEngine, world: World) -> None:
         parts = flat.split([parameter.ds_tensor.ds_numel for parameter in group])
         for part, parameter in zip(parts, group, strict=True):
             clear(part, parameter)
-
-
-def learning_rate(settings: TrainSettings, step: int) -> float:
-    """Learning rate of ``step`` (counted from 0): linear warm-up, then constant or a cosine down to zero."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    if settings.schedule == "constant":
-        return settings.learning_rate
-    length = max(1, settings.steps - settings.warmup_steps)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - settings.warmup_steps) / length))
-
-
-def set_learning_rate(engine: DeepSpeedEngine, value: float) -> None:
-    """Use ``value`` for the next optimiser step."""
-    for group in engine.optimizer.param_groups:
-        group["lr"] = value
-
-
-def local_gradient_norm(engine: DeepSpeedEngine) -> float | None:
-    """Global gradient norm before clipping, between backward and step; None where DeepSpeed reports it afterwards."""
-    if engine.zero_optimization() or engine.bfloat16_enabled():
-        return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
-
-
-def reported_gradient_norm(engine: DeepSpeedEngine) -> float | None:
-    """Global gradient norm of the last step, where DeepSpeed keeps one (ZeRO 1-3, bf16)."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)

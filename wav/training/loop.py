@@ -28,25 +28,16 @@ from wav.processes import die_with_parent
 from wav.training.checkpoint import BYTES_PER_PARAMETER, Checkpoints, Found, NotSavedError, RunState, seed_globals
 from wav.training.draws import StepInputs
 from wav.training.ema import Ema
-from wav.training.engine import (
-    World,
-    adopt_launcher,
-    init_engine,
-    init_world,
-    learning_rate,
-    local_gradient_norm,
-    plan_batch,
-    reported_gradient_norm,
-    set_learning_rate,
-)
+from wav.training.engine import World, adopt_launcher, init_engine, init_world, plan_batch
 from wav.training.inputs import Inputs, initial_model, open_inputs, passes_through, prune_work
 from wav.training.launch import ERROR_MARK
 from wav.training.objectives import build_objective
 from wav.training.output import Metrics, collect_state, publish_model, save_model, write_output
 from wav.training.prefetch import Prefetcher, Source, validation_inputs
 from wav.training.preflight import count_parameters, layers_to_recompute, preflight
-from wav.training.record import LossMean, Progress, Recorder, Row
+from wav.training.record import Progress, Recorder
 from wav.training.spec import TrainSpec, code_digest
+from wav.training.step import LossMean, evaluate, learning_rate, update
 from wav.training.throughput import operations_per_sample, peak_memory, peak_operations, tokens_per_sample
 from wav.training.universal import Layout
 
@@ -124,7 +115,7 @@ class Trainer:
         record = last or step % self.settings.log_every == 0
         stop = self.world.any(self.interrupted)
         save = last or stop or step % self.settings.checkpoint_every == 0
-        parts, norm = self._update(step, inputs, record or save)
+        parts, norm = update(self.engine, self.ema, self.settings, step, inputs, record or save)
         if not math.isfinite(parts["loss"]) or (norm is not None and not math.isfinite(norm)):
             self._diverged(step, parts["loss"], norm)
         self.losses.add(parts)
@@ -142,39 +133,13 @@ class Trainer:
             self.recorder.add(step, row)
         every = self.settings.validate_every or max(1, self.settings.steps // 10)
         if self.held_out and (last or step % every == 0):
-            self.recorder.add(step, {f"validation/{name}": value for name, value in self.validate().items()})
+            losses = evaluate(self.engine, self.ema, self.held_out)
+            self.recorder.add(step, {f"validation/{name}": value for name, value in losses.items()})
         if save:
             self._save(step, waited, needed=last or stop)
         if stop and not last:
             self._say(f"{self.spec.stage}: interrupted at step {step}, which is saved; run again to go on")
             raise SystemExit(INTERRUPTED)
-
-    def _update(self, step: int, inputs: list[StepInputs], want_norm: bool) -> tuple[Row, float | None]:
-        """Forward, backward, optimiser and average; returns the mean losses and, if wanted, the gradient norm."""
-        set_learning_rate(self.engine, learning_rate(self.settings, step - 1))
-        passes = LossMean()
-        norm: float | None = None
-        for index, micro in enumerate(inputs):
-            loss, parts = self.engine(micro)
-            self.engine.backward(loss)
-            if want_norm and index == len(inputs) - 1:
-                norm = local_gradient_norm(self.engine)
-            self.engine.step()
-            passes.add(as_row(loss, parts))
-        if want_norm and norm is None:
-            norm = reported_gradient_norm(self.engine)
-        self.ema.update(step)
-        return passes.mean(), norm
-
-    def validate(self) -> Row:
-        """Losses of the averaged weights on the held-out windows, with the same draws every time."""
-        losses = LossMean()
-        self.engine.eval()
-        with self.ema.swapped(), torch.no_grad():
-            for inputs in self.held_out:
-                losses.add(as_row(*self.engine(inputs)))
-        self.engine.train()
-        return losses.mean()
 
     def _save(self, step: int, waited: float, needed: bool) -> None:
         """Write a checkpoint; one that is not ``needed`` may fail (a full disk), the next one tries again."""
@@ -257,12 +222,6 @@ def fresh_folder(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
-
-
-def as_row(loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> Row:
-    """A loss and its parts as floats, fetched from the device at once."""
-    values = torch.stack([loss.detach().float(), *parts.values()]).tolist()
-    return dict(zip(["loss", *parts], values, strict=True))
 
 
 def pass_through(spec: TrainSpec, inputs: Inputs, store: ObjectStore) -> None:

@@ -18,7 +18,7 @@ from wav.training.draws import SeededRandom, StepInputs
 from wav.training.engine import BatchPlan, World
 
 if TYPE_CHECKING:
-    from wav.training.objectives import Objective
+    from wav.training.objectives.base import Objective
 
 AHEAD = 2
 VALIDATION_BATCHES = 4

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from wav.model import WAVTransformer
     from wav.training.engine import World
     from wav.training.inputs import Inputs
-    from wav.training.objectives import Objective
+    from wav.training.objectives.base import Objective
     from wav.training.spec import TrainSpec
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import statistics
 import time
@@ -11,7 +10,8 @@ from pathlib import Path
 
 from dvclive import Live
 
-Row = dict[str, float]
+from wav.training.step import Row
+
 LOG = logging.getLogger("wav.training")
 PROGRESS_S = 8.0
 HISTORY, YOUNG = 10, 5  #: recorded losses that say what is usual, at most and at least
@@ -98,26 +98,3 @@ class Recorder:
         """Finish the curves."""
         if self.enabled:
             self._live.end()
-
-
-class LossMean:
-    """Means of the losses since the last recorded row, kept as floats so that a checkpoint can hold them exactly."""
-
-    def __init__(self) -> None:
-        self.steps: list[Row] = []
-
-    def add(self, parts: Row) -> None:
-        """Losses of one step."""
-        self.steps.append(parts)
-
-    def mean(self) -> Row:
-        """Mean of every part over the steps that had it; starts anew."""
-        mean, self.steps = mean_row(self.steps), []
-        return mean
-
-
-def mean_row(rows: list[Row]) -> Row:
-    """Mean of every name over the rows that have it."""
-    names = sorted({name for row in rows for name in row})
-    columns = {name: [row[name] for row in rows if name in row] for name in names}
-    return {name: math.fsum(values) / len(values) for name, values in columns.items()}

@@ -1,27 +1,26 @@
-"""What the training stages minimise, one class each: who trains, which samples play which role, and the loss.
+"""What the training stages minimise, one class in one file each: who trains, who plays which role, and the loss.
 
 All use flow matching: x_s = (1 - s) x1 + s x0 with data x1 and noise x0, and the target v = x0 - x1. Another stage is
-a subclass of :class:`Objective` in :data:`OBJECTIVES`.
+a file with a subclass of :class:`wav.training.objectives.base.Objective` and a line in :data:`OBJECTIVES`.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from wav.errors import ConfigError
-from wav.training.objectives.base import Objective
-from wav.training.objectives.joint import JointObjective
-from wav.training.objectives.value import ValueObjective
-from wav.training.objectives.video import VideoObjective
 
 if TYPE_CHECKING:
     from wav.config import TrainSettings
     from wav.model import WAVTransformer
+    from wav.training.objectives.base import Objective
 
-__all__ = ["OBJECTIVES", "JointObjective", "Objective", "ValueObjective", "VideoObjective", "build_objective"]
-
-OBJECTIVES: dict[str, type[Objective]] = {
-    objective.stage: objective for objective in (VideoObjective, ValueObjective, JointObjective)
+#: stage -> (file of this folder, class). By name, so that the code of one stage does not depend on another stage's.
+OBJECTIVES = {
+    "pretrain_video": ("video", "VideoObjective"),
+    "train_value": ("value", "ValueObjective"),
+    "train_joint": ("joint", "JointObjective"),
 }
 
 
@@ -39,4 +38,6 @@ def build_objective(settings: TrainSettings, model: WAVTransformer, memory_frame
     """
     if settings.stage not in OBJECTIVES:
         raise ConfigError(f"training stage {settings.stage!r}: unknown; the stages are {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[settings.stage](model, settings, memory_frames, action_dim)
+    module, name = OBJECTIVES[settings.stage]
+    kind: type[Objective] = getattr(import_module(f"{__name__}.{module}"), name)
+    return kind(model, settings, memory_frames, action_dim)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,6 @@ class Objective(nn.Module, ABC):
         memory_frames: frames of a window that lie before its future.
         action_dim: width of an action, which stands in front of the state in an action token.
     """
-
-    stage: ClassVar[str]
 
     def __init__(self, model: WAVTransformer, settings: TrainSettings, memory_frames: int, action_dim: int) -> None:
         super().__init__()

@@ -18,8 +18,6 @@ class JointObjective(Objective):
     their video; video samples train the video expert. Draws of one sample share its keys and values.
     """
 
-    stage = "train_joint"
-
     def trained(self) -> Iterable[nn.Parameter]:
         """Everything."""
         return list(self.model.parameters())

@@ -15,8 +15,6 @@ from wav.training.objectives.base import Objective, labelled_values
 class ValueObjective(Objective):
     """Several draws of a sample's value trajectory share one video pass, whose input is what planning reads."""
 
-    stage = "train_value"
-
     def trained(self) -> Iterable[nn.Parameter]:
         """The value expert's."""
         return self.model.value.parameters()

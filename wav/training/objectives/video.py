@@ -14,8 +14,6 @@ from wav.training.objectives.base import Objective
 class VideoObjective(Objective):
     """Every sample's future is at its own level; memory frames are read and have no loss."""
 
-    stage = "pretrain_video"
-
     def trained(self) -> Iterable[nn.Parameter]:
         """The video expert's."""
         return self.model.video.parameters()
