@@ -75,14 +75,6 @@ def objective_of(stage: str, model: WAVTransformer, **changes: Any) -> Objective
 def record_calls(model: WAVTransformer, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
     """Arguments of every later call of a part of the model: video, value or action."""
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    part = getattr(model, name)
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        calls.append((args, kwargs))
-        return part(*args, **kwargs)
-
-    if isinstance(part, nn.Module):
-        part.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    else:
-        setattr(model, name, called)
+    part: nn.Module = getattr(model, name)
+    part.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     return calls

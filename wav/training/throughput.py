@@ -36,9 +36,8 @@ def operations_per_sample(spec: TrainSpec, inputs: Inputs, module: nn.Module) ->
         tokens[expert] = float(spec.data.action_chunk * getattr(spec.train, f"{expert}_draws", 0))
     total = 0.0
     for name, parameter in module.named_parameters():
-        plain = name.removeprefix("model.")
-        kind = plain.split(".", 1)[0]
-        total += (6 if parameter.requires_grad else 2) * parameter.numel() * tokens[kind]
+        expert = name.removeprefix("model.").split(".", 1)[0]
+        total += (6 if parameter.requires_grad else 2) * parameter.numel() * tokens[expert]
     return total
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from wav.flow_matching import mix, velocity_loss
+from wav.model import ExpertOutput
 from wav.training.draws import Roles, StepInputs, share
 from wav.training.objectives.base import Objective, labelled_values
 
@@ -20,7 +21,7 @@ class JointObjective(Objective):
 
     def trained(self) -> Iterable[nn.Parameter]:
         """Everything."""
-        return list(self.model.parameters())
+        return self.parameters()
 
     def roles(self, size: int, index: int) -> Roles:
         """``action_probability`` of the samples are action samples; value and video halve the rest."""
@@ -58,8 +59,8 @@ class JointObjective(Objective):
             return None
         draws, clean = inputs.draws, labelled_values(inputs.batch)[: inputs.roles.action]
         tokens = mix(clean, draws.condition_noise, draws.condition_level)
-        read: Sequence[Tensor] = self.model.value(tokens, self.timestep(draws.condition_level), features).features
-        return read
+        output: ExpertOutput = self.model.value(tokens, self.timestep(draws.condition_level), features)
+        return output.features
 
     def _action(self, inputs: StepInputs, features: Sequence[Tensor]) -> Tensor:
         """The action samples' draws."""
