@@ -9,6 +9,7 @@ Run ``python -m wav.config params.yaml`` to check a file.
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -196,6 +197,69 @@ class TrainJointSettings(TrainSettings):
     value_draws: int = Field(4, ge=1, description="independent (level, noise) draws per value sample and video pass")
 
 
+#: Noise level: 0 is clean, 1 is pure noise.
+Level = Annotated[float, Field(gt=0, le=1)]
+
+
+class CouplingSettings(Section):
+    """What training lets the experts read of the future, and the noise levels at which planning shows it to them.
+
+    Training and planning read the same section, so they cannot disagree; a checkpoint carries it.
+    """
+
+    mode: Literal["none", "future", "value", "both"] = Field(
+        "none", description="none: pure noise alone, the paper's published form; else what action and value are tied to"
+    )
+    future_levels: tuple[Level, Level] = Field(
+        (0.35, 0.65), description="range of noise levels of the true future that value and action samples see"
+    )
+    value_levels: tuple[Level, Level] = Field(
+        (0.02, 0.3), description="range of noise levels of the true values that the action expert reads"
+    )
+    pure_noise: float = Field(0.15, ge=0, le=1, description="share of samples that see pure noise all the same")
+    video_schedule: tuple[Level, ...] = Field(
+        (1.0,), min_length=1, description="noise levels of planning's video passes; features are read at the last"
+    )
+    value_level: Level = Field(0.1, description="noise level of the values that planning decodes the action on")
+
+    @property
+    def future(self) -> bool:
+        """Whether value and action samples see the true future."""
+        return self.mode in ("future", "both")
+
+    @property
+    def value(self) -> bool:
+        """Whether the action expert reads the true values."""
+        return self.mode in ("value", "both")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CouplingSettings:
+        for name in ("future_levels", "value_levels"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} = [{low:g}, {high:g}]: the lower level comes first")
+        levels, (low, high) = self.video_schedule, self.future_levels
+        if levels[0] != 1.0 or any(a <= b for a, b in pairwise(levels)):
+            raise ValueError(f"video_schedule = {list(levels)}: must begin at 1.0 and fall")
+        if not self.future and len(levels) > 1:
+            raise ValueError(
+                f"video_schedule = {list(levels)}: experts trained with mode = {self.mode} read features of pure noise "
+                "alone; set video_schedule to [1.0], or mode to future or both"
+            )
+        if levels[-1] != 1.0 and not low <= levels[-1] <= high:
+            raise ValueError(
+                f"video_schedule = {list(levels)}: features are read at {levels[-1]:g}, training shows "
+                f"future_levels = [{low:g}, {high:g}]; end the schedule there or widen future_levels"
+            )
+        low, high = self.value_levels
+        if self.value and not low <= self.value_level <= high:
+            raise ValueError(
+                f"value_level = {self.value_level:g}: training shows value_levels = [{low:g}, {high:g}]; "
+                "choose it there or widen value_levels"
+            )
+        return self
+
+
 class PlannerSettings(Section):
     """Algorithm 1. ``alpha``/``beta`` follow the paper's formula: the share of the NEW elites' statistics."""
 
@@ -274,6 +338,7 @@ class Settings(Section):
     pretrain_video: PretrainVideoSettings = PretrainVideoSettings()
     train_value: TrainValueSettings = TrainValueSettings()
     train_joint: TrainJointSettings = TrainJointSettings()
+    coupling: CouplingSettings = CouplingSettings()
     planner: PlannerSettings = PlannerSettings()
     eval_libero: EvalLiberoSettings = EvalLiberoSettings()
     export: ExportSettings = ExportSettings()

@@ -100,7 +100,7 @@ def _training(name: str, makes: str, training: Training, unused: tuple[str, ...]
     return Stage(
         name,
         makes,
-        sections=("data", "model", name),
+        sections=("data", "model", *(("coupling",) if start else ()), name),
         inputs=inputs,
         outputs=(),
         kept=tuple(f"{training.folder}/{file}" for file in ("model", "plots", *_CHECKPOINT, *values)),
@@ -156,7 +156,7 @@ _TABLE = (
     Stage(
         "eval_libero",
         "closed-loop success with intervals, planned and unplanned, on the suite of data.suite",
-        sections=("data", "model", "planner", "eval_libero"),
+        sections=("data", "model", "coupling", "planner", "eval_libero"),
         inputs=("data/episodes", "data/latents", "data/rewards", *_JOINT),
         outputs=("reports/index.html",),
         kept=tuple(f"reports/eval/{name}" for name in ("episodes", "videos", "strips", "predictions", "values.json")),
@@ -166,7 +166,7 @@ _TABLE = (
     Stage(
         "export",
         "a self-contained policy folder that a server loads",
-        sections=("data", "model", "planner", "export"),
+        sections=("data", "model", "coupling", "planner", "export"),
         inputs=("data/latents", *_JOINT, "reports/eval/metrics.json"),
         outputs=("export",),
     ),

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.golden.conftest import Golden
 from tests.golden.reference_trainer import ReferenceJoint, ReferenceValue, ReferenceVideo
 from tests.training.micro import record_calls
-from wav.config import PretrainVideoSettings, TrainJointSettings, TrainSettings, TrainValueSettings
+from wav.config import CouplingSettings, PretrainVideoSettings, TrainJointSettings, TrainSettings, TrainValueSettings
 from wav.data.statistics import symlog
 from wav.data.windows import WindowBatch
 from wav.flow_matching import training_sigmas
@@ -133,7 +133,7 @@ class Stage:
 
     def objective(self, model: WAVTransformer, kind: type[Objective]) -> Objective:
         """The recorded state is the whole history token: no zeros in front."""
-        return kind(model, self.settings, self.memory_frames, action_dim=0)
+        return kind(model, self.settings, self.memory_frames, 0, CouplingSettings())
 
     def check_given(self, calls: dict[str, list[tuple[tuple[Tensor, ...], dict[str, Any]]]]) -> None:
         """What the parts of the model were called with, against what the reference's were."""

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from wav.config import PlannerSettings, Settings, load_settings
+from wav.config import CouplingSettings, PlannerSettings, Settings, load_settings
 from wav.data.windows import WindowBatch
 from wav.inference.adapter import WAVPlannerModel, noise_shapes
 from wav.model.accounting import (
@@ -84,7 +84,7 @@ def test_training_flops(stage: str, checkpointing: bool, value_expert: bool, mon
     train, model = getattr(config, stage), build_from_settings(config)
     if checkpointing:
         model.enable_gradient_checkpointing()
-    module = build_objective(train, model, config.data.memory_frames, config.data.action_dim)
+    module = build_objective(train, model, config.data.memory_frames, config.data.action_dim, CouplingSettings())
     inputs = module.draw(windows(config), Empty(), SeededRandom(0, 0), index=0)
     module(inputs)  # AdaLN rows of the frozen video part are kept from step to step
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

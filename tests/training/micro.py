@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.training.conftest import settings
+from wav.config import CouplingSettings
 from wav.data.windows import WindowBatch
 from wav.model import WAVTransformer, build_model
 from wav.training.draws import SeededRandom, StepInputs
@@ -16,6 +17,7 @@ from wav.training.objectives import build_objective
 from wav.training.objectives.base import Objective
 
 SIZE, VIEWS, CHANNELS, TOKENS, CAPTION = 8, 2, 6, 5, 16
+NONE = CouplingSettings()  # the paper's published form
 CONFIG = settings(pretrain_video={"caption_dropout": 0.0})
 
 
@@ -51,10 +53,11 @@ def inputs_of(
     has_value: bool = True,
     index: int = 0,
     name: tuple[int, ...] | None = None,
+    coupling: CouplingSettings = NONE,
     **changes: Any,
 ) -> StepInputs:
     """Draws of ``stage``; ``name`` is (step, rank, micro-batch)."""
-    objective = objective_of(stage, small_model(has_value), **changes)
+    objective = objective_of(stage, small_model(has_value), coupling, **changes)
     random = SeededRandom(objective.settings.seed, *(name or (index, 0, 0)))
     return objective.draw(batch, Empty(), random, index)
 
@@ -66,10 +69,10 @@ def small_model(has_value: bool = True) -> WAVTransformer:
     return build_model(config.model, config.data, CHANNELS, CAPTION)
 
 
-def objective_of(stage: str, model: WAVTransformer, **changes: Any) -> Objective:
+def objective_of(stage: str, model: WAVTransformer, coupling: CouplingSettings = NONE, **changes: Any) -> Objective:
     """The stage's objective around ``model``, some of its settings changed."""
     train = getattr(CONFIG, stage).model_copy(update=changes)
-    return build_objective(train, model, CONFIG.data.memory_frames, CONFIG.data.action_dim)
+    return build_objective(train, model, CONFIG.data.memory_frames, CONFIG.data.action_dim, coupling)
 
 
 def record_calls(model: WAVTransformer, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

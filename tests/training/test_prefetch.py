@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.training.micro import CONFIG, small_model
+from wav.config import CouplingSettings
 from wav.data.windows import BatchSampler
 from wav.training.draws import StepInputs
 from wav.training.engine import World, plan_batch
@@ -36,7 +37,8 @@ def source(inputs: tuple[Inputs, Any], rank: int, ranks: int = RANKS, **changes:
 
 
 def around(settings: Any) -> Objective:
-    return build_objective(settings, small_model(), CONFIG.data.memory_frames, CONFIG.data.action_dim)
+    sizes = (CONFIG.data.memory_frames, CONFIG.data.action_dim)
+    return build_objective(settings, small_model(), *sizes, CouplingSettings())
 
 
 def tensors(step: list[StepInputs]) -> list[torch.Tensor]:

@@ -17,7 +17,7 @@ from wav.flow_matching import draw_sigmas
 from wav.seeding import torch_generator
 
 if TYPE_CHECKING:
-    from wav.config import TrainSettings
+    from wav.config import CouplingSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Draws:
     """Every random number of one forward. B samples, Rv and Ra draws per sample, A chunk steps.
 
     Every sample has ``memory_rate`` (B,), ``memory_noise`` (B, V, C, Fm, h, w), ``video_level`` (B,) and
-    ``video_noise`` (B, V, C, Ff, h, w); a level of 1 is pure noise, which is what planning starts from.
+    ``video_noise`` (B, V, C, Ff, h, w); a level of 1 is pure noise, which is what planning starts from. Below it
+    the sample sees its true future, and what it decodes can follow it (section ``coupling``).
     Value samples have ``value_level`` (n, Rv) and ``value_noise`` (n, Rv, A, Cv); action samples ``action_level``
     (n, Ra) and ``action_noise`` (n, Ra, A, Ca), and ``condition_level`` (n,) and ``condition_noise`` (n, A, Cv) of the
     value tokens that they read. A role without samples has empty ones.
@@ -135,28 +136,59 @@ def drop_captions(batch: WindowBatch, drop: Tensor, captions: Captions) -> Windo
     return replace(batch, text=text, text_mask=mask)
 
 
-def draw(batch: WindowBatch, roles: Roles, settings: TrainSettings, random: Random, *, has_value: bool) -> Draws:
+def coupled_levels(
+    count: int, coupled: bool, levels: tuple[float, float], pure_noise: float, random: Random, purpose: str
+) -> Tensor:
+    """Levels (count,) of what samples are shown of the truth: uniform in ``levels``, or 1 (pure noise).
+
+    Args:
+        count: samples.
+        coupled: False gives 1 throughout, and draws nothing.
+        levels: lowest and highest.
+        pure_noise: share of samples that are shown pure noise all the same.
+        random: where the numbers come from.
+        purpose: name of the draws.
+    """
+    if not coupled:
+        return torch.ones(count)
+    low, high = levels
+    level = low + (high - low) * random.uniform(purpose, (count,))
+    return torch.where(random.uniform(purpose, (count,)) < pure_noise, 1.0, level)
+
+
+def draw(
+    batch: WindowBatch,
+    roles: Roles,
+    settings: TrainSettings,
+    coupling: CouplingSettings,
+    random: Random,
+    *,
+    has_value: bool,
+) -> Draws:
     """Draw the random numbers of a micro-batch on the CPU.
 
     Args:
         batch: B windows.
         roles: of its samples.
         settings: the stage's section (``memory_noise`` and, where the stage has them, the draws per sample).
+        coupling: what value and action samples are shown of the future, and action samples of the values.
         random: where the numbers come from.
         has_value: whether the model has a value expert, whose tokens action samples read.
     """
     size, (chunk, channels) = len(batch), batch.actions.shape[1:]
     value_channels = batch.values.shape[-1] if batch.values is not None else 0
     value_draws, action_draws = getattr(settings, "value_draws", 1), getattr(settings, "action_draws", 1)
-    condition = roles.action if has_value else 0
+    condition, pure = roles.action if has_value else 0, coupling.pure_noise
+    seen = coupled_levels(size - roles.video, coupling.future, coupling.future_levels, pure, random, "future_level")
+    read = coupled_levels(condition, coupling.value, coupling.value_levels, pure, random, "condition_level")
     return Draws(
         memory_rate=random.uniform("memory_noise", (size,)) * settings.memory_noise,
         memory_noise=random.normal("memory_noise", batch.memory.shape),
-        video_level=torch.cat([torch.ones(size - roles.video), random.levels("video_level", (roles.video,))]),
+        video_level=torch.cat([seen, random.levels("video_level", (roles.video,))]),
         video_noise=random.normal("video_noise", batch.future.shape),
         value_level=random.levels("value_level", (roles.value, value_draws)),
         value_noise=random.normal("value_noise", (roles.value, value_draws, chunk, value_channels)),
-        condition_level=torch.ones(condition),
+        condition_level=read,
         condition_noise=random.normal("value_noise", (condition, chunk, value_channels)),
         action_level=random.levels("action_level", (roles.action, action_draws)),
         action_noise=random.normal("action_noise", (roles.action, action_draws, chunk, channels)),

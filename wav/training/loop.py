@@ -52,7 +52,8 @@ class Trainer:
         self.spec, self.settings, self.world, self.inputs, self.store = spec, spec.train, world, inputs, store
         self.plan = plan_batch(self.settings, world.ranks)
         self.model = initial_model(spec, inputs)
-        self.objective = build_objective(self.settings, self.model, spec.data.memory_frames, spec.data.action_dim)
+        sizes = (spec.data.memory_frames, spec.data.action_dim)
+        self.objective = build_objective(self.settings, self.model, *sizes, spec.coupling)
         self.parameters, self.trained = count_parameters(self.objective)
         if self.settings.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()

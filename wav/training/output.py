@@ -109,6 +109,7 @@ def write_output(
                 "latents": inputs.latents.digest,
                 "statistics": inputs.statistics,
                 "conventions": conventions,
+                "coupling": spec.coupling.model_dump(mode="json"),
             },
         )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from wav.config import (
+    CouplingSettings,
     DataSettings,
     ModelSettings,
     PretrainVideoSettings,
@@ -64,6 +65,7 @@ class TrainSpec:
     data: DataSettings
     model: ModelSettings
     train: TrainSettings
+    coupling: CouplingSettings
     paths: TrainPaths
     store: str
     endpoint: str
@@ -89,7 +91,7 @@ class TrainSpec:
         raw = {
             **{name: getattr(self, name) for name in ("stage", "store", "endpoint", "region", "device", "threads")},
             **{name: getattr(self, name) for name in ("inputs", "code", "key")},
-            **{name: getattr(self, name).model_dump(mode="json") for name in ("data", "model", "train")},
+            **{name: getattr(self, name).model_dump(mode="json") for name in ("data", "model", "train", "coupling")},
             "paths": {name: None if path is None else str(path) for name, path in asdict(self.paths).items()},
         }
         return json.dumps(raw, indent=1, sort_keys=True)
@@ -106,6 +108,7 @@ class TrainSpec:
                     "data": DataSettings(**raw["data"]),
                     "model": ModelSettings(**raw["model"]),
                     "train": STAGES[raw["stage"]](**raw["train"]),
+                    "coupling": CouplingSettings(**raw["coupling"]),
                     "paths": TrainPaths(**paths),
                 }
             )
@@ -123,6 +126,10 @@ class StageSettings(Protocol):
     @property
     def model(self) -> ModelSettings:
         """Section model."""
+
+    @property
+    def coupling(self) -> CouplingSettings:
+        """Section coupling, which the video stage does not read."""
 
 
 def make_spec(
@@ -160,9 +167,9 @@ def make_spec(
         raise ConfigError(f"{stage}: paths.init is not set; give it the previous stage's output folder")
     absolute: dict[str, Any] = {n: None if p is None else Path(p).absolute() for n, p in asdict(paths).items()}
     paths = TrainPaths(**absolute)
-    spec = TrainSpec(
-        stage, settings.data, settings.model, train, paths, store, endpoint, region, device, threads, {}, "", ""
-    )
+    coupling = settings.coupling if paths.init is not None else CouplingSettings()
+    common = (settings.data, settings.model, train, coupling, paths)
+    spec = TrainSpec(stage, *common, store, endpoint, region, device, threads, {}, "", "")
     inputs, code = input_digests(paths), code_digest()
     if stage == "pretrain_video" and spec.model.init_from:
         from wav.model.loading import weights_digest  # slow import
@@ -172,6 +179,7 @@ def make_spec(
         "data": spec.data.model_dump(mode="json"),
         "model": spec.model.model_dump(mode="json"),
         "train": train.model_dump(mode="json", exclude=set(WATCHING | LAYOUT)),
+        "coupling": coupling.model_dump(mode="json"),
     }
     whole = {"stage": stage, "parameters": parameters, "inputs": inputs, "code": code}
     return replace(spec, inputs=inputs, code=code, key=canonical_digest(whole)[:24])

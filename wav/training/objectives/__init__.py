@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from wav.errors import ConfigError
 
 if TYPE_CHECKING:
-    from wav.config import TrainSettings
+    from wav.config import CouplingSettings, TrainSettings
     from wav.model import WAVTransformer
     from wav.training.objectives.base import Objective
 
@@ -24,7 +24,13 @@ OBJECTIVES = {
 }
 
 
-def build_objective(settings: TrainSettings, model: WAVTransformer, memory_frames: int, action_dim: int) -> Objective:
+def build_objective(
+    settings: TrainSettings,
+    model: WAVTransformer,
+    memory_frames: int,
+    action_dim: int,
+    coupling: CouplingSettings,
+) -> Objective:
     """The objective of the stage that ``settings`` are of, around ``model``.
 
     Args:
@@ -32,6 +38,7 @@ def build_objective(settings: TrainSettings, model: WAVTransformer, memory_frame
         model: in float32 or bfloat16; which of its parameters require a gradient is set here.
         memory_frames: frames of a window that lie before its future.
         action_dim: width of an action.
+        coupling: section ``coupling``; the video stage takes no notice.
 
     Raises:
         ConfigError: no such stage.
@@ -40,4 +47,4 @@ def build_objective(settings: TrainSettings, model: WAVTransformer, memory_frame
         raise ConfigError(f"training stage {settings.stage!r}: unknown; the stages are {', '.join(OBJECTIVES)}")
     module, name = OBJECTIVES[settings.stage]
     kind: type[Objective] = getattr(import_module(f"{__name__}.{module}"), name)
-    return kind(model, settings, memory_frames, action_dim)
+    return kind(model, settings, memory_frames, action_dim, coupling)

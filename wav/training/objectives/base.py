@@ -15,7 +15,7 @@ from wav.flow_matching import frame_timesteps, join_frames, mix, timesteps
 from wav.training.draws import Captions, Random, Roles, StepInputs, draw, drop_captions
 
 if TYPE_CHECKING:
-    from wav.config import TrainSettings
+    from wav.config import CouplingSettings, TrainSettings
     from wav.model import WAVTransformer
 
 
@@ -30,10 +30,19 @@ class Objective(nn.Module, ABC):
         settings: the stage's section.
         memory_frames: frames of a window that lie before its future.
         action_dim: width of an action, which stands in front of the state in an action token.
+        coupling: what value and action samples are shown of the truth.
     """
 
-    def __init__(self, model: WAVTransformer, settings: TrainSettings, memory_frames: int, action_dim: int) -> None:
+    def __init__(
+        self,
+        model: WAVTransformer,
+        settings: TrainSettings,
+        memory_frames: int,
+        action_dim: int,
+        coupling: CouplingSettings,
+    ) -> None:
         super().__init__()
+        self.coupling = coupling
         self.model = model
         self.settings: Any = settings  # a subclass reads the fields of its own stage's section
         self.memory_frames, self.action_dim = memory_frames, action_dim
@@ -67,7 +76,7 @@ class Objective(nn.Module, ABC):
             index: micro-batch counter over the run (decides the roles).
         """
         roles = self.roles(len(batch), index)
-        draws = draw(batch, roles, self.settings, random, has_value=self.model.has_value)
+        draws = draw(batch, roles, self.settings, self.coupling, random, has_value=self.model.has_value)
         if captions is not None and self.settings.caption_dropout > 0:
             drop = random.uniform("caption_dropout", (len(batch),)) < self.settings.caption_dropout
             batch = drop_captions(batch, drop, captions)

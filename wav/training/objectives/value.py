@@ -13,7 +13,10 @@ from wav.training.objectives.base import Objective, labelled_values
 
 
 class ValueObjective(Objective):
-    """Several draws of a sample's value trajectory share one video pass, whose input is what planning reads."""
+    """Several draws of a value trajectory share one video pass, whose input is what planning reads.
+
+    That is pure noise, or the true future at a level of section ``coupling``.
+    """
 
     def trained(self) -> Iterable[nn.Parameter]:
         """The value expert's."""
