@@ -15,7 +15,7 @@ from wav.codec import psnr
 from wav.data.encode import build_text_encoder, encode_store, fit_codec
 from wav.data.latents import LatentStore
 from wav.data.store import EpisodeStore
-from wav.io.files import write_json
+from wav.io.files import write_bytes, write_json
 
 PICTURED_FRAMES = 6
 
@@ -39,14 +39,14 @@ def picture(run: StageRun) -> None:
     latents = LatentStore.open(run.path("data/latents"), episodes)
     codec = latents.codec()
     rows = np.linspace(0, episodes.frames - 1, PICTURED_FRAMES).round().astype(int)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     pictures, quality = {}, {}
     for index, view in enumerate(run.settings.data.views):
         images = np.asarray(episodes.images(view, rows))
         decoded = codec.decode_frames(np.asarray(latents.image[rows, index]))
         quality[view] = round(float(psnr(decoded, images)), 3)
         pictures[view] = plots.reconstruction(images, decoded, f"{view}: frames and their reconstructions")
-        plots.write_png(folder / "pictures" / f"reconstruction-{view}.png", pictures[view])
+        write_bytes(folder / "pictures" / f"reconstruction-{view}.png", pictures[view])
     shape = [int(n) for n in latents.image.shape]
     metrics = {"frames": shape[0], "psnr_pictured": quality, "psnr": latents.psnr, "latent_shape": str(shape[1:])}
     write_json(folder / "metrics.json", metrics)

@@ -12,7 +12,7 @@ from flows.common import StageRun, finish, main, start, step
 from wav import plots
 from wav.data.store import EpisodeStore
 from wav.ingest import ingest as ingest_episodes
-from wav.io.files import write_json
+from wav.io.files import write_bytes, write_json
 
 STRIP_FRAMES = 8
 
@@ -44,7 +44,7 @@ def describe(run: StageRun) -> None:
         "rejected": len(store.rejected),
         "success_rate": round(float(np.mean([info.success for info in store.episodes])), 4),
     }
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for task_name in sorted({info.task for info in store.episodes}):
         index = next(i for i, info in enumerate(store.episodes) if info.task == task_name)
@@ -53,7 +53,7 @@ def describe(run: StageRun) -> None:
         rows = [[images[step] for step in steps] for images in episode.images.values()]
         labels = [f"step {step}" for step in steps]
         pictures[task_name] = plots.image_strip(rows, labels, f"{task_name}: {episode.instruction}")
-        plots.write_png(folder / "pictures" / f"{task_name}.png", pictures[task_name])
+        write_bytes(folder / "pictures" / f"{task_name}.png", pictures[task_name])
     write_json(folder / "metrics.json", metrics)
     publish_numbers("metrics", metrics, "demonstrations")
     rejected = [asdict(rejection) for rejection in store.rejected]

@@ -10,7 +10,7 @@ from flows.common import StageRun, finish, main, start, step
 from wav import plots
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
-from wav.io.files import write_json
+from wav.io.files import write_bytes, write_json
 from wav.rewards.label import label_store
 from wav.rewards.terms import episode_rewards
 
@@ -31,7 +31,7 @@ def plot(run: StageRun) -> None:
     """Plots of the terms (one episode per task) and of the returns over time."""
     episodes, folder = EpisodeStore.open(run.path("data/episodes")), run.path("reports/label_rewards")
     rewards = RewardStore.open(run.path("data/rewards"), episodes)
-    (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for task_name in sorted({info.task for info in episodes.episodes}):
         index = next(i for i, info in enumerate(episodes.episodes) if info.task == task_name)
@@ -41,7 +41,7 @@ def plot(run: StageRun) -> None:
     returns = [rewards.episode(i)[:, -1] for i in shown]
     pictures["returns"] = plots.returns_over_time(returns, "returns along the episodes")
     for name, image in pictures.items():
-        plots.write_png(folder / "pictures" / f"{name}.png", image)
+        write_bytes(folder / "pictures" / f"{name}.png", image)
     values = np.asarray(rewards.values)
     channels = [*rewards.names, "return"]
     metrics = {

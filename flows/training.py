@@ -5,9 +5,7 @@ The loop itself is :mod:`wav.training`; it runs in its own process group and upl
 
 from __future__ import annotations
 
-import csv
 import re
-from pathlib import Path
 from typing import Any
 
 from flows.artifacts import Progress, publish_images, publish_numbers, publish_objects
@@ -65,14 +63,6 @@ def train(run: StageRun) -> dict[str, Any]:
         return dict(launch(spec, on_line))
 
 
-def read_curve(path: Path) -> tuple[list[float], list[float]]:
-    """Steps and values of one dvclive table (its last column is the metric)."""
-    with path.open(newline="") as handle:
-        rows = list(csv.DictReader(handle, delimiter="\t"))
-    name = next(column for column in reversed(rows[0]) if column not in ("step", "timestamp")) if rows else ""
-    return [float(row["step"]) for row in rows], [float(row[name]) for row in rows]
-
-
 @step("publish curves")
 def publish(run: StageRun, metrics: dict[str, Any]) -> None:
     """Metrics, curves and the checkpoint's objects on the flow run."""
@@ -80,7 +70,7 @@ def publish(run: StageRun, metrics: dict[str, Any]) -> None:
     publish_numbers("metrics", metrics, f"{run.stage}: final metrics")
     pictures = {}
     for path in sorted((output / "plots").rglob("*.tsv")):
-        steps, values = read_curve(path)
+        steps, values = plots.read_curve(path)
         if len(steps) > 1:
             name = path.relative_to(output / "plots" / "metrics").with_suffix("").as_posix()
             pictures[name] = plots.curves({name: values}, steps, title=f"{run.stage}: {name}", xlabel="step")

@@ -11,6 +11,7 @@ import pytest
 
 from wav import plots
 from wav.errors import DataError
+from wav.io.files import write_bytes
 from wav.rewards.terms import RewardTerms
 
 
@@ -31,7 +32,8 @@ def test_every_plot_is_a_png(tmp_path: Path) -> None:
     strip = plots.image_strip([images[:3], images[3:6]], ["a", "b", "c"], "strip", ["agentview", "wrist"])
     wide = plots.image_strip([images[:9], images[3:6]])
     assert size(wide)[1] > size(strip)[1]
-    path = plots.write_png(tmp_path / "new" / "strip.png", strip)
+    path = tmp_path / "new" / "strip.png"
+    write_bytes(path, strip)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert strip == plots.image_strip([images[:3], images[3:6]], ["a", "b", "c"], "strip", ["agentview", "wrist"])
 
@@ -46,3 +48,12 @@ def test_nothing_to_draw_is_an_error() -> None:
     for draw in (lambda: plots.curves({}), lambda: plots.image_strip([]), lambda: plots.returns_over_time([])):
         with pytest.raises(DataError, match="at least one"):
             draw()
+
+
+def test_curves_are_read_as_dvclive_writes_them(tmp_path):
+    path = tmp_path / "loss.tsv"
+    path.write_text("timestamp\tstep\tloss\n1\t0\t2.0\n2\t20\t1.5\n")
+    assert plots.read_curve(path) == ([0, 20], [2.0, 1.5])
+    path.write_text("step\tloss\n0\tmuch\n")
+    with pytest.raises(DataError, match=r"loss\.tsv: not a curve"):
+        plots.read_curve(path)

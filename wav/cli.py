@@ -20,8 +20,7 @@ from pathlib import Path
 from wav.config import DataSettings, Runtime, load_settings
 from wav.errors import SimulationError, exit_status
 from wav.local import adopt_local_services
-
-_VARIANTS = ("planned", "unplanned", "temperature")
+from wav.planning import VARIANTS
 
 
 def _say(line: str) -> None:
@@ -68,7 +67,7 @@ def _act_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--suite", default="tabletop", help="task suite (default: tabletop)")
     command.add_argument("--task", action="append", default=[], help="task, may be repeated (default: the export's)")
     command.add_argument("--episodes", type=_positive, default=2, help="episodes in all (default: 2)")
-    command.add_argument("--variant", choices=_VARIANTS, default="planned")
+    command.add_argument("--variant", choices=VARIANTS, default="planned")
     command.add_argument("--seed", type=int, default=7, help="seed of the policy's noise (default: 7)")
     command.add_argument("--execute-steps", type=_positive, default=8, help="actions executed per call (default: 8)")
     command.add_argument("--workers", type=_positive, help="simulator processes (default: WAV_WORKERS or the cores)")
@@ -131,7 +130,7 @@ def _libero_table_parser(commands: argparse._SubParsersAction[argparse.ArgumentP
     command.add_argument("--suite", action="append", default=[], help="may be repeated (default: all four)")
     command.add_argument("--task", action="append", default=[], help="a trial on one task (default: all ten)")
     command.add_argument("--episodes", type=_positive, default=50, help="initial states per task (default: 50)")
-    command.add_argument("--variant", action="append", default=[], choices=_VARIANTS, help="default: all three")
+    command.add_argument("--variant", action="append", default=[], choices=VARIANTS, help="default: all three")
     command.add_argument("--execute-steps", type=_positive, default=8, help="actions executed per call (default: 8)")
     command.add_argument("--batch-size", type=_positive, default=8, help="episodes planned together (default: 8)")
     command.add_argument(

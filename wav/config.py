@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from wav.config_errors import explain
 from wav.errors import ConfigError, exit_status
+from wav.planning import VARIANTS, Variant
 from wav.planning.scores import SCORES
 from wav.stages import stage as find_stage
 
@@ -307,7 +308,7 @@ class EvalLiberoSettings(Section):
     """Closed-loop evaluation (the suite evaluated is data.suite)."""
 
     episodes_per_task: int = Field(25, ge=1, le=50)
-    variants: tuple[Literal["planned", "unplanned", "temperature"], ...] = ("planned", "unplanned", "temperature")
+    variants: tuple[Variant, ...] = VARIANTS
     execute_steps: int = Field(8, ge=1, description="actions executed per policy call")
     batch_size: int = Field(8, ge=1, description="the one padded batch shape the policy is called with")
     budget: Literal["protocol", "reference"] = "protocol"

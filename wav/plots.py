@@ -5,6 +5,7 @@ Shared by flows, reports and evaluation: reward terms, returns over time, recons
 
 from __future__ import annotations
 
+import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,14 +24,6 @@ _DPI = 110
 _MAX_STRIP = 12
 
 
-def write_png(path: str | Path, png: bytes) -> Path:
-    """Write PNG bytes, making the folder; returns the path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png)
-    return path
-
-
 def _png(figure: Figure) -> bytes:
     """Render a figure."""
     buffer = io.BytesIO()
@@ -44,6 +37,22 @@ def _figure(width: float, height: float, title: str) -> Figure:
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
+
+
+def read_curve(path: Path) -> tuple[list[float], list[float]]:
+    """Steps and values of a dvclive TSV; the value is its last column.
+
+    Raises:
+        DataError: a row is not numbers.
+    """
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    try:
+        name = [key for key in rows[0] if key not in ("step", "timestamp")][-1] if rows else ""
+        steps = [float(row.get("step") or i) for i, row in enumerate(rows)]
+        return steps, [float(row[name]) for row in rows]
+    except (ValueError, TypeError, IndexError) as error:
+        raise DataError(f"{path}: not a curve ({error}); run the training stage again") from None
 
 
 def curves(

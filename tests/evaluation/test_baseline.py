@@ -19,7 +19,7 @@ from wav.errors import ConfigError
 from wav.evaluation import build_report, evaluate, held_out_values, metrics_table
 from wav.evaluation.act import act_episodes
 from wav.evaluation.evaluate import applicable
-from wav.planning.types import VARIANTS
+from wav.planning import VARIANTS
 from wav.policy.export import Checkpoint, export_policy, load_export, policy_from_stages
 from wav.policy.policy import Policy
 from wav.sim.registry import select_tasks

@@ -17,7 +17,6 @@ from wav.data.writer import EpisodeStoreWriter
 from wav.errors import DataError
 from wav.evaluation import build_report, evaluate, held_out_values
 from wav.evaluation.pictures import write_png
-from wav.evaluation.report import read_curve
 from wav.io.files import write_json
 
 
@@ -137,15 +136,6 @@ def test_text_from_data_cannot_become_markup(workspace, tmp_path):
     (tmp_path / "reports" / "eval").mkdir(parents=True)
     write_json(tmp_path / "reports" / "eval" / "metrics.json", metrics)
     assert "<script>" not in build_report(tmp_path).read_text()
-
-
-def test_curves_are_read_as_dvclive_writes_them(tmp_path):
-    path = tmp_path / "loss.tsv"
-    path.write_text("timestamp\tstep\tloss\n1\t0\t2.0\n2\t20\t1.5\n")
-    assert read_curve(path) == ([0, 20], [2.0, 1.5])
-    path.write_text("step\tloss\n0\tmuch\n")
-    with pytest.raises(DataError, match=r"loss\.tsv: not a curve"):
-        read_curve(path)
 
 
 def test_held_out_values_align_with_the_episode(tmp_path):

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from wav.config import PlannerSettings
 from wav.errors import CheckpointError, ConfigError
+from wav.planning import VARIANTS
 from wav.planning.planner import Planner, best
 from wav.planning.scores import SCORES, score
-from wav.planning.types import VARIANTS, Gaussian, NoiseShapes, Plan, Returns, RowKey, SeededNoise
+from wav.planning.types import Gaussian, NoiseShapes, Plan, Returns, RowKey, SeededNoise
 
 V, C, FF, H, W, A, CV, CA = 2, 3, 1, 2, 2, 6, 4, 5
 PATTERN = torch.tensor([1.0, -1.0]).repeat(A // 2)  # zero mean, unit standard deviation

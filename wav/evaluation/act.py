@@ -14,7 +14,7 @@ from wav.evaluation.evaluate import applicable, check_start
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Pool, Rollout, Scheduler
 from wav.io.files import read_json
-from wav.planning.types import Variant
+from wav.planning import Variant
 from wav.policy.export import load_export
 from wav.policy.policy import Policy
 from wav.sim.registry import LIBERO_SUITES, select_tasks

@@ -31,7 +31,7 @@ from wav.evaluation.protocol import (
 from wav.evaluation.records import EpisodeRecord, finished_record, record_path, summarise, write_record
 from wav.evaluation.rollout import Actor, Pool, Rollout, Scheduler
 from wav.io.files import write_json
-from wav.planning.types import Variant
+from wav.planning import Variant
 from wav.sim.env import Observation
 
 log = logging.getLogger(__name__)

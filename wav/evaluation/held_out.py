@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from wav.codec.base import psnr
 from wav.data.episode import Episode
 from wav.data.store import EpisodeStore
 from wav.data.windows import split_episodes
@@ -85,7 +86,7 @@ def held_out_values(
         decoded = policy.decode_future(output.future[0])
         current = np.stack([episode.images[view][step] for view in data.views])[:, None]
         copied = np.broadcast_to(current, real.shape)
-        frames.append({"psnr": pictures.psnr(real, decoded), "psnr_copy": pictures.psnr(real, copied)})
+        frames.append({"psnr": min(99.0, psnr(decoded, real)), "psnr_copy": min(99.0, psnr(copied, real))})
         if call in pictured:
             path = out / "predictions" / f"{data.suite}-{_ROW}-{episode.task}-step{step:03d}.png"
             pictures.write_png(path, pictures.prediction_grid(real, decoded), 96 * 2 * len(data.views))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from wav.errors import ServiceError
-from wav.io.files import atomic_file
+from wav.io.files import atomic_file, write_bytes
 
 Picture = NDArray[np.uint8]
 #: Encoders in order of preference (browsers play H.264; mpeg4 is always in FFmpeg).
@@ -93,12 +93,6 @@ def prediction_grid(real: NDArray[np.uint8], predicted: NDArray[np.uint8]) -> Pi
     return grid([list(row) for pair in zip(real, predicted, strict=True) for row in pair])
 
 
-def psnr(real: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio in dB on 0..255; 99 for identical pictures."""
-    error = float(np.mean((real.astype(np.float64) - other.astype(np.float64)) ** 2))
-    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
-
-
 def png_bytes(image: Picture, height: int = 0) -> bytes:
     """The picture as PNG, enlarged to at least ``height`` pixels."""
     buffer = io.BytesIO()
@@ -112,6 +106,4 @@ def write_png(path: Path, image: Picture, height: int = 0) -> None:
     Raises:
         StorageError: the disk is full.
     """
-    with atomic_file(path) as temporary:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(png_bytes(image, height))
+    write_bytes(path, png_bytes(image, height))

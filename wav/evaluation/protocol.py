@@ -21,7 +21,7 @@ from wav.data.conventions import Conventions
 from wav.errors import CheckpointError, ConfigError
 from wav.inference import native
 from wav.io.files import canonical_digest, sources_digest
-from wav.planning.types import Variant
+from wav.planning import Variant
 from wav.sim.env import TaskSpec
 from wav.sim.registry import select_tasks
 

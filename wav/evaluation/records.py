@@ -15,9 +15,9 @@ from wav.errors import DataError
 from wav.evaluation.intervals import paired_difference, wilson
 from wav.evaluation.protocol import EpisodeSpec
 from wav.io.files import read_json, write_json
+from wav.planning import VARIANTS
 
 _REMEDY = "remove the file to run the episode again"
-VARIANTS = ("planned", "unplanned", "temperature")
 #: Pairs of variants whose difference is reported.
 PAIRS = (("planned", "unplanned"), ("planned", "temperature"), ("temperature", "unplanned"))
 

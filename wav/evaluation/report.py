@@ -6,7 +6,6 @@ It is made from whatever lies in the workspace; a part that is not there is name
 from __future__ import annotations
 
 import base64
-import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from wav.errors import DataError
+from wav import plots
 from wav.evaluation import charts
-from wav.evaluation.records import VARIANTS, EpisodeRecord, columns, read_record
+from wav.evaluation.records import EpisodeRecord, columns, read_record
 from wav.io.files import read_json, write_text
+from wav.planning import VARIANTS
 from wav.stages import STAGES, TRAINING
 
 _MIME = {".png": "image/png", ".mp4": "video/mp4", ".svg": "image/svg+xml"}
@@ -227,7 +227,7 @@ def _training(page: Page, stage: str, folder: Path) -> None:
     for path in sorted((folder / "plots").rglob("*.tsv")):
         name = path.relative_to(folder / "plots").with_suffix("").as_posix().removeprefix("metrics/")
         if "loss" in name:
-            curves[name] = read_curve(path)
+            curves[name] = plots.read_curve(path)
     curves = {name: curve for name, curve in curves.items() if curve[0]}
     numbers = (
         read_json(folder / "metrics.json", f"run `dvc repro {stage}`") if (folder / "metrics.json").exists() else {}
@@ -238,22 +238,6 @@ def _training(page: Page, stage: str, folder: Path) -> None:
     chart = _chart(f"{stage}: losses", charts.training_curves(curves)) if curves else None
     shown = {key: _number(value) for key, value in numbers.items() if isinstance(value, int | float)}
     page.training.append({"stage": stage, "chart": chart, "numbers": shown})
-
-
-def read_curve(path: Path) -> tuple[list[float], list[float]]:
-    """Steps and values of a dvclive TSV; the value is its last column.
-
-    Raises:
-        DataError: a row is not numbers.
-    """
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
-    try:
-        name = [key for key in rows[0] if key not in ("step", "timestamp")][-1] if rows else ""
-        steps = [float(row.get("step") or i) for i, row in enumerate(rows)]
-        return steps, [float(row[name]) for row in rows]
-    except (ValueError, TypeError, IndexError) as error:
-        raise DataError(f"{path}: not a curve ({error}); run the training stage again") from None
 
 
 def _timings(page: Page, workspace: Path) -> None:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from wav.errors import SimulationError
 from wav.evaluation.protocol import EpisodeSpec
-from wav.planning.types import Variant
+from wav.planning import Variant
 from wav.sim.env import Observation
 
 log = logging.getLogger(__name__)

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from wav.inference import native
+from wav.planning import Variant
 from wav.planning.planner import Planner
-from wav.planning.types import Gaussian, Iteration, NoiseShapes, Plan, Returns, RowKey, SeededNoise, Variant
+from wav.planning.types import Gaussian, Iteration, NoiseShapes, Plan, Returns, RowKey, SeededNoise
 
 if TYPE_CHECKING:
     from wav.config import PlannerSettings

@@ -237,6 +237,17 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically, making its folder.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    with atomic_file(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+
+
 def read_json(path: str | Path, remedy: str) -> Any:
     """Read a JSON file.
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from wav.errors import CheckpointError, ConfigError
+from wav.planning import VARIANTS, Variant
 from wav.planning.scores import SCORES
-from wav.planning.types import VARIANTS, Gaussian, Iteration, Noise, Plan, PlannerModel, Returns, Variant
+from wav.planning.types import Gaussian, Iteration, Noise, Plan, PlannerModel, Returns
 
 if TYPE_CHECKING:
     from wav.config import PlannerSettings

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from wav.seeding import torch_generator
-
-Variant = Literal["planned", "unplanned", "temperature"]
-VARIANTS: tuple[Variant, ...] = ("planned", "unplanned", "temperature")
 
 #: (..., A, Cv) normalised value trajectories -> (..., A) returns in reward units.
 Returns = Callable[[Tensor], Tensor]

@@ -32,7 +32,8 @@ from wav.inference import lanes
 from wav.inference.adapter import noise_shapes
 from wav.inference.compiled import CompiledPlannerModel, planner_model
 from wav.io.files import canonical_digest, file_digest, read_json
-from wav.planning.types import VARIANTS, Iteration, Plan, RowKey, SeededNoise, Variant
+from wav.planning import VARIANTS, Variant
+from wav.planning.types import Iteration, Plan, RowKey, SeededNoise
 from wav.policy.parts import check_parts
 from wav.sim.env import Observation
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wav.evaluation.intervals import Rate, wilson
-from wav.planning.types import Variant
+from wav.planning import Variant
 
 #: The suites of the paper's Table 1, in its order, and the names of their columns.
 SUITES = {"libero_spatial": "Spatial", "libero_object": "Object", "libero_goal": "Goal", "libero_10": "Long"}

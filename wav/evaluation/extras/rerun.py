@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any
 
 from wav.config import PlannerSettings
 from wav.data.conventions import Conventions
@@ -28,7 +28,7 @@ from wav.evaluation.protocol import (
 from wav.evaluation.records import EpisodeRecord, read_record
 from wav.evaluation.rollout import Rollout, Scheduler
 from wav.io.files import read_json
-from wav.planning.types import Variant
+from wav.planning import VARIANTS
 from wav.policy.export import verify_export
 from wav.policy.policy import Policy
 
@@ -143,7 +143,7 @@ def _asked(record: EpisodeRecord, path: Path) -> tuple[EpisodeSpec, PlannerSetti
     try:
         planner = PlannerSettings.model_validate(record.planner)
         size, place = (int(number) for number in record.batch)
-        if record.variant not in get_args(Variant) or not 0 <= place < size or record.execute_steps < 1:
+        if record.variant not in VARIANTS or not 0 <= place < size or record.execute_steps < 1:
             raise ValueError(f"variant {record.variant!r}, batch {record.batch}, {record.execute_steps} steps")
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -152,7 +152,7 @@ def _asked(record: EpisodeRecord, path: Path) -> tuple[EpisodeSpec, PlannerSetti
         suite=record.suite,
         task=record.task,
         init_index=record.init_index,
-        variant=cast("Variant", record.variant),
+        variant=record.variant,
         instructed=record.instructed,
         instruction=record.instruction,
         max_steps=record.max_steps,

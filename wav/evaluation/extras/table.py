@@ -26,7 +26,7 @@ from wav.evaluation.intervals import Rate, independent_difference, wilson
 from wav.evaluation.start import check_all, own_store
 from wav.evaluation.verdict import refuse_failed
 from wav.io.files import read_json, write_json, write_text
-from wav.planning.types import VARIANTS
+from wav.planning import VARIANTS
 from wav.policy.export import verify_export
 from wav.policy.policy import Policy
 from wav.sim.registry import LIBERO_SUITES, simulator_versions
