@@ -1,7 +1,7 @@
 # make repro: install, start the local services, run the whole pipeline, say where to look.   make help: the rest.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install check-system repro libero libero-table test check-long check-gpu lint format up down status ui deploy worker clean-workspace
+.PHONY: help install check-system repro libero libero-table test quick check-long check-gpu lint format up down status ui deploy worker clean-workspace
 
 PRESET ?=
 VENV := .venv
@@ -65,8 +65,15 @@ libero: check-system $(VENV)/.installed-libero ## LIBERO's simulator; then: wav 
 libero-table: $(VENV)/.installed-libero ## an export over LIBERO's four suites, beside the published figures
 	@wav libero-table $(or $(EXPORT),export) $(addprefix --suite ,$(SUITES)) --episodes $(or $(EPISODES),50) $(ARGS)
 
+# One thread per process of tests, a file of tests in one process. JOBS=n: another number of processes.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: check-system $(VENV)/.installed-test ## what the tests need, then the tests (with the smoke pipeline)
-	@$(BEAT) 'pytest' -- python -m pytest -m 'not long'
+	@$(BEAT) 'pytest' -- env $(PYTEST) -m 'not long'
+
+quick: $(VENV)/.installed-test ## tests that need no simulator and no server, in about a minute
+	@env $(PYTEST) -m 'not long and not smoke and not simulator and not services'
 
 check-long: check-system $(VENV)/.installed-test ## the slow checks; KILLS=n: n seeds of every kill
 	@$(BEAT) 'pytest' -- python -m pytest -m long --record benchmarks/results/check-long.json

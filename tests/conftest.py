@@ -28,26 +28,39 @@ class S3Server:
     bucket: str
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what `make quick` leaves out, and begin with the pipeline, which takes longest.
+
+    Tests in a folder ``sim`` are of the simulators and those with the S3 server need services; other modules that start
+    either say so with ``pytestmark``.
+    """
+    for item in items:
+        if "sim" in item.path.parts:
+            item.add_marker(pytest.mark.simulator)
+        if "s3_server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.services)
+    items.sort(key=lambda item: item.get_closest_marker("smoke") is None)
+
+
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free, as are the gRPC ports 10000 above them."""
+    """Ports that are free, as are the gRPC ports 10000 above them.
+
+    Below the range that the system gives out by itself, and other ones for each process of pytest-xdist.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+    first = 12000 + 1000 * worker + os.getpid() % 900
     found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as probe, socket.socket() as grpc:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-            if port > 50000 or port in found:
-                port = 20000 + (port * 7919 + len(found)) % 30000
+    for port in range(first, first + 100):
+        with socket.socket() as http, socket.socket() as grpc:
             try:
+                http.bind(("127.0.0.1", port))
                 grpc.bind(("127.0.0.1", port + 10000))
             except OSError:
                 continue
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
         found.append(port)
-    return found
+        if len(found) == count:
+            return found
+    pytest.fail(f"ports {first} to {first + 99}: too few of them are free")
 
 
 @pytest.fixture(scope="session")

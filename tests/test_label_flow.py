@@ -23,6 +23,8 @@ from wav.rewards.label import label_store, value_channels
 from wav.rewards.terms import episode_rewards
 from wav.sim.demonstrations import record_demonstration
 
+pytestmark = pytest.mark.simulator
+
 DATA = DataSettings(image_height=32, image_width=32)
 SETTINGS = Settings(data=DATA)
 

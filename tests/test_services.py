@@ -23,6 +23,8 @@ from wav.errors import ConfigError, ServiceError
 from wav.local import adopt_local_services, read_env
 from wav.sim.libero import assets as libero_assets
 
+pytestmark = pytest.mark.services
+
 PROJECT = Path(__file__).resolve().parents[1]
 
 

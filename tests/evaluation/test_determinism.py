@@ -23,6 +23,8 @@ from wav.evaluation.rollout import Scheduler
 from wav.sim.registry import task_specs
 from wav.sim.workers import SimPool
 
+pytestmark = pytest.mark.simulator
+
 ROOT = Path(__file__).parents[2]
 KIT = Path(os.environ.get("WAV_LIBERO_ASSETS") or ROOT.parent / "shared" / "libero-assets")
 needs_assets = pytest.mark.skipif(

@@ -20,6 +20,8 @@ from wav.sim.env import Observation
 from wav.sim.replay import ReplayStart, body_poses, replay_episode, state_errors
 from wav.sim.workers import SimReply
 
+pytestmark = pytest.mark.simulator
+
 DATA = DataSettings(image_height=32, image_width=32, tasks=("lift_red_cube",))
 INGEST = IngestSettings(detour=0.5, seed=3)
 

@@ -21,6 +21,8 @@ from wav.policy.policy import Policy
 from wav.sim.registry import select_tasks
 from wav.sim.workers import SimPool
 
+pytestmark = pytest.mark.simulator
+
 EPISODES = {"episodes_per_task": 1, "variants": ("planned",), "batch_size": 3, "swapped_episodes": 0, "videos": 0}
 
 

@@ -22,6 +22,8 @@ from wav.policy.export import export_policy, policy_from_stages
 from wav.sim.libero import assets as libero_assets
 from wav.sim.registry import select_tasks
 
+pytestmark = pytest.mark.simulator
+
 HEADING = {
     "export": "export",
     "name": "wav-test",

@@ -19,6 +19,8 @@ from wav.inference.adapter import WAVPlannerModel
 from wav.planning.planner import Planner
 from wav.policy.policy import Policy
 
+pytestmark = pytest.mark.simulator
+
 needs_kernels = pytest.mark.skipif(not native.available(), reason="no C compiler, or WAV_NATIVE=0")
 
 

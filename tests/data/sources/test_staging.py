@@ -15,6 +15,8 @@ from wav.data.store import EpisodeStore
 from wav.errors import DataError
 from wav.ingest import ingest
 
+pytestmark = pytest.mark.simulator
+
 DEMO = 12 * 2 * 32 * 32 * 3
 
 

@@ -20,7 +20,7 @@ RUN = "training/pretrain_video/key"
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.services)])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     """Four checkpoints of a run, its weights, and an upload that was cut off."""
     if request.param == "file":

@@ -13,7 +13,7 @@ from wav.errors import ConfigError, StorageError
 from wav.io.storage import ObjectStore, open_store
 
 
-@pytest.fixture(params=["file", "s3"])
+@pytest.fixture(params=["file", pytest.param("s3", marks=pytest.mark.services)])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> ObjectStore:
     if request.param == "file":
         return open_store((tmp_path / "store").as_uri())
