@@ -28,7 +28,7 @@ from benchmarks.counting import machine, write_result
 from benchmarks.fitting import fit_exponent
 from tests.data.sources.datasets import lerobot_dataset, libero_episodes
 from wav.config import DataSettings, EncodeSettings, IngestSettings, LabelRewardsSettings
-from wav.data.encode import build_text_encoder, encode_store, fit_codec
+from wav.data.encode import build_text_encoder, codec_of, encode_store, fit_codec
 from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
@@ -166,7 +166,7 @@ def compare(root: Path, batch: int) -> dict[str, Any]:
     episodes = EpisodeStore.open(root / "episodes")
     latents, rewards = LatentStore.open(root / "latents", episodes), RewardStore.open(root / "rewards", episodes)
     windows = WindowDataset(episodes, latents, rewards, DATA, "train", 0.0)
-    sampler, decoded, codec = BatchSampler(len(windows), batch, 0), Decoded(root / "dataset"), latents.codec()
+    sampler, decoded, codec = BatchSampler(len(windows), batch, 0), Decoded(root / "dataset"), codec_of(latents)
     offsets = episodes.offsets
 
     def clip_rows(row: int) -> list[int]:

@@ -12,7 +12,7 @@ from flows.artifacts import Progress, publish_images, publish_numbers
 from flows.common import StageRun, finish, main, start, step
 from wav import plots
 from wav.codec import psnr
-from wav.data.encode import build_text_encoder, encode_store, fit_codec
+from wav.data.encode import build_text_encoder, codec_of, encode_store, fit_codec
 from wav.data.latents import LatentStore
 from wav.data.store import EpisodeStore
 from wav.io.files import write_bytes, write_json
@@ -37,7 +37,7 @@ def picture(run: StageRun) -> None:
     """Reconstruction quality (PSNR, dB) of held frames, in numbers and pictures."""
     episodes, folder = EpisodeStore.open(run.path("data/episodes")), run.path("reports/encode")
     latents = LatentStore.open(run.path("data/latents"), episodes)
-    codec = latents.codec()
+    codec = codec_of(latents)
     rows = np.linspace(0, episodes.frames - 1, PICTURED_FRAMES).round().astype(int)
     folder.mkdir(parents=True, exist_ok=True)
     pictures, quality = {}, {}

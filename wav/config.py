@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from wav.config_errors import explain
+from wav.data.sources import SOURCES
 from wav.errors import ConfigError, exit_status
 from wav.planning import VARIANTS, Variant
 from wav.planning.scores import SCORES
@@ -75,7 +76,7 @@ class ModelSettings(Section):
 class IngestSettings(Section):
     """Where demonstrations come from."""
 
-    source: Literal["scripted", "libero_hdf5", "lerobot"] = "scripted"
+    source: str = Field("scripted", description=", ".join(SOURCES))
     path: str = Field("", description="folder of the dataset (libero_hdf5, lerobot)")
     episodes_per_task: int = Field(60, ge=1)
     first_index: int = Field(1000, ge=1000, description="first demonstration's initial state; 0-49 are evaluation's")
@@ -105,6 +106,12 @@ class IngestSettings(Section):
         "", description="libero_hdf5: frame t was recorded before or after action t; empty: as the states show"
     )
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _known_source(self) -> IngestSettings:
+        if self.source not in SOURCES:
+            raise ValueError(f"source = {self.source!r}: unknown; use one of {', '.join(SOURCES)}")
+        return self
 
 
 class LabelRewardsSettings(Section):

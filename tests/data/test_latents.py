@@ -10,7 +10,7 @@ import pytest
 
 from wav.codec import PCACodec, psnr
 from wav.config import EncodeSettings
-from wav.data.encode import build_text_encoder, encode_store, fit_codec
+from wav.data.encode import build_text_encoder, codec_of, encode_store, fit_codec, text_encoder_of
 from wav.data.latents import LatentStore
 from wav.data.windows import WindowDataset
 from wav.errors import ConfigError, DataError
@@ -76,9 +76,9 @@ def test_chunks_do_not_change_the_latents(store, data, parts, tmp_path: Path, mo
 
 def test_codec_and_text_encoder_come_back(store, data, parts, tmp_path: Path) -> None:
     latents = encode_store(store, *parts, data, tmp_path / "latents")
-    assert latents.codec().digest == parts[0].digest
-    assert latents.text_encoder().digest == parts[1].digest
-    np.testing.assert_array_equal(latents.text_encoder().encode([""])[0][0], latents.text[0])
+    assert codec_of(latents).digest == parts[0].digest
+    assert text_encoder_of(latents).digest == parts[1].digest
+    np.testing.assert_array_equal(text_encoder_of(latents).encode([""])[0][0], latents.text[0])
 
 
 def test_windows_accept_the_store(store, data, parts, tmp_path: Path) -> None:

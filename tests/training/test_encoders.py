@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from wav.codec import PCACodec
+from wav.data.encode import codec_of, text_encoder_of
 from wav.data.windows import BatchSampler
 from wav.errors import DataError
 from wav.text import TextEncoder
@@ -25,9 +26,9 @@ def test_no_encoder_is_loaded(spec_of, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = inputs.train.at(BatchSampler(len(inputs.train), 4, seed=0), 0)
     assert initial_model(spec, inputs).config.caption_channels == batch.text.shape[-1]
     with pytest.raises(AssertionError, match="loaded an encoder"):
-        inputs.latents.text_encoder()
+        text_encoder_of(inputs.latents)
     with pytest.raises(DataError, match="loaded an encoder"):
-        inputs.latents.codec()
+        codec_of(inputs.latents)
 
 
 def test_missing_value_labels_are_an_error_not_zeros(spec_of, tmp_path) -> None:

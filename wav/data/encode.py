@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from wav.codec import Codec, PCACodec, psnr
-from wav.data.latents import FORMAT, VERSION, FrameGrid, LatentStore
+from wav.codec import Codec, PCACodec, load_codec, psnr
+from wav.data.latents import FORMAT, REMEDY, VERSION, FrameGrid, LatentStore
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError
 from wav.io.arrays import ArrayWriter
@@ -218,3 +218,21 @@ def _future_rows(episodes: EpisodeStore, rows: NDArray[np.int64], grid: FrameGri
     last = episodes.offsets[np.searchsorted(episodes.offsets, rows, side="right")] - 1
     steps = rows[:, None] + grid.stride * np.arange(1, grid.future_frames + 1)
     return np.asarray(np.minimum(steps, last[:, None]))
+
+
+def codec_of(latents: LatentStore) -> Codec:
+    """The codec that made the latents; DataError where the saved one is another."""
+    folder = latents.path / "codec"
+    codec = load_codec(folder)
+    if codec.digest != latents.codec_digest:
+        raise DataError(f"{folder}: is not the codec that made the latents; {REMEDY}")
+    return codec
+
+
+def text_encoder_of(latents: LatentStore) -> TextEncoder:
+    """The text encoder that made the embeddings; DataError where the saved one is another."""
+    folder = latents.path / "text_encoder"
+    encoder = TextEncoder.from_pretrained(folder, latents.text_tokens)
+    if encoder.digest != latents.text_digest:
+        raise DataError(f"{folder}: is not the encoder that made the embeddings; {REMEDY}")
+    return encoder

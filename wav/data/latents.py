@@ -1,7 +1,8 @@
 """The latent store: every frame, every window's future clip and every instruction, encoded once.
 
-Training reads only this and the small arrays of the episode store; VAE and T5 are never loaded there
-(:mod:`wav.data.encode` makes the store). Rows follow the episode store's concatenated frame order. Layout::
+Training reads only this and the small arrays of the episode store; codec and T5 are never loaded there
+(:mod:`wav.data.encode` makes the store, and opens what made it). Rows follow the episode store's concatenated frame
+order. Layout of the folder::
 
     manifest.json    format version; digests of episodes, codec and text encoder; frame grid; size and SHA-256 per file
     image.npy        (N, V, C, h, w) float32: each frame as a single image (memory)
@@ -116,24 +117,6 @@ class LatentStore:
         if instruction not in self.instructions:
             raise DataError(f"{self.path}: instruction {instruction!r} was not encoded; {REMEDY}")
         return self.instructions.index(instruction)
-
-    def codec(self) -> Codec:
-        """The codec that made the latents; DataError where the saved one is another."""
-        from wav.codec import load_codec  # training opens the store without any codec
-
-        codec = load_codec(self.path / "codec")
-        if codec.digest != self.codec_digest:
-            raise DataError(f"{self.path / 'codec'}: is not the codec that made the latents; {REMEDY}")
-        return codec
-
-    def text_encoder(self, device: str = "cpu") -> TextEncoder:
-        """The text encoder that made the embeddings; DataError where the saved one is another."""
-        from wav.text import TextEncoder
-
-        encoder = TextEncoder.from_pretrained(self.path / "text_encoder", self.text_tokens, device=device)
-        if encoder.digest != self.text_digest:
-            raise DataError(f"{self.path / 'text_encoder'}: is not the encoder that made the embeddings; {REMEDY}")
-        return encoder
 
     def verify(self) -> None:
         """Compare every file's content with the manifest's SHA-256; DataError names the first that differs."""

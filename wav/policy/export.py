@@ -19,6 +19,7 @@ import torch
 import wav
 from wav.config import DataSettings, ExportSettings, ModelSettings, PlannerSettings
 from wav.data.conventions import Conventions
+from wav.data.encode import codec_of, text_encoder_of
 from wav.data.latents import LatentStore
 from wav.data.statistics import Statistics
 from wav.errors import CheckpointError, DataError
@@ -140,8 +141,8 @@ def policy_from_stages(
     conventions = Conventions.from_json(read_json(joint / "conventions.json", "run `dvc repro`"), str(joint))
     policy = Policy(
         load_model(joint / "model"),
-        store.codec(),
-        store.text_encoder(),
+        codec_of(store),
+        text_encoder_of(store),
         statistics,
         conventions,
         data,
