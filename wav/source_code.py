@@ -51,9 +51,9 @@ def stage_modules(name: str) -> tuple[str, ...]:
     return modules(row.entries, tuple(module.replace(".", "/") for module in row.unused))
 
 
-def stage_digests(name: str, below: str = "") -> dict[str, str]:
-    """File -> digest of its code for every file of :func:`stage_modules` whose path begins with ``below``."""
-    return {path: code_digest(_root() / path) for path in stage_modules(name) if path.startswith(below)}
+def digests(files: Iterable[str]) -> dict[str, str]:
+    """File -> digest of its code, for files as :func:`stage_modules` and :func:`modules` name them."""
+    return {path: code_digest(_root() / path) for path in files}
 
 
 @cache

@@ -106,7 +106,7 @@ def _training(name: str, makes: str, training: Training, unused: tuple[str, ...]
         kept=tuple(f"{training.folder}/{file}" for file in ("model", "plots", *_CHECKPOINT, *values)),
         metrics=f"{training.folder}/metrics.json",
         modules=("wav.training.loop",),
-        unused=unused,
+        unused=("wav.codec", "wav.text", *unused),  # encoders of the latents, which are not loaded
         training=training,
     )
 
@@ -140,18 +140,18 @@ _TABLE = (
     _training(
         "pretrain_video",
         "the video expert (training stage 1)",
-        Training("wav.training.objectives:StageModule", "models/video"),
+        Training("wav.training.objectives.video:VideoObjective", "models/video"),
         unused=("wav.data.reward_store",),
     ),
     _training(
         "train_value",
         "the value expert on frozen video features (training stage 2)",
-        Training("wav.training.objectives:StageModule", "models/value", "models/video"),
+        Training("wav.training.objectives.value:ValueObjective", "models/value", "models/video"),
     ),
     _training(
         "train_joint",
         "video, value and action together (training stage 3)",
-        Training("wav.training.objectives:StageModule", "models/joint", "models/value"),
+        Training("wav.training.objectives.joint:JointObjective", "models/joint", "models/value"),
     ),
     Stage(
         "eval_libero",
@@ -245,10 +245,10 @@ def dvc_yaml() -> str:
 
 def write_code(workspace: Path) -> Iterator[str]:
     """Write each stage's ``reports/code/STAGE.json`` in ``workspace``; yields a line per stage whose code changed."""
-    from wav.source_code import stage_digests
+    from wav.source_code import digests, stage_modules
 
     for row in STAGES.values():
-        path, found = workspace / row.code, stage_digests(row.name)
+        path, found = workspace / row.code, digests(stage_modules(row.name))
         text = json.dumps(found, indent=1) + "\n"
         if not path.is_file() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)

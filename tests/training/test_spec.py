@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,8 +48,38 @@ def test_key_follows_the_inputs_and_the_code(spec_of, tmp_path: Path, monkeypatc
     (other / "manifest.json").write_text("{}")
     make = {"store": "file:///x", "device": "cpu"}
     assert make_spec("pretrain_video", settings(), replace(spec.paths, latents=other), **make).key != spec.key
-    monkeypatch.setattr("wav.training.spec.code_digest", lambda: "other code")
+    monkeypatch.setattr("wav.training.spec.code_digest", lambda stage: "other code")
     assert spec_of().key != spec.key
+
+
+def codes(project: Path) -> dict[str, str]:
+    """Digest of every stage's code in a copy of the project."""
+    text = "import json; from wav.stages import TRAINING; from wav.training.spec import code_digest; "
+    text += "print(json.dumps({stage: code_digest(stage) for stage in TRAINING}))"
+    done = subprocess.run([sys.executable, "-c", text], cwd=project, env={**os.environ, "PYTHONPATH": str(project)},
+                          capture_output=True, text=True, check=True)  # fmt: skip
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def test_an_interrupted_run_survives_edits_that_decide_nothing(tmp_path: Path) -> None:
+    """A comment in a training file, an inference, reader, reward or reporting file do not change a run's key."""
+    root = Path(__file__).parents[2]
+    shutil.copytree(root / "wav", tmp_path / "wav", ignore=shutil.ignore_patterns("__pycache__"))
+
+    def edit(name: str, text: str) -> None:
+        with (tmp_path / "wav" / name).open("a") as file:
+            file.write(text)
+
+    before = codes(tmp_path)
+    edit("training/step.py", "# a comment\n")
+    for name in ("training/record.py", "training/loop.py", "planning/planner.py", "rewards/terms.py", "codec/pca.py"):
+        edit(name, "EDITED = 1\n")
+    assert codes(tmp_path) == before
+    edit("training/objectives/joint.py", "EDITED = 1\n")
+    assert {stage for stage, code in codes(tmp_path).items() if code != before[stage]} == {"train_joint"}
+    edit("model/layers.py", "EDITED = 1\n")
+    assert not set(codes(tmp_path).values()) & set(before.values())
 
 
 def test_only_the_stage_s_sections_are_read(spec_of, workspace: Path, tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def check_node(spec: TrainSpec) -> None:
             f"WORLD_SIZE = {ranks}: {spec.stage} has {spec.train.nodes} nodes of {spec.train.ranks} ranks; "
             f"start {wanted}"
         )
-    if spec.code != code_digest():
+    if spec.code != code_digest(spec.stage):
         raise ConfigError(f"{socket.gethostname()}: its code is not that of the run; update it")
 
 

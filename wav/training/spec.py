@@ -21,9 +21,11 @@ from wav.config import (
     TrainValueSettings,
 )
 from wav.errors import ConfigError, DataError
-from wav.io.files import canonical_digest, file_digest, read_json, sources_digest
+from wav.io.files import canonical_digest, file_digest, read_json
+from wav.source_code import digests, modules
+from wav.stages import STAGES, TRAINING
 
-STAGES: dict[str, type[TrainSettings]] = {
+SETTINGS: dict[str, type[TrainSettings]] = {
     "pretrain_video": PretrainVideoSettings,
     "train_value": TrainValueSettings,
     "train_joint": TrainJointSettings,
@@ -36,8 +38,11 @@ WATCHING = frozenset(
 #: (:mod:`wav.training.universal`), and a finished run is not repeated because a machine has more GPUs. Each rank draws
 #: its own noise, so runs on one and on two ranks from the start are two equally good samples, not bit-equal.
 LAYOUT = frozenset({"ranks", "nodes", "zero_stage"})
-#: Sources below ``wav/`` whose change makes another run.
-SOURCES = ("model", "training", "data", "flow_matching.py", "seeding.py")
+#: Modules that, with the stage's objective and all that they import, decide what a run computes. Those that watch, keep
+#: and report it are not among them, so that a run which was broken off survives an edit of theirs.
+DECIDING = tuple(f"wav.training.{name}" for name in ("ema", "engine", "inputs", "prefetch", "step"))
+#: What these name that decides nothing: files and hashes of what the inputs' digests stand for, and this module.
+READING = ("wav/hub", "wav/io", "wav/training/spec")
 CHECKPOINT_FILE = "checkpoint.json"
 
 
@@ -107,7 +112,7 @@ class TrainSpec:
                     **raw,
                     "data": DataSettings(**raw["data"]),
                     "model": ModelSettings(**raw["model"]),
-                    "train": STAGES[raw["stage"]](**raw["train"]),
+                    "train": SETTINGS[raw["stage"]](**raw["train"]),
                     "coupling": CouplingSettings(**raw["coupling"]),
                     "paths": TrainPaths(**paths),
                 }
@@ -160,8 +165,8 @@ def make_spec(
         DataError: an input folder is missing or incomplete.
         CheckpointError, ServiceError: ``model.init_from`` names no weights, or a hub id that was not fetched.
     """
-    if stage not in STAGES:
-        raise ConfigError(f"training stage {stage!r}: unknown; the stages are {', '.join(STAGES)}")
+    if stage not in SETTINGS:
+        raise ConfigError(f"training stage {stage!r}: unknown; the stages are {', '.join(SETTINGS)}")
     train: TrainSettings = getattr(settings, stage)
     if stage != "pretrain_video" and paths.init is None:
         raise ConfigError(f"{stage}: paths.init is not set; give it the previous stage's output folder")
@@ -170,7 +175,7 @@ def make_spec(
     coupling = settings.coupling if paths.init is not None else CouplingSettings()
     common = (settings.data, settings.model, train, coupling, paths)
     spec = TrainSpec(stage, *common, store, endpoint, region, device, threads, {}, "", "")
-    inputs, code = input_digests(paths), code_digest()
+    inputs, code = input_digests(paths), code_digest(stage)
     if stage == "pretrain_video" and spec.model.init_from:
         from wav.model.loading import weights_digest  # slow import
 
@@ -211,6 +216,8 @@ def read_checkpoint_file(folder: Path) -> dict[str, str]:
     return raw
 
 
-def code_digest() -> str:
-    """Digest of the sources that decide what training computes (:data:`SOURCES`)."""
-    return sources_digest(SOURCES)
+def code_digest(stage: str) -> str:
+    """Digest of the code, without comments, of the modules that decide what a training stage computes."""
+    objective = TRAINING[stage].objective.partition(":")[0]
+    unused = (module.replace(".", "/") for module in STAGES[stage].unused)
+    return canonical_digest(digests(modules((objective, *DECIDING), (*READING, *unused))))

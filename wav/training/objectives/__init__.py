@@ -1,7 +1,7 @@
 """What the training stages minimise, one class in one file each: who trains, who plays which role, and the loss.
 
 All use flow matching: x_s = (1 - s) x1 + s x0 with data x1 and noise x0, and the target v = x0 - x1. Another stage is
-a file with a subclass of :class:`wav.training.objectives.base.Objective` and a line in :data:`OBJECTIVES`.
+a file with a subclass of :class:`wav.training.objectives.base.Objective`, which its row in :mod:`wav.stages` names.
 """
 
 from __future__ import annotations
@@ -10,18 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from wav.errors import ConfigError
+from wav.stages import TRAINING
 
 if TYPE_CHECKING:
     from wav.config import CouplingSettings, TrainSettings
     from wav.model import WAVTransformer
     from wav.training.objectives.base import Objective
-
-#: stage -> (file of this folder, class). By name, so that the code of one stage does not depend on another stage's.
-OBJECTIVES = {
-    "pretrain_video": ("video", "VideoObjective"),
-    "train_value": ("value", "ValueObjective"),
-    "train_joint": ("joint", "JointObjective"),
-}
 
 
 def build_objective(
@@ -43,8 +37,8 @@ def build_objective(
     Raises:
         ConfigError: no such stage.
     """
-    if settings.stage not in OBJECTIVES:
-        raise ConfigError(f"training stage {settings.stage!r}: unknown; the stages are {', '.join(OBJECTIVES)}")
-    module, name = OBJECTIVES[settings.stage]
-    kind: type[Objective] = getattr(import_module(f"{__name__}.{module}"), name)
+    if settings.stage not in TRAINING:
+        raise ConfigError(f"training stage {settings.stage!r}: unknown; the stages are {', '.join(TRAINING)}")
+    module, _, name = TRAINING[settings.stage].objective.partition(":")
+    kind: type[Objective] = getattr(import_module(module), name)  # by name: no stage's code depends on another's
     return kind(model, settings, memory_frames, action_dim, coupling)
