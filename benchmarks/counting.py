@@ -81,16 +81,18 @@ class Counted(TorchDispatchMode):
 
 def matrix_peak(size: int = 1024, seconds: float = 1.0) -> float:
     """Best measured FLOP/s of a float32 matrix product on this many threads."""
-    from wav.inference.products import Product
+    from wav.inference.cpu.kernels import CpuOperations, available
+    from wav.inference.fused import Operations
 
     linear, x = torch.nn.Linear(size, size), torch.randn(size, size)
+    ways = [Operations(), *([CpuOperations()] if available() else [])]
     best, end = math.inf, time.perf_counter() + seconds
     with torch.inference_mode():
-        product = Product(linear)
+        products = [way.product(linear) for way in ways]
         while time.perf_counter() < end:
-            for run in (product, linear):
+            for way, product in zip(ways, products, strict=True):
                 start = time.perf_counter()
-                run(x)
+                way.linear(x, product)
                 best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 

@@ -13,8 +13,8 @@ samples a second of the three stages on one GPU, plain beside ours. Instructions
 from __future__ import annotations
 
 import argparse
-import functools
 import math
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs without an install
 from baseline.planner import BaselinePlannerModel
 from counting import machine, write_result
 from projection import accounted
@@ -31,16 +33,17 @@ from train import DTYPES, STAGES, peak_memory
 from train import measure as measure_training
 from training_data import VaeEncoders, make_encoders
 
-from wav.inference.adapter import WAVPlannerModel, noise_shapes
-from wav.inference.compiled import planner_model
+from wav.inference.backends import noise_shapes
+from wav.inference.compiled import CompiledPlannerModel
+from wav.inference.torch import TorchPlannerModel
 from wav.model import accounting, build_model
 from wav.planning.planner import Planner
 from wav.planning.types import RowKey, SeededNoise
 
 SCHEDULES: dict[str, Any] = {
     "baseline": BaselinePlannerModel,
-    "ours": WAVPlannerModel,
-    "ours, compiled": functools.partial(planner_model, compile=True),
+    "torch": TorchPlannerModel,
+    "compiled": CompiledPlannerModel,
 }
 #: What presets/realtime.yaml changes of the planner; a test compares.
 REALTIME: dict[str, Any] = {"iterations": 1, "warm_start": True, "score_steps": 2}
@@ -124,7 +127,7 @@ def planning(sizes: Sizes, policies: dict[str, Policy], peak: float, calls: int)
     return {
         "ratios": {name: rows["baseline"]["p50"] / row["p50"] for name, row in rows.items() if name != "baseline"},
         "max_abs_diff": {
-            name: float((found - last["ours"]).abs().max()) for name, found in last.items() if name != "ours"
+            name: float((found - last["torch"]).abs().max()) for name, found in last.items() if name != "torch"
         },
         "tflop": operations / 1e12,
         "schedules": rows,
@@ -145,7 +148,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     changes: dict[str, dict[str, Any]] = {f"K={k}": {"iterations": k} for k in arguments.iterations}
     for name, change in (changes | {"realtime": REALTIME}).items():
         chosen = replace(sizes, planner=replace(sizes.planner, **change))
-        schedules = [s for s in SCHEDULES if not (arguments.no_compile and s == "ours, compiled")]
+        schedules = [s for s in SCHEDULES if not (arguments.no_compile and s == "compiled")]
         policies = {schedule: Policy(schedule, model, chosen, encoders, device) for schedule in schedules}
         result["planning"][name] = planning(chosen, policies, peak, arguments.calls)
         del policies
@@ -171,7 +174,7 @@ def show(result: dict[str, Any]) -> None:
         for schedule, ratio in row["ratios"].items():
             print(f"planning {name} baseline / {schedule} {ratio:.2f}")
         off = ", ".join(f"{schedule} {largest:.1e}" for schedule, largest in row["max_abs_diff"].items())
-        print(f"planning {name} actions differ from those of ours: {off}")
+        print(f"planning {name} actions differ from those of torch: {off}")
     for stage, row in result.get("training", {}).get("stages", {}).items():
         rates = ", ".join(f"{n} {r['samples_per_second']:.1f}" for n, r in row["schedules"].items())
         print(f"training {stage}: samples/s {rates}; ratio {row['ratio']:.2f}")

@@ -24,8 +24,8 @@ from fitting import fit_exponent
 from sizes import SIZES, Sizes
 from torch.profiler import ProfilerActivity, profile
 
-from wav.inference import native
-from wav.inference.adapter import WAVPlannerModel, noise_shapes
+from wav.inference.backends import noise_shapes, planner_model
+from wav.inference.cpu.kernels import description
 from wav.model.transformer import WAVTransformer
 from wav.planning.planner import Planner
 from wav.planning.types import RowKey, SeededNoise
@@ -57,7 +57,7 @@ NOTES = {
 }
 
 
-def make(sizes: Sizes) -> WAVPlannerModel:
+def make(sizes: Sizes) -> Any:
     """A model of random weights."""
     m = sizes.model
     model = WAVTransformer(
@@ -77,7 +77,7 @@ def make(sizes: Sizes) -> WAVPlannerModel:
         value_num_attention_heads=m.value_heads,
         value_attention_head_dim=m.value_head_dim,
     ).eval()
-    return WAVPlannerModel(model, noise_shapes(model, sizes.views, sizes.grid, sizes.future, sizes.chunk))
+    return planner_model(model, noise_shapes(model, sizes.views, sizes.grid, sizes.future, sizes.chunk))
 
 
 def caller(sizes: Sizes) -> Callable[[], object]:
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--sweeps", nargs="*", choices=list(SWEEPS), default=list(SWEEPS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result: dict[str, Any] = {"machine": machine(), "threads": 1, "kernels": native.description(), "sweeps": {}}
+    result: dict[str, Any] = {"machine": machine(), "threads": 1, "kernels": description(), "sweeps": {}}
     print(f"{'':18}{'sizes':>14}{'seconds':>18}{'MB':>16}{'time ~':>8}{'memory ~':>10}{'FLOPs ~':>9}")
     for name in arguments.sweeps:
         found = result["sweeps"][name] = sweep(name, arguments.repeats)

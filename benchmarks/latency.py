@@ -1,4 +1,4 @@
-"""One robot's planning call on one thread and on several: kernels split over them, and candidates in lanes.
+"""One robot's planning call on one thread and on several, which share its candidates where the model is large enough.
 
 In turns in one process, by the clock, at the sizes of params.yaml and of ``benchmarks/plan.py``; text encoder and codec
 excluded. Bits have to be equal. Prints a table; ``--json FILE`` writes it::
@@ -18,27 +18,29 @@ from typing import Any
 
 import torch
 from counting import machine, write_result
-from sizes import SIZES, Model, Planner, Sizes
+from sizes import SIZES, Model, Sizes
+from sizes import Planner as PlannerSizes
 from torch import Tensor
 
-from wav.inference import lanes, native
-from wav.inference.adapter import WAVPlannerModel, noise_shapes
+from wav.inference.backends import noise_shapes, planner_model
+from wav.inference.cpu.kernels import description
+from wav.inference.threads import on_threads
 from wav.model import build_model
-from wav.planning.types import RowKey
+from wav.planning.planner import Planner
+from wav.planning.types import RowKey, SeededNoise
 
 #: The sizes of ``benchmarks/plan.py``.
 PLAN = replace(
     SIZES["default"],
     name="plan",
     model=Model(8, 4, 64, 4, 16, 4, 16),
-    planner=Planner(3, 8, 5, 7, 4),
+    planner=PlannerSizes(3, 8, 5, 7, 4),
     latent=32,
     memory=4,
     caption=256,
     text_tokens=32,
     chunk=36,
 )
-NEVER = 1 << 62  #: in place of :data:`wav.inference.lanes.WORTH`: candidates stay together
 
 
 class Robot:
@@ -48,7 +50,7 @@ class Robot:
         self.planner: Any = sizes.planner
         model: Any = build_model(sizes.model, sizes, sizes.latent, sizes.caption, sizes.value_channels)  # type: ignore[arg-type]
         shapes = noise_shapes(model, sizes.views, sizes.grid, sizes.future, sizes.chunk)
-        self.model = WAVPlannerModel(model.eval(), shapes)
+        self.model = planner_model(model.eval(), shapes)
         generator = torch.Generator().manual_seed(0)
         self.inputs = [
             torch.randn(1, *shape, generator=generator)
@@ -59,31 +61,28 @@ class Robot:
             )
         ]
 
-    def call(self, threads: int, worth: int) -> tuple[float, Tensor]:
+    def call(self, threads: int) -> tuple[float, Tensor]:
         """Seconds of a call, and its actions."""
         memory, text, history = self.inputs
-        kept, lanes.WORTH = lanes.WORTH, worth
-        try:
-            with torch.inference_mode(), native.on_threads(threads):
-                start = time.perf_counter()
-                context = self.model.begin(memory, text, None, history)
-                keys = [RowKey(0, "latency", 0)]
-                found = lanes.plan_rows(self.model, context, self.planner, keys, 1, lambda values: values[..., -1])
-                return time.perf_counter() - start, found.actions
-        finally:
-            lanes.WORTH = kept
+        torch.set_num_threads(threads)
+        with torch.inference_mode(), on_threads(self.model) as model:
+            start = time.perf_counter()
+            context = self.model.begin(memory, text, None, history)
+            noise = SeededNoise([RowKey(0, "latency", 0)])
+            found = Planner(model, self.planner, lambda values: values[..., -1]).plan(context, noise)
+            return time.perf_counter() - start, found.actions
 
 
 def measure(sizes: Sizes, threads: int, repeats: int) -> dict[str, Any]:
-    """Seconds of each way to use the threads, in turns."""
+    """Seconds on one thread and on all, in turns."""
     robot = Robot(sizes)
-    ways = {"one thread": (1, NEVER), "kernels split": (threads, NEVER), "as shipped": (threads, lanes.WORTH)}
+    ways = {"one thread": 1, "as shipped": threads}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    wanted = robot.call(*ways["one thread"])[1]
+    wanted = robot.call(1)[1]
     worst = 0.0
     for _ in range(repeats):
         for name, way in ways.items():
-            taken, actions = robot.call(*way)
+            taken, actions = robot.call(way)
             seconds[name].append(taken)
             worst = max(worst, float((actions - wanted).abs().max()))
     rows = {
@@ -91,7 +90,6 @@ def measure(sizes: Sizes, threads: int, repeats: int) -> dict[str, Any]:
     }
     return {
         "ratio": rows["one thread"]["seconds"] / rows["as shipped"]["seconds"],
-        "kernels_ratio": rows["one thread"]["seconds"] / rows["kernels split"]["seconds"],
         "max_abs_diff": worst,
         "ways": rows,
     }
@@ -116,7 +114,7 @@ def main() -> None:
         "ours_seconds": sum(row["ways"]["as shipped"]["seconds"] for row in found.values()),
         "sizes": found,
         "threads": arguments.threads,
-        "kernels": native.description(),
+        "kernels": description(),
         "machine": before,
         "load_after": machine()["load"],
     }

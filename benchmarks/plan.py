@@ -1,4 +1,4 @@
-"""One planning call on the baseline schedule (what the reference does) and on ours, alternating in one process.
+"""One planning call on the baseline schedule (what the reference does) and on our backends, in turns in one process.
 
 Same weights, same noise, one CPU thread; text encoder and codec excluded. Prints a table; ``--json FILE`` writes it:
 
@@ -11,7 +11,7 @@ import argparse
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from counting import Counted, machine, matrix_peak, write_result
 from torch import Tensor
 
 from wav.config import DataSettings, ModelSettings, PlannerSettings
-from wav.inference import native
-from wav.inference.adapter import WAVPlannerModel, noise_shapes
+from wav.inference.backends import Backend, noise_shapes, planner_model
+from wav.inference.cpu.kernels import available, description
+from wav.inference.fused import FusedPlannerModel
 from wav.model import build_model
 from wav.planning.planner import Planner
 from wav.planning.types import Plan, RowKey, SeededNoise
@@ -41,7 +42,7 @@ PARTS = {"begin": "text", "video_features": "video", "denoise_value": "value", "
 class Timed:
     """A planner model whose parts are timed, in seconds."""
 
-    def __init__(self, model: WAVPlannerModel) -> None:
+    def __init__(self, model: Any) -> None:
         self.model, self.shapes = model, model.shapes
         self.parts: defaultdict[str, float] = defaultdict(float)
 
@@ -80,7 +81,7 @@ def difference(one: Plan, two: Plan) -> tuple[float, bool]:
     return max(float((a - b).abs().max()) for a, b in pairs), same
 
 
-def spread(seconds: list[float]) -> dict[str, Any]:
+def extent(seconds: list[float]) -> dict[str, Any]:
     """Median, extremes and every run."""
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "runs": seconds}
 
@@ -90,19 +91,23 @@ def ratio(one: list[float], two: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(one, two, strict=True))
 
 
-def measure(budget: float, repeats: int) -> dict[str, Any]:
+def measure(budget: float, repeats: int, backends: Sequence[Backend]) -> dict[str, Any]:
     """Count one call of each schedule, then time them in turns within ``budget`` seconds."""
     begun = time.perf_counter()
     transformer = build_model(MODEL, DataSettings(action_chunk=CHUNK), LATENT, CAPTION).eval()
     shapes = noise_shapes(transformer, VIEWS, GRID, FUTURE, CHUNK)
-    models = {"baseline": BaselinePlannerModel(transformer, shapes), "ours": WAVPlannerModel(transformer, shapes)}
-    kernels, built = native.description(), time.perf_counter() - begun
-    counts, plans = {}, {}
+    models: dict[str, Any] = {"baseline": BaselinePlannerModel(transformer, shapes)}
+    models |= {backend: planner_model(transformer, shapes, backend) for backend in backends}
+    counts, plans, built = {}, {}, time.perf_counter() - begun
     for name, model in models.items():
+        counted_on = (
+            FusedPlannerModel(transformer, shapes) if name in ("cpu", "compiled") else model
+        )  # the same products
         with torch.no_grad(), Counted() as counted:
-            plans[name] = call(model, 0)
+            call(counted_on, 0)
         counts[name] = counted
-    largest, same = difference(plans["baseline"], plans["ours"])
+        plans[name] = call(model, 0)
+    off = {name: difference(plans["baseline"], plans[name]) for name in backends}
     peak = matrix_peak()
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     processor: defaultdict[str, list[float]] = defaultdict(list)  # beside wall time: neighbours disturb it less
@@ -116,36 +121,28 @@ def measure(budget: float, repeats: int) -> dict[str, Any]:
             seconds[name].append(time.perf_counter() - before)
             processor[name].append(time.process_time() - used)
             parts[name].append(dict(timed.parts))
-        off, equal = difference(plans["baseline"], plans["ours"])
-        largest, same = max(largest, off), same and equal
+        for name in backends:
+            largest, same = difference(plans["baseline"], plans[name])
+            off[name] = max(off[name][0], largest), off[name][1] and same
         if time.perf_counter() - begun + 1.3 * (time.perf_counter() - start) > budget:
             break
     rows = {}
     for name in models:
         median = statistics.median(seconds[name])
         rows[name] = {
-            "seconds": spread(seconds[name]),
-            "processor_seconds": spread(processor[name]),
+            "seconds": extent(seconds[name]),
+            "processor_seconds": extent(processor[name]),
             "parts": {part: statistics.median(run[part] for run in parts[name]) for part in PARTS.values()},
             "gflop": counts[name].flops / 1e9,
             "gbyte": counts[name].moved / 1e9,
             "copied_gbyte": counts[name].copied / 1e9,
             "share_of_peak": counts[name].flops / median / peak,
         }
-    return {
-        "ratio": statistics.median(a / b for a, b in zip(seconds["baseline"], seconds["ours"], strict=True)),
-        "processor_ratio": statistics.median(
-            a / b for a, b in zip(processor["baseline"], processor["ours"], strict=True)
-        ),
-        "max_abs_diff": largest,
-        "same_elites": same,
-        "baseline_seconds": rows["baseline"]["seconds"]["median"],
-        "ours_seconds": rows["ours"]["seconds"]["median"],
-        "peak_gflops": peak / 1e9,
-        "kernels": kernels,
-        "prepare_seconds": built,
-        "schedules": rows,
-    }
+        if name != "baseline":
+            rows[name]["ratio"] = ratio(seconds["baseline"], seconds[name])
+            rows[name]["processor_ratio"] = ratio(processor["baseline"], processor[name])
+            rows[name]["max_abs_diff"], rows[name]["same_elites"] = off[name]
+    return {"peak_gflops": peak / 1e9, "kernels": description(), "prepare_seconds": built, "schedules": rows}
 
 
 def main() -> None:
@@ -155,10 +152,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5, help="turns at most")
     parser.add_argument("--budget", type=float, default=40.0, help="seconds after which no further turn starts")
+    default: list[Backend] = ["torch", "cpu"] if available() else ["torch"]
+    parser.add_argument("--backends", nargs="+", choices=("torch", "cpu", "compiled"), default=default)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     before = machine()
-    result = measure(arguments.budget, arguments.repeats)
+    result = measure(arguments.budget, arguments.repeats, arguments.backends)
     sizes = {
         "model": MODEL.model_dump(mode="json"),
         "planner": PLANNER.model_dump(mode="json"),
@@ -168,17 +167,18 @@ def main() -> None:
     }
     result |= {"sizes": sizes, "threads": arguments.threads, "machine": before, "load_after": machine()["load"]}
     header = ("", "seconds", "text", "video", "value", "action", "GFLOP", "GB moved", "GB copied", "of peak")
-    print("{:6}{:>9}{:>8}{:>8}{:>8}{:>8}{:>8}{:>10}{:>11}{:>9}".format(*header))
+    print("{:9}{:>9}{:>8}{:>8}{:>8}{:>8}{:>8}{:>10}{:>11}{:>9}".format(*header))
     for name, row in result["schedules"].items():
         parts = "".join(f"{row['parts'][part]:8.3f}" for part in PARTS.values())
         numbers = f"{row['gflop']:8.1f}{row['gbyte']:10.2f}{row['copied_gbyte']:11.2f}{row['share_of_peak']:9.0%}"
-        print(f"{name:6}{row['seconds']['median']:9.3f}{parts}{numbers}")
-    print(
-        f"ratio {result['ratio']:.2f} ({result['processor_ratio']:.2f} in processor time), "
-        f"largest difference {result['max_abs_diff']:.1e}, same elites: {result['same_elites']}, "
-        f"peak {result['peak_gflops']:.0f} GFLOP/s on {arguments.threads} thread(s), load {before['load'][0]}; "
-        f"kernels: {result['kernels']}"
-    )
+        print(f"{name:9}{row['seconds']['median']:9.3f}{parts}{numbers}")
+    for name in arguments.backends:
+        row = result["schedules"][name]
+        print(
+            f"{name}: ratio {row['ratio']:.2f} ({row['processor_ratio']:.2f} in processor time), "
+            f"largest difference {row['max_abs_diff']:.1e}, same elites: {row['same_elites']}"
+        )
+    print(f"peak {result['peak_gflops']:.0f} GFLOP/s on {arguments.threads} thread(s), load {before['load'][0]}")
     write_result(arguments.json, result)
 
 

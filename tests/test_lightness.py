@@ -25,13 +25,13 @@ from sizes import SIZES, Train
 from train import Run
 from training_data import Encoders, windows
 from wav.model import build_model
-from wav.inference.adapter import WAVPlannerModel, noise_shapes
+from wav.inference.backends import noise_shapes, planner_model
 from wav.planning.planner import Planner
 from wav.planning.types import RowKey, SeededNoise
 
 sizes = SIZES["tiny"]
 model = build_model(sizes.model, sizes, sizes.latent, sizes.caption, sizes.value_channels)
-planner = WAVPlannerModel(model.eval(), noise_shapes(model, sizes.views, sizes.grid, sizes.future, sizes.chunk))
+planner = planner_model(model.eval(), noise_shapes(model, sizes.views, sizes.grid, sizes.future, sizes.chunk))
 memory = torch.zeros(1, sizes.views, sizes.latent, sizes.memory, *sizes.grid)
 context = planner.begin(memory, torch.zeros(1, sizes.text_tokens, sizes.caption), None, None)
 noise = SeededNoise([RowKey(0, "light", 0)])

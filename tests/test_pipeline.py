@@ -127,7 +127,7 @@ def stale(workspace: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("module", "stages"),
     [
-        ("wav/inference/adapter.py", {"eval_libero", "export"}),
+        ("wav/inference/fused.py", {"eval_libero", "export"}),
         ("wav/data/sources/libero_hdf5.py", {"ingest"}),
         ("wav/rewards/terms.py", {"label_rewards"}),
         ("wav/planning/planner.py", {"eval_libero", "export"}),

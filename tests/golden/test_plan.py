@@ -16,7 +16,9 @@ from torch import Tensor
 from tests.golden.conftest import META, Golden, known
 from tests.golden.reference_planner import ReferenceModel, ReferencePlanner
 from wav.config import PlannerSettings
-from wav.inference.adapter import WAVPlannerModel
+from wav.inference.backends import planner_model
+from wav.inference.fused import FusedPlannerModel
+from wav.inference.torch import TorchPlannerModel
 from wav.model import WAVTransformer
 from wav.planning.planner import Planner
 from wav.planning.types import NoiseShapes, Plan
@@ -42,7 +44,7 @@ class Run:
         golden: Golden,
         transformer: WAVTransformer,
         name: str,
-        kind: Any = WAVPlannerModel,
+        kind: Any = TorchPlannerModel,
     ) -> None:
         self.golden = golden
         self.info, self.tensors = golden.recorded("plans", name)
@@ -111,13 +113,11 @@ def close(ours: Tensor, recorded: Tensor) -> None:
     torch.testing.assert_close(ours.reshape(recorded.shape), recorded, atol=ATOL, rtol=0)
 
 
-@pytest.fixture(scope="module", params=RUNS)
-def run(request: pytest.FixtureRequest, golden: Golden, transformer: WAVTransformer) -> Run:
-    return Run(golden, transformer, request.param)
-
-
-def test_recorded_run(run: Run) -> None:
-    check(run)
+@pytest.mark.parametrize("kind", [TorchPlannerModel, FusedPlannerModel, planner_model])
+@pytest.mark.parametrize("name", RUNS)
+def test_recorded_run(name: str, kind: Any, golden: Golden, transformer: WAVTransformer) -> None:
+    """The readable backend, fused blocks on torch, and what this machine picks."""
+    check(Run(golden, transformer, name, kind))
 
 
 def check(run: Run) -> None:

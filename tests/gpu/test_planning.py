@@ -1,9 +1,8 @@
-"""Planning on the GPU: the fast path against the baseline and against the CPU, compiled, and its memory."""
+"""Planning on the GPU: the backends against the baseline and against the CPU, compiled, and their memory."""
 
 from __future__ import annotations
 
 import copy
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +12,15 @@ from baseline.planner import BaselinePlannerModel
 from sizes import SIZES
 from torch._dynamo.utils import counters
 
-from wav.inference.adapter import WAVPlannerModel, noise_shapes
-from wav.inference.compiled import CompiledPlannerModel, Recorded, planner_model
+from wav.inference.backends import noise_shapes
+from wav.inference.compiled import CompiledPlannerModel, Recorded
+from wav.inference.fused import FusedPlannerModel
+from wav.inference.torch import TorchPlannerModel
 from wav.model import WAVTransformer, build_model
 from wav.planning.planner import Planner
 from wav.planning.types import Plan, RowKey, SeededNoise
 
 SMALL = SIZES["tiny"]
-COMPILED = functools.partial(planner_model, compile=True)
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +66,17 @@ def compare(one: Plan, two: Plan, tolerance: float) -> None:
         assert torch.equal(a.value_elites.cpu(), b.value_elites.cpu())
 
 
-def test_fast_path_equals_the_baseline(model: WAVTransformer, device: torch.device) -> None:
-    compare(call(WAVPlannerModel, model, device), call(BaselinePlannerModel, model, device), 1e-4)
+@pytest.mark.parametrize("kind", [TorchPlannerModel, FusedPlannerModel])
+def test_backends_equal_the_baseline(kind: Any, model: WAVTransformer, device: torch.device) -> None:
+    compare(call(kind, model, device), call(BaselinePlannerModel, model, device), 1e-4)
 
 
 def test_elites_are_those_of_the_cpu(model: WAVTransformer, device: torch.device) -> None:
-    compare(call(WAVPlannerModel, model, device), call(WAVPlannerModel, model, torch.device("cpu")), 1e-4)
+    compare(call(TorchPlannerModel, model, device), call(TorchPlannerModel, model, torch.device("cpu")), 1e-4)
 
 
 def test_bfloat16_plans_finite_actions(model: WAVTransformer, device: torch.device) -> None:
-    made = call(WAVPlannerModel, model, device, torch.bfloat16)
+    made = call(TorchPlannerModel, model, device, torch.bfloat16)
     assert made.actions.isfinite().all()
 
 
@@ -84,29 +85,20 @@ def test_compiled_plans_are_the_uncompiled_ones(
     model: WAVTransformer, device: torch.device, changes: dict[str, int]
 ) -> None:
     """Three calls: one records, two launch what was recorded, with other draws."""
-    compiled, plain = adapted(COMPILED, model, device), adapted(WAVPlannerModel, model, device)
+    compiled, plain = adapted(CompiledPlannerModel, model, device), adapted(TorchPlannerModel, model, device)
     for seed in range(3):
         with torch.inference_mode():
             compare(planned(compiled, device, seed, **changes), planned(plain, device, seed, **changes), 1e-4)
 
 
 def test_a_compiled_plan_that_is_kept_is_not_overwritten(model: WAVTransformer, device: torch.device) -> None:
-    adapter = adapted(COMPILED, model, device)
+    adapter = adapted(CompiledPlannerModel, model, device)
     first = planned(adapter, device)
     kept = [t.clone() for t in (first.actions, first.history[0].values, first.history[0].video.mean)]
     second = planned(adapter, device, seed=1)
     assert not torch.equal(first.actions, second.actions)
     for before, now in zip(kept, (first.actions, first.history[0].values, first.history[0].video.mean), strict=True):
         assert torch.equal(before, now)
-
-
-def test_changed_weights_are_compiled_plans_of_the_changed_weights(model: WAVTransformer, device: torch.device) -> None:
-    adapter = adapted(COMPILED, model, device)
-    planned(adapter, device)
-    with torch.no_grad():
-        for parameter in adapter.model.parameters():
-            parameter.mul_(1.1)
-    compare(planned(adapter, device), call(WAVPlannerModel, adapter.model, device), 1e-4)
 
 
 def test_compiled_calls_are_recorded_graphs_and_nothing_is_compiled_twice(
@@ -129,7 +121,7 @@ def test_scoring_takes_less_memory_than_the_buffers_of_the_reference(device: tor
         pytest.skip("memory is measured on a GPU")
     sizes = SIZES["default"]
     model = build_model(sizes.model, sizes, sizes.latent, sizes.caption, sizes.value_channels).eval().to(device)
-    adapter = WAVPlannerModel(model, noise_shapes(model, sizes.views, sizes.grid, sizes.future, sizes.chunk))
+    adapter = TorchPlannerModel(model, noise_shapes(model, sizes.views, sizes.grid, sizes.future, sizes.chunk))
     memory = torch.zeros(1, sizes.views, sizes.latent, sizes.memory, *sizes.grid)
     context = adapter.begin(memory, torch.zeros(1, sizes.text_tokens, sizes.caption), None, None)
     M, N = 30, 5

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from wav.inference import native
+from wav.inference.cpu import kernels
 
 
 @pytest.fixture
@@ -14,4 +14,4 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine that has no C compiler and has compiled nothing yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
-    monkeypatch.delenv(native.VARIABLE, raising=False)
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)

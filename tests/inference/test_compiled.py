@@ -6,7 +6,6 @@ GPU the recording of a call is stood in for by running it again into the memory 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -14,20 +13,19 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.inference import test_fused
-from tests.inference.test_fused import CAPTION, GRID, LATENT, MEMORY, PLANNER, VIEWS, WORDS, B, M, act, make
+from tests.inference import test_backends
+from tests.inference.test_backends import CAPTION, GRID, LATENT, MEMORY, PLANNER, VIEWS, WORDS, B, M, act, make
 from wav.errors import ConfigError
-from wav.inference import compiled, native
-from wav.inference.adapter import Features, WAVPlannerModel
-from wav.inference.compiled import CompiledPlannerModel, planner_model
-from wav.inference.fused import LEVELS
+from wav.inference import compiled
+from wav.inference.compiled import CompiledPlannerModel
+from wav.inference.fused import FusedPlannerModel
+from wav.inference.torch import Features, TorchPlannerModel
 from wav.planning.types import Plan
 
 
 @pytest.fixture(autouse=True)
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No CPU kernels, and blocks that are traced alone."""
-    monkeypatch.setattr(native, "available", lambda: False)
+    """Blocks are traced alone."""
     monkeypatch.setattr(compiled, "BACKEND", "eager")
 
 
@@ -67,12 +65,12 @@ def compilations() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def context_of(model: WAVPlannerModel, rows: int = B) -> Any:
+def context_of(model: TorchPlannerModel, rows: int = B) -> Any:
     memory = torch.zeros(rows, VIEWS, LATENT, MEMORY, *GRID)
     return model.begin(memory, torch.zeros(rows, WORDS, CAPTION), None, None)
 
 
-def features_of(model: WAVPlannerModel, seed: int, rows: int = B) -> Features:
+def features_of(model: TorchPlannerModel, seed: int, rows: int = B) -> Features:
     noise = torch.randn(rows, M, *model.shapes.video, generator=torch.Generator().manual_seed(seed))
     return model.video_features(context_of(model, rows), noise, 1)
 
@@ -85,7 +83,7 @@ def test_the_plan_is_the_uncompiled_one(
     if recorded:
         request.getfixturevalue("graphs")
     settings = PLANNER.model_copy(update=changes)
-    assert_same(act(make(CompiledPlannerModel), settings), act(make(), settings))
+    assert_same(act(make(CompiledPlannerModel), settings), act(make(TorchPlannerModel), settings))
 
 
 @pytest.mark.usefixtures("graphs")
@@ -97,7 +95,7 @@ def test_nothing_is_compiled_again_for_other_numbers_or_modes(monkeypatch: pytes
     recorded = dict(model._calls)
     with torch.inference_mode():
         assert_same(act(model), first)
-    monkeypatch.setattr(test_fused, "SeededNoise", lambda keys: lambda purpose, shape, k=0: torch.randn(B, *shape))
+    monkeypatch.setattr(test_backends, "SeededNoise", lambda keys: lambda purpose, shape, k=0: torch.randn(B, *shape))
     with torch.inference_mode():
         other = act(model)
     assert not torch.equal(other.actions, first.actions)
@@ -106,12 +104,12 @@ def test_nothing_is_compiled_again_for_other_numbers_or_modes(monkeypatch: pytes
 
 
 def test_another_batch_is_compiled_for_too() -> None:
-    model, plain = make(CompiledPlannerModel), make()
+    model, plain = make(CompiledPlannerModel), make(FusedPlannerModel)
     torch._dynamo.reset()
     features_of(model, 0)
     made = compilations()
     for rows in (1, B):
-        for one, two in zip(features_of(model, 1, rows).keys, features_of(plain, 1, rows).keys, strict=True):
+        for (one,), (two,) in zip(features_of(model, 1, rows).keys, features_of(plain, 1, rows).keys, strict=True):
             torch.testing.assert_close(one, two, atol=1e-5, rtol=0)
     assert compilations() > made
 
@@ -121,7 +119,7 @@ def test_further_shapes_run_uncompiled(monkeypatch: pytest.MonkeyPatch, caplog: 
     model = make(CompiledPlannerModel)
     features_of(model, 0)
     made = compilations()
-    assert_same(act(model), act(make()))
+    assert_same(act(model), act(make(TorchPlannerModel)))
     assert compilations() == made
     assert caplog.text.count("compiled for 1 sets of shapes already; others run uncompiled") == 1
 
@@ -130,44 +128,18 @@ def test_further_shapes_run_uncompiled(monkeypatch: pytest.MonkeyPatch, caplog: 
 def test_a_kept_result_is_not_overwritten() -> None:
     model = make(CompiledPlannerModel)
     first = features_of(model, 0)
-    kept = [key.clone() for key in first.keys]
+    kept = [key.clone() for (key,) in first.keys]
     second = features_of(model, 1)
-    for one, two, before in zip(first.keys, second.keys, kept, strict=True):
+    for (one,), (two,), before in zip(first.keys, second.keys, kept, strict=True):
         assert torch.equal(one, before)
         assert not torch.equal(one, two)
-
-
-@pytest.mark.usefixtures("graphs")
-def test_changed_weights_drop_what_was_recorded() -> None:
-    model = make(CompiledPlannerModel)
-    before = act(model)
-    with torch.no_grad():
-        model.model.video.transformer_blocks[1].attn1.to_q.weight.mul_(1.5)
-    after = act(model)
-    assert not torch.equal(before.actions, after.actions)
-    assert_same(after, act(WAVPlannerModel(model.model, model.shapes)))
-
-
-@pytest.mark.usefixtures("graphs")
-def test_what_a_recorded_graph_reads_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """AdaLN rows of many noise levels, and rotations of many lengths."""
-    model = make(CompiledPlannerModel)
-    act(model)
-    prepared = model.prepared
-    rows = [(part, dict(part.levels), dict(part.ropes)) for part in (prepared, *prepared.experts.values())]
-    for level in range(2 * LEVELS):
-        prepared.at(float(level), VIEWS, MEMORY, 1)
-        prepared.experts["value"].at(float(level), 0)
-    for part, levels, ropes in rows:
-        assert all(part.levels[key] is found for key, found in levels.items())
-        assert all(part.ropes[key] is found for key, found in ropes.items())
-        assert ropes
 
 
 def test_half_precision_is_compiled_too() -> None:
     settings = PLANNER.model_copy(update={"iterations": 0})
     actions, wanted = (
-        act(made, settings).actions for made in (make(CompiledPlannerModel, torch.bfloat16), make(dtype=torch.bfloat16))
+        act(made, settings).actions
+        for made in (make(CompiledPlannerModel, torch.bfloat16), make(TorchPlannerModel, torch.bfloat16))
     )
     assert (actions - wanted).abs().mean() < 0.05 * wanted.abs().mean()
 
@@ -181,25 +153,11 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         features_of(make(CompiledPlannerModel), 0)
 
 
-def test_it_is_off_unless_asked_for_and_where_the_cpu_kernels_run(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    plain = make()
-    assert type(planner_model(plain.model, plain.shapes, False)) is WAVPlannerModel
-    assert type(planner_model(plain.model, plain.shapes, True)) is CompiledPlannerModel
-    monkeypatch.setattr(native, "available", lambda: True)
-    with caplog.at_level(logging.INFO):
-        assert type(planner_model(plain.model, plain.shapes, True)) is WAVPlannerModel
-    assert "compile = True: no effect here" in caplog.text
-    half = make(dtype=torch.bfloat16)
-    assert type(planner_model(half.model, half.shapes, True)) is CompiledPlannerModel
-
-
 @pytest.mark.long
 def test_the_compiler_makes_the_same_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """With what ``torch.compile`` generates, minutes on a slow machine."""
     monkeypatch.setattr(compiled, "BACKEND", "inductor")
-    model, plain = make(CompiledPlannerModel), make()
+    model, plain = make(CompiledPlannerModel), make(FusedPlannerModel)
     assert_same(act(model), act(plain))
     made = compilations()
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels against torch, their independence of place and threads, and the way they step aside."""
+"""The kernels in C against torch's operations, their independence of place, and the way they step aside."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wav.inference import native
-from wav.inference.products import FeedProduct, Product, SelfProduct, attend, turns
-from wav.model.layers import Attention, FeedForward
-from wav.model.rope import rotate, token_rope
+from wav.inference.cpu import kernels
+from wav.inference.cpu.kernels import CpuOperations
+from wav.inference.fused import Operations
+from wav.model.rope import token_rope
 
-needs_kernels = pytest.mark.skipif(not native.available(), reason="no C compiler, or WAV_NATIVE=0")
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C compiler, or WAV_NATIVE=0")
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -33,92 +32,86 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def both() -> tuple[Operations, Operations]:
+    return CpuOperations(), Operations()
+
+
 @needs_kernels
 @pytest.mark.parametrize("rows", [1, 5, 6, 49, 100])
 @pytest.mark.parametrize(("inner", "outs"), [(1, 1), (7, 15), (64, 192), (40, 65), (256, 48), (33, 130)])
-def test_products_of_any_size(rows: int, inner: int, outs: int) -> None:
-    linear = nn.Linear(inner, outs)
-    x, residual, gate = draw(2, rows, inner), draw(2, rows, outs, seed=1), draw(rows, outs, seed=2)
-    product = Product(linear)
-    close(product(x), linear(x))
-    close(product.add(x, residual), residual + linear(x))
-    close(product.add(x, residual, gate), residual + gate * linear(x))
-    close(product.add(x, residual, gate[:1]), residual + gate[:1] * linear(x))
+def test_products_of_any_size(both: tuple[Operations, ...], rows: int, inner: int, outs: int) -> None:
+    linear, gate = nn.Linear(inner, outs), draw(rows, outs, seed=2)
+    x, residual = draw(2, rows, inner), draw(2, rows, outs, seed=1)
+    for part, weight in ((None, None), (residual, None), (residual, gate), (residual, gate[:1])):
+        ours, wanted = (ops.linear(x, ops.product(linear), residual=part, gate=weight) for ops in both)
+        close(ours, wanted)
 
 
 @needs_kernels
 @pytest.mark.parametrize("dim", [12, 40, 64])
-def test_adaln_rows_per_frame_and_view(dim: int) -> None:
+def test_adaln_rows_per_frame_and_view(both: tuple[Operations, ...], dim: int) -> None:
     """Rows (V, F, 1, D) hold for all cells of their frame and view, in every candidate."""
-    feed = FeedForward(dim)
+    wide, narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
     h, (shift, scale, gate) = draw(3, 2, 4, 5, dim), draw(3, 2, 4, 1, dim, seed=1)
-    wanted = h + gate * feed(F.rms_norm(h, (dim,), None, 1e-6) * scale + shift)
-    close(FeedProduct(feed, 1e-6).add(h, shift, scale, gate), wanted)
+    ours, wanted = (ops.feed(h, (shift, scale, 1e-6), ops.product(wide), ops.product(narrow), gate) for ops in both)
+    close(ours, wanted)
 
 
 @needs_kernels
 @pytest.mark.parametrize("dim", [12, 36, 64, 256])
-def test_norms_and_rotation_of_queries_and_keys(dim: int) -> None:
-    attention, length = Attention(dim, 2), 9
-    attention.norm_q.weight.copy_(1 + draw(dim) / 9)
-    attention.norm_k.weight.copy_(1 + draw(dim, seed=1) / 9)
-    h, shift, scale, rope = (
-        draw(4, length, dim),
-        draw(1, dim),
-        draw(1, dim, seed=3),
-        token_rope(dim, length, 57, torch.device("cpu")),
+def test_norms_and_rotation_of_queries_and_keys(both: tuple[Operations, ...], dim: int) -> None:
+    """The first two parts of three, of the same positions in every row."""
+    linears, length = [nn.Linear(dim, dim) for _ in range(3)], 9
+    h, shift, scale = draw(4, length, dim), draw(1, dim), draw(1, dim, seed=3)
+    table = token_rope(dim, length, 57, h.device)
+    norms = 1 + draw(2, dim) / 9
+    ours, wanted = (
+        ops.linear(h, ops.product(*linears), (shift, scale, 1e-6), (norms, 1e-5), ops.rope(table)) for ops in both
     )
-    pair, value = SelfProduct(attention).project(h, shift, scale, 1e-6, turns(rope))
-    x = F.rms_norm(h, (dim,), None, 1e-6) * scale + shift
-    close(pair[:, :, 0], rotate(attention.norm_q(attention.to_q(x)), rope))
-    close(pair[:, :, 1], rotate(attention.norm_k(attention.to_k(x)), rope))
-    close(value, attention.to_v(x))
+    close(ours, wanted)
 
 
 @needs_kernels
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [1, 6, 16, 24, 64])
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (6, 16), (37, 36), (11, 193)])
-def test_attention_of_any_size(size: int, queries: int, keys: int) -> None:
+def test_attention_of_any_size(both: tuple[Operations, ...], masked: bool, size: int, queries: int, keys: int) -> None:
     query, key, value = draw(3, queries, 2 * size), draw(3, keys, 2, 2 * size, seed=1)[:, :, 0], draw(3, keys, 2 * size)
-    q, k, v = (t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (query, key, value))
-    wanted = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    close(attend(query, key, value, 2, True), wanted)
+    mask = (draw(3, keys, seed=5) > 0).float() if masked else None
+    if mask is not None:
+        mask[:, 0] = 1  # an instruction has at least one token
+    ours, wanted = (ops.attend(query, key, value, 2, True, mask) for ops in both)
+    close(ours, wanted)
 
 
 @needs_kernels
-def test_place_company_and_threads_change_no_bit() -> None:
-    """A row's numbers are the same alone, anywhere in a batch, and on any number of threads."""
-    product, x = Product(nn.Linear(64, 256)), draw(700, 40, 64)
-    there, threads = product(x), torch.get_num_threads()
-    read = native.attend(x, x, x, 4)
+def test_place_and_company_change_no_bit() -> None:
+    """A row's numbers are the same alone and anywhere in a batch."""
+    ops, x = CpuOperations(), draw(700, 40, 64)
+    product, mask = ops.product(nn.Linear(64, 256)), (draw(700, 40, seed=1) > -1).float()
+    there, read = ops.linear(x, product), ops.attend(x, x, x, 4, True, mask)
     for first in (0, 1, 350, 699):
-        assert torch.equal(product(x[first : first + 1]), there[first : first + 1])
-        assert torch.equal(native.attend(*[x[first : first + 1]] * 3, 4), read[first : first + 1])
-    try:
-        torch.set_num_threads(3)
-        assert native.threads_for(2 * x.numel() * 256) == 3
-        assert torch.equal(product(x), there)
-        assert torch.equal(native.attend(x, x, x, 4), read)
-    finally:
-        torch.set_num_threads(threads)
+        row = slice(first, first + 1)
+        assert torch.equal(ops.linear(x[row], product), there[row])
+        assert torch.equal(ops.attend(x[row], x[row], x[row], 4, True, mask[row]), read[row])
 
 
 @pytest.fixture
 def again() -> Iterator[None]:
     """The library is looked for anew, and afterwards as before."""
-    native._library.cache_clear()
+    kernels._library.cache_clear()
     yield
-    native._library.cache_clear()
+    kernels._library.cache_clear()
 
 
 def test_no_compiler_is_announced_and_nothing_breaks(
     again: None, no_compiler: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert not native.available()
+        assert not kernels.available()
     assert "no-such-compiler" in caplog.text
-    assert native.description() == "torch"
-    assert not Product(nn.Linear(3, 3)).native
+    assert kernels.description() == "torch"
     assert list((tmp_path / "wav").iterdir()) == []
 
 
@@ -126,18 +119,18 @@ def test_wrong_results_are_refused(
     again: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A compiler that gets it wrong is found by the check, not by a robot."""
-    if not native.available():
+    if not kernels.available():
         pytest.skip("no C compiler, or WAV_NATIVE=0")
-    broken = tmp_path / "native.c"
-    broken.write_text(native.SOURCE.read_text().replace("1.0f / total(sums[q])", "1.1f / total(sums[q])"))
+    broken = tmp_path / "kernels.c"
+    broken.write_text(kernels.SOURCE.read_text().replace("1.0f / total(sums[q])", "1.1f / total(sums[q])"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "SOURCE", broken)
-    native._library.cache_clear()
+    monkeypatch.setattr(kernels, "SOURCE", broken)
+    kernels._library.cache_clear()
     with caplog.at_level(logging.WARNING):
-        assert not native.available()
+        assert not kernels.available()
     assert "attend: " in caplog.text
 
 
 def test_can_be_turned_off(again: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(native.VARIABLE, "0")
-    assert not native.available()
+    monkeypatch.setenv(kernels.VARIABLE, "0")
+    assert not kernels.available()

@@ -1,4 +1,4 @@
-"""Rows planned in lanes: the same to the bit on any number of threads, padding left out, each lane a thread's own."""
+"""Rows planned on worker threads: the same to the bit on any number of them, and padding left out."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ import torch
 from tests.evaluation import tiny
 from tests.policy.test_policy import PLANNER, observe
 from wav.errors import CheckpointError
-from wav.inference import lanes, native
-from wav.inference.adapter import WAVPlannerModel
-from wav.planning.planner import Planner
+from wav.inference import threads
+from wav.inference.cpu import kernels
+from wav.inference.torch import TorchPlannerModel
 from wav.policy.policy import Policy
 
 pytestmark = pytest.mark.simulator
-
-needs_kernels = pytest.mark.skipif(not native.available(), reason="no C compiler, or WAV_NATIVE=0")
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C compiler, or WAV_NATIVE=0")
 
 
 @pytest.fixture
@@ -58,118 +57,75 @@ def same(one: Any, two: Any) -> None:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, int]]:
-    """(thread, rows, threads of torch, threads of kernels) of every plan."""
-    plans: list[tuple[str, int, int, int]] = []
+    """(thread, rows, candidates, threads of torch) of every pass for video features."""
+    passes: list[tuple[str, int, int, int]] = []
+    features = TorchPlannerModel.video_features
 
-    plan = Planner.plan
-
-    def watch(planner: Planner, context: Any, noise: Any, **options: Any) -> Any:
+    def watch(model: TorchPlannerModel, context: Any, noise: torch.Tensor, steps: int) -> Any:
         name = threading.current_thread().name.split("_")[0]
-        plans.append((name, len(noise.keys), torch.get_num_threads(), native.threads()))
-        return plan(planner, context, noise, **options)
-
-    monkeypatch.setattr(Planner, "plan", watch)
-    return plans
-
-
-@needs_kernels
-@pytest.mark.parametrize("variant", ["planned", "temperature", "unplanned"])
-def test_threads_change_no_bit(
-    policy: Policy, torch_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, variant: str
-) -> None:
-    monkeypatch.setattr(lanes, "WORTH", 1)  # threads without a row take candidates
-    torch_threads(1)
-    wanted = act(policy, 3, variant=variant)
-    for threads in (2, 3, 7):
-        torch_threads(threads)
-        same(act(policy, 3, variant=variant), wanted)
-        assert torch.get_num_threads() == threads
-
-
-@needs_kernels
-def test_lanes_have_their_rows_and_their_share_of_the_threads(
-    policy: Policy, torch_threads: Callable[[int], None], watched: list[tuple[str, int, int, int]]
-) -> None:
-    """Torch's operations stay on one thread, a call has no more threads than torch had, and padding is not planned."""
-    expected = {
-        (1, 3): [("MainThread", 3, 1, 1)],
-        (2, 3): [("wav-lane", 1, 1, 1), ("wav-lane", 2, 1, 1)],
-        (7, 3): [("wav-lane", 1, 1, 2)] * 3,
-        (2, 1): [("MainThread", 1, 1, 2)],
-    }
-    for (threads, rows), plans in expected.items():
-        torch_threads(threads)
-        watched.clear()
-        act(policy, rows)
-        assert sorted(watched) == sorted(plans * 2)
-        assert not [thread for thread in threading.enumerate() if thread.name.startswith("wav-lane")]
-
-
-@needs_kernels
-def test_threads_without_a_row_of_their_own_take_candidates(
-    policy: Policy, torch_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One row on two threads: candidates in two shares, which change no bit; the plan that is acted on has one.
-
-    A small model's are left together.
-    """
-    seen: list[tuple[str, int]] = []
-    features = WAVPlannerModel.video_features
-
-    def watch(model: Any, context: Any, noise: torch.Tensor, steps: int) -> Any:
-        seen.append((threading.current_thread().name.split("_")[0], noise.shape[1]))
+        passes.append((name, *noise.shape[:2], torch.get_num_threads()))
         return features(model, context, noise, steps)
 
-    candidates = PLANNER.video_samples
-    split = [("wav-lane", candidates // 2), ("wav-lane", candidates - candidates // 2)]
-    together = [("MainThread", candidates)]
-    expected = {
-        (1, 1): together,
-        (2, 1): split,
-        (2, lanes.WORTH): together,
-    }
-    monkeypatch.setattr(WAVPlannerModel, "video_features", watch)
-    outputs = []
-    for (threads, worth), calls in expected.items():
-        torch_threads(threads)
-        monkeypatch.setattr(lanes, "WORTH", worth)
-        seen.clear()
-        outputs.append(act(policy, 1))
-        assert sorted(seen) == sorted([*calls * PLANNER.iterations, ("MainThread", 1)] * 2)
-    same(outputs[1], outputs[0])
+    monkeypatch.setattr(TorchPlannerModel, "video_features", watch)
+    return passes
 
 
 @needs_kernels
-def test_a_share_of_one_candidate_keeps_no_video_features(
-    policy: Policy, torch_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Features of every layer are kept of the candidate that is acted on, not of those that are only scored."""
-    kept: list[bool] = []
-    scored = lanes.CandidateLanes.denoise_value
-
-    def watch(self: Any, features: Any, *rest: Any, **options: Any) -> Any:
-        if isinstance(features, lanes.SplitFeatures):
-            kept.extend(part.layers is not None for part in features.parts)
-        return scored(self, features, *rest, **options)
-
-    monkeypatch.setattr(lanes.CandidateLanes, "denoise_value", watch)
-    monkeypatch.setattr(lanes, "WORTH", 1)
-    torch_threads(PLANNER.video_samples)
-    act(policy, 1)
-    assert kept == [False] * (2 * PLANNER.iterations * PLANNER.video_samples)
-
-
-@needs_kernels
-@pytest.mark.parametrize("change", [{"video_denoise_steps": 2}])
-def test_rows_that_wait_for_each_other_stay_together(
+@pytest.mark.parametrize("video_steps", [1, 2])
+@pytest.mark.parametrize("variant", ["planned", "temperature", "unplanned"])
+def test_threads_change_no_bit(
     policy: Policy,
     torch_threads: Callable[[int], None],
-    watched: list[tuple[str, int, int, int]],
-    change: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    variant: str,
+    video_steps: int,
 ) -> None:
-    torch_threads(2)
-    act(policy, 3, planner=PLANNER.model_copy(update=change))
-    assert [(name, rows) for name, rows, *_ in watched] == [("MainThread", 3)] * 2
+    monkeypatch.setattr(threads, "WORTH", 1)  # threads without a row take candidates
+    settings = PLANNER.model_copy(update={"video_denoise_steps": video_steps})
+    torch_threads(1)
+    wanted = act(policy, 3, variant=variant, planner=settings)
+    for count in (2, 3, 7):
+        torch_threads(count)
+        same(act(policy, 3, variant=variant, planner=settings), wanted)
+        assert torch.get_num_threads() == count
+
+
+@needs_kernels
+def test_workers_have_their_rows_or_candidates(
+    policy: Policy,
+    torch_threads: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    watched: list[tuple[str, int, int, int]],
+) -> None:
+    """Torch's operations stay on one thread, padding is not planned, and a small model's candidates stay together."""
+    M, calls = PLANNER.video_samples, PLANNER.iterations
+    main, worker = "MainThread", "wav-worker"
+    expected: dict[tuple[int, int, int], list[tuple[str, int, int]]] = {
+        (1, 3, 1): [(main, 3, M)] * calls + [(main, 3, 1)],
+        (2, 3, 1): [(worker, 1, M), (worker, 2, M)] * calls + [(worker, 1, 1), (worker, 2, 1)],
+        (2, 1, 1): [(worker, 1, M // 2), (worker, 1, M - M // 2)] * calls + [(main, 1, 1)],
+        (2, 1, threads.WORTH): [(main, 1, M)] * calls + [(main, 1, 1)],
+    }
+    for (count, rows, worth), passes in expected.items():
+        torch_threads(count)
+        monkeypatch.setattr(threads, "WORTH", worth)
+        watched.clear()
+        act(policy, rows)
+        assert sorted(watched) == sorted([(*part, 1) for part in passes] * 2)
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("wav-worker")]
+
+
+@needs_kernels
+def test_a_share_of_one_candidate_keeps_no_video_features(policy: Policy) -> None:
+    """Features of every block are kept of the candidate that is acted on, not of those that are only scored."""
+    shapes = policy.model.shapes
+    memory = torch.zeros(1, *shapes.video[:2], policy.data.memory_frames, *shapes.video[3:])
+    text, _ = next(iter(policy._prompts.values()))
+    context = policy.model.begin(memory, torch.from_numpy(text)[None], None, None)
+    model = threads.ThreadedPlannerModel(policy.model, 2)
+    for candidates, kept in ((2, False), (1, True)):
+        found = model.video_features(context, torch.zeros(1, candidates, *shapes.video), 1)
+        assert [part.layers is not None for part in found.features] == [kept] * len(found.parts)
 
 
 def test_without_the_kernels_the_whole_batch_is_planned_on_torchs_threads(
@@ -177,29 +133,28 @@ def test_without_the_kernels_the_whole_batch_is_planned_on_torchs_threads(
     torch_threads: Callable[[int], None],
     watched: list[tuple[str, int, int, int]],
 ) -> None:
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(kernels, "available", lambda: False)
     torch_threads(2)
     act(tiny.policy("tabletop"), 1)
-    assert watched == [("MainThread", 3, 2, 2)] * 2
+    assert {(name, rows, count) for name, rows, _, count in watched} == {("MainThread", 3, 2)}
 
 
 @needs_kernels
-def test_a_lane_that_fails_fails_the_call(
+def test_a_worker_that_fails_fails_the_call(
     policy: Policy, torch_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise CheckpointError("planner: the actions are not finite")
 
-    monkeypatch.setattr(Planner, "plan", fail)
+    monkeypatch.setattr(TorchPlannerModel, "video_features", fail)
     torch_threads(2)
     with pytest.raises(CheckpointError, match="not finite"):
         act(policy, 3)
     assert torch.get_num_threads() == 2
-    assert native.threads() == 2
 
 
 @pytest.mark.parametrize(("rows", "count", "sizes"), [(8, 2, [4, 4]), (5, 3, [1, 2, 2]), (1, 4, [1]), (3, 1, [3])])
 def test_shares_are_even_and_complete(rows: int, count: int, sizes: list[int]) -> None:
-    parts = lanes.shares(rows, count)
+    parts = threads.shares(rows, count)
     assert [part.stop - part.start for part in parts] == sizes
     assert [row for part in parts for row in range(rows)[part]] == list(range(rows))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from wav.config import DataSettings, ModelSettings
-from wav.inference import native
 from wav.model import WAVTransformer, build_model
 
 B, V, C, F, H, W, A, L = 2, 2, 6, 3, 2, 3, 5, 4
@@ -46,11 +44,3 @@ def model() -> WAVTransformer:
 @pytest.fixture(scope="session")
 def inputs() -> Inputs:
     return Inputs()
-
-
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A machine that has no C compiler and has compiled nothing yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
-    monkeypatch.delenv(native.VARIABLE, raising=False)

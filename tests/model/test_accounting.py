@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wav.config import CouplingSettings, PlannerSettings, Settings, load_settings
 from wav.data.windows import WindowBatch
-from wav.inference.adapter import WAVPlannerModel, noise_shapes
+from wav.inference.backends import noise_shapes
+from wav.inference.fused import FusedPlannerModel
 from wav.model.accounting import (
     SAVED_PER_TOKEN,
     Sizes,
@@ -75,8 +76,7 @@ def windows(config: Settings) -> WindowBatch:
 @pytest.mark.parametrize("value_expert", [True, False])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("stage", ["pretrain_video", "train_value", "train_joint"])
-def test_training_flops(stage: str, checkpointing: bool, value_expert: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wav.inference.products.plain_cpu", lambda x: False)  # oneDNN's operators are not counted
+def test_training_flops(stage: str, checkpointing: bool, value_expert: bool) -> None:
     if stage == "train_value" and not value_expert:
         pytest.skip("nothing to train")
     changes = {stage: {**SECTIONS.get(stage, {}), "gradient_checkpointing": checkpointing}}
@@ -100,14 +100,13 @@ def test_training_flops(stage: str, checkpointing: bool, value_expert: bool, mon
 @pytest.mark.parametrize(
     "changes", [{}, {"iterations": 0}, {"video_denoise_steps": 3, "denoise_steps": 4}, {"value_samples": 1}]
 )
-def test_plan_flops(changes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wav.inference.products.plain_cpu", lambda x: False)  # oneDNN's operators are not counted
+def test_plan_flops(changes: dict[str, int]) -> None:
     config = settings(
         planner={"value_elites": 4, "video_samples": 6, "value_samples": 3, "denoise_steps": 5, **changes}
     )
     sizes, planner = Sizes.of(config), config.planner
     built = build_from_settings(config).eval().requires_grad_(False)
-    model = WAVPlannerModel(built, noise_shapes(built, 2, (4, 4), sizes.future, 7))
+    model = FusedPlannerModel(built, noise_shapes(built, 2, (4, 4), sizes.future, 7))
 
     def call() -> None:
         context = model.begin(torch.randn(1, 2, 6, 3, 4, 4), torch.randn(1, 9, 24), None, torch.randn(1, 1, 15))

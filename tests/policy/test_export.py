@@ -10,7 +10,7 @@ import pytest
 from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav.data.store import EpisodeStore
 from wav.errors import CheckpointError, DataError, StorageError, WavError
-from wav.inference import native
+from wav.inference.cpu import kernels
 from wav.policy.export import export_policy, load_export, policy_from_stages, verify_export
 from wav.policy.policy import Observation
 
@@ -123,12 +123,12 @@ def test_compiled_code_is_a_setting_of_the_export(policy, exported, tmp_path, mo
     """It travels with the folder and can be overridden; where the CPU kernels run the log says that it does nothing."""
     setting = SETTINGS.model_copy(update={"export": SETTINGS.export.model_copy(update={"compile": True})})
     out = export_policy(*policy, tmp_path / "export", settings=setting, metrics=None)
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(kernels, "available", lambda: False)
     assert load_export(out, device="cpu").compiled
     assert not load_export(out, device="cpu", compile=False).compiled
     assert not load_export(exported, device="cpu").compiled
     assert load_export(exported, device="cpu", compile=True).compiled
-    monkeypatch.setattr(native, "available", lambda: True)
+    monkeypatch.setattr(kernels, "available", lambda: True)
     with caplog.at_level(logging.INFO):
         assert not load_export(out, device="cpu").compiled
     assert "compile = True: no effect here" in caplog.text

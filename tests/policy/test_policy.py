@@ -16,8 +16,9 @@ from wav.data.conventions import Conventions
 from wav.data.statistics import Statistics, compute_statistics
 from wav.errors import CheckpointError, ConfigError, DataError
 from wav.flow_matching import inference_sigmas
-from wav.inference import compiled, native
-from wav.inference.adapter import WAVPlannerModel
+from wav.inference import compiled
+from wav.inference.cpu import kernels
+from wav.inference.torch import TorchPlannerModel
 from wav.io.files import write_json
 from wav.model import build_model
 from wav.policy.policy import VARIANTS, Observation, Policy
@@ -107,7 +108,7 @@ def run(policy: Policy, rows: list[int], calls: int = 2, **options: Any) -> list
 
 def test_compiled_code_acts_alike(make_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of any size are padded to one shape: only the first call compiles."""
-    monkeypatch.setattr(native, "available", lambda: False)
+    monkeypatch.setattr(kernels, "available", lambda: False)
     monkeypatch.setattr(compiled, "BACKEND", "eager")
     policy, plain = make_policy(compile=True), make_policy()
     assert (policy.compiled, plain.compiled) == (True, False)
@@ -300,7 +301,7 @@ def test_missing_parts_of_a_folder_are_named(tmp_path: Any) -> None:
 
 def test_candidates_share_nothing_but_cost(make_policy: Any) -> None:
     """Batched candidates and samples give what each gives alone: K/V of (m, n) belong to video m of row b."""
-    adapter: WAVPlannerModel = make_policy().model
+    adapter: TorchPlannerModel = make_policy().model
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -332,7 +333,7 @@ def test_candidates_share_nothing_but_cost(make_policy: Any) -> None:
 
 def test_adapter_is_the_plain_model(make_policy: Any) -> None:
     """Features, Euler loops and conditioning written out with the transformer's own passes, without caches."""
-    adapter: WAVPlannerModel = make_policy().model
+    adapter: TorchPlannerModel = make_policy().model
     model, generator = adapter.model, torch.Generator().manual_seed(2)
     shapes = adapter.shapes
     assert shapes.value is not None

@@ -16,7 +16,7 @@ from wav.codec import PCACodec
 from wav.data.conventions import Conventions
 from wav.data.statistics import Statistics, compute_statistics
 from wav.flow_matching import inference_sigmas
-from wav.inference.adapter import WAVPlannerModel
+from wav.inference.torch import TorchPlannerModel
 from wav.model import WAVTransformer, build_model
 from wav.planning.types import RowKey, SeededNoise
 from wav.policy.policy import Observation, Policy
@@ -76,7 +76,7 @@ def levels(sigma: float, rows: int, future: int) -> Tensor:
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_features_after_denoising_the_video(policy: Policy, steps: int) -> None:
     """One step: a pass on pure noise at t = 1000. More: Euler steps first, features at the last level above zero."""
-    adapter: WAVPlannerModel = policy.model
+    adapter: TorchPlannerModel = policy.model
     model: WAVTransformer = adapter.model
     shape, candidates = adapter.shapes.video, 2
     memory, text = draw(1, 1, 2, CHANNELS, MEMORY, 2, 2), draw(2, 1, 8, WIDTH)

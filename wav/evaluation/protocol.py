@@ -19,7 +19,7 @@ import wav
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
 from wav.data.conventions import Conventions
 from wav.errors import CheckpointError, ConfigError
-from wav.inference import native
+from wav.inference.cpu import kernels
 from wav.io.files import canonical_digest, sources_digest
 from wav.planning import Variant
 from wav.sim.env import TaskSpec
@@ -133,7 +133,7 @@ def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[Ep
 def versions(compiled: bool = False) -> dict[str, str]:
     """Versions that may change a result; ``compiled``: whether compiled code plans."""
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    found["kernels"] = native.description() + (COMPILED if compiled else "")
+    found["kernels"] = kernels.description() + (COMPILED if compiled else "")
     return {**found, "wav": wav.__version__, "python": platform.python_version(), "machine": platform.machine()}
 
 

@@ -1,35 +1,26 @@
-"""Planning on code that ``torch.compile`` makes and, on a GPU, as CUDA graphs; off unless ``export.compile`` is set.
+"""Backend ``compiled``: fused blocks that ``torch.compile`` makes and, on a GPU, CUDA graphs; for ``export.compile``.
 
 Compiled is one block at a time, once for all layers of a kind: what stands between two products (norms, modulation,
 rotation, gates, residuals) becomes few kernels. On a GPU every call of the planner, such as all Euler steps of all
 values, is recorded once per set of shapes and then launched as one CUDA graph, whose kernels no longer wait for Python.
-
-Results differ from those of :class:`~wav.inference.adapter.WAVPlannerModel` by rounding. The CPU kernels of
-:mod:`wav.inference.native` are faster than compiled code, so where they compute, nothing is compiled. An instance
-serves
-one thread: the recorded graphs of a model share their memory.
+Results differ from the other backends' by rounding. An instance serves one thread: its graphs share their memory.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from wav.errors import ConfigError
-from wav.inference import native
-from wav.inference.adapter import Context, Features, WAVPlannerModel
-from wav.inference.fused import Expert, ExpertLayer, Modulation, Prepared, VideoLayer
-from wav.inference.products import plain_cpu
-from wav.model.experts import ExpertBlock
-from wav.model.video import VideoBlock
+from wav.inference.fused import Block, FusedContext, FusedPlannerModel, Modulation
+from wav.inference.torch import Features
 from wav.planning.types import NoiseShapes
 
 if TYPE_CHECKING:
@@ -39,108 +30,38 @@ log = logging.getLogger(__name__)
 
 BACKEND = "inductor"
 SHAPES = 32  #: sets of shapes that are compiled for; a policy of one planner needs about ten
-VARIANTS = 128  #: of one function: a block is compiled once for each of its shapes and strides
+RECOMPILATIONS = 128  #: of one function: a block is compiled once for each of its shapes and strides
 
 Call = Callable[..., Any]
-
-
-def planner_model(model: WAVTransformer, shapes: NoiseShapes, compile: bool) -> WAVPlannerModel:
-    """The planner's view of a model, compiled where that is asked for and has an effect; the log says where not."""
-    if not compile:
-        return WAVPlannerModel(model, shapes)
-    if plain_cpu(next(model.parameters())) and native.available():
-        log.info("compile = True: no effect here, planning runs on the CPU kernels, which are faster")
-        return WAVPlannerModel(model, shapes)
-    return CompiledPlannerModel(model, shapes)
 
 
 @functools.cache
 def _compiled(function: Call, backend: str) -> Call:
     """``function`` compiled for every set of static shapes that it meets."""
-    options: dict[str, Any] = {"fullgraph": True, "dynamic": False, "recompile_limit": VARIANTS}
+    config: Any = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # until torch 2.6
+    setattr(config, name, max(getattr(config, name), RECOMPILATIONS))
     make: Call = torch.compile
-    return cast(Call, make(function, backend=backend, **options))
+    return cast(Call, make(function, backend=backend, fullgraph=True, dynamic=False))
 
 
-class CompiledVideoLayer(VideoLayer):
-    """One block of the video DiT; ``rope`` is real."""
-
-    def __init__(self, block: VideoBlock) -> None:
-        super().__init__(block)
-        for product in (self.own.qkv, self.own.out, self.cross.query, self.cross.out, self.net.wide, self.net.narrow):
-            product.unpack()
-
-    def projected(self, h: Tensor, rows: Modulation, rope: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`VideoLayer.projected`."""
-        return cast("tuple[Tensor, Tensor]", _compiled(VideoLayer.projected, BACKEND)(self, h, rows, rope))
-
-    def finish(
-        self, h: Tensor, own: tuple[Tensor, Tensor], rows: Modulation, text: Tensor, bias: Tensor | None
-    ) -> Tensor:
-        """As :meth:`VideoLayer.finish`."""
-        return cast(Tensor, _compiled(VideoLayer.finish, BACKEND)(self, h, own, rows, text, bias))
-
-
-class CompiledExpertLayer(ExpertLayer):
-    """One block of an expert; ``rope`` is real."""
-
-    def __init__(self, block: ExpertBlock) -> None:
-        super().__init__(block)
-        for cross in (self.cross, *([] if self.third is None else [self.third])):
-            cross.query.unpack()
-            cross.out.unpack()
-        for product in (self.own.qkv, self.own.out, self.net.wide, self.net.narrow):
-            product.unpack()
+class CompiledBlock(Block):
+    """A block whose call is compiled."""
 
     def __call__(
         self,
         h: Tensor,
         rows: Modulation,
-        rope: Tensor,
-        video: Tensor,
-        value: Tensor | None,
+        rope: Any,
+        groups: int,
+        reads: Sequence[Tensor],
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """As :meth:`ExpertLayer.__call__`."""
-        return cast(Tensor, _compiled(ExpertLayer.__call__, BACKEND)(self, h, rows, rope, video, value))
+        """As :meth:`Block.__call__`."""
+        return cast(Tensor, _compiled(Block.__call__, BACKEND)(self, h, rows, rope, groups, reads, mask))
 
 
-class CompiledExpert(Expert):
-    """One expert. Rotations and AdaLN rows are never dropped: recorded graphs read them by address."""
-
-    layer_kind: ClassVar[type[ExpertLayer]] = CompiledExpertLayer
-    most_levels: ClassVar[float] = math.inf
-
-    def __init__(self, model: WAVTransformer, name: str) -> None:
-        super().__init__(model, name)
-        self.ropes: dict[tuple[int, int], Tensor] = {}
-
-    def rope(self, dim: int, length: int, device: torch.device) -> Tensor:
-        """Rotations of ``length`` tokens as real numbers (L, dim / 2, 2), which the compiler fuses."""
-        if (dim, length) not in self.ropes:
-            self.ropes[dim, length] = torch.view_as_real(super().rope(dim, length, device))
-        return self.ropes[dim, length]
-
-
-class CompiledPrepared(Prepared):
-    """The whole transformer; kept as :class:`CompiledExpert` says."""
-
-    video_kind: ClassVar[type[VideoLayer]] = CompiledVideoLayer
-    expert_kind: ClassVar[type[Expert]] = CompiledExpert
-    most_levels: ClassVar[float] = math.inf
-
-    def __init__(self, model: WAVTransformer) -> None:
-        super().__init__(model)
-        self.ropes: dict[tuple[int, ...], Tensor] = {}
-
-    def rope(self, dim: int, frames: int, height: int, width: int, device: torch.device) -> Tensor:
-        """Rotations of a latent grid as real numbers (frames * height * width, dim / 2, 2)."""
-        key = (dim, frames, height, width)
-        if key not in self.ropes:
-            self.ropes[key] = torch.view_as_real(super().rope(*key, device))
-        return self.ropes[key]
-
-
-class CompiledPlannerModel(WAVPlannerModel):
+class CompiledPlannerModel(FusedPlannerModel):
     """A WAVTransformer behind :class:`wav.planning.types.PlannerModel`, compiled.
 
     The first call of every set of shapes compiles, for seconds to minutes. After :data:`SHAPES` of them further ones
@@ -150,10 +71,10 @@ class CompiledPlannerModel(WAVPlannerModel):
         ConfigError: torch cannot compile here; from the first call.
     """
 
-    prepared_kind: ClassVar[type[Prepared]] = CompiledPrepared
+    compiled = True
 
     def __init__(self, model: WAVTransformer, shapes: NoiseShapes) -> None:
-        super().__init__(model, shapes)
+        super().__init__(model, shapes, block=CompiledBlock)
         self._calls: dict[tuple[Any, ...], Call] = {}
         self._pool: Any = None
         self._full = False
@@ -161,44 +82,35 @@ class CompiledPlannerModel(WAVPlannerModel):
     @property
     def records(self) -> bool:
         """Whether calls are recorded as graphs."""
-        return self.device.type == "cuda"
+        return bool(self.device.type == "cuda")
 
-    @property
-    def prepared(self) -> Prepared:
-        """The model as inference computes it; graphs of weights that have changed since are dropped."""
-        before, found = self._prepared, super().prepared
-        if found is not before:
-            self._calls.clear()
-            self._pool = None
-        return found
-
-    def begin(self, memory: Tensor, text: Tensor, text_mask: Tensor | None, history: Tensor | None) -> Context:
-        """As :meth:`WAVPlannerModel.begin`."""
+    def begin(self, memory: Tensor, text: Tensor, text_mask: Tensor | None, history: Tensor | None) -> FusedContext:
+        """As :meth:`TorchPlannerModel.begin`."""
         with _plain_tensors():
             return super().begin(memory, text, text_mask, history)
 
-    def video_features(self, context: Context, noise: Tensor, steps: int) -> Features:
-        """As :meth:`WAVPlannerModel.video_features`."""
+    def video_features(self, context: Any, noise: Tensor, steps: int) -> Features:
+        """As :meth:`TorchPlannerModel.video_features`."""
         return cast(Features, self._run(super().video_features, (context, noise), steps))
 
-    def denoise_video(self, context: Context, noise: Tensor, steps: int) -> Tensor:
-        """As :meth:`WAVPlannerModel.denoise_video`."""
+    def denoise_video(self, context: Any, noise: Tensor, steps: int) -> Tensor:
+        """As :meth:`TorchPlannerModel.denoise_video`."""
         return cast(Tensor, self._run(super().denoise_video, (context, noise), steps))
 
     def denoise_value(self, features: Features, noise: Tensor, steps: int) -> Tensor:
-        """As :meth:`WAVPlannerModel.denoise_value`."""
+        """As :meth:`TorchPlannerModel.denoise_value`."""
         return cast(Tensor, self._run(super().denoise_value, (features, noise), steps))
 
     def denoise_action(
-        self, context: Context, features: Features, value: Tensor | None, noise: Tensor, steps: int
+        self, context: Any, features: Features, value: Tensor | None, noise: Tensor, steps: int
     ) -> Tensor:
-        """As :meth:`WAVPlannerModel.denoise_action`."""
+        """As :meth:`TorchPlannerModel.denoise_action`."""
         return cast(Tensor, self._run(super().denoise_action, (context, features, value, noise), steps))
 
-    def _run(self, method: Call, arguments: tuple[Any, ...], *options: int) -> Any:
-        """``method(*arguments, *options)``, compiled and recorded for the shapes of the arguments."""
+    def _run(self, method: Call, arguments: tuple[Any, ...], steps: int) -> Any:
+        """``method(*arguments, steps)``, compiled and recorded for the shapes of the arguments."""
         name: str = method.__name__
-        key = (name, options, *(None if x is None else (x.shape, x.dtype) for x in _leaves(arguments)))
+        key = (name, steps, *(None if x is None else (x.shape, x.dtype) for x in _leaves(arguments)))
         with _plain_tensors(), torch.no_grad():
             if key in self._calls:
                 return self._calls[key](*arguments)
@@ -207,8 +119,8 @@ class CompiledPlannerModel(WAVPlannerModel):
                     log.warning("%s: compiled for %d sets of shapes already; others run uncompiled", name, SHAPES)
                 self._full = True
                 with torch.compiler.set_stance("force_eager"):
-                    return method(*arguments, *options)
-            return self._first(key, lambda *given: method(*given, *options), arguments)
+                    return method(*arguments, steps)
+            return self._first(key, lambda *given: method(*given, steps), arguments)
 
     def _first(self, key: tuple[Any, ...], call: Call, arguments: tuple[Any, ...]) -> Any:
         """The first call of a set of shapes: it compiles, and is recorded for the next."""
@@ -225,10 +137,7 @@ class CompiledPlannerModel(WAVPlannerModel):
         return result
 
     def _graphs(self) -> Any:
-        """The memory that all recorded graphs share: each one's results are copied before the next is launched.
-
-        Torch lets nobody into memory that its last graph has left, so it is new after graphs were dropped.
-        """
+        """The memory that all recorded graphs share: each one's results are copied before the next is launched."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool

@@ -28,11 +28,11 @@ from wav.config import DataSettings, ExportSettings, PlannerSettings
 from wav.data.conventions import DELTA_ACTIONS, Conventions
 from wav.data.statistics import Statistics
 from wav.errors import CheckpointError, DataError
-from wav.inference import lanes
-from wav.inference.adapter import noise_shapes
-from wav.inference.compiled import CompiledPlannerModel, planner_model
+from wav.inference.backends import noise_shapes, planner_model
+from wav.inference.threads import on_threads
 from wav.io.files import canonical_digest, file_digest, read_json
 from wav.planning import VARIANTS, Variant
+from wav.planning.planner import Planner
 from wav.planning.types import Iteration, Plan, RowKey, SeededNoise
 from wav.policy.parts import check_parts
 from wav.sim.env import Observation
@@ -100,7 +100,7 @@ class Policy:
         prompts: instruction -> embedding (L, Ct), mask (L,).
         digest: names the weights.
         compile: plan on compiled code and CUDA graphs (:mod:`wav.inference.compiled`), where the CPU kernels do
-        not run.
+            not run.
 
     Raises:
         CheckpointError: model, codec, statistics and data settings do not belong together.
@@ -130,7 +130,7 @@ class Policy:
         grid = (data.image_height // codec.spatial, data.image_width // codec.spatial)
         future = 1 + (data.future_frames - 1) // codec.temporal
         shapes = noise_shapes(model, len(data.views), grid, future, data.action_chunk)
-        self.model = planner_model(model.to(device).eval(), shapes, compile)
+        self.model = planner_model(model.to(device).eval(), shapes, "compiled" if compile else "auto")
         self._prompts: dict[str, Prompt] = dict(prompts or {})
         self._rows: dict[Hashable, _Row] = {}
 
@@ -185,7 +185,7 @@ class Policy:
     @property
     def compiled(self) -> bool:
         """Whether compiled code plans, which rounds otherwise."""
-        return isinstance(self.model, CompiledPlannerModel)
+        return bool(self.model.compiled)
 
     def reset(self, row: Hashable, episode: int | str, seed: int) -> None:
         """Start an episode on a row: its memory is empty and its next call is number 0."""
@@ -230,8 +230,8 @@ class Policy:
         states = [self._rows[row] for row in rows]
         groups = [slice(i, i + self.batch_size) for i in range(0, len(rows), self.batch_size)]
         options = (planner or self.planner, variant, with_value, with_future)
-        with torch.inference_mode(), lanes.kernel_threads(self.model):
-            parts = [self._act(observations[g], states[g], prompts[g], *options) for g in groups]
+        with torch.inference_mode(), on_threads(self.model) as model:
+            parts = [self._act(model, observations[g], states[g], prompts[g], *options) for g in groups]
         return _concatenate(parts)
 
     def decode_future(self, future: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -266,6 +266,7 @@ class Policy:
 
     def _act(
         self,
+        model: Any,
         observations: Sequence[Observation],
         states: Sequence[_Row],
         prompts: Sequence[Prompt],
@@ -274,20 +275,21 @@ class Policy:
         with_value: bool,
         with_future: bool,
     ) -> PolicyOutput:
-        """At most ``batch_size`` rows, padded to it by repeating the first."""
+        """At most ``batch_size`` rows, padded to it by repeating the first unless rows do not affect each other."""
         for observation, state in zip(observations, states, strict=True):
             self._remember(state, np.stack([observation.images[view] for view in self.data.views]))
         n = len(states)
-        index = [*range(n), *[0] * (self.batch_size - n)]
+        index = [*range(n), *[0] * (0 if self.model.independent_rows else self.batch_size - n)]
         padded = [states[i] for i in index]
         context = self._context([observations[i] for i in index], padded, [prompts[i] for i in index])
         keys = [RowKey(s.seed, s.episode, s.call) for s in padded]
         warm = self._warm(padded) if settings.warm_start else None
-        options = {"variant": variant, "warm": warm, "with_value": with_value}
-        result = lanes.plan_rows(self.model, context, settings, keys, n, self._returns, **options)  # type: ignore[arg-type]
+        noise = SeededNoise(keys, self.model.device)
+        planner = Planner(model, settings, self._returns)
+        result = planner.plan(context, noise, variant=variant, warm=warm, with_value=with_value)
         future = None
         if with_future:
-            future = _numpy(self.model.denoise_video(context, result.z_video[index], settings.denoise_steps), n)
+            future = _numpy(model.denoise_video(context, result.z_video, settings.denoise_steps), n)
         for i, state in enumerate(states):
             state.call += 1
             state.means = None if result.means is None else (result.means[0][i].clone(), result.means[1][i].clone())

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from wav.config import DataSettings, ModelSettings, PlannerSettings
 from wav.errors import ConfigError
-from wav.inference import native
-from wav.inference import products as kernels
-from wav.inference.adapter import WAVPlannerModel, noise_shapes
+from wav.inference import fused
+from wav.inference.backends import noise_shapes, planner_model
+from wav.inference.compiled import CompiledPlannerModel
+from wav.inference.cpu import kernels
+from wav.inference.fused import FusedPlannerModel
+from wav.inference.torch import TorchPlannerModel
 from wav.model import build_model
 from wav.planning.planner import Planner
 from wav.planning.types import Plan, RowKey, SeededNoise
@@ -36,7 +39,7 @@ PLANNER = PlannerSettings(
 )
 
 
-def make(kind: type[WAVPlannerModel] = WAVPlannerModel, dtype: torch.dtype = torch.float32) -> Any:
+def make(kind: Any = planner_model, dtype: torch.dtype = torch.float32) -> Any:
     model = build_model(MODEL, DataSettings(action_chunk=CHUNK), LATENT, CAPTION)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -59,59 +62,59 @@ def act(model: Any, settings: PlannerSettings = PLANNER, masked: bool = True) ->
 
 @pytest.mark.parametrize("video_steps", [1, 2])
 @pytest.mark.parametrize("masked", [True, False])
-def test_same_plan_as_the_plain_schedule(video_steps: int, masked: bool) -> None:
+def test_backends_plan_as_the_baseline_does(video_steps: int, masked: bool) -> None:
     settings = PLANNER.model_copy(update={"video_denoise_steps": video_steps})
-    ours, plain = (act(make(kind), settings, masked) for kind in (WAVPlannerModel, BaselinePlannerModel))
-    torch.testing.assert_close(ours.actions, plain.actions, atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours.values, plain.values, atol=1e-5, rtol=0)
-    for one, two in zip(ours.history, plain.history, strict=True):
-        torch.testing.assert_close(one.values, two.values, atol=1e-5, rtol=0)
-        assert torch.equal(one.video_elites, two.video_elites)
-        assert torch.equal(one.value_elites, two.value_elites)
+    wanted = act(make(BaselinePlannerModel), settings, masked)
+    for kind in (TorchPlannerModel, FusedPlannerModel, planner_model):
+        ours = act(make(kind), settings, masked)
+        torch.testing.assert_close(ours.actions, wanted.actions, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.values, wanted.values, atol=1e-5, rtol=0)
+        for one, two in zip(ours.history, wanted.history, strict=True):
+            torch.testing.assert_close(one.values, two.values, atol=1e-5, rtol=0)
+            assert torch.equal(one.video_elites, two.video_elites)
+            assert torch.equal(one.value_elites, two.value_elites)
 
 
-@pytest.mark.parametrize("onednn", [True, False])
-@pytest.mark.parametrize("bounded", [True, False])
-def test_same_plan_without_compiled_kernels(onednn: bool, bounded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With oneDNN and without, and with logits that are not bounded."""
-    wanted = act(make()).actions
-    monkeypatch.setattr(native, "available", lambda: False)
-    if not onednn:
-        monkeypatch.setattr(kernels, "has_onednn", lambda: False)
-    if not bounded:
-        monkeypatch.setattr(kernels, "LARGEST", 0.0)
+def test_logits_without_a_bound_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = act(make(TorchPlannerModel)).actions
+    monkeypatch.setattr(fused, "LARGEST", 0.0)
     model = make()
-    product = model.prepared.proj_in
-    assert model.prepared.layers[0].own.small == bounded
-    assert not product.native
-    assert product.onednn == kernels.has_onednn()
+    assert not getattr(model, "video", None) or not model.video.blocks[0].bounded
     torch.testing.assert_close(act(model).actions, wanted, atol=1e-5, rtol=0)
 
 
-@pytest.mark.skipif(not native.available(), reason="no C compiler, or WAV_NATIVE=0")
-def test_compiled_kernels_leave_no_pass_of_their_own_to_norms_and_gates() -> None:
-    """Projections, attentions and feed-forwards carry the norms, modulations, rotations and gates around them."""
-    model = make()
-    act(model)
-    with torch.no_grad(), Counted() as counts:
-        act(model)
-    layers, reads = MODEL.layers, K * STEPS + STEPS + 1  # value passes: scoring, the reported value, the condition
-    video, action = K + 1, STEPS
-    assert counts.calls["attend"] == layers * (2 * reads + 3 * action + video)  # text is masked: not by the kernel
-    assert counts.calls["feed"] == layers * (reads + action + video)
-    for gone in ("linalg_vector_norm", "rsqrt_", "exp2_", "_linear_pointwise", "baddbmm", "repeat_interleave"):
-        assert counts.calls[gone] == 0
-
-
-def test_half_precision_runs_on_the_library_kernels() -> None:
-    actions = act(make(dtype=torch.bfloat16), PLANNER.model_copy(update={"iterations": 0})).actions
+@pytest.mark.parametrize("kind", [TorchPlannerModel, FusedPlannerModel])
+def test_half_precision(kind: Any) -> None:
+    actions = act(make(kind, torch.bfloat16), PLANNER.model_copy(update={"iterations": 0})).actions
     wanted = act(make(), PLANNER.model_copy(update={"iterations": 0})).actions
     assert (actions - wanted).abs().mean() < 0.1 * wanted.abs().mean()
 
 
-def counted(kind: type[WAVPlannerModel]) -> Counted:
+def test_backends_by_name(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model, shapes = make().model, make().shapes
+
+    def chosen(backend: Any, dtype: torch.dtype = torch.float32) -> type:
+        return type(planner_model(model.to(dtype), shapes, backend))
+
+    assert chosen("torch") is TorchPlannerModel
+    for here in (True, False):
+        monkeypatch.setattr(kernels, "available", lambda here=here: here)
+        monkeypatch.setattr(kernels, "CpuPlannerModel", FusedPlannerModel)
+        assert chosen("auto") is (FusedPlannerModel if here else TorchPlannerModel)
+        assert chosen("auto", torch.bfloat16) is TorchPlannerModel
+        with caplog.at_level(logging.INFO):
+            assert chosen("compiled") is (FusedPlannerModel if here else CompiledPlannerModel)
+        assert chosen("compiled", torch.bfloat16) is CompiledPlannerModel
+    assert caplog.text.count("compile = True: no effect here") == 1
+    with pytest.raises(ConfigError, match=r"backend = 'cpu': its kernels do not compute torch.float32 on cpu"):
+        chosen("cpu")
+    with pytest.raises(ConfigError, match="backend = 'gpu': unknown; use auto, torch, compiled or cpu"):
+        chosen("gpu")
+
+
+def counted(kind: Any) -> Counted:
     model = make(kind)
-    act(model)  # weights are prepared, noise levels known
+    act(model)  # noise levels are known
     with torch.no_grad(), Counted() as counts:
         act(model)
     return counts
@@ -119,7 +122,7 @@ def counted(kind: type[WAVPlannerModel]) -> Counted:
 
 def test_counts_of_projections() -> None:
     """Rows that go through each kind of product in one planning call, with_value included."""
-    ours, plain = counted(WAVPlannerModel).products, counted(BaselinePlannerModel).products
+    ours, plain = counted(FusedPlannerModel).products, counted(BaselinePlannerModel).products
     passes, layers = K * M + 1, MODEL.layers  # video passes of each observation
     # Video K/V for the value expert: once per candidate and layer; plain: per sample and step, and k and v apart.
     assert ours[D, 2 * VALUE] == layers * B * passes * TOKENS
@@ -128,9 +131,8 @@ def test_counts_of_projections() -> None:
     # For the action expert: once for all steps.
     assert ours[D, 2 * ACTION] == layers * B * TOKENS
     assert plain[D, ACTION] == 2 * layers * B * STEPS * TOKENS
-    # Self-attention's fused q, k, v: memory tokens of layer 0 once per observation.
-    memory = TOKENS * MEMORY // (MEMORY + FUTURE)
-    assert ours[D, 3 * D] == B * ((layers - 1) * passes * TOKENS + passes * (TOKENS - memory) + memory)
+    # Self-attention's q, k and v in one product.
+    assert ours[D, 3 * D] == layers * B * passes * TOKENS
     # Instruction: projected and its K/V computed once per observation; plain: per candidate and iteration.
     assert ours[CAPTION, D] == B * WORDS
     assert ours[D, 2 * D] == layers * B * WORDS
@@ -144,25 +146,24 @@ def test_counts_of_projections() -> None:
 
 
 def test_two_adaln_rows_per_view_of_a_new_noise_level() -> None:
-    model = make()
+    model = make(FusedPlannerModel)
     with torch.no_grad(), Counted() as counts:
-        model.prepared.at(1000.0, VIEWS, MEMORY, FUTURE)
+        model.video.at(1000.0, VIEWS, MEMORY, FUTURE)
     assert counts.products[D, 6 * D] == 2 + VIEWS
 
 
-def test_less_is_computed_and_copied() -> None:
-    ours, plain = counted(WAVPlannerModel), counted(BaselinePlannerModel)
-    assert ours.flops < 0.7 * plain.flops
-    assert ours.copied < plain.copied / 2
+@pytest.mark.parametrize("kind", [TorchPlannerModel, FusedPlannerModel])
+def test_less_is_computed(kind: Any) -> None:
+    assert counted(kind).flops < 0.7 * counted(BaselinePlannerModel).flops
 
 
 def test_buffers_are_under_a_tenth() -> None:
     """Of candidates that are only scored nothing but the value expert's K/V is kept."""
-    model = make()
+    model = make(FusedPlannerModel)
     context = model.begin(torch.zeros(B, VIEWS, LATENT, MEMORY, *GRID), torch.zeros(B, WORDS, CAPTION), None, None)
     features = model.video_features(context, torch.zeros(B, M, *model.shapes.video), 1)
     assert features.layers is None
-    kept = sum(key.numel() for key in features.keys)
+    kept = sum(key.numel() for (key,) in features.keys)
     tiled = MODEL.layers * B * M * TOKENS * D * (1 + N)
     assert kept == MODEL.layers * B * M * TOKENS * 2 * VALUE
     assert kept < 0.13 * tiled  # 2 d / (D (1 + N)): 0.12 here, 0.083 at d = 64, D = 256, N = 5
@@ -170,28 +171,12 @@ def test_buffers_are_under_a_tenth() -> None:
         model.denoise_action(context, features, None, torch.zeros(B, CHUNK, 15), 1)
 
 
-def test_changed_weights_are_seen_by_the_next_observation() -> None:
-    model = make()
-    before = act(model).actions
-    with torch.no_grad():
-        cast_linear(model.model.video.transformer_blocks[1].attn1.to_q).weight.mul_(1.5)
-    after = act(model).actions
-    assert not torch.equal(before, after)
-    torch.testing.assert_close(after, act(WAVPlannerModel(model.model, model.shapes)).actions, atol=0, rtol=0)
-
-
-def cast_linear(module: nn.Module) -> nn.Linear:
-    assert isinstance(module, nn.Linear)
-    return module
-
-
-def test_vector_tails_do_not_decide_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of attention is bit-equal wherever it stands, though its logits do not fill whole vectors."""
-    monkeypatch.setattr(native, "available", lambda: False)
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(5, 7, 12, generator=generator) for _ in range(3))
-    there = kernels.attend(query, key, value, 2, True)
-    for shift in (1, 2, 3):
-        moved = kernels.attend(query.roll(shift, 0), key.roll(shift, 0), value.roll(shift, 0), 2, True)
-        assert torch.equal(moved.roll(-shift, 0), there)
-    torch.testing.assert_close(there, kernels.attend(query, key, value, 2, False), atol=1e-6, rtol=1e-5)
+def test_fewer_steps_of_scoring_compute_less_and_still_plan() -> None:
+    model, longer = make(FusedPlannerModel), PLANNER.model_copy(update={"denoise_steps": 6})
+    exact, less = act(model, longer), longer.model_copy(update={"score_steps": 1})
+    assert not torch.equal(act(model, less).actions, exact.actions)
+    with torch.no_grad(), Counted() as whole:
+        act(model, longer)
+    with torch.no_grad(), Counted() as fewer:
+        act(model, less)
+    assert fewer.flops < whole.flops
