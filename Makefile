@@ -14,6 +14,7 @@ BEAT := $(if $(PYTHON),$(PYTHON),python3) infra/local/heartbeat.py
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
+export DO_NOT_TRACK := 1
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18

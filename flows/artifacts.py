@@ -22,14 +22,16 @@ from prefect.artifacts import (
 )
 from prefect.context import FlowRunContext
 
-from flows.outage import show
 from flows.provenance import object_url
+from flows.server import show
 from wav import plots
 from wav.config import Runtime
 from wav.io.files import read_json
 
 #: seconds between updates of a progress artefact and between log lines
 UPDATE_SECONDS, LOG_SECONDS = 2.0, 10.0
+#: how long a server that could not be reached is left alone
+PAUSE_SECONDS = 60.0
 #: pictures in one artefact: the API refuses bodies of many megabytes
 MAX_IMAGE_BYTES = 600_000
 
@@ -42,13 +44,13 @@ def _key(name: str) -> str:
 
 def publish_markdown(name: str, text: str, description: str = "") -> None:
     """Markdown on the flow run."""
-    show(name, lambda: create_markdown_artifact(text, key=_key(name), description=description or None), wait=True)
+    show(name, lambda: create_markdown_artifact(text, key=_key(name), description=description or None))
 
 
 def publish_table(name: str, rows: Sequence[Mapping[str, Any]], description: str = "") -> None:
     """A table, one row per mapping."""
     table = [dict(row) for row in rows]
-    show(name, lambda: create_table_artifact(table, key=_key(name), description=description or None), wait=True)
+    show(name, lambda: create_table_artifact(table, key=_key(name), description=description or None))
 
 
 def publish_numbers(name: str, numbers: Mapping[str, Any], description: str = "") -> None:
@@ -108,13 +110,15 @@ def publish_values(folder: Path) -> None:
 class Progress:
     """A progress artefact and a log line with the time left; call it as often as you like.
 
-    Use as a context manager: it reaches 100 only if the block ends well. Work goes on while the server is away.
+    Use as a context manager: it reaches 100 only if the block ends well. A server that is away is tried again now and
+    then, and the work goes on.
     """
 
     def __init__(self, what: str, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
         self._what, self._logger = what, logger
         self._began = self._updated = self._logged = time.monotonic()
         self._artifact: UUID | None = None
+        self._not_before = 0.0
 
     def __enter__(self) -> Progress:
         self._update(0.0, self._what)
@@ -143,11 +147,17 @@ class Progress:
             self._logged = now
 
     def _update(self, percent: float, text: str) -> None:
-        if self._artifact is None:  # also where the server was away when the work began
-            created = show(
-                "progress", lambda: create_progress_artifact(percent, key=_key("progress"), description=text)
-            )
-            self._artifact = created if isinstance(created, UUID) else None
+        if time.monotonic() < self._not_before:
             return
-        artifact = self._artifact
-        show("progress", lambda: update_progress_artifact(artifact, min(percent, 100.0), description=text))
+
+        def move() -> UUID | None:
+            if self._artifact is not None:
+                update_progress_artifact(self._artifact, min(percent, 100.0), description=text)
+                return self._artifact
+            created = create_progress_artifact(percent, key=_key("progress"), description=text)
+            return created if isinstance(created, UUID) else None
+
+        if (found := show("progress", move, retries=0)) is None:
+            self._not_before = time.monotonic() + PAUSE_SECONDS
+        else:
+            self._artifact = found

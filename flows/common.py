@@ -28,18 +28,19 @@ from uuid import UUID
 
 from prefect import Flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext
+from prefect.context import FlowRunContext, refresh_global_settings_context
 from prefect.settings import get_current_settings
 
 from flows.artifacts import publish_markdown, publish_numbers, publish_objects, publish_table
-from flows.lifeline import outlives
 from flows.memory import PeakMemory
-from flows.outage import answers, await_server, finished, run_flow, show
 from flows.provenance import hash_table, parent_run, run_url
+from flows.server import answers, run_flow, show
 from wav.config import Runtime, Settings, load_settings
 from wav.errors import ServiceError, WavError, exit_status
 from wav.io.files import write_json
 from wav.io.storage import ObjectStore, open_store
+from wav.local import adopt_local_services
+from wav.processes import WORKER_MARK, end_with_starter
 
 REMEDY = "run make up"
 PACKAGES = ("wav", "torch", "deepspeed", "diffusers", "transformers", "prefect", "mujoco", "robosuite")
@@ -73,15 +74,13 @@ class StageRun:
 def require_services(runtime: Runtime) -> None:
     """Fail within seconds where Prefect or the object store does not answer (never start an ephemeral server).
 
-    What a worker started waits for Prefect instead: the server was there, and comes back.
-
     Raises:
         ServiceError: which server, its address, why, and the remedy.
     """
     api = get_current_settings().api.url
     if not api:
         raise ServiceError(f"Prefect server: PREFECT_API_URL is not set and no local server was started; {REMEDY}")
-    if problem := await_server("the run begins"):
+    if problem := answers(f"{api.rstrip('/')}/health", well=True):
         raise ServiceError(f"Prefect server at {api}: not up ({problem}); {REMEDY}")
     if runtime.store.startswith("s3://") and runtime.s3_endpoint and (problem := answers(runtime.s3_endpoint)):
         raise ServiceError(f"S3 server at {runtime.s3_endpoint} (WAV_S3_ENDPOINT): not up ({problem}); {REMEDY}")
@@ -129,7 +128,7 @@ def _tell_parent(flow_run: str) -> None:
             tags = set(client.read_flow_run(UUID(flow_run)).tags) | {f"retrain:{parent}"}
             client.update_flow_run(UUID(flow_run), tags=sorted(tags))
 
-    show("the tag of its retrain", tag, wait=True)
+    show("the tag of its retrain", tag)
 
 
 def step(name: str) -> Callable[[Callable[..., Any]], Any]:
@@ -169,11 +168,9 @@ def finish(run: StageRun, results: Iterable[Path]) -> None:
         key = f"runs/{run.flow_run}/{path.relative_to(run.workspace).as_posix()}"
         info = run.store.put_file(path, key)
         uploaded.append((run.store.uri(key), info.version, info.size))
-    await_server("the results are shown")
     publish_objects("objects", uploaded, run.runtime, f"{run.stage}: objects in the store")
     publish_table("dvc", hash_table(run.stage, run.workspace), f"{run.stage}: DVC hashes of inputs and outputs")
     run.logger.info("%s: done in %.0f s, peak memory %.2f GiB", run.stage, facts["seconds"], facts["peak_memory_gib"])
-    finished()
 
 
 class _OneLineErrors(logging.Filter):
@@ -185,28 +182,51 @@ class _OneLineErrors(logging.Filter):
         return True
 
 
-def one_line_errors() -> None:
-    """Log a :class:`WavError` of a flow without its traceback, from now on."""
+def begin_process() -> Runtime:
+    """What a process that runs flows does before its first one; the settings of its environment.
+
+    Addresses of the local services (``make up``) are filled in where none are set. The process ends with the
+    ``dvc repro`` or the worker that started it: were that one killed, the flow would go on beside the next run of the
+    same stage. Errors of input or services are logged without a traceback.
+    """
+    end_with_starter("DVC_STAGE", "dvc")
+    end_with_starter(WORKER_MARK, "infra.deploy")
+    adopt_local_services()
+    refresh_global_settings_context()  # Prefect has read its environment before
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logger = logging.getLogger(name)
         if not any(isinstance(known, _OneLineErrors) for known in logger.filters):
             logger.addFilter(_OneLineErrors())
+    return Runtime()
 
 
-def run_folder(workspace: str) -> Path:
-    """``runs/<flow-run-id>/`` of the flow run that calls: the workspace of a deployment's run."""
+def begin_deployed(folder: str = "") -> tuple[Runtime, Path, Path]:
+    """What a deployment's flow does first: the runtime, the project's workspace, and the folder of this run.
+
+    Args:
+        folder: of this run; empty: ``runs/<flow-run-id>/`` of the workspace.
+
+    Raises:
+        ServiceError: Prefect or the object store does not answer.
+    """
+    runtime = begin_process()
+    require_services(runtime)
+    workspace = Path(runtime.workspace).resolve()
     context = FlowRunContext.get()
     name = str(context.flow_run.id) if context and context.flow_run else f"local-{time.strftime('%Y%m%d-%H%M%S')}"
-    return Path(workspace).resolve() / "runs" / name
+    return runtime, workspace, Path(folder).resolve() if folder else workspace / "runs" / name
+
+
+def by_hand(made: Flow[..., Any], **parameters: Any) -> int:
+    """Run a flow as a command; its status. An error of input or services is one line on stderr and status 1."""
+
+    def run() -> None:
+        require_services(begin_process())
+        run_flow(made, **parameters)
+
+    return exit_status(run, interrupted="interrupted; run it again to go on from what is finished")
 
 
 def main(stage_flow: Flow[..., Any]) -> int:
-    """Run a flow in the current folder; an error of input or services is one line on stderr and status 1."""
-    one_line_errors()
-    outlives(stage_flow)  # here, not in the stage's file: that is one of the stage's inputs
-
-    def run() -> None:
-        require_services(Runtime())
-        run_flow(lambda: stage_flow(workspace=os.getcwd()))
-
-    return exit_status(run, interrupted="interrupted; dvc repro continues from the last finished stage")
+    """Run a stage's flow in the current folder."""
+    return by_hand(stage_flow, workspace=os.getcwd())

@@ -15,13 +15,11 @@ from prefect import flow, get_run_logger
 
 from flows import eval_libero as stage
 from flows.artifacts import publish_table
-from flows.common import StageRun, finish, one_line_errors, require_services, run_folder, start, step
+from flows.common import StageRun, begin_deployed, by_hand, finish, start, step
 from flows.isolation import isolate, prepare, source_workspace
-from flows.lifeline import outlives
-from flows.outage import run_flow
 from flows.provenance import dvc_hash
-from wav.config import Runtime, load_settings, parse_settings
-from wav.errors import CheckpointError, ConfigError, exit_status
+from wav.config import load_settings, parse_settings
+from wav.errors import CheckpointError, ConfigError
 from wav.evaluation.start import own_store
 from wav.io.files import read_json
 from wav.io.storage import ObjectStore, open_store
@@ -141,7 +139,6 @@ def evaluate_export(export: Path, folder: Path) -> None:
     finish(run, [*results, run.path("reports/index.html")])
 
 
-@outlives
 @flow(name="eval-libero")
 def eval_libero(
     checkpoint: str = "",
@@ -165,11 +162,7 @@ def eval_libero(
         seed: of the policy's noise; none: as ``params.yaml`` says.
         out: folder of the results; empty: ``runs/<flow-run-id>/``.
     """
-    one_line_errors()
-    runtime = Runtime()
-    require_services(runtime)
-    workspace = Path(runtime.workspace).resolve()
-    folder = Path(out).resolve() if out else run_folder(str(workspace))
+    runtime, workspace, folder = begin_deployed(out)
     changes = wanted_changes(suite, tasks, episodes, variants, planner, seed)
     instead: dict[str, Path] = {}
     store = open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region)
@@ -194,9 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=0, help="episodes per task")
     parser.add_argument("--variant", action="append", dest="variants")
     parser.add_argument("--out", default="", help="folder of the results")
-    options = vars(parser.parse_args(arguments))
-
-    return exit_status(lambda: run_flow(lambda: eval_libero(**options)))
+    return by_hand(eval_libero, **vars(parser.parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,11 @@ from prefect.settings import get_current_settings
 
 from flows.artifacts import Progress, publish_markdown, publish_numbers, publish_objects, publish_table
 from flows.checkout import Checkout, Finished
-from flows.common import one_line_errors, require_services, run_folder, step
-from flows.lifeline import outlives
-from flows.outage import await_server, finished, run_flow
+from flows.common import begin_deployed, by_hand, step
 from flows.provenance import PARENT_VARIABLE, locked_hashes, run_url
 from wav import promotion
 from wav.config import Runtime, Settings, load_settings
-from wav.errors import ConfigError, TrainingError, WavError, exit_status
+from wav.errors import ConfigError, TrainingError, WavError
 from wav.evaluation.records import metrics_table
 from wav.io.files import read_json
 from wav.io.storage import ObjectInfo, ObjectStore, open_store
@@ -288,7 +286,6 @@ def challenge(run: Retrain, margin: float, commit: str) -> Verdict:
     return verdict
 
 
-@outlives
 @flow(name="retrain")
 def retrain(
     base: str = "HEAD",
@@ -308,14 +305,11 @@ def retrain(
         push_to: git remote or URL that the branch is pushed to; empty: it stays in the checkout.
         champion: name of the champion; empty: the suite's.
     """
-    one_line_errors()
+    runtime, project, folder = begin_deployed()
     if not 0 <= margin <= 1:
         raise ConfigError(f"margin = {margin}: must lie in [0, 1]")
-    runtime, logger = Runtime(), get_run_logger()
-    require_services(runtime)
-    project = Path(runtime.workspace).resolve()
+    logger = get_run_logger()
     store = open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region)
-    folder = run_folder(str(project))
     folder.mkdir(parents=True, exist_ok=True)
     name = champion or load_settings(project / "params.yaml").data.suite
     place = Path(checkout or os.environ.get("WAV_RETRAIN_CHECKOUT") or project / ".wav" / "retrain")
@@ -331,20 +325,18 @@ def retrain(
         try:
             reproduce(run)
         except WavError as error:
-            await_server("the failure is told")
             _tell_stages(run)
             publish_markdown("verdict", f"**failed**: {error}", "promotion")
             raise
         commit = push(run, branch, remote, push_to)
         verdict = challenge(run, margin, commit)
     logger.info("%s: %s", "promoted" if verdict.promote else "not promoted", verdict.reason)
-    finished()
     return verdict.reason
 
 
 def main() -> int:
     """Retrain now, without a worker."""
-    return exit_status(lambda: run_flow(retrain))
+    return by_hand(retrain)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,6 @@ import subprocess
 import sys
 from datetime import timedelta
 
-import flows  # noqa: F401 - before prefect: it fills in the local services' addresses, which Prefect reads when imported
-
-# isort: split
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import StateType
@@ -24,19 +21,16 @@ from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
-from flows.common import require_services
+from flows.common import begin_process, require_services
 from infra.worker import supervise
-from wav.config import Runtime
 from wav.errors import ServiceError, exit_status
 from wav.local import PROJECT
 
 POOL = QUEUE = "gpu"
 AUTOMATION = "wav: crash runs whose worker died"
-#: of earlier deploys: it revived runs that were over (cancelled, or completed after all); a living run's own process
-#: takes its state back (flows/lifeline.py)
-FORMER_AUTOMATION = "wav: a crashed run whose heart beats is running"
-#: flow runs beat every minute (prefect.toml); this many silent seconds mean that nobody runs them any more
-SILENT_SECONDS = 300
+#: flow runs beat every minute (prefect.toml); this many silent seconds mean that nobody runs them any more. Prefect's
+#: worker itself gives up after about 20 minutes without its server, so no living run is silent for longer
+SILENT_SECONDS = 1800
 
 
 def make_pool(client: SyncPrefectClient) -> None:
@@ -98,12 +92,6 @@ def make_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None:
         client.create_automation(wanted)
 
 
-def remove_automation(client: SyncPrefectClient, name: str) -> None:
-    """Those of a name, where an earlier deploy made it."""
-    for known in client.read_automations_by_name(name):
-        client.delete_automation(known.id)
-
-
 def make_deployments() -> None:
     """``prefect deploy --all``; its output is shown only where it fails."""
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
@@ -115,11 +103,10 @@ def make_deployments() -> None:
 
 def deploy() -> None:
     """Everything, in the order in which it needs each other."""
-    require_services(Runtime())
+    require_services(begin_process())
     with get_client(sync_client=True) as client:
         make_pool(client)
         make_automation(client, automation())
-        remove_automation(client, FORMER_AUTOMATION)
         make_deployments()
         names = sorted(deployment.name for deployment in client.read_deployments(limit=100))
     sys.stdout.write(f"work pool {POOL}: one flow at a time, queue {QUEUE}\nautomation: {AUTOMATION}\n")
@@ -128,8 +115,8 @@ def deploy() -> None:
 
 def worker() -> int:
     """A worker of the pool, in the project folder, with this process's environment, until a signal ends it."""
-    require_services(Runtime())
-    command = [sys.executable, "-m", "infra.patient", "worker", "start", "--pool", POOL, "--work-queue", QUEUE]
+    require_services(begin_process())
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--work-queue", QUEUE]
     return supervise([*command, "--limit", "1"], str(PROJECT))
 
 

@@ -3,8 +3,8 @@
 On SIGTERM Prefect's worker stops looking for work and lets its flow runs go on, so that a stopped service would leave
 a training behind. The process here starts Prefect's worker and, on SIGTERM, SIGINT or SIGHUP, ends it and every flow
 run with all their processes: first SIGTERM (Prefect hears that the run crashed, a training saves what it can), then
-SIGKILL. Should this process itself be killed, the kernel ends the worker and the flow runs notice (``flows/``).
-The worker itself is Prefect's, made to outlive its server (:mod:`infra.patient`).
+SIGKILL. Should this process itself be killed, the kernel ends the worker, and the flow runs notice
+(:func:`flows.common.begin_process`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from types import FrameType
 
 import psutil
 
-from wav.processes import guarded, marked, stop
+from wav.processes import WORKER_MARK, guarded, marked, stop
 
-#: in the environment of everything a worker starts; ``flows/__init__.py`` ties flow runs to the process that sets it
-MARK = "WAV_WORKER"
 GRACE_S = 15.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -47,7 +45,9 @@ def supervise(command: Sequence[str], cwd: str, grace_s: float = GRACE_S) -> int
         signal.signal(number, _raise)
     process: subprocess.Popen[bytes] | None = None
     try:
-        process = subprocess.Popen(guarded(command), cwd=cwd, env={**os.environ, MARK: mark}, start_new_session=True)
+        process = subprocess.Popen(
+            guarded(command), cwd=cwd, env={**os.environ, WORKER_MARK: mark}, start_new_session=True
+        )
         return process.wait()
     except _StopError:
         return 0
@@ -67,7 +67,7 @@ def end(process: subprocess.Popen[bytes], mark: str, grace_s: float) -> None:
     with contextlib.suppress(psutil.Error):
         worker = psutil.Process(process.pid)
         first = [worker, *worker.children()]
-    stop(first, grace_s, lambda: marked(MARK, mark))
+    stop(first, grace_s, lambda: marked(WORKER_MARK, mark))
     process.wait()
 
 

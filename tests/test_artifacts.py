@@ -8,8 +8,9 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from prefect.exceptions import ObjectNotFound
 
-from flows import artifacts, outage, training
+from flows import artifacts, training
 from flows.provenance import object_url
 from wav.config import Runtime
 
@@ -85,14 +86,31 @@ def test_a_resumed_run_knows_its_time_left_better(
     assert published[1]["description"].endswith("5400 s left, 3/1901 solved")
 
 
-def test_progress_outlives_the_server(
-    published: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_shown_does_not_fail_a_stage(
+    published: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def gone(*_: Any, **__: Any) -> None:
-        raise httpx.ConnectError("All connection attempts failed")
+    """The server is away, refuses, or answers nonsense: one line each, and a bar leaves it alone for a while."""
+    calls: list[int] = []
 
-    monkeypatch.setattr(outage, "LINK", outage._Link())
-    monkeypatch.setattr(artifacts, "update_progress_artifact", gone)
+    def fails(*_: Any, **__: Any) -> None:
+        calls.append(1)
+        raise [httpx.ConnectError("All attempts failed"), ObjectNotFound(OSError()), ValueError("no JSON")][
+            len(calls) % 3
+        ]
+
+    for name in ("create_markdown_artifact", "create_table_artifact", "create_progress_artifact"):
+        monkeypatch.setattr(artifacts, name, fails)
+    monkeypatch.setattr(artifacts, "UPDATE_SECONDS", 0.0)
+    artifacts.publish_markdown("a", "b")
+    artifacts.publish_numbers("c", {"d": 1})
     with artifacts.Progress("steps", logging.getLogger("test")) as progress:
-        progress(10, 10)
-    assert "the work goes on" in capsys.readouterr().err
+        for done in range(10):
+            progress(done, 10)
+    assert len(calls) == 3
+    assert caplog.text.count("the work goes on") == 3
+    monkeypatch.setattr(artifacts, "PAUSE_SECONDS", 0.0)
+    with artifacts.Progress("steps", logging.getLogger("test")) as progress:
+        progress(1, 10)
+        monkeypatch.setattr(artifacts, "create_progress_artifact", lambda *_, **__: uuid4())
+        progress(2, 10)
+    assert published[-1]["data"] == 100.0

@@ -47,7 +47,7 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def test_make_up_on_other_ports_is_found_without_exporting_anything(tmp_path: Path) -> None:
-    """Prefect reads its environment when it is imported; the address that ``make up`` left must be there before."""
+    """Prefect reads its environment when it is imported; the address that ``make up`` left is found nevertheless."""
     (tmp_path / "env").write_text("PREFECT_API_URL=http://127.0.0.1:9/api\n")
     found = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "WAV_"))}
     command = [sys.executable, "-m", "infra.deploy"]
@@ -65,8 +65,6 @@ def test_make_up_on_other_ports_is_found_without_exporting_anything(tmp_path: Pa
 
 @pytest.mark.long
 def test_deploy_twice_is_once_and_retrain_is_on_the_calendar(environment: dict[str, str]) -> None:
-    with SyncPrefectClient(environment["PREFECT_API_URL"]) as client:  # what an earlier version deployed
-        deploy.make_automation(client, deploy.automation().model_copy(update={"name": deploy.FORMER_AUTOMATION}))
     for _ in range(2):
         subprocess.run([sys.executable, "-m", "infra.deploy"], cwd=PROJECT, env=environment, check=True)
     names = sorted(entry["name"] for entry in yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"])
@@ -75,7 +73,6 @@ def test_deploy_twice_is_once_and_retrain_is_on_the_calendar(environment: dict[s
         assert (pool.type, pool.concurrency_limit) == ("process", 1)
         assert client.read_work_queue_by_name(deploy.QUEUE, work_pool_name=deploy.POOL).concurrency_limit == 1
         assert len(client.read_automations_by_name(deploy.AUTOMATION)) == 1
-        assert client.read_automations_by_name(deploy.FORMER_AUTOMATION) == []
         assert sorted(deployment.name for deployment in client.read_deployments()) == names
         deadline = time.monotonic() + SCHEDULED_WITHIN_S
         while not (runs := client.read_flow_runs()) and time.monotonic() < deadline:

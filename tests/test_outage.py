@@ -1,8 +1,8 @@
-"""The Prefect server goes away under a living run: what it makes does not depend on that, its last state is right."""
+"""The Prefect server goes away under a run: what the run makes and how it ends does not depend on that."""
 
 from __future__ import annotations
 
-import asyncio
+import signal
 import subprocess
 import sys
 import time
@@ -11,9 +11,9 @@ from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from uuid import UUID
 
 import httpx
-import prefect.workers.base
 import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
@@ -21,18 +21,15 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.schemas.automations import EventTrigger
 from prefect.states import Running
 
-from flows import lifeline, outage
-from flows.provenance import PARENT_VARIABLE
 from flows.retrain import retrain
-from infra import deploy, patient
+from flows.server import run_flow
+from infra import deploy
 from tests.kill_harness import Lab
 from tests.test_cancel import alive, until
 from tests.test_retrain import PROJECT, STAGE, Site, git, site  # noqa: F401 - a fixture
 from wav.errors import DataError, ServiceError
 from wav.local import read_env
 
-#: until the automations have spoken after the server is back: a heartbeat, and the time its connection takes
-SPOKEN_WITHIN_S = 90.0
 #: a stage that tells its process and ends when it may
 WAITER = """
 import os, pathlib, time
@@ -43,137 +40,76 @@ while not pathlib.Path(os.environ["STAGE_MAY_END"]).exists():
 """
 
 
-@pytest.fixture(autouse=True)
-def link(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the process knows of its server, forgotten."""
-    monkeypatch.setattr(outage, "LINK", outage._Link())
+#: a stage's flow that moves its bar until it may end, and says how long the bar held it up
+FLOW = """
+import pathlib, time
+import flows  # before prefect, as in python -m flows.export
+from prefect import flow
+from flows.artifacts import Progress
+from flows.common import finish, main, start, step
+
+@step("work")
+def work(run):
+    slowest, done = 0.0, 0
+    with Progress("work", run.logger) as progress:
+        print("working", flush=True)
+        while not pathlib.Path("may-end").exists():
+            began, done = time.monotonic(), done + 1
+            progress(done, 10**6)
+            slowest = max(slowest, time.monotonic() - began)
+            time.sleep(0.5)
+    print(f"slowest {slowest:.2f}", flush=True)
+    if pathlib.Path("must-fail").exists():
+        raise RuntimeError("CUDA out of memory")
+
+@flow(name="export")
+def export(workspace="."):
+    run = start("export", workspace)
+    work(run)
+    finish(run, [])
+
+if __name__ == "__main__":
+    raise SystemExit(main(export))
+"""
 
 
-def refused() -> Any:
-    raise httpx.ConnectError("refused")
+class FakeFlow(SimpleNamespace):
+    """A flow whose server is gone when the last state is to be told, or before the first."""
+
+    def __call__(self, begins: bool = True) -> None:
+        if begins:
+            try:
+                self.fn()
+            except BaseException:
+                raise httpx.ConnectError("refused") from None
+        raise httpx.ConnectError("refused")
 
 
-def status_error(status: int) -> httpx.HTTPStatusError:
-    request = httpx.Request("POST", "http://h/api")
-    return httpx.HTTPStatusError(str(status), request=request, response=httpx.Response(status, request=request))
+def fake(error: BaseException | None = None) -> Any:
+    """A flow whose body does nothing, or fails."""
 
-
-def test_a_server_that_is_away_is_left_alone_for_a_while_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
-    calls: list[int] = []
-
-    def gone() -> Any:
-        calls.append(1)
-        return refused()
-
-    assert [outage.show("a bar", gone) for _ in range(5)] == [None] * 5
-    assert len(calls) == 1
-    assert outage.show("a table", lambda: "shown", wait=True) == "shown"
-    assert outage.show("a bar", lambda: "moved") == "moved"
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2
-    assert "the work goes on" in said[0]
-    assert "back after" in said[1]
-
-
-def test_what_the_server_refuses_does_not_count_as_an_outage(capsys: pytest.CaptureFixture[str]) -> None:
-    def refuse() -> Any:
-        raise status_error(422)
-
-    assert outage.show("a table", refuse) is None
-    assert outage.show("a bar", lambda: 1) == 1
-    assert "not shown in Prefect (422)" in capsys.readouterr().err
-
-
-def test_the_end_of_a_flow_counts_and_not_the_telling(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ServiceError, match="went away"):
-        outage.run_flow(refused)
-
-    def own_error() -> None:
-        try:
-            raise DataError("episode 3: truncated; collect it again")
-        except DataError:
-            refused()
-
-    with pytest.raises(DataError, match="episode 3"):
-        outage.run_flow(own_error)
-    outage.LINK.work_done = True
-    outage.run_flow(refused)
-    assert "only the flow run's final state could not be told" in capsys.readouterr().err
-
-
-def test_a_proxy_without_its_server_is_a_server_that_is_away() -> None:
-    def say(status: int) -> None:
-        raise status_error(status)
-
-    with pytest.raises(ServiceError, match="went away"):
-        outage.run_flow(lambda: say(503))
-    with pytest.raises(httpx.HTTPStatusError, match="409"):
-        outage.run_flow(lambda: say(409))
-    outage.LINK.work_done = True
-    outage.run_flow(lambda: say(502))
-
-
-@pytest.mark.parametrize("state_told", [True, False])
-def test_the_flow_s_own_error_is_not_lost_with_the_server(state_told: bool) -> None:
-    """Whatever Prefect raises instead, and whether or not it does so while it handles the flow's error."""
-
-    def run(error: BaseException) -> None:
-        def body() -> None:
+    def body() -> None:
+        if error is not None:
             raise error
 
-        flow = lifeline.outlives(cast(Any, SimpleNamespace(fn=body)))
-        try:
-            flow.fn()
-        except BaseException:
-            if state_told:
-                refused()
-        refused()
+    return cast(Any, FakeFlow(fn=body))
 
-    with pytest.raises(ServiceError, match=r"and before that the run failed: RuntimeError: CUDA out of memory; .*make"):
-        outage.run_flow(lambda: run(RuntimeError("CUDA out of memory")))
-    with pytest.raises(DataError, match="episode 3"):
-        outage.run_flow(lambda: run(DataError("episode 3: truncated; collect it again")))
+
+@pytest.mark.parametrize("error", [DataError("episode 3: truncated"), RuntimeError("CUDA"), KeyboardInterrupt()])
+def test_a_flow_fails_with_its_own_error_when_the_server_died(error: BaseException) -> None:
+    with pytest.raises(type(error)) as found:
+        run_flow(fake(error))
+    assert found.value is error
+
+
+def test_a_flow_that_made_everything_ends_well_when_the_server_died(capsys: pytest.CaptureFixture[str]) -> None:
+    flow = fake()
+    body = flow.fn
+    run_flow(flow)
+    assert "all that was to be made is made" in capsys.readouterr().err
+    assert flow.fn is body
     with pytest.raises(ServiceError, match=r"went away \(ConnectError\('refused'\)\); run make up"):
-        outage.run_flow(lambda: run(httpx.ReadError("reset")))
-    outage.LINK.work_done = True  # Ctrl-C while the end waits for the server
-    with pytest.raises(KeyboardInterrupt):
-        outage.run_flow(lambda: run(KeyboardInterrupt()))
-
-
-def test_only_a_worker_s_runs_wait_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WAV_WORKER", raising=False)
-    monkeypatch.setenv(PARENT_VARIABLE, "a retrain by hand")
-    assert outage.patience() == 0
-    monkeypatch.setenv("WAV_WORKER", "1-2")
-    assert outage.patience() == outage.PATIENCE_S
-
-
-def test_the_worker_s_loop_does_not_end_with_its_server() -> None:
-    """Prefect's own ends after so many failures in a row; errors that are not the server's still end it."""
-    looks: list[int] = []
-    said: list[str] = []
-
-    async def look() -> None:
-        looks.append(1)
-        if len(looks) < 20:
-            refused()
-
-    async def twenty_looks() -> None:
-        looked = patient.patient(look, said.append)
-        for _ in range(21):
-            await looked()
-
-    asyncio.run(twenty_looks())
-    assert len(said) == 2
-    assert "away" in said[0]
-    assert "is back" in said[1]
-
-    async def denied() -> None:
-        raise status_error(403)
-
-    with pytest.raises(httpx.HTTPStatusError):
-        asyncio.run(patient.patient_loop(denied, 0.01))
-    assert prefect.workers.base.critical_service_loop is patient.critical_service_loop
+        run_flow(flow, begins=False)
 
 
 @pytest.fixture
@@ -184,7 +120,7 @@ def server(site: Site) -> Lab:  # noqa: F811
 
 @pytest.fixture
 def worker(site: Site, tmp_path: Path) -> Iterator[dict[str, str]]:  # noqa: F811
-    """Environment of a worker whose own client gives up at once, so that Prefect's would be gone after 45 s."""
+    """Environment of a worker; the worker outlives the test."""
     (site.folder / "stage.py").write_text(WAITER + STAGE)
     git(site.folder, "commit", "-qam", "a stage that waits", "--allow-empty")
     environment = site.environment | read_env(Path(site.environment["WAV_LOCAL_DIR"]) / "env")
@@ -194,10 +130,9 @@ def worker(site: Site, tmp_path: Path) -> Iterator[dict[str, str]]:  # noqa: F81
         "STAGE_MAY_END": str(tmp_path / "may-end"),
     }
     subprocess.run([sys.executable, "-m", "infra.deploy"], cwd=PROJECT, env=environment, check=True)
-    hasty = {"PREFECT_WORKER_QUERY_SECONDS": "1", "PREFECT_CLIENT_MAX_RETRIES": "0"}
     with (tmp_path / "worker.log").open("w") as log:
         command = [sys.executable, "-m", "infra.deploy", "worker"]
-        process = subprocess.Popen(command, cwd=PROJECT, env=environment | hasty, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=log, stderr=log)
         try:
             yield environment
             assert process.poll() is None, "the worker ended with its server"
@@ -206,18 +141,109 @@ def worker(site: Site, tmp_path: Path) -> Iterator[dict[str, str]]:  # noqa: F81
             process.wait(60)
 
 
+class Started:
+    """A stage's flow started by hand, whose bar moves until it may end."""
+
+    def __init__(self, site: Site, log: Path, **variables: str) -> None:  # noqa: F811
+        self.folder, self.log = site.folder, log
+        (self.folder / "outage_flow.py").write_text(FLOW)
+        self.clean()
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "outage_flow.py"],
+                cwd=site.folder,
+                env=site.environment | variables,
+                stdout=output,
+                stderr=output,
+            )
+        until(lambda: "working" in log.read_text(), 60)
+
+    def clean(self) -> None:
+        """Nothing says that it may end, or how."""
+        for name in ("may-end", "must-fail"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def end(self, seconds: float = 60.0) -> int:
+        """Let it end; its exit status."""
+        (self.folder / "may-end").touch()
+        return self.process.wait(seconds)
+
+
+@pytest.fixture
+def by_hand(site: Site, tmp_path: Path, server: Lab) -> Iterator[Callable[..., Started]]:  # noqa: F811
+    """Starts such a flow; afterwards it is gone and the server there."""
+    started: list[Started] = []
+
+    def start(**variables: str) -> Started:
+        started.append(Started(site, tmp_path / f"log-{len(started)}", **variables))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+        one.clean()
+    (site.folder / "outage_flow.py").unlink(missing_ok=True)
+    server.services("up")
+
+
 @pytest.mark.long
-@pytest.mark.parametrize(("away_s", "rate"), [(5.0, "11"), (deploy.SILENT_SECONDS + 15.0, "12")])
-def test_a_living_run_outlives_its_server(
-    away_s: float,
-    rate: str,
+def test_a_stage_ends_well_without_the_server(
+    site: Site,  # noqa: F811
+    by_hand: Callable[..., Started],
+    server: Lab,
+    record_property: Callable[[str, Any], None],
+) -> None:
+    """Started by hand; the server dies under it and stays away: exit status 0, one line, and no bar held it up."""
+    flow = by_hand()
+    server.service("prefect").kill()
+    until(lambda: "the work goes on" in flow.log.read_text(), 60)
+    began = time.monotonic()
+    assert flow.end(400) == 0, flow.log.read_text()[-4000:]
+    record_property("ended_within_s", round(time.monotonic() - began, 1))
+    text = flow.log.read_text()
+    slowest = float(text.partition("slowest ")[2].split()[0])
+    record_property("slowest_bar_s", slowest)
+    assert slowest < 5
+    assert "all that was to be made is made" in text
+    assert (site.folder / "reports" / "stages" / "export.json").is_file()
+    command = [sys.executable, "outage_flow.py"]
+    done = subprocess.run(command, cwd=site.folder, env=site.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "not up" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.long
+def test_a_failure_and_ctrl_c_are_what_they_are_without_the_server(
+    by_hand: Callable[..., Started],
+    server: Lab,
+) -> None:
+    for fails, status, line in (
+        (True, 1, "RuntimeError: CUDA out of memory"),
+        (False, 130, "interrupted; run it again"),
+    ):
+        server.services("up")
+        flow = by_hand(PREFECT_CLIENT_MAX_RETRIES="0")  # else Prefect tries for a minute
+        server.service("prefect").kill()
+        if fails:
+            (flow.folder / "must-fail").touch()
+            ended = flow.end()
+        else:
+            flow.process.send_signal(signal.SIGINT)
+            ended = flow.process.wait(60)  # by that alone: it may not end otherwise
+        assert ended == status, flow.log.read_text()[-4000:]
+        assert any(one.startswith(line) for one in flow.log.read_text().splitlines())
+
+
+@pytest.mark.long
+def test_a_worker_s_run_outlives_a_restart_of_the_server(
     site: Site,  # noqa: F811
     worker: dict[str, str],
     server: Lab,
     record_property: Callable[[str, Any], None],
 ) -> None:
-    """Restarted at once or after longer than the silence: the same processes end the run, once, as Completed."""
-    site.rate(rate)  # else DVC would have the stage's output
+    """The same processes end the run, once, as Completed."""
+    site.rate("11")  # else DVC would have the stage's output
     pids = Path(worker["STAGE_PIDS"])
     with SyncPrefectClient(worker["PREFECT_API_URL"]) as client:
         run = client.create_flow_run_from_deployment(client.read_deployment_by_name("retrain/retrain").id)
@@ -228,18 +254,45 @@ def test_a_living_run_outlives_its_server(
         until(pids.is_file, 240)
         stage = psutil.Process(int(pids.read_text()))
         server.service("prefect").kill()
-        time.sleep(away_s)
+        time.sleep(5)
         server.services("up")
-        if away_s > deploy.SILENT_SECONDS:
-            until(lambda: "Crashed" in names(), SPOKEN_WITHIN_S)
-        seconds = until(lambda: names()[-1] == "Running", SPOKEN_WITHIN_S)
-        record_property("running_again_after_s", round(seconds, 1))
         assert alive(stage)
         Path(worker["STAGE_MAY_END"]).touch()
-        until(lambda: names()[-1] != "Running", 120)
+        until(lambda: names()[-1] != "Running", 180)
         record_property("states", ", ".join(map(str, names())))
         assert names()[-1] == "Completed"
         assert len(pids.read_text().split()) == 1, "a second copy was started"
+
+
+@pytest.mark.long
+def test_a_living_run_that_was_taken_for_dead_ends_well(
+    site: Site,  # noqa: F811
+    by_hand: Callable[..., Started],
+    server: Lab,
+    record_property: Callable[[str, Any], None],
+) -> None:
+    """Away for longer than the automation allows: the server says Crashed, the run goes on and ends with status 0."""
+    allowed_s = 20.0
+    environment = site.environment | read_env(Path(site.environment["WAV_LOCAL_DIR"]) / "env")
+    with SyncPrefectClient(environment["PREFECT_API_URL"]) as client:
+        wanted = deploy.automation()
+        assert isinstance(wanted.trigger, EventTrigger)
+        wanted.trigger.within = timedelta(seconds=allowed_s)
+        deploy.make_automation(client, wanted)
+        time.sleep(6)  # the server reads its automations every five seconds
+        flow = by_hand(PREFECT_FLOWS_HEARTBEAT_FREQUENCY="30")
+        run = UUID(flow.log.read_text().partition("/runs/flow-run/")[2][:36])
+
+        def names() -> list[str | None]:
+            return [state.name for state in client.read_flow_run_states(run)]
+
+        server.service("prefect").kill()
+        time.sleep(allowed_s + 15)
+        server.services("up")
+        until(lambda: names()[-1] == "Crashed", 60)
+        assert flow.process.poll() is None
+        assert flow.end() == 0, flow.log.read_text()[-4000:]
+        record_property("states", ", ".join(map(str, names())))
 
 
 #: heartbeats of two runs that end with the process that sends them; sent and handled before it does

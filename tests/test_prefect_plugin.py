@@ -91,7 +91,3 @@ def test_prefect_itself_completes_the_name_in_the_project_folder(tmp_path: Path)
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "Invalid deployment name" not in done.stdout + done.stderr
-    loop = "import asyncio\nasync def f():\n import flows, prefect\n print('imported')\nasyncio.run(f())"
-    command = [sys.executable, "-c", loop]
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, check=False)
-    assert (done.stdout.strip(), done.stderr) == ("imported", "")

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import psutil
 
+#: in the environment of everything that a worker of the work pool starts
+WORKER_MARK = "WAV_WORKER"
 _PR_SET_PDEATHSIG = 1
 _LAST_LINES = 12
 
@@ -49,7 +51,7 @@ def end_with_starter(variable: str, name: str, grace_s: float = 10.0) -> None:
     """End this process (SIGTERM, later SIGKILL) when the one that set ``variable`` for it ends.
 
     That is the nearest ancestor whose own environment has another value or none: ``dvc repro`` for ``DVC_STAGE``,
-    whether or not a shell stands between. Linux only; without ``variable`` it does nothing.
+    whether or not a shell stands between. Linux only; without ``variable``, or a second time, it does nothing.
 
     Args:
         variable: environment variable that the starter gives to what it starts.
@@ -61,8 +63,8 @@ def end_with_starter(variable: str, name: str, grace_s: float = 10.0) -> None:
     """
     import psutil
 
-    value = os.environ.get(variable)
-    if not value or sys.platform != "linux":
+    value, watcher = os.environ.get(variable), f"end with {name}"
+    if not value or sys.platform != "linux" or any(thread.name == watcher for thread in threading.enumerate()):
         return
     try:
         starter = next(p for p in psutil.Process().parents() if _variable(p, variable) != value)
@@ -78,7 +80,7 @@ def end_with_starter(variable: str, name: str, grace_s: float = 10.0) -> None:
         time.sleep(grace_s)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    threading.Thread(target=watch, daemon=True, name=f"end with {name}").start()
+    threading.Thread(target=watch, daemon=True, name=watcher).start()
 
 
 def _variable(process: psutil.Process, variable: str) -> str | None:
