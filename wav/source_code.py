@@ -33,9 +33,7 @@ PLUMBING = (
     "wav/processes.py",
     "wav/source_code.py",
     "wav/stages.py",
-    "wav/training/guard.py",
     "wav/training/launch.py",
-    "wav/training/nodes.py",
 )
 #: imports that no stage reaches: only for_simulator() needs the simulator, called where wav.sim is imported too;
 #: replay looks for the dataset's files under `wav replay` alone, never in an evaluation
