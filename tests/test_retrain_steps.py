@@ -24,6 +24,7 @@ from wav.errors import TrainingError
 from wav.evaluation.records import EpisodeRecord, write_record
 from wav.io.storage import open_store
 from wav.promotion import Champion, Verdict
+from wav.stages import dvc_yaml
 
 SETTINGS = load_settings(Path(__file__).resolve().parents[1] / "presets" / "smoke.yaml")
 OLD = {"lift_red_cube/000": True, "lift_red_cube/001": False}
@@ -146,6 +147,7 @@ def test_a_champion_that_changed_while_the_old_one_was_evaluated_stays(run: Retr
 def test_a_new_server_goes_on_from_the_results_in_the_store(run: Retrain) -> None:
     """With ``dvc.lock`` alone every stage would run again: DVC's remote does not hold its metrics."""
     folder = run.checkout.folder
+    (folder / "dvc.yaml").write_text(dvc_yaml())
     retrain.restore_results(run)
     assert not (folder / "dvc.lock").exists(), "the first retrain ever: nothing to go on from"
     names = ("dvc.lock", "reports/ingest/metrics.json", "reports/stages/ingest.json", "models/joint/metrics.json")
