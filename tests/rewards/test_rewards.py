@@ -21,7 +21,14 @@ from wav.errors import DataError
 from wav.plots import spearman
 from wav.rewards.label import label_store, returns, value_channels
 from wav.rewards.ssim import ssim
-from wav.rewards.terms import episode_rewards, mse
+from wav.rewards.terms import TERMS, channels, episode_rewards, mse
+
+
+@pytest.fixture(autouse=True)
+def table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper's own table, whatever terms were added to it."""
+    monkeypatch.setattr("wav.rewards.terms.TERMS", TERMS[:4])
+
 
 H, W, T = 16, 24, 14
 SIMILARITIES = ("wrist_mse", "wrist_ssim", "top_mse", "top_ssim", "proximity")
@@ -321,6 +328,10 @@ def make_store(path: Path, lengths: tuple[int, ...]) -> EpisodeStore:
         for index, length in enumerate(lengths):
             writer.add(reach(index, length))
     return EpisodeStore.open(path)
+
+
+def test_channels_follow_from_the_table() -> None:
+    assert [channels(arms) for arms in (1, 2)] == [10, 17]
 
 
 def test_label_store(tmp_path: Path, store: EpisodeStore) -> None:
