@@ -21,7 +21,7 @@ from counting import machine
 from torch import Tensor
 
 from wav.config import PlannerSettings
-from wav.evaluation.act import exported_data, open_pool
+from wav.evaluation.act import exported_data
 from wav.evaluation.intervals import paired_difference, wilson
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Scheduler
@@ -31,6 +31,7 @@ from wav.planning.types import Plan, RowKey, SeededNoise
 from wav.policy.export import load_export
 from wav.policy.policy import Policy
 from wav.sim.registry import select_tasks
+from wav.sim.workers import SimPool
 
 ROWS = 8  #: the policy's batch while acting
 SEED = 7
@@ -106,7 +107,7 @@ def act(folder: Path, option: Option, episodes: int, record: list[Call] | None) 
         place = (data.suite, task.name, n // len(tasks), "planned", task.name, task.instruction, task.max_steps)
         specs.append(EpisodeSpec(*place, option.seed, n))
     done: dict[EpisodeSpec, bool] = {}
-    with open_pool(data.suite, data, 1, min(ROWS, episodes)) as pool:
+    with SimPool(data.suite, data, 1, min(ROWS, episodes)) as pool:
         Scheduler(
             pool,
             policy,

@@ -9,9 +9,12 @@ from prefect import flow
 from flows.artifacts import Progress, publish_images, publish_markdown, publish_values
 from flows.common import StageRun, finish, main, start, step
 from flows.policy import assemble
-from wav import evaluation
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
+from wav.evaluation.evaluate import evaluate
+from wav.evaluation.held_out import held_out_values
+from wav.evaluation.records import metrics_table
+from wav.evaluation.report import build_report
 from wav.evaluation.start import check_all
 from wav.evaluation.unsimulated import without_simulator
 from wav.policy.export import Checkpoint
@@ -40,7 +43,7 @@ def closed_loop(run: StageRun, policy: Policy, digest: str, store: EpisodeStore 
         SimPool(data.suite, data, workers=run.runtime.workers, slots=settings.batch_size) as pool,
     ):
         began = check_all(policy, data, pool=pool, out=out, store=store)
-        return evaluation.evaluate(
+        return evaluate(
             run.settings,
             policy,
             out,
@@ -69,14 +72,14 @@ def picture(run: StageRun, policy: Policy) -> None:
     """Predicted against real value and frames along a held-out demonstration."""
     store = EpisodeStore.open(run.path("data/episodes"))
     rewards = RewardStore.open(run.path("data/rewards"), store) if run.settings.model.value_expert else None
-    evaluation.held_out_values(policy, store, rewards, run.settings, run.path("reports/eval"))
+    held_out_values(policy, store, rewards, run.settings, run.path("reports/eval"))
 
 
 @step("report")
 def report(run: StageRun, metrics: dict[str, Any]) -> None:
     """``reports/index.html`` and the same tables and pictures on the flow run."""
-    evaluation.build_report(run.workspace, run.settings)
-    publish_markdown("results", evaluation.metrics_table(metrics), f"success on {run.settings.data.suite}")
+    build_report(run.workspace, run.settings)
+    publish_markdown("results", metrics_table(metrics), f"success on {run.settings.data.suite}")
     for kind in ("strips", "predictions"):
         pictures = sorted(run.path(f"reports/eval/{kind}").glob("*.png"))
         if pictures:

@@ -7,6 +7,7 @@ from prefect import flow
 from flows.artifacts import publish_markdown
 from flows.common import StageRun, finish, main, start, step
 from flows.policy import assemble
+from wav.evaluation.records import metrics_table
 from wav.io.files import read_json
 from wav.planning import VARIANTS
 from wav.policy.export import export_policy, verify_export
@@ -18,7 +19,8 @@ def write(run: StageRun) -> None:
     metrics = read_json(run.path("reports/eval/metrics.json"), "run dvc repro eval_libero")
     evaluated = metrics if any(variant in metrics for variant in VARIANTS) else None
     policy, checkpoint = assemble(run)
-    export_policy(policy, checkpoint, run.path("export"), settings=run.settings, metrics=evaluated)
+    table = metrics_table(evaluated) if evaluated else ""
+    export_policy(policy, checkpoint, run.path("export"), settings=run.settings, metrics=evaluated, table=table)
     verify_export(run.path("export"))
     publish_markdown("model-card", run.path("export/README.md").read_text(), "the exported policy's model card")
 

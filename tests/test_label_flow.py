@@ -17,7 +17,7 @@ from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.store import EpisodeStore
 from wav.data.writer import EpisodeStoreWriter
-from wav.evaluation import build_report
+from wav.evaluation.report import build_report
 from wav.plots import spearman
 from wav.rewards.label import label_store, value_channels
 from wav.rewards.terms import episode_rewards

@@ -54,6 +54,11 @@ def digests(files: Iterable[str]) -> dict[str, str]:
     return {path: code_digest(_root() / path) for path in files}
 
 
+def module_digests(entries: tuple[str, ...]) -> dict[str, str]:
+    """File -> digest of its code for every file that ``entries`` import, they included."""
+    return {path: code_digest(_root() / path) for path in modules(entries)}
+
+
 @cache
 def modules(entries: tuple[str, ...], unused: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Files of this project that ``entries`` import, they included, sorted.

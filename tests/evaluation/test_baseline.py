@@ -16,9 +16,11 @@ from tests.stage_folders import DATA, PLANNER, SETTINGS, Stages, make_stages
 from wav import cli
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError
-from wav.evaluation import build_report, evaluate, held_out_values, metrics_table
 from wav.evaluation.act import act_episodes
-from wav.evaluation.evaluate import applicable
+from wav.evaluation.evaluate import applicable, evaluate
+from wav.evaluation.held_out import held_out_values
+from wav.evaluation.records import metrics_table
+from wav.evaluation.report import build_report
 from wav.planning import VARIANTS
 from wav.policy.export import Checkpoint, export_policy, load_export, policy_from_stages
 from wav.policy.policy import Policy
@@ -106,7 +108,7 @@ def test_evaluation_and_report(
     assert "rolled out over several chunks from the first frame" in page
 
     card = (
-        export_policy(policy, checkpoint, tmp_path / "e", settings=BASELINE, metrics=metrics) / "README.md"
+        export_policy(policy, checkpoint, tmp_path / "e", settings=BASELINE, metrics=metrics, table=table) / "README.md"
     ).read_text()
     assert "--variant unplanned" in card
     assert "without value expert" in card

@@ -17,8 +17,9 @@ from tests.evaluation import tiny
 from tests.evaluation.fakes import FakePolicy
 from wav.config import DataSettings
 from wav.errors import SimulationError
-from wav.evaluation import protocol, read_record
+from wav.evaluation import protocol
 from wav.evaluation.protocol import EpisodeSpec
+from wav.evaluation.records import read_record
 from wav.evaluation.rollout import Scheduler
 from wav.sim.registry import task_specs
 from wav.sim.workers import SimPool

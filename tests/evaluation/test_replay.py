@@ -11,9 +11,9 @@ from wav.data.conventions import Conventions
 from wav.data.store import EpisodeStore
 from wav.data.writer import EpisodeStoreWriter
 from wav.errors import ConfigError, DataError, SimulationError
-from wav.evaluation.extras import first_frames
-from wav.evaluation.extras.first_frames import check_first_frames, rendered_frames
+from wav.evaluation import first_frames
 from wav.evaluation.extras.replay import replay
+from wav.evaluation.first_frames import check_first_frames, rendered_frames
 from wav.evaluation.verdict import refuse_failed, report_path
 from wav.sim.demonstrations import record_demonstration
 from wav.sim.env import Observation

@@ -15,8 +15,10 @@ from wav.data.episode import Episode
 from wav.data.store import EpisodeStore
 from wav.data.writer import EpisodeStoreWriter
 from wav.errors import DataError
-from wav.evaluation import build_report, evaluate, held_out_values
+from wav.evaluation.evaluate import evaluate
+from wav.evaluation.held_out import held_out_values
 from wav.evaluation.pictures import write_png
+from wav.evaluation.report import build_report
 from wav.io.files import write_json
 
 
@@ -160,7 +162,7 @@ def test_held_out_values_align_with_the_episode(tmp_path):
 
 def test_held_out_episode_is_never_a_training_one(tmp_path):
     from wav.data.windows import split_episodes
-    from wav.evaluation import held_out_index
+    from wav.evaluation.held_out import held_out_index
 
     episodes = store(tmp_path / "episodes", episodes=10)
     index = held_out_index(episodes)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav import cli
-from wav.evaluation import evaluate
+from wav.evaluation.evaluate import evaluate
 from wav.evaluation.extras.rerun import Rerun
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.records import read_record, write_record

@@ -10,7 +10,8 @@ import pytest
 from flows import eval_libero
 from tests.evaluation.fakes import DATA, settings
 from wav.errors import ConfigError
-from wav.evaluation import build_report, metrics_table
+from wav.evaluation.records import metrics_table
+from wav.evaluation.report import build_report
 from wav.sim.registry import SUITES, has_simulator
 
 

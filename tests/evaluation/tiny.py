@@ -22,7 +22,7 @@ from wav.codec import PCACodec
 from wav.config import DataSettings, EvalLiberoSettings, Settings
 from wav.data.conventions import Conventions
 from wav.data.statistics import Statistics, compute_statistics
-from wav.evaluation import evaluate
+from wav.evaluation.evaluate import evaluate
 from wav.evaluation.protocol import EpisodeSpec
 from wav.policy.policy import Policy
 from wav.sim.registry import select_tasks, task_specs

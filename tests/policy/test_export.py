@@ -10,6 +10,7 @@ import pytest
 from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav.data.store import EpisodeStore
 from wav.errors import CheckpointError, DataError, StorageError, WavError
+from wav.evaluation.records import metrics_table
 from wav.inference.cpu import kernels
 from wav.policy.export import export_policy, load_export, policy_from_stages, verify_export
 from wav.policy.policy import Observation
@@ -45,7 +46,9 @@ def policy(stages):
 def exported(policy, tmp_path_factory):
     metrics = METRICS | {"checkpoint": policy[1].digest}
     out = tmp_path_factory.mktemp("export") / "export"
-    return export_policy(*policy, out, settings=SETTINGS.for_stage("export"), metrics=metrics)
+    return export_policy(
+        *policy, out, settings=SETTINGS.for_stage("export"), metrics=metrics, table=metrics_table(metrics)
+    )
 
 
 @pytest.fixture

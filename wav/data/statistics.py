@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wav.errors import DataError
+from wav.errors import CheckpointError, DataError
 from wav.io.files import canonical_digest, read_json, write_json
 
 Mode = Literal["quantile", "zscore_symlog"]
@@ -225,3 +225,16 @@ class Statistics:
         if not isinstance(raw, dict):
             raise DataError(f"{path}: holds {type(raw).__name__} where statistics by key are expected; {remedy}")
         return cls.from_json(raw, str(path))
+
+
+def check_statistics(expected: str, found: str, where: str) -> None:
+    """Refuse normalisation statistics other than the ones a checkpoint was trained with.
+
+    Raises:
+        CheckpointError: the digests differ.
+    """
+    if expected != found:
+        raise CheckpointError(
+            f"{where}: statistics digest {found[:12]} does not match the checkpoint's {expected[:12]}; "
+            "use the statistics the model was trained with, or train again on the new data"
+        )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from wav.config import DataSettings, EvalLiberoSettings
@@ -12,22 +11,13 @@ from wav.errors import CheckpointError, ConfigError
 from wav.evaluation import pictures
 from wav.evaluation.evaluate import applicable, check_start
 from wav.evaluation.protocol import EpisodeSpec
-from wav.evaluation.rollout import Pool, Rollout, Scheduler
+from wav.evaluation.rollout import Rollout, Scheduler
 from wav.io.files import read_json
 from wav.planning import Variant
 from wav.policy.export import load_export
 from wav.policy.policy import Policy
 from wav.sim.registry import LIBERO_SUITES, select_tasks
-
-#: Opens simulators: (suite, data, workers, slots) -> context manager.
-PoolFactory = Callable[[str, DataSettings, int, int], AbstractContextManager[Pool]]
-
-
-def open_pool(suite: str, data: DataSettings, workers: int, slots: int) -> AbstractContextManager[Pool]:
-    """The real simulators."""
-    from wav.sim.workers import SimPool
-
-    return SimPool(suite, data, workers=workers, slots=slots)
+from wav.sim.workers import SimPool
 
 
 def exported_data(folder: Path, suite: str, tasks: Sequence[str]) -> DataSettings:
@@ -71,7 +61,7 @@ def act_episodes(
     device: str = "auto",
     videos: Path | None = None,
     report: Callable[[str], None],
-    pool_factory: PoolFactory = open_pool,
+    pool_factory: Callable[..., SimPool] = SimPool,
 ) -> list[bool]:
     """Load an export and run ``episodes`` episodes, initial state by initial state over the tasks.
 

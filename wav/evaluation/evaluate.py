@@ -17,22 +17,23 @@ from numpy.typing import NDArray
 
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
 from wav.data.conventions import Conventions
+from wav.data.statistics import check_statistics
 from wav.errors import ConfigError
 from wav.evaluation import pictures
 from wav.evaluation.protocol import (
     EpisodeSpec,
     build_episodes,
     check_conventions,
-    check_statistics,
     code_digest,
     episode_key,
     versions,
 )
 from wav.evaluation.records import EpisodeRecord, finished_record, record_path, summarise, write_record
-from wav.evaluation.rollout import Actor, Pool, Rollout, Scheduler
+from wav.evaluation.rollout import Rollout, Scheduler
 from wav.io.files import write_json
 from wav.planning import Variant
-from wav.sim.env import Observation
+from wav.policy.policy import Policy
+from wav.sim.workers import SimPool
 
 log = logging.getLogger(__name__)
 
@@ -56,30 +57,6 @@ class EvaluationSettings(Protocol):
         """Episodes, variants, seed."""
 
 
-class EvaluatedPolicy(Actor, Protocol):
-    """``wav.policy.policy.Policy`` as evaluation uses it."""
-
-    @property
-    def conventions(self) -> Conventions:
-        """What images, states and actions meant in training."""
-
-    @property
-    def statistics(self) -> Any:
-        """Normalisation statistics; has ``digest``."""
-
-    @property
-    def compiled(self) -> bool:
-        """Whether compiled code plans."""
-
-    def decode_future(self, future: Any) -> NDArray[np.uint8]:
-        """(V, C, F, h, w) future latents as frames (V, F_raw, H, W, 3)."""
-
-    def generate_video(
-        self, observation: Observation, chunks: int, *, seed: int = 0, episode: int | str = "video"
-    ) -> NDArray[np.uint8]:
-        """(V, 1 + chunks * F_raw, H, W, 3) frames imagined from one observation, which comes first."""
-
-
 @dataclass(frozen=True)
 class Progress:
     """State of an evaluation after an episode; ``eta_seconds`` is the time left at the rate so far."""
@@ -99,7 +76,7 @@ class Progress:
 
 
 def check_start(
-    policy: EvaluatedPolicy,
+    policy: Policy,
     data: DataSettings,
     data_conventions: Conventions | None = None,
     statistics_digest: str | None = None,
@@ -149,10 +126,10 @@ def applicable(
 
 def evaluate(
     settings: EvaluationSettings,
-    policy: EvaluatedPolicy,
+    policy: Policy,
     out: Path,
     *,
-    pool: Pool,
+    pool: SimPool,
     checkpoint: str,
     data_conventions: Conventions | None = None,
     statistics_digest: str | None = None,
@@ -188,25 +165,7 @@ def evaluate(
     for variant, reason in left_out.items():
         log.warning("evaluation: variant %s is %s", variant, reason)
     session = _Session(settings, policy, Path(out), checkpoint, progress, variants)
-    waiting = session.resume()
-    scheduler = Scheduler(
-        pool,
-        policy,
-        execute_steps=settings.eval_libero.execute_steps,
-        batch_size=settings.eval_libero.batch_size,
-        with_value=with_value,
-        on_finish=session.finish,
-    )
-    began = time.perf_counter()
-    scheduler.run(waiting)
-    wall = time.perf_counter() - began
-    timing = {
-        **asdict(scheduler.clock),
-        "wall_seconds": wall,
-        "episodes_run": len(waiting),
-        "episodes_resumed": len(session.episodes) - len(waiting),
-        "episodes_per_hour": 3600 * len(waiting) / wall if waiting else 0.0,
-    }
+    timing = session.run(pool, with_value)
     session.remove_stale()
     metrics = summarise([session.records[spec] for spec in session.episodes], timing)
     metrics["not_applicable"], metrics["start"] = left_out, dict(start or {})
@@ -220,7 +179,7 @@ class _Session:
     def __init__(
         self,
         settings: EvaluationSettings,
-        policy: EvaluatedPolicy,
+        policy: Policy,
         out: Path,
         checkpoint: str,
         progress: Callable[[Progress], None] | None,
@@ -233,6 +192,28 @@ class _Session:
         self.episodes = build_episodes(settings.data, wanted)
         self.records: dict[EpisodeSpec, EpisodeRecord] = {}
         self.began, self.resumed = time.perf_counter(), 0
+
+    def run(self, pool: SimPool, with_value: bool) -> dict[str, float]:
+        """Run the episodes that are left; where the time went."""
+        waiting, protocol = self.resume(), self.settings.eval_libero
+        scheduler = Scheduler(
+            pool,
+            self.policy,
+            execute_steps=protocol.execute_steps,
+            batch_size=protocol.batch_size,
+            with_value=with_value,
+            on_finish=self.finish,
+        )
+        began = time.perf_counter()
+        scheduler.run(waiting)
+        wall = time.perf_counter() - began
+        return {
+            **asdict(scheduler.clock),
+            "wall_seconds": wall,
+            "episodes_run": len(waiting),
+            "episodes_resumed": self.resumed,
+            "episodes_per_hour": 3600 * len(waiting) / wall if waiting else 0.0,
+        }
 
     def key(self, spec: EpisodeSpec) -> str:
         """Key of the episode's record."""
@@ -266,19 +247,21 @@ class _Session:
         spec = rollout.spec
         if spec.record and rollout.frames:
             self._pictures(rollout)
-        record = EpisodeRecord(
+        record = self._record(rollout)
+        write_record(record_path(self.out, spec), record)
+        self.records[spec] = record
+        self._report(spec)
+
+    def _record(self, rollout: Rollout) -> EpisodeRecord:
+        """What is kept of an episode, and what it takes to run it again."""
+        spec, protocol = rollout.spec, self.settings.eval_libero
+        names = ("suite", "task", "init_index", "seed", "variant", "instructed", "instruction", "max_steps")
+        return EpisodeRecord(
+            **{name: getattr(spec, name) for name in names},
             key=self.key(spec),
-            suite=spec.suite,
-            task=spec.task,
-            init_index=spec.init_index,
-            seed=spec.seed,
-            variant=spec.variant,
-            instructed=spec.instructed,
-            instruction=spec.instruction,
             success=rollout.success,
             successes=rollout.successes,
             steps=rollout.steps,
-            max_steps=spec.max_steps,
             policy_calls=rollout.calls,
             values=rollout.values,
             plan=rollout.plan,
@@ -290,28 +273,25 @@ class _Session:
             statistics=self.policy.statistics.digest,
             conventions=self.conventions,
             render=self.settings.data.render,
-            budget=self.settings.eval_libero.budget,
-            execute_steps=self.settings.eval_libero.execute_steps,
-            batch=[self.settings.eval_libero.batch_size, spec.row % self.settings.eval_libero.batch_size],
+            budget=protocol.budget,
+            execute_steps=protocol.execute_steps,
+            batch=[protocol.batch_size, spec.row % protocol.batch_size],
             planner=self.settings.planner.model_dump(mode="json"),
             code=code_digest(),
             call_digests=rollout.call_digests,
             protocol_steps=spec.protocol_steps or spec.max_steps,
         )
-        write_record(record_path(self.out, spec), record)
-        self.records[spec] = record
-        self._report(spec)
 
     def _report(self, spec: EpisodeSpec) -> None:
         """Tell the caller how far the evaluation is."""
         if self.progress is None:
             return
-        plain = [record for record in self.records.values() if not record.swapped]
+        own = [record for record in self.records.values() if not record.swapped]
         run = len(self.records) - self.resumed
         left = len(self.episodes) - len(self.records)
         eta = (time.perf_counter() - self.began) / run * left
-        solved = sum(record.solved for record in plain)
-        self.progress(Progress(len(self.records), len(self.episodes), solved, len(plain), eta, spec.group))
+        solved = sum(record.solved for record in own)
+        self.progress(Progress(len(self.records), len(self.episodes), solved, len(own), eta, spec.group))
 
     def _pictures(self, rollout: Rollout) -> None:
         """Video, strip and predicted-against-real frames of a recorded episode."""
@@ -322,7 +302,7 @@ class _Session:
         pictures.write_png(
             self.out / "strips" / f"{name}.png", pictures.strip([f[views[0]] for f in rollout.frames]), 96
         )
-        for step, future in _spread(self._complete(rollout), _PREDICTIONS):
+        for step, future in _evenly(self._complete(rollout), _PREDICTIONS):
             predicted = self.policy.decode_future(future)
             real = self._real(rollout, step)
             path = self.out / "predictions" / f"{name}-step{step:03d}.png"
@@ -353,9 +333,6 @@ class _Session:
                     path.unlink()
 
 
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most ``count`` items, evenly spread."""
-    if not items:
-        return []
-    chosen = np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))
-    return [items[i] for i in chosen]
+def _evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """At most ``count`` items at even distances."""
+    return [items[i] for i in pictures.evenly(len(items), count)]

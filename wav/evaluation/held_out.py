@@ -18,8 +18,9 @@ from wav.data.store import EpisodeStore
 from wav.data.windows import split_episodes
 from wav.errors import DataError
 from wav.evaluation import pictures
-from wav.evaluation.evaluate import EvaluatedPolicy, EvaluationSettings
+from wav.evaluation.evaluate import EvaluationSettings
 from wav.io.files import write_json
+from wav.policy.policy import Policy
 from wav.sim.env import Observation
 
 _ROW = "held-out"
@@ -33,7 +34,7 @@ class Values(Protocol):
 
 
 def held_out_values(
-    policy: EvaluatedPolicy,
+    policy: Policy,
     store: EpisodeStore,
     rewards: Values | None,
     settings: EvaluationSettings,
@@ -83,6 +84,7 @@ def held_out_values(
         if output.returns is not None:
             predicted.append(float(output.returns[0][0]))
         real = _future(episode, step, data.views, data.frame_stride, data.future_frames)
+        assert output.future is not None
         decoded = policy.decode_future(output.future[0])
         current = np.stack([episode.images[view][step] for view in data.views])[:, None]
         copied = np.broadcast_to(current, real.shape)
@@ -105,7 +107,7 @@ def held_out_values(
     return result
 
 
-def _imagine(policy: EvaluatedPolicy, settings: EvaluationSettings, episode: Episode, out: Path) -> None:
+def _imagine(policy: Policy, settings: EvaluationSettings, episode: Episode, out: Path) -> None:
     """Picture ``eval_libero.video_chunks`` chunks rolled out from the episode's first frame, each from the last."""
     data, chunks = settings.data, settings.eval_libero.video_chunks
     first = _observation(episode, 0, data.views)

@@ -68,10 +68,14 @@ def write_mp4(path: Path, frames: Iterable[Picture], fps: int, height: int = 192
             container.mux(stream.encode())
 
 
+def evenly(length: int, count: int) -> list[int]:
+    """At most ``count`` places of ``length`` at even distances, first and last included."""
+    return [int(i) for i in np.unique(np.linspace(0, length - 1, min(count, length)).round())] if length else []
+
+
 def strip(frames: Sequence[Picture], count: int = 8) -> Picture:
-    """``count`` frames spread evenly over the sequence (first and last included), side by side."""
-    chosen = np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int))
-    return grid([[frames[i] for i in chosen]])
+    """``count`` frames at even distances (first and last included), side by side."""
+    return grid([[frames[i] for i in evenly(len(frames), count)]])
 
 
 def grid(rows: Sequence[Sequence[Picture]]) -> Picture:

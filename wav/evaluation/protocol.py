@@ -18,33 +18,20 @@ from typing import Any
 import wav
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
 from wav.data.conventions import Conventions
-from wav.errors import CheckpointError, ConfigError
+from wav.errors import ConfigError
 from wav.inference.cpu import kernels
-from wav.io.files import canonical_digest, sources_digest
+from wav.io.files import canonical_digest
 from wav.planning import Variant
 from wav.sim.env import TaskSpec
 from wav.sim.registry import select_tasks
+from wav.source_code import module_digests
 
 #: Environment steps of every suite under ``budget: reference`` (its loop counts policy calls; spec section 7.9).
 REFERENCE_BUDGET = 1000
-#: Conditions that the swapped-instruction probes run under, where they are evaluated at all.
+#: Variants that the swapped-instruction probes run under, where they are evaluated at all.
 SWAPPED_VARIANTS: tuple[Variant, ...] = ("planned", "unplanned")
-#: What decides an episode's result, below the package folder: a change here makes finished records worthless.
-_CODE = (
-    "codec",
-    "model",
-    "sim",
-    "data/state.py",
-    "data/statistics.py",
-    "evaluation/protocol.py",
-    "evaluation/rollout.py",
-    "flow_matching.py",
-    "inference",
-    "planning",
-    "policy",
-    "seeding.py",
-    "text.py",
-)
+#: What decides an episode's result is what these import: a change there makes finished records worthless.
+_ENTRIES = ("wav.evaluation.protocol", "wav.evaluation.rollout", "wav.policy.policy", "wav.sim.worker")
 #: Ends ``versions.kernels`` where compiled code planned (:mod:`wav.inference.compiled`), which rounds otherwise.
 COMPILED = ", compiled"
 _PACKAGES = ("torch", "numpy", "mujoco", "robosuite")
@@ -139,8 +126,8 @@ def versions(compiled: bool = False) -> dict[str, str]:
 
 @functools.cache
 def code_digest() -> str:
-    """Digest of the source files that decide an episode's result."""
-    return sources_digest(_CODE)
+    """Digest of the modules that decide an episode's result, comments left out."""
+    return canonical_digest(module_digests(_ENTRIES))
 
 
 def episode_key(
@@ -185,17 +172,4 @@ def check_conventions(policy: Conventions, other: Conventions, name: str) -> Non
         raise ConfigError(
             f"the policy's conventions differ from the {name}'s: {'; '.join(differences)}; "
             f"evaluate with the settings the policy was trained with, or train it on data made with these"
-        )
-
-
-def check_statistics(expected: str, found: str, where: str) -> None:
-    """Refuse normalisation statistics other than the ones a checkpoint was trained with.
-
-    Raises:
-        CheckpointError: the digests differ.
-    """
-    if expected != found:
-        raise CheckpointError(
-            f"{where}: statistics digest {found[:12]} does not match the checkpoint's {expected[:12]}; "
-            "use the statistics the model was trained with, or train again on the new data"
         )

@@ -157,15 +157,15 @@ def summarise(records: Sequence[EpisodeRecord], timing: Mapping[str, float]) -> 
     """
     if not records:
         raise DataError("no episodes to summarise: eval_libero.variants and episodes_per_task must ask for some")
-    plain = [record for record in records if not record.swapped]
-    tasks = list(dict.fromkeys(record.task for record in plain))
-    variants = list(dict.fromkeys(record.variant for record in plain))
-    by_variant = {c: {(r.task, r.init_index): r for r in plain if r.variant == c} for c in variants}
+    own = [record for record in records if not record.swapped]
+    tasks = list(dict.fromkeys(record.task for record in own))
+    variants = list(dict.fromkeys(record.variant for record in own))
+    by_variant = {c: {(r.task, r.init_index): r for r in own if r.variant == c} for c in variants}
     metrics: dict[str, Any] = {"suite": records[0].suite, "seed": records[0].seed, "checkpoint": records[0].checkpoint}
     metrics |= {c: _rates(list(found.values()), tasks, lambda r: r.solved) for c, found in by_variant.items()}
-    if any(record.max_steps > record.protocol_steps for record in plain):
+    if any(record.max_steps > record.protocol_steps for record in own):
         longer = {c: _rates(list(found.values()), tasks, lambda r: r.success) for c, found in by_variant.items()}
-        metrics["reference"] = {"max_steps": max(record.max_steps for record in plain), **longer}
+        metrics["reference"] = {"max_steps": max(record.max_steps for record in own), **longer}
     paired = {}
     for first, second in PAIRS:
         if first in by_variant and second in by_variant:

@@ -14,15 +14,18 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wav.errors import SimulationError
 from wav.evaluation.protocol import EpisodeSpec
-from wav.planning import Variant
-from wav.sim.env import Observation
+from wav.sim.env import Observation, SimReply
+
+if TYPE_CHECKING:
+    from wav.policy.policy import Policy, PolicyOutput
+    from wav.sim.workers import SimPool
 
 log = logging.getLogger(__name__)
 
@@ -37,104 +40,9 @@ _FILLER = "filler"
 Frame = Mapping[str, NDArray[np.uint8]]
 
 
-class Reply(Protocol):
-    """What a simulator answers to a reset or to a chunk of actions (``wav.sim.workers.SimReply``)."""
-
-    @property
-    def observation(self) -> Observation | None:
-        """The last observation; None after an error."""
-
-    @property
-    def success(self) -> bool:
-        """Whether the task that was reset has been solved (the chunk then stopped early)."""
-
-    @property
-    def steps_done(self) -> int:
-        """Environment steps done by this request."""
-
-    @property
-    def frames(self) -> Sequence[Frame]:
-        """While recording: the reset's frame, or one frame per step done; view -> (H, W, 3) uint8."""
-
-    @property
-    def successes(self) -> Mapping[str, bool]:
-        """For every task of the scene: solved since the reset?"""
-
-    @property
-    def error(self) -> str | None:
-        """Why the simulator died or stalled; the next reset of the slot starts a fresh one."""
-
-    @property
-    def lost(self) -> bool:
-        """The error came with another episode's request to the same process."""
-
-    @property
-    def busy_seconds(self) -> float:
-        """What the request took in the simulator's process."""
-
-    @property
-    def render_seconds(self) -> float:
-        """The share of it spent on observations: drawing, reading pixels and state."""
-
-
-class Pool(Protocol):
-    """Simulators in their own processes (``wav.sim.workers.SimPool``)."""
-
-    @property
-    def slots(self) -> int:
-        """Episodes that may be live at once."""
-
-    def submit_reset(self, slot: int, task: str, init_index: int, record: bool = False) -> None:
-        """Start an episode on a slot."""
-
-    def submit_steps(self, slot: int, actions: NDArray[np.float32]) -> None:
-        """Execute (k, 7) actions, stopping at success."""
-
-    def wait(self, timeout: float | None = None) -> Sequence[tuple[int, Reply]]:
-        """Block until at least one request is answered, or for ``timeout`` seconds; all that are."""
-
-
-class Output(Protocol):
-    """What the policy answers (``wav.policy.policy.PolicyOutput``), n rows."""
-
-    @property
-    def actions(self) -> Any:
-        """(n, A, 7) in the environment's units."""
-
-    @property
-    def returns(self) -> Any:
-        """(n, A) predicted return along the chunk, or None."""
-
-    @property
-    def future(self) -> Any:
-        """(n, V, C, F, h, w) predicted future latents, or None."""
-
-    @property
-    def plan(self) -> Any:
-        """Planner diagnostics, (n, K) each: sigma_video, sigma_value, shift_video, shift_value."""
-
-
-class Actor(Protocol):
-    """What rollouts need of ``wav.policy.policy.Policy``."""
-
-    def reset(self, row: Hashable, episode: int | str, seed: int) -> None:
-        """Start an episode on a row: memory cleared, call index 0."""
-
-    def act(
-        self,
-        observations: Sequence[Observation],
-        rows: Sequence[Hashable],
-        *,
-        variant: Variant = "planned",
-        with_value: bool = False,
-        with_future: bool = False,
-    ) -> Output:
-        """One chunk of actions per row."""
-
-
 @dataclass
 class Rollout:
-    """One live or finished episode; arrays as in :class:`Reply` and :class:`Output`."""
+    """One live or finished episode; arrays as in ``SimReply`` and ``PolicyOutput``."""
 
     spec: EpisodeSpec
     slot: int
@@ -215,8 +123,8 @@ class Scheduler:
 
     def __init__(
         self,
-        pool: Pool,
-        policy: Actor,
+        pool: SimPool,
+        policy: Policy,
         *,
         execute_steps: int,
         batch_size: int,
@@ -286,7 +194,7 @@ class Scheduler:
         self.policy.reset(rollout.slot, spec.noise_name, spec.seed)
         self.pool.submit_reset(rollout.slot, spec.task, spec.init_index, spec.record)
 
-    def _receive(self, rollout: Rollout, reply: Reply) -> bool:
+    def _receive(self, rollout: Rollout, reply: SimReply) -> bool:
         """Take in one reply; True if it ended the episode."""
         self.clock.simulation_seconds += reply.busy_seconds - reply.render_seconds
         self.clock.rendering_seconds += reply.render_seconds
@@ -366,7 +274,7 @@ class Scheduler:
             self.pool.submit_steps(rollout.slot, rollout.pending)
 
     @staticmethod
-    def _note(rollout: Rollout, output: Output, i: int) -> None:
+    def _note(rollout: Rollout, output: PolicyOutput, i: int) -> None:
         """Keep what the records and pictures show of row ``i``."""
         if output.returns is not None:
             rollout.values.append(float(output.returns[i][0]))

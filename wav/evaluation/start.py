@@ -10,26 +10,20 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from wav.config import DataSettings
 from wav.data.conventions import Conventions
 from wav.data.store import EpisodeStore
-from wav.evaluation.evaluate import EvaluatedPolicy, check_start
-from wav.evaluation.extras.first_frames import check_first_frames
-from wav.evaluation.rollout import Pool
+from wav.evaluation.evaluate import check_start
+from wav.evaluation.first_frames import check_first_frames
 from wav.evaluation.verdict import ALLOW_VARIABLE, refuse_failed, report_path
 from wav.io.files import read_json
-from wav.sim.registry import LIBERO_SUITES
+from wav.policy.policy import Policy
+from wav.sim.registry import initial_states_digest
+from wav.sim.workers import SimPool
 
 log = logging.getLogger(__name__)
-
-
-class DrawingPool(Pool, Protocol):
-    """Open simulators that can say what they draw with (``wav.sim.workers.SimPool``)."""
-
-    def renderer(self) -> dict[str, str]:
-        """Backend, EGL device and OpenGL implementation."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Start:
         return asdict(self)
 
 
-def own_store(policy: EvaluatedPolicy, path: Path) -> EpisodeStore | None:
+def own_store(policy: Policy, path: Path) -> EpisodeStore | None:
     """The demonstrations at ``path`` if the policy was trained on them (its statistics are theirs), else None.
 
     Raises:
@@ -71,9 +65,7 @@ def own_store(policy: EvaluatedPolicy, path: Path) -> EpisodeStore | None:
     return None
 
 
-def check_all(
-    policy: EvaluatedPolicy, data: DataSettings, *, pool: DrawingPool, out: Path, store: EpisodeStore | None
-) -> Start:
+def check_all(policy: Policy, data: DataSettings, *, pool: SimPool, out: Path, store: EpisodeStore | None) -> Start:
     """Refuse what would make the evaluation worthless; what it starts with otherwise.
 
     Args:
@@ -90,7 +82,7 @@ def check_all(
         SimulationError: a simulator failed.
     """
     check_start(policy, data, None if store is None else store.conventions)
-    states = _initial_states(data.suite)
+    states = initial_states_digest(data.suite)
     replay, likeness = "no demonstrations at hand", []
     if store is not None:
         refuse_failed(store)
@@ -108,15 +100,6 @@ def check_all(
     versions = ", ".join(f"{name} {version}" for name, version in found.simulator.items())
     log.info("start: %s; render %s with %s; replay: %s", versions, data.render, found.renderer["renderer"], replay)
     return found
-
-
-def _initial_states(suite: str) -> str:
-    """Digest of LIBERO's initial states, compared with the release's; empty for other suites."""
-    if suite not in LIBERO_SUITES:
-        return ""
-    from wav.sim.libero.tasks import init_digest
-
-    return init_digest(suite)
 
 
 def _verdict(store: EpisodeStore) -> str:

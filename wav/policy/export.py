@@ -21,10 +21,8 @@ from wav.config import DataSettings, ExportSettings, ModelSettings, PlannerSetti
 from wav.data.conventions import Conventions
 from wav.data.encode import codec_of, text_encoder_of
 from wav.data.latents import LatentStore
-from wav.data.statistics import Statistics
+from wav.data.statistics import Statistics, check_statistics
 from wav.errors import CheckpointError, DataError
-from wav.evaluation.protocol import check_statistics
-from wav.evaluation.records import metrics_table
 from wav.io.files import (
     atomic_folder,
     canonical_digest,
@@ -155,7 +153,13 @@ def policy_from_stages(
 
 
 def export_policy(
-    policy: Policy, checkpoint: Checkpoint, out: Path, *, settings: ExportedSettings, metrics: Mapping[str, Any] | None
+    policy: Policy,
+    checkpoint: Checkpoint,
+    out: Path,
+    *,
+    settings: ExportedSettings,
+    metrics: Mapping[str, Any] | None,
+    table: str = "",
 ) -> Path:
     """Write the self-contained folder; it appears whole under ``out`` or not at all.
 
@@ -165,6 +169,7 @@ def export_policy(
         out: folder to write, replaced if it exists.
         settings: sections ``data``, ``model``, ``planner``, ``export``.
         metrics: content of ``reports/eval/metrics.json``, or None: the card then says that nothing was evaluated.
+        table: the metrics as the card shows them (:func:`wav.evaluation.records.metrics_table`).
 
     Raises:
         CheckpointError: the metrics are another checkpoint's.
@@ -183,7 +188,7 @@ def export_policy(
         write_json(folder / "settings.json", sections)
         if metrics is not None:
             write_json(folder / "metrics.json", metrics)
-        (folder / "README.md").write_text(model_card(policy, checkpoint, settings, metrics))
+        (folder / "README.md").write_text(model_card(policy, checkpoint, settings, metrics, table))
         content = {
             "name": settings.export.name,
             "suite": settings.data.suite,
@@ -210,11 +215,11 @@ def _write_parts(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
 
 
 def model_card(
-    policy: Policy, checkpoint: Checkpoint, settings: ExportedSettings, metrics: Mapping[str, Any] | None
+    policy: Policy, checkpoint: Checkpoint, settings: ExportedSettings, metrics: Mapping[str, Any] | None, table: str
 ) -> str:
     """The export's README.md: what it is, how to run it, what it scored, what it must not be fed."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("wav.evaluation"), undefined=jinja2.StrictUndefined, trim_blocks=True
+        loader=jinja2.PackageLoader("wav.policy"), undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     return environment.get_template(CARD).render(
         name=settings.export.name,
@@ -226,7 +231,7 @@ def model_card(
         dtype=settings.export.dtype,
         planner=settings.planner.model_dump(mode="json"),
         value_expert=policy.model.shapes.value is not None,
-        table=None if metrics is None else metrics_table(metrics),
+        table=table,
         metrics=metrics,
         version=wav.__version__,
     )

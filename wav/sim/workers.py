@@ -233,7 +233,8 @@ def map_in_processes(
     finally:
         stopped.set()
         while any(thread.is_alive() for thread in threads):
-            for process in list(running.values()) if left else ():  # nobody takes the other results
-                process.process.kill()
+            if left:  # nobody takes the other results
+                for process in list(running.values()):
+                    process.process.kill()
             with contextlib.suppress(queue.Empty):
                 done.get(timeout=0.05)

@@ -8,20 +8,20 @@ every action. Where it does not, the first policy call whose actions differ says
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from wav.config import PlannerSettings
 from wav.data.conventions import Conventions
+from wav.data.statistics import check_statistics
 from wav.errors import CheckpointError, DataError
-from wav.evaluation.act import PoolFactory, exported_data, open_pool, policy_for_suite
+from wav.evaluation.act import exported_data, policy_for_suite
 from wav.evaluation.evaluate import applicable, check_start
 from wav.evaluation.protocol import (
     COMPILED,
     EpisodeSpec,
     check_conventions,
-    check_statistics,
     code_digest,
     versions,
 )
@@ -31,6 +31,7 @@ from wav.io.files import read_json
 from wav.planning import VARIANTS
 from wav.policy.export import verify_export
 from wav.policy.policy import Policy
+from wav.sim.workers import SimPool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,9 @@ def _first_difference(was: list[Any], now: list[Any]) -> int | None:
     return None if len(was) == len(now) else min(len(was), len(now))
 
 
-def rerun_episode(path: Path, export: Path, *, device: str = "auto", pool_factory: PoolFactory = open_pool) -> Rerun:
+def rerun_episode(
+    path: Path, export: Path, *, device: str = "auto", pool_factory: Callable[..., SimPool] = SimPool
+) -> Rerun:
     """Run a recorded episode again with the policy that it names.
 
     Args:

@@ -19,10 +19,11 @@ from wav.config import DataSettings
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, SimulationError
 from wav.evaluation import pictures
-from wav.evaluation.rollout import MAX_ATTEMPTS, Pool
+from wav.evaluation.rollout import MAX_ATTEMPTS
 from wav.rewards.ssim import ssim
 from wav.sim.env import TaskSpec
 from wav.sim.registry import select_tasks
+from wav.sim.workers import SimPool
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def _words(instruction: str) -> str:
     return " ".join(instruction.lower().split())
 
 
-def rendered_frames(pool: Pool, tasks: Sequence[str]) -> dict[str, dict[str, Picture]]:
+def rendered_frames(pool: SimPool, tasks: Sequence[str]) -> dict[str, dict[str, Picture]]:
     """Task -> first rendered frame of initial state 0.
 
     Raises:
@@ -115,7 +116,7 @@ def likeness(
     return found
 
 
-def check_first_frames(pool: Pool, store: EpisodeStore, data: DataSettings, out: Path) -> list[ViewLikeness]:
+def check_first_frames(pool: SimPool, store: EpisodeStore, data: DataSettings, out: Path) -> list[ViewLikeness]:
     """Refuse an evaluation whose pictures are rotated or of another camera than the dataset's.
 
     Args:
