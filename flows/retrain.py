@@ -47,13 +47,13 @@ class Retrain:
     folder: Path
     flow_run: str
     name: str
-    reigning: tuple[Champion, ObjectInfo] | None = None
+    current: tuple[Champion, ObjectInfo] | None = None
     ran: list[str] = field(default_factory=list)
 
     @property
     def champion_name(self) -> str:
         """How messages call the champion."""
-        return f"champion {self.name} ({self.reigning[0].policy[:12]})" if self.reigning else "no champion yet"
+        return f"champion {self.name} ({self.current[0].policy[:12]})" if self.current else "no champion yet"
 
 
 @step("check out")
@@ -179,9 +179,9 @@ def champion_outcomes(run: Retrain, settings: Settings, evaluation: str, variant
     Raises:
         TrainingError: it cannot be evaluated any more.
     """
-    if run.reigning is None:
+    if run.current is None:
         return None
-    champion = run.reigning[0]
+    champion = run.current[0]
     if champion.evaluation == evaluation:
         return champion.outcomes
     get_run_logger().info("the evaluation changed since %s: evaluating it again", run.champion_name)
@@ -199,8 +199,8 @@ def champion_outcomes(run: Retrain, settings: Settings, evaluation: str, variant
     outcomes = promotion.read_outcomes(out / "reports/eval", variant)
     shutil.rmtree(export)  # it is in the store, and of gigabytes
     renewed = replace(champion, evaluation=evaluation, outcomes=outcomes)
-    if (written := promotion.crown(run.store, run.name, renewed, run.reigning[1])) is not None:
-        run.reigning = renewed, written  # the next retrain need not evaluate it again, whoever wins this one
+    if (written := promotion.promote(run.store, run.name, renewed, run.current[1])) is not None:
+        run.current = renewed, written  # the next retrain need not evaluate it again, whoever wins this one
     return outcomes
 
 
@@ -213,7 +213,7 @@ def promote(run: Retrain, candidate: Champion, verdict: Verdict, export: Path, l
     files = promotion.upload_policy(run.store, export, f"{prefix}/export")
     kept = run.store.put_file(lock, f"{prefix}/dvc.lock") if lock.is_file() else None
     champion = Champion(**{**candidate.__dict__, "files": files, "lock": kept.key if kept else ""})
-    written = promotion.crown(run.store, run.name, champion, run.reigning[1] if run.reigning else None)
+    written = promotion.promote(run.store, run.name, champion, run.current[1] if run.current else None)
     if written is None:
         return Verdict(
             False,
@@ -234,8 +234,8 @@ def _tell(run: Retrain, verdict: Verdict, candidate: Champion, metrics: Path) ->
     text = f"**{title}**: {verdict.reason}\n\nchampion pointer: `{url}`\n\n"
     publish_markdown("verdict", text + metrics_table(read_json(metrics, "run dvc repro eval_libero")), "promotion")
     rows = [{"name": "candidate", "policy": candidate.policy, "success": round(candidate.rate, 4)}]
-    if run.reigning:
-        rows += [{"name": "champion", "policy": run.reigning[0].policy, "success": round(run.reigning[0].rate, 4)}]
+    if run.current:
+        rows += [{"name": "champion", "policy": run.current[0].policy, "success": round(run.current[0].rate, 4)}]
     publish_table("policies", rows, "candidate and champion")
     if verdict.difference:
         publish_table("comparison", [asdict(verdict.difference)], "candidate minus champion, same episodes")
@@ -271,11 +271,11 @@ def challenge(run: Retrain, margin: float, commit: str) -> Verdict:
         commit=commit or run.checkout.git("rev-parse", "HEAD"),
         run=run.flow_run,
         promoted=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        previous=run.reigning[0].policy if run.reigning else "",
+        previous=run.current[0].policy if run.current else "",
     )
-    if run.reigning and run.reigning[0].policy == candidate.policy:
-        candidate = replace(candidate, previous=run.reigning[0].previous)
-        unchanged = run.reigning[0].evaluation == candidate.evaluation
+    if run.current and run.current[0].policy == candidate.policy:
+        candidate = replace(candidate, previous=run.current[0].previous)
+        unchanged = run.current[0].evaluation == candidate.evaluation
         told = f"nothing changed: {run.champion_name} is what the pipeline makes"
         verdict = Verdict(not unchanged, told if unchanged else "the champion itself, under a new evaluation")
     else:

@@ -107,7 +107,7 @@ def test_without_a_checkpoint_it_is_the_project_s_model_then_the_champion(worksp
     (export / "settings.json").write_text("{}")
     files = promotion.upload_policy(store, export, "policies/p1/export")
     champion = promotion.Champion("p1", "c1", "e1", {}, files, "abc", "run", "2026-01-01T00:00:00+00:00")
-    promotion.crown(store, "tabletop", champion, None)
+    promotion.promote(store, "tabletop", champion, None)
     with disable_run_logger():
         assert default_checkpoint(workspace, store) == "champion"
     found = find_checkpoint("champion", workspace, store)

@@ -91,13 +91,13 @@ def test_a_policy_is_its_weights_and_settings_not_its_scores(tmp_path: Path) -> 
 def test_two_retrains_cannot_both_win(tmp_path: Path) -> None:
     store = open_store(tmp_path.as_uri())
     assert promotion.read_champion(store, "x") is None
-    assert promotion.crown(store, "x", CHAMPION, None) is not None
-    assert promotion.crown(store, "x", replace(CHAMPION, policy="p2"), None) is None, "both found no champion"
+    assert promotion.promote(store, "x", CHAMPION, None) is not None
+    assert promotion.promote(store, "x", replace(CHAMPION, policy="p2"), None) is None, "both found no champion"
     read = promotion.read_champion(store, "x")
     assert read is not None
     assert read[0] == CHAMPION
-    assert promotion.crown(store, "x", replace(CHAMPION, policy="p2"), read[1]) is not None
-    assert promotion.crown(store, "x", replace(CHAMPION, policy="p3"), read[1]) is None, "both read the same champion"
+    assert promotion.promote(store, "x", replace(CHAMPION, policy="p2"), read[1]) is not None
+    assert promotion.promote(store, "x", replace(CHAMPION, policy="p3"), read[1]) is None, "both read the same champion"
     last = promotion.read_champion(store, "x")
     assert last is not None
     assert last[0].policy == "p2"
@@ -117,9 +117,9 @@ class Deaf(FileStore):
 
 def test_a_retrain_whose_answer_was_lost_knows_that_it_won(tmp_path: Path) -> None:
     store = Deaf(tmp_path)
-    first = promotion.crown(store, "x", CHAMPION, None)
+    first = promotion.promote(store, "x", CHAMPION, None)
     assert first is not None
-    assert promotion.crown(store, "x", replace(CHAMPION, policy="p2"), first) is not None
+    assert promotion.promote(store, "x", replace(CHAMPION, policy="p2"), first) is not None
     read = promotion.read_champion(store, "x")
     assert read is not None
     assert read[0].policy == "p2"
@@ -131,7 +131,7 @@ def test_a_promoted_policy_comes_back_whole_and_a_damaged_pointer_is_named(tmp_p
     (export / "model" / "weights").write_bytes(b"w" * 100)
     (export / "manifest.json").write_text("{}")
     files = promotion.upload_policy(store, export, "policies/p1/export")
-    promotion.crown(store, "x", replace(CHAMPION, files=files), None)
+    promotion.promote(store, "x", replace(CHAMPION, files=files), None)
     read = promotion.read_champion(store, "x")
     assert read is not None
     back = promotion.download_policy(store, read[0], tmp_path / "back")

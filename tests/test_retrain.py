@@ -98,7 +98,7 @@ class Site:
         git(self.folder, "commit", "-qam", f"rate {text}")
 
     def champion(self, monkeypatch: pytest.MonkeyPatch) -> Champion:
-        """The reigning one."""
+        """The current champion."""
         values = read_env(Path(self.environment["WAV_LOCAL_DIR"]) / "credentials.env")
         for name, value in values.items():
             monkeypatch.setenv(name, value)

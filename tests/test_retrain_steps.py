@@ -63,8 +63,8 @@ def run(tmp_path: Path) -> Retrain:
     """A retrain that meets a champion, which was evaluated under identity ``e1``."""
     store = open_store((tmp_path / "store").as_uri())
     files = promotion.upload_policy(store, make_export(tmp_path / "old"), "policies/p1/export")
-    reigning = Champion("p1", "c1", "e1", OLD, files, "abc", "run", "2026-01-01T00:00:00+00:00")
-    promotion.crown(store, "tabletop", reigning, None)
+    champion = Champion("p1", "c1", "e1", OLD, files, "abc", "run", "2026-01-01T00:00:00+00:00")
+    promotion.promote(store, "tabletop", champion, None)
     (tmp_path / "runs").mkdir()
     return Retrain(
         checkout=Elsewhere(tmp_path),
@@ -73,7 +73,7 @@ def run(tmp_path: Path) -> Retrain:
         folder=tmp_path / "runs",
         flow_run="7",
         name="tabletop",
-        reigning=promotion.read_champion(store, "tabletop"),
+        current=promotion.read_champion(store, "tabletop"),
     )
 
 
@@ -116,7 +116,7 @@ def test_what_the_champion_reached_under_the_new_evaluation_is_kept(run: Retrain
     found = retrain.champion_outcomes.fn(run, SETTINGS, "e2", "planned")
     kept = promotion.read_champion(run.store, "tabletop")
     assert kept is not None
-    assert kept == run.reigning
+    assert kept == run.current
     assert (kept[0].policy, kept[0].evaluation, kept[0].outcomes) == ("p1", "e2", found)
     assert retrain.champion_outcomes.fn(run, SETTINGS, "e2", "planned") == found
     assert len(run.checkout.asked) == 1  # type: ignore[attr-defined]
@@ -125,23 +125,23 @@ def test_what_the_champion_reached_under_the_new_evaluation_is_kept(run: Retrain
 
 
 def test_a_champion_that_changed_while_the_old_one_was_evaluated_stays(run: Retrain, tmp_path: Path) -> None:
-    assert run.reigning is not None
-    other = replace(run.reigning[0], policy="p9", files=())
+    assert run.current is not None
+    other = replace(run.current[0], policy="p9", files=())
 
     def overtaken(arguments: tuple[str, ...]) -> Finished:
-        assert run.reigning is not None
-        assert promotion.crown(run.store, "tabletop", other, run.reigning[1])
+        assert run.current is not None
+        assert promotion.promote(run.store, "tabletop", other, run.current[1])
         return evaluated(arguments)
 
     run.checkout.answer = overtaken  # type: ignore[attr-defined]
     retrain.champion_outcomes.fn(run, SETTINGS, "e2", "planned")
-    candidate = replace(run.reigning[0], policy="p2", files=())
+    candidate = replace(run.current[0], policy="p2", files=())
     told = retrain.promote.fn(run, candidate, Verdict(True, "not worse"), tmp_path / "old", tmp_path / "none")
     assert not told.promote
     assert "another retrain changed the champion meanwhile" in told.reason
-    reigning = promotion.read_champion(run.store, "tabletop")
-    assert reigning is not None
-    assert reigning[0] == other
+    champion = promotion.read_champion(run.store, "tabletop")
+    assert champion is not None
+    assert champion[0] == other
 
 
 def test_a_new_server_goes_on_from_the_results_in_the_store(run: Retrain) -> None:
@@ -167,28 +167,28 @@ def test_a_champion_that_cannot_be_evaluated_stays_and_the_way_out_is_named(run:
     run.checkout.answer = lambda arguments: Finished(1, ("export: format 0 is too old",))  # type: ignore[attr-defined]
     with pytest.raises(TrainingError, match=r"format 0 is too old; it stays; .*delete .*champions/tabletop.json"):
         retrain.champion_outcomes.fn(run, SETTINGS, "e2", "planned")
-    assert promotion.read_champion(run.store, "tabletop") == run.reigning
+    assert promotion.read_champion(run.store, "tabletop") == run.current
 
 
 def test_of_two_retrains_that_met_the_same_champion_one_wins(run: Retrain, tmp_path: Path) -> None:
     verdict, lock = Verdict(True, "not worse"), tmp_path / "dvc.lock"
     lock.write_text("stages: {}")
-    assert run.reigning is not None
-    first, second = (replace(run.reigning[0], policy=name, files=()) for name in ("p2", "p3"))
+    assert run.current is not None
+    first, second = (replace(run.current[0], policy=name, files=()) for name in ("p2", "p3"))
     told = [retrain.promote.fn(run, one, verdict, tmp_path / "old", lock) for one in (first, second)]
     assert [one.promote for one in told] == [True, False]
     assert "another retrain changed the champion meanwhile" in told[1].reason
-    reigning = promotion.read_champion(run.store, "tabletop")
-    assert reigning is not None
-    assert (reigning[0].policy, reigning[0].lock) == ("p2", "policies/p2/dvc.lock")
-    assert {entry.path for entry in reigning[0].files} == {"weights", "manifest.json"}
+    champion = promotion.read_champion(run.store, "tabletop")
+    assert champion is not None
+    assert (champion[0].policy, champion[0].lock) == ("p2", "policies/p2/dvc.lock")
+    assert {entry.path for entry in champion[0].files} == {"weights", "manifest.json"}
 
 
 def test_a_policy_that_may_be_worse_changes_nothing(run: Retrain, tmp_path: Path) -> None:
-    assert run.reigning is not None
+    assert run.current is not None
     verdict = Verdict(False, "may be worse")
-    assert retrain.promote.fn(run, run.reigning[0], verdict, tmp_path / "old", tmp_path / "none") == verdict
-    assert promotion.read_champion(run.store, "tabletop") == run.reigning
+    assert retrain.promote.fn(run, run.current[0], verdict, tmp_path / "old", tmp_path / "none") == verdict
+    assert promotion.read_champion(run.store, "tabletop") == run.current
 
 
 def git(folder: Path, *arguments: str) -> str:

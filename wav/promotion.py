@@ -162,7 +162,7 @@ def judge(candidate: Outcomes, champion: Outcomes | None, margin: float) -> Verd
 
     Args:
         candidate: outcomes of the new policy.
-        champion: those of the reigning one under the same evaluation; None: there is none.
+        champion: those of the current one under the same evaluation; None: there is none.
         margin: success rate, in [0, 1], that a new policy may lose; with few episodes the interval alone is wider.
     """
     if champion is None:
@@ -192,7 +192,7 @@ def read_champion(store: ObjectStore, name: str) -> tuple[Champion, ObjectInfo] 
     return Champion.from_json(data, store.uri(info.key)), info
 
 
-def crown(store: ObjectStore, name: str, champion: Champion, over: ObjectInfo | None) -> ObjectInfo | None:
+def promote(store: ObjectStore, name: str, champion: Champion, over: ObjectInfo | None) -> ObjectInfo | None:
     """Make ``champion`` the champion if the pointer still is what was read; None when another was first.
 
     Args:

@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.ndimage import uniform_filter1d
 
 #: One colour per variant, everywhere.
 COLOURS = {"planned": "#2563eb", "unplanned": "#6b7280", "temperature": "#d97706"}
@@ -36,6 +37,14 @@ def _svg(figure: Figure) -> str:
     return buffer.getvalue()
 
 
+def _labelled(figure: Figure, axes: Axes, xlabel: str, ylabel: str = "") -> str:
+    """The finished chart with its legend."""
+    axes.set_xlabel(xlabel, fontsize=8)
+    axes.set_ylabel(ylabel, fontsize=8)
+    axes.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
 def success_rates(metrics: Mapping[str, Any], variants: Sequence[str]) -> str:
     """Success rates with Wilson intervals, per task and overall, one colour per variant."""
     tasks = [*metrics[variants[0]]["tasks"], "all"]
@@ -56,28 +65,13 @@ def success_rates(metrics: Mapping[str, Any], variants: Sequence[str]) -> str:
     return _svg(figure)
 
 
-def value_along(steps: Sequence[int], predicted: Sequence[float], real: Sequence[float]) -> str:
-    """Predicted and real return along one episode."""
+def along(steps: Sequence[int], lines: Mapping[str, Sequence[float]], xlabel: str, ylabel: str) -> str:
+    """Named values at the same steps; empty ones are left out, the first one is blue."""
     figure, axes = _figure(5.2, 2.6)
-    if real:
-        axes.plot(steps, real, color=_INK, marker="o", markersize=3, label="real return")
-    if predicted:
-        axes.plot(steps, predicted, color=COLOURS["planned"], marker="o", markersize=3, label="predicted")
-    axes.set_xlabel("environment step", fontsize=8)
-    axes.set_ylabel("return", fontsize=8)
-    axes.legend(fontsize=8, frameon=False)
-    return _svg(figure)
-
-
-def prediction_quality(steps: Sequence[int], psnr: Sequence[float], copied: Sequence[float]) -> str:
-    """PSNR of predicted future frames beside that of repeating the current frame."""
-    figure, axes = _figure(5.2, 2.6)
-    axes.plot(steps, psnr, color=COLOURS["planned"], marker="o", markersize=3, label="predicted frames")
-    axes.plot(steps, copied, color=COLOURS["unplanned"], linestyle="--", label="current frame repeated")
-    axes.set_xlabel("environment step", fontsize=8)
-    axes.set_ylabel("PSNR, dB", fontsize=8)
-    axes.legend(fontsize=8, frameon=False)
-    return _svg(figure)
+    for (name, values), colour in zip(lines.items(), (COLOURS["planned"], _INK), strict=False):
+        if values:
+            axes.plot(steps, values, color=colour, marker="o", markersize=3, label=name)
+    return _labelled(figure, axes, xlabel, ylabel)
 
 
 def training_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> str:
@@ -87,23 +81,11 @@ def training_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]
         colour = _CYCLE[i % len(_CYCLE)]
         if len(values) > 60:
             axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-            axes.plot(steps, _smooth(np.asarray(values, float)), color=colour, linewidth=1.3, label=name)
-        else:
-            axes.plot(steps, values, color=colour, linewidth=1.3, marker="." if len(values) < 20 else "", label=name)
+            values = uniform_filter1d(np.asarray(values, float), len(values) // 20, mode="nearest")
+        axes.plot(steps, values, color=colour, linewidth=1.3, marker="." if len(values) < 20 else "", label=name)
     if all(v > 0 for _, values in curves.values() for v in values):
         axes.set_yscale("log")
-    axes.set_xlabel("step", fontsize=8)
-    axes.legend(fontsize=8, frameon=False)
-    return _svg(figure)
-
-
-def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Mean over a window of a twentieth of the curve, narrower at its ends."""
-    half = max(1, len(values) // 40)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(len(values))
-    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    return np.asarray((sums[high] - sums[low]) / (high - low))
+    return _labelled(figure, axes, "step")
 
 
 def values_by_outcome(groups: Mapping[str, Sequence[Sequence[float]]]) -> str:
@@ -117,7 +99,4 @@ def values_by_outcome(groups: Mapping[str, Sequence[Sequence[float]]]) -> str:
         mean = [float(np.mean([row[k] for row in rows if len(row) > k])) for k in range(longest)]
         if mean:
             axes.plot(range(longest), mean, color=colour, linewidth=1.8, label=f"{name} ({len(rows)})")
-    axes.set_xlabel("policy call", fontsize=8)
-    axes.set_ylabel("predicted return", fontsize=8)
-    axes.legend(fontsize=8, frameon=False)
-    return _svg(figure)
+    return _labelled(figure, axes, "policy call", "predicted return")

@@ -215,9 +215,11 @@ def _held_out(page: Page, evaluation: Path) -> None:
     page.held_out = found = read_json(evaluation / "values.json", "run `dvc repro eval_libero`")
     where = f"{found['suite']}, {found['task']}, held-out demonstration {found['episode']}"
     if found["predicted_value"]:
-        svg = charts.value_along(found["steps"], found["predicted_value"], found["real_value"])
+        lines = {"predicted": found["predicted_value"], "real return": found["real_value"]}
+        svg = charts.along(found["steps"], lines, "environment step", "return")
         page.values.insert(0, _chart(f"Predicted and real return ({where})", svg))
-    svg = charts.prediction_quality(found["steps"], found["psnr"], found["psnr_copy"])
+    lines = {"predicted frames": found["psnr"], "current frame repeated": found["psnr_copy"]}
+    svg = charts.along(found["steps"], lines, "environment step", "PSNR, dB")
     page.values.append(_chart(f"Predicted future frames ({where})", svg))
 
 
