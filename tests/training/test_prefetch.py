@@ -79,10 +79,7 @@ def test_ranks_share_one_global_batch(inputs: tuple[Inputs, Any]) -> None:
 def test_the_batches_gives_every_step_once_in_order(inputs: tuple[Inputs, Any]) -> None:
     made = source(inputs, 0)
     batches = Prefetcher(made, 2, 6)
-    try:
-        steps = list(batches)
-    finally:
-        batches.close()
+    steps = list(batches)
     assert len(steps) == 4
     assert all(equal(step, made.step(2 + i)) for i, step in enumerate(steps))
 
@@ -90,11 +87,8 @@ def test_the_batches_gives_every_step_once_in_order(inputs: tuple[Inputs, Any]) 
 def test_an_error_while_preparing_reaches_the_training_thread(inputs: tuple[Inputs, Any]) -> None:
     broken = replace(source(inputs, 0), dataset=None)
     batches = Prefetcher(broken, 0, 3)
-    try:
-        with pytest.raises(AttributeError):
-            next(iter(batches))
-    finally:
-        batches.close()
+    with pytest.raises(AttributeError):
+        next(iter(batches))
 
 
 def test_validation_draws_repeat_and_drop_no_caption(inputs: tuple[Inputs, Any]) -> None:

@@ -6,13 +6,12 @@ states, and a manifest written last (:mod:`wav.io.storage.commit`). Without a ma
 
 from __future__ import annotations
 
-import json
 import logging
 import random
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,20 +60,6 @@ class Found:
     folder: Path
     layout: Layout
     universal: Path | None
-
-    @staticmethod
-    def from_text(text: str) -> Found | None:
-        """Inverse of :attr:`text`; None for no checkpoint."""
-        if not text:
-            return None
-        raw = json.loads(text)
-        return Found(Path(raw["folder"]), Layout(**raw["layout"]), Path(raw["universal"]) if raw["universal"] else None)
-
-    @property
-    def text(self) -> str:
-        """For the other ranks."""
-        universal = str(self.universal) if self.universal else ""
-        return json.dumps({"folder": str(self.folder), "layout": vars(self.layout), "universal": universal})
 
 
 class NotSavedError(StorageError):
@@ -223,15 +208,14 @@ class Checkpoints:
         Raises:
             CheckpointError: it can neither be loaded nor converted.
         """
-        text = ""
+        found = None
         if self.world.is_main and (folder := self._find()) is not None:
-            saved = Layout.of(read_manifest(folder).meta)
-            universal = None
+            saved, universal = Layout.of(read_manifest(folder).meta), None
             if needs_conversion(saved, self.layout, folder):
                 universal = self.folder / f".{folder.name}.universal"
                 convert(folder / TAG, universal / TAG)
-            text = Found(folder, saved, universal).text
-        return Found.from_text(self.world.broadcast(text))
+            found = Found(folder, saved, universal)
+        return self.world.broadcast(found)
 
     def resume(self, found: Found, engine: DeepSpeedEngine, ema: Ema) -> RunState:
         """Load what :meth:`find` found (every rank calls it).
@@ -242,16 +226,13 @@ class Checkpoints:
         loaded, _ = engine.load_checkpoint(str(found.universal or found.folder), tag=TAG)
         if loaded is None:
             raise CheckpointError(f"{found.folder}: holds no engine state; delete the folder and run again")
-        if found.layout.ranks == self.world.ranks:
-            saved = _rank_file(found.folder, self.world.rank)
-            ema.load_state_dict(saved["ema"])
-            state = RunState(**saved["run"])
-        else:
-            files = [_rank_file(found.folder, rank) for rank in range(found.layout.ranks)]
-            ema.load_shards([file["ema"] for file in files])
-            saved = files[self.world.rank % found.layout.ranks]
+        files = [_rank_file(found.folder, rank) for rank in range(found.layout.ranks)]
+        ema.load([file["ema"] for file in files])
+        saved = files[self.world.rank % len(files)]
+        state = RunState(**saved["run"])
+        if len(files) != self.world.ranks:
             steps = zip(*(file["run"]["losses"] for file in files), strict=True)
-            state = RunState(**{**files[0]["run"], "losses": [mean_row(list(rows)) for rows in steps]})
+            state = replace(state, losses=[mean_row(list(rows)) for rows in steps])
         restore_random_states(saved["random"])
         self._barrier()
         if self.world.is_main:

@@ -36,25 +36,20 @@ class Ema:
         """This rank's slices."""
         return dict(self._shards)
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore this rank's slices; CheckpointError when they belong to other parameters."""
-        if state.keys() != self._shards.keys() or any(state[n].shape != s.shape for n, s in self._shards.items()):
-            raise CheckpointError(
-                "the checkpoint's average is of other parameters; delete the checkpoint to start anew"
-            )
-        for name, shard in self._shards.items():
-            shard.copy_(state[name])
+    def load(self, states: list[dict[str, Tensor]]) -> None:
+        """Restore from the slices of all ranks of a run, in their order; this one may have another number of ranks.
 
-    def load_shards(self, states: list[dict[str, Tensor]]) -> None:
-        """Restore from the slices of all ranks of a run that had another number of them, in rank order."""
-        names = self._shards.keys()
-        if any(state.keys() != names for state in states):
-            raise CheckpointError(
-                "the checkpoint's average is of other parameters; delete the checkpoint to start anew"
-            )
+        Raises:
+            CheckpointError: they are of other parameters.
+        """
         for name, shard in self._shards.items():
-            whole = torch.cat([state[name] for state in states])[: self._shapes[name].numel()]
-            part = whole[self.rank * shard.numel() : (self.rank + 1) * shard.numel()]
+            numel = self._shapes[name].numel()
+            slices = [state.get(name, shard[:0]) for state in states]
+            if any(state.keys() != self._shards.keys() for state in states) or sum(map(torch.numel, slices)) < numel:
+                raise CheckpointError(
+                    "the checkpoint's average is of other parameters; delete the checkpoint to start anew"
+                )
+            part = torch.cat(slices)[:numel][self.rank * shard.numel() : (self.rank + 1) * shard.numel()]
             shard.zero_()
             shard[: part.numel()].copy_(part)
 

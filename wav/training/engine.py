@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from wav.config import TrainSettings
 
 _NEVER = 2**31 - 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class World:
         """Whether this is rank 0, which logs and writes."""
         return self.rank == 0
 
-    def broadcast(self, value: str) -> str:
-        """Rank 0's string on every rank."""
+    def broadcast(self, value: T) -> T:
+        """Rank 0's object on every rank."""
         if self.ranks == 1:
             return value
         box = [value]

@@ -117,15 +117,15 @@ def initial_model(spec: TrainSpec, inputs: Inputs) -> WAVTransformer:
         wanted = build_model(spec.model, spec.data, *sizes).config
     for name, value in wanted.items():
         found = model.config.get(name)
-        if not name.startswith("_") and _plain(found) != _plain(value):
+        if not name.startswith("_") and as_json(found) != as_json(value):
             raise CheckpointError(
                 f"{folder}: config {name} = {found!r}, the settings mean {value!r}; train the previous stage again"
             )
     return model
 
 
-def _plain(value: object) -> object:
-    """Tuples become lists, as JSON makes them."""
+def as_json(value: object) -> object:
+    """What a value is after it was written and read: tuples are lists."""
     return list(value) if isinstance(value, tuple) else value
 
 

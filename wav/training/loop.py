@@ -103,11 +103,8 @@ class Trainer:
         progress = Progress(
             self.spec.stage, self.settings.steps, self.settings.batch_size, self.start, self.world.is_main
         )
-        try:
-            for step, inputs in enumerate(batches, self.start + 1):
-                self._step(step, inputs, batches.waited, progress)
-        finally:
-            batches.close()
+        for step, inputs in enumerate(batches, self.start + 1):
+            self._step(step, inputs, batches.waited, progress)
         self._finish(batches.waited)
 
     def _step(self, step: int, inputs: list[StepInputs], waited: float, progress: Progress) -> None:

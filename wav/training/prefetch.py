@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,47 +52,24 @@ class Prefetcher:
 
     def __init__(self, source: Source, start: int, stop: int) -> None:
         self.waited = 0.0
-        self._source, self._start, self._stop = source, start, stop
-        self._ready: queue.Queue[list[StepInputs] | BaseException] = queue.Queue(AHEAD)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True, name="prefetch")
-        self._thread.start()
-
-    def _work(self) -> None:
-        pinned = self._source.world.device.type == "cuda"
-        try:
-            for step in range(self._start, self._stop):
-                inputs = self._source.step(step)
-                if pinned:
-                    inputs = [StepInputs(i.batch.pin_memory(), i.draws, i.roles) for i in inputs]
-                if not self._put(inputs):
-                    return
-        except BaseException as error:  # handed to the training thread, which raises it
-            self._put(error)
-
-    def _put(self, item: list[StepInputs] | BaseException) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._ready.put(item, timeout=0.2)
-                return True
-            except queue.Full:
-                continue
-        return False
+        self._source, self._steps = source, range(start, stop)
 
     def __iter__(self) -> Iterator[list[StepInputs]]:
-        for _ in range(self._start, self._stop):
-            begin = time.perf_counter()
-            item = self._ready.get()
-            self.waited += time.perf_counter() - begin
-            if isinstance(item, BaseException):
-                raise item
-            device = self._source.world.device
-            yield item if device.type == "cpu" else [inputs.to(device) for inputs in item]
+        device, todo = self._source.world.device, iter(self._steps)
+        with ThreadPoolExecutor(1, "prefetch") as pool:
+            ahead = deque(pool.submit(self._prepare, step) for step in islice(todo, AHEAD))
+            while ahead:
+                begin = time.perf_counter()
+                inputs = ahead.popleft().result()
+                self.waited += time.perf_counter() - begin
+                ahead.extend(pool.submit(self._prepare, step) for step in islice(todo, 1))
+                yield inputs if device.type == "cpu" else [micro.to(device) for micro in inputs]
 
-    def close(self) -> None:
-        """Stop preparing."""
-        self._closed.set()
-        self._thread.join(timeout=10)
+    def _prepare(self, step: int) -> list[StepInputs]:
+        inputs = self._source.step(step)
+        if self._source.world.device.type != "cuda":
+            return inputs
+        return [StepInputs(micro.batch.pin_memory(), micro.draws, micro.roles) for micro in inputs]
 
 
 def validation_inputs(

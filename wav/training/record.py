@@ -6,6 +6,7 @@ import logging
 import shutil
 import statistics
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from dvclive import Live
@@ -15,13 +16,6 @@ from wav.training.step import Row
 LOG = logging.getLogger("wav.training")
 PROGRESS_S = 8.0
 HISTORY, YOUNG = 10, 5  #: recorded losses that say what is usual, at most and at least
-
-
-def duration(seconds: float) -> str:
-    """``h:mm:ss``, or ``m:ss`` below an hour."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 class Progress:
@@ -44,10 +38,10 @@ class Progress:
             return
         self._last = now
         elapsed = now - self._begin
-        left = (self.steps - step) * elapsed / max(1, step - self._start)
+        left = timedelta(seconds=round((self.steps - step) * elapsed / max(1, step - self._start)))
         LOG.info(
             "%s step %d/%d  loss %.4f  %.1f samples/s  data wait %.0f%%  ETA %s",
-            self.stage, step, self.steps, loss, self.rate(step), 100 * waited / max(1e-9, elapsed), duration(left),
+            self.stage, step, self.steps, loss, self.rate(step), 100 * waited / max(1e-9, elapsed), left,
         )  # fmt: skip
 
 

@@ -6,18 +6,19 @@ the stage's parameters, its inputs and the code. A restart resumes checkpoints o
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from wav.config import (
     CouplingSettings,
     DataSettings,
     ModelSettings,
     PretrainVideoSettings,
+    Settings,
     TrainJointSettings,
-    TrainSettings,
     TrainValueSettings,
 )
 from wav.errors import ConfigError, DataError
@@ -25,11 +26,8 @@ from wav.io.files import canonical_digest, file_digest, read_json
 from wav.source_code import digests, modules
 from wav.stages import STAGES, TRAINING
 
-SETTINGS: dict[str, type[TrainSettings]] = {
-    "pretrain_video": PretrainVideoSettings,
-    "train_value": TrainValueSettings,
-    "train_joint": TrainJointSettings,
-}
+#: each stage's section has the fields of the one before and more
+_AnyTrainSettings = PretrainVideoSettings | TrainValueSettings | TrainJointSettings
 #: Parameters that change how a run is watched and kept, not what it computes: they are no part of its key.
 WATCHING = frozenset(
     {"checkpoint_every", "keep_last", "keep_best", "keep_every", "log_every", "validate_every", "spike_factor"}
@@ -69,7 +67,7 @@ class TrainSpec:
     stage: str
     data: DataSettings
     model: ModelSettings
-    train: TrainSettings
+    train: Annotated[_AnyTrainSettings, Field(union_mode="left_to_right")]
     coupling: CouplingSettings
     paths: TrainPaths
     store: str
@@ -93,53 +91,20 @@ class TrainSpec:
 
     def to_json(self) -> str:
         """The spec as text; holds no credentials."""
-        raw = {
-            **{name: getattr(self, name) for name in ("stage", "store", "endpoint", "region", "device", "threads")},
-            **{name: getattr(self, name) for name in ("inputs", "code", "key")},
-            **{name: getattr(self, name).model_dump(mode="json") for name in ("data", "model", "train", "coupling")},
-            "paths": {name: None if path is None else str(path) for name, path in asdict(self.paths).items()},
-        }
-        return json.dumps(raw, indent=1, sort_keys=True)
+        return TypeAdapter(TrainSpec).dump_json(self, indent=1).decode()
 
     @staticmethod
     def from_json(text: str) -> TrainSpec:
         """Read what :meth:`to_json` wrote; ConfigError when it is something else."""
         try:
-            raw = json.loads(text)
-            paths: dict[str, Any] = {n: None if p is None else Path(p) for n, p in raw.pop("paths").items()}
-            return TrainSpec(
-                **{
-                    **raw,
-                    "data": DataSettings(**raw["data"]),
-                    "model": ModelSettings(**raw["model"]),
-                    "train": SETTINGS[raw["stage"]](**raw["train"]),
-                    "coupling": CouplingSettings(**raw["coupling"]),
-                    "paths": TrainPaths(**paths),
-                }
-            )
-        except (ValueError, KeyError, TypeError) as error:
+            return TypeAdapter(TrainSpec).validate_json(text)
+        except ValidationError as error:
             raise ConfigError(f"training spec: {error}; write it with wav.training.spec.make_spec") from None
-
-
-class StageSettings(Protocol):
-    """The sections a training stage reads (Settings, or what ``Settings.for_stage`` gives)."""
-
-    @property
-    def data(self) -> DataSettings:
-        """Section data."""
-
-    @property
-    def model(self) -> ModelSettings:
-        """Section model."""
-
-    @property
-    def coupling(self) -> CouplingSettings:
-        """Section coupling, which the video stage does not read."""
 
 
 def make_spec(
     stage: str,
-    settings: StageSettings,
+    settings: Settings,
     paths: TrainPaths,
     *,
     store: str,
@@ -165,9 +130,9 @@ def make_spec(
         DataError: an input folder is missing or incomplete.
         CheckpointError, ServiceError: ``model.init_from`` names no weights, or a hub id that was not fetched.
     """
-    if stage not in SETTINGS:
-        raise ConfigError(f"training stage {stage!r}: unknown; the stages are {', '.join(SETTINGS)}")
-    train: TrainSettings = getattr(settings, stage)
+    if stage not in TRAINING:
+        raise ConfigError(f"training stage {stage!r}: unknown; the stages are {', '.join(TRAINING)}")
+    train: _AnyTrainSettings = getattr(settings, stage)
     if stage != "pretrain_video" and paths.init is None:
         raise ConfigError(f"{stage}: paths.init is not set; give it the previous stage's output folder")
     absolute: dict[str, Any] = {n: None if p is None else Path(p).absolute() for n, p in asdict(paths).items()}

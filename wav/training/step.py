@@ -33,11 +33,11 @@ def update(
         loss, parts = engine(micro)
         engine.backward(loss)
         if want_norm and index == len(inputs) - 1:
-            norm = local_gradient_norm(engine)
+            norm = gradient_norm(engine)
         engine.step()
         passes.add(as_row(loss, parts))
-    if want_norm and norm is None:
-        norm = reported_gradient_norm(engine)
+    if want_norm and norm is None and (kept := engine.get_global_grad_norm()) is not None:
+        norm = float(kept)
     ema.update(step)
     return passes.mean(), norm
 
@@ -64,18 +64,12 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - settings.warmup_steps) / length))
 
 
-def local_gradient_norm(engine: DeepSpeedEngine) -> float | None:
-    """Global gradient norm before clipping, between backward and step; None where DeepSpeed reports it afterwards."""
+def gradient_norm(engine: DeepSpeedEngine) -> float | None:
+    """Global gradient norm before clipping, between backward and step; None where DeepSpeed keeps it (ZeRO 1-3, bf16)."""
     if engine.zero_optimization() or engine.bfloat16_enabled():
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients))
-
-
-def reported_gradient_norm(engine: DeepSpeedEngine) -> float | None:
-    """Global gradient norm of the last step, where DeepSpeed keeps one (ZeRO 1-3, bf16)."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
 
 
 def as_row(loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> Row:
