@@ -90,7 +90,7 @@ def test_three_stages(spec_of, start) -> None:
     before, after = weights(video), weights(value)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
-    assert all(name.startswith("value.") for name in changed)
+    assert all(name.startswith("value_") for name in changed)
 
     joint = spec_of("train_joint", init=value.paths.output)
     log = finish(start(joint))

@@ -219,6 +219,6 @@ def test_zero3_weights_are_whole(spec_of, start) -> None:
     assert {name: t.shape for name, t in before.items()} == {name: t.shape for name, t in after.items()}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed
-    assert all(name.startswith("value.") for name in changed)
+    assert all(name.startswith("value_") for name in changed)
     metrics = json.loads((value.paths.output / "metrics.json").read_text())
     assert metrics["validation_loss"] == pytest.approx(validation_loss(value), rel=1e-6)

@@ -65,7 +65,7 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
 
 
 def gradient_norm(engine: DeepSpeedEngine) -> float | None:
-    """Global gradient norm before clipping, between backward and step; None where DeepSpeed keeps it (ZeRO 1-3, bf16)."""
+    """Gradient norm before clipping, between backward and step; None where DeepSpeed keeps it (ZeRO 1-3, bf16)."""
     if engine.zero_optimization() or engine.bfloat16_enabled():
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
