@@ -97,14 +97,9 @@ def test_floor_damps_the_tail_and_keeps_the_reconstruction(clips: np.ndarray) ->
 
 def test_alignment_gives_clip_channels_the_image_channels_meaning(clips: np.ndarray) -> None:
     still = np.repeat(clips[:, :1], 1 + T, axis=1)
-    errors, decoded = [], []
-    for align in (True, False):
-        codec = PCACodec.fit(clips[:, 0], clips, P, T, 20, False, align=align)
-        z = codec.encode_clips(still)
-        errors.append(float(np.mean((z[:, :, 1] - z[:, :, 0]) ** 2)))
-        decoded.append(codec.decode_clips(codec.encode_clips(clips[:10])))
-    assert errors[0] < 0.2 < errors[1]
-    assert np.abs(decoded[0].astype(int) - decoded[1]).max() <= 1
+    codec = PCACodec.fit(clips[:, 0], clips, P, T, 20, False)
+    z = codec.encode_clips(still)
+    assert float(np.mean((z[:, :, 1] - z[:, :, 0]) ** 2)) < 0.2  # without the rotation it is above
 
 
 def test_coordinates_are_the_last_two_channels_and_decoding_ignores_them(codec: PCACodec, clips: np.ndarray) -> None:

@@ -74,10 +74,6 @@ def test_digest_follows_content(statistics, tmp_path):
     assert again.digest == statistics.digest
     other = Statistics({"action": compute_statistics(np.zeros((3, 7)), "quantile")})
     assert other.digest != statistics.digest
-    lines = statistics.difference(other)
-    assert "state: present on one side only" in lines
-    assert any(line.startswith("action.q01[0]: -") for line in lines)
-    assert statistics.difference(again) == []
 
 
 def test_never_identity(statistics):

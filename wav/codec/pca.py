@@ -158,7 +158,6 @@ class PCACodec:
         coordinates: bool = True,
         seed: int = 0,
         floor: float = 1e-3,
-        align: bool = True,
     ) -> PCACodec:
         """Fit both bases.
 
@@ -173,7 +172,6 @@ class PCACodec:
             seed: draws the patches of very large stacks and the eigensolver's start.
             floor: damping of weak components, as a share of the leading eigenvalue: component i has variance
                 lambda_i / (lambda_i + floor * lambda_1). 0 whitens exactly.
-            align: rotate the clip basis toward the image basis (same subspace, same reconstruction).
 
         Raises:
             DataError: bad shapes, too few or constant patches. ConfigError: too many channels.
@@ -196,8 +194,7 @@ class PCACodec:
         frames = _subset(frames, cells, draw)
         image = _fit_basis(frames[:, None], patch, content, floor, seed, "frames")
         clip = _fit_basis(groups, patch, content, floor, seed, "clips")
-        if align:
-            clip = _aligned(clip, image, groups, patch, temporal)
+        clip = _aligned(clip, image, groups, patch, temporal)
         return cls(image, clip, patch, temporal, coordinates, floor)
 
     def encode_frames(self, images: Images) -> Latents:

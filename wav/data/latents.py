@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from wav.errors import DataError
 from wav.io.arrays import open_array
-from wav.io.files import MANIFEST, check_files, manifest_digest, manifest_files, read_manifest
+from wav.io.files import check_files, manifest_digest, manifest_files, read_manifest
 
 if TYPE_CHECKING:
     from wav.codec import Codec
@@ -53,16 +53,13 @@ class LatentStore:
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path, self._manifest = path, manifest
-        try:
-            self.instructions = tuple(str(text) for text in manifest["instructions"])
-            self.views = tuple(str(view) for view in manifest["views"])
-            self.episodes_digest, self.codec_digest = str(manifest["episodes"]), str(manifest["codec"])
-            self.text_digest, self.text_tokens = str(manifest["text"]), int(manifest["text_tokens"])
-            self.grid = FrameGrid(int(manifest["stride"]), int(manifest["future_frames"]))
-            self.psnr: dict[str, dict[str, float]] = manifest["psnr"]
-            lead = (int(manifest["frames"]), len(self.views), int(manifest["channels"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path / MANIFEST}: malformed ({error}); {REMEDY}") from None
+        self.instructions = tuple(str(text) for text in manifest["instructions"])
+        self.views = tuple(str(view) for view in manifest["views"])
+        self.episodes_digest, self.codec_digest = str(manifest["episodes"]), str(manifest["codec"])
+        self.text_digest, self.text_tokens = str(manifest["text"]), int(manifest["text_tokens"])
+        self.grid = FrameGrid(int(manifest["stride"]), int(manifest["future_frames"]))
+        self.psnr: dict[str, dict[str, float]] = manifest["psnr"]
+        lead = (int(manifest["frames"]), len(self.views), int(manifest["channels"]))
         texts = (len(self.instructions), self.text_tokens)
         #: (N, V, C, h, w) every frame as an image
         self.image = open_array(path / "image.npy", (*lead, None, None), np.float32, remedy=REMEDY)

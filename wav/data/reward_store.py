@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from wav.data.statistics import Statistics
 from wav.errors import DataError
 from wav.io.arrays import open_array
-from wav.io.files import MANIFEST, check_files, manifest_digest, manifest_files, read_manifest
+from wav.io.files import check_files, manifest_digest, manifest_files, read_manifest
 
 if TYPE_CHECKING:
     from wav.data.store import EpisodeStore
@@ -34,14 +34,11 @@ class RewardStore:
 
     def __init__(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.path, self._manifest = path, manifest
-        try:
-            self.names = tuple(str(name) for name in manifest["names"])
-            self.weights = np.array(manifest["weights"], np.float32)
-            self.offsets = np.array(manifest["offsets"], np.int64)
-            self.episodes_digest = str(manifest["episodes"])
-            frames = int(manifest["frames"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path / MANIFEST}: malformed ({error}); {REMEDY}") from None
+        self.names = tuple(str(name) for name in manifest["names"])
+        self.weights = np.array(manifest["weights"], np.float32)
+        self.offsets = np.array(manifest["offsets"], np.int64)
+        self.episodes_digest = str(manifest["episodes"])
+        frames = int(manifest["frames"])
         #: (N, K + 1) weighted terms and, last, the return; rows in the episode store's concatenated frame order
         self.values = open_array(path / "values.npy", (frames, len(self.names) + 1), np.float32, remedy=REMEDY)
         self.statistics = Statistics.load(path / "statistics.json", REMEDY)

@@ -158,10 +158,6 @@ class Statistics:
         """States (..., S) to [-1, 1] by q01/q99."""
         return self.key("state").normalize(x)
 
-    def denormalize_state(self, y: Array) -> Array:
-        """Inverse of :meth:`normalize_state`."""
-        return self.key("state").denormalize(y)
-
     def normalize_values(self, x: Array) -> Array:
         """Values (..., Cv): symlog of the z-score."""
         return self.key("value").normalize(x)
@@ -178,20 +174,6 @@ class Statistics:
                 if keys.setdefault(name, value) != value:
                     raise DataError(f"statistics: two different sets for key {name!r}; use those of one dataset")
         return Statistics(keys)
-
-    def difference(self, other: Statistics) -> list[str]:
-        """One line per key and field that differ, such as ``action.q01[2]: -0.9 against -0.5``."""
-        lines = [f"{name}: present on one side only" for name in sorted(set(self.keys) ^ set(other.keys))]
-        for name in sorted(set(self.keys) & set(other.keys)):
-            mine, theirs = asdict(self.keys[name]), asdict(other.keys[name])
-            for field in (field for field in mine if mine[field] != theirs[field]):
-                a, b = mine[field], theirs[field]
-                if isinstance(a, tuple) and len(a) == len(b):
-                    i = next(i for i in range(len(a)) if a[i] != b[i])
-                    lines.append(f"{name}.{field}[{i}]: {a[i]:.6g} against {b[i]:.6g}")
-                else:
-                    lines.append(f"{name}.{field}: {a!r} against {b!r}")
-        return lines
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -93,8 +93,6 @@ class BatchSampler:
             raise ConfigError(
                 f"batch_size = {batch_size}: must be a positive multiple of the {ranks} ranks; change either"
             )
-        if not 0 <= rank < ranks:
-            raise ConfigError(f"rank = {rank}: must lie in [0, {ranks}); check the launcher's environment")
         self.n, self.batch_size, self.seed = n, batch_size, seed
         share = batch_size // ranks
         self._share = slice(rank * share, (rank + 1) * share)
@@ -106,10 +104,6 @@ class BatchSampler:
             self._epochs = {old: order for old, order in self._epochs.items() if old == epoch - 1}
             self._epochs[epoch] = numpy_generator(self.seed, "epoch", epoch).permutation(self.n)
         return self._epochs[epoch]
-
-    def epoch_of(self, step: int) -> float:
-        """Epochs completed before ``step``."""
-        return step * self.batch_size / self.n
 
     def indices(self, step: int) -> NDArray[np.int64]:
         """(batch_size / ranks,) window indices of this rank at a global step."""
@@ -174,7 +168,7 @@ class WindowDataset:
     """All windows of one split.
 
     Args:
-        episodes: the store the latents and rewards were made from.
+        episodes: the store the latents and rewards were made from (which they check when they are opened with it).
         latents: encoded frames, clips and instructions.
         rewards: labelled values; None where a stage needs none.
         data: window sizes.
@@ -182,7 +176,7 @@ class WindowDataset:
         validation_share: share of episodes held out.
 
     Raises:
-        DataError: row counts or shapes of the three do not belong together, or an instruction is not encoded.
+        DataError: too few episodes to split.
     """
 
     def __init__(
@@ -195,12 +189,12 @@ class WindowDataset:
         validation_share: float = 0.05,
     ) -> None:
         self.data, self.split = data, split
-        self._check_rows(episodes, latents, rewards)
         self.statistics = episodes.statistics.merged(*([rewards.statistics] if rewards is not None else []))
         self._image, self._clip = latents.image, latents.clip
         self._text, self._text_mask = np.asarray(latents.text), np.asarray(latents.text_mask)
         self._empty = latents.empty_text
-        self._text_row = self._instruction_rows(episodes, latents)
+        rows = {instruction: row for row, instruction in enumerate(latents.instructions)}
+        self._text_row = np.array([rows[info.instruction] for info in episodes.episodes], dtype=np.int64)
         self._start, self._length = episodes.offsets[:-1], np.diff(episodes.offsets)
         labels = episodes.concatenated("labels")
         self._actions = self.statistics.normalize_actions(labels)
@@ -211,36 +205,6 @@ class WindowDataset:
         lengths = self._length[chosen]
         self._episode = np.repeat(chosen, lengths)
         self._step = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-
-    @staticmethod
-    def _check_rows(episodes: EpisodeStore, latents: LatentStore, rewards: RewardStore | None) -> None:
-        """Every source must have one row per frame and the store's cameras."""
-        rows = {"latents image": len(latents.image), "latents clip": len(latents.clip)}
-        if rewards is not None:
-            rows["rewards values"] = len(rewards.values)
-        for name, count in rows.items():
-            if count != episodes.frames:
-                raise DataError(
-                    f"{name}: {count} rows where {episodes.path} has {episodes.frames} frames; run `dvc repro` to make "
-                    "them from these episodes"
-                )
-        views = len(episodes.conventions.views)
-        if latents.image.shape[1] != views or latents.clip.shape[1] != views:
-            raise DataError(
-                f"latents: {latents.image.shape[1]} views where {episodes.path} has {views}; run `dvc repro encode`"
-            )
-
-    @staticmethod
-    def _instruction_rows(episodes: EpisodeStore, latents: LatentStore) -> NDArray[np.int64]:
-        """(E,) row of the text embeddings for every episode."""
-        rows = {instruction: row for row, instruction in enumerate(latents.instructions)}
-        for info in episodes.episodes:
-            if info.instruction not in rows:
-                raise DataError(
-                    f"latents: instruction {info.instruction!r} of episode {info.episode_id} is not encoded; "
-                    "run `dvc repro encode`"
-                )
-        return np.array([rows[info.instruction] for info in episodes.episodes], dtype=np.int64)
 
     @staticmethod
     def _holding(episodes: EpisodeStore, labels: NDArray[np.float32]) -> NDArray[np.float32]:
