@@ -34,7 +34,7 @@ from wav.io.files import canonical_digest, file_digest, read_json
 from wav.planning import VARIANTS, Variant
 from wav.planning.planner import Planner
 from wav.planning.types import Iteration, Plan, RowKey, SeededNoise
-from wav.policy.parts import check_parts
+from wav.policy.parts import check_observation, check_parts
 from wav.sim.env import Observation
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ class Policy:
         if unknown:
             raise DataError(f"row {unknown[0]!r}: no episode was begun on it; call reset first")
         for observation in observations:
-            self._check_observation(observation)
+            check_observation(observation, self.data, self.conventions)
         prompts = [self._prompt(observation.instruction) for observation in observations]
         states = [self._rows[row] for row in rows]
         groups = [slice(i, i + self.batch_size) for i in range(0, len(rows), self.batch_size)]
@@ -249,7 +249,7 @@ class Policy:
             frames (V, 1 + chunks * F_raw, H, W, 3), the observed frame first; frames of a chunk are
             ``data.frame_stride`` steps apart.
         """
-        self._check_observation(observation)
+        check_observation(observation, self.data, self.conventions)
         prompt = self._prompt(observation.instruction)
         current = np.stack([observation.images[view] for view in self.data.views])
         state = _Row(episode, seed, deque(maxlen=self.data.memory_frames))
@@ -346,25 +346,6 @@ class Policy:
             embedding, mask = self.text_encoder.encode([instruction])
             self._prompts[instruction] = embedding[0], mask[0]
         return self._prompts[instruction]
-
-    def _check_observation(self, observation: Observation) -> None:
-        """Raise DataError unless views, image sizes, types and the state are those of training."""
-        data = self.data
-        if set(observation.images) != set(data.views):
-            raise DataError(f"views = {sorted(observation.images)}: the policy sees {sorted(data.views)}; pass those")
-        size = (data.image_height, data.image_width, 3)
-        for view in data.views:
-            image = observation.images[view]
-            if image.shape != size or image.dtype != np.uint8:
-                raise DataError(
-                    f"image of view {view!r}: {image.dtype} {image.shape}; pass uint8 {size}, the size trained with"
-                )
-        state = np.asarray(observation.state)
-        if state.shape != (data.state_dim,) or not np.isfinite(state).all():
-            raise DataError(
-                f"state: shape {state.shape}, values {state.tolist()}; pass {data.state_dim} finite numbers "
-                f"({self.conventions.state_layout})"
-            )
 
 
 def _numpy(tensor: Tensor, rows: int) -> NDArray[np.float32]:

@@ -244,11 +244,11 @@ static void linear_rows(const void *job, int64_t index, float *scratch) {
         }
         x = scratch, scratch += ROWS * in;
     }
-    after plain = {NULL, NULL, row, l->groups, l->cells, l->second.weight != NULL}, end = plain;
+    after between = {NULL, NULL, row, l->groups, l->cells, l->second.weight != NULL}, end = between;
     end.residual = l->residual, end.gate = l->gate, end.gelu = 0;
     const product *last = &l->first;
     if (l->second.weight) {
-        multiply(x, rows, &l->first, plain, scratch);
+        multiply(x, rows, &l->first, between, scratch);
         x = scratch, last = &l->second;
     }
     multiply(x, rows, last, end, l->out + row * last->outs);
