@@ -22,6 +22,7 @@ class Model:
     action_heads: int
     action_head_dim: int
     value_expert: bool = True
+    action_kind: str = "paper"
     max_views: int = 3
     rope_scale: tuple[float, float, float] = (8 / 30, 32.0, 32.0)
 

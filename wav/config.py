@@ -64,6 +64,7 @@ class ModelSettings(Section):
     value_head_dim: int = Field(16, ge=2)
     action_heads: int = Field(4, ge=1)
     action_head_dim: int = Field(24, ge=2)
+    action_kind: str = Field("paper", description="class of the action expert, a name in wav/model/experts.py")
     max_views: int = Field(3, ge=1)
     rope_scale: tuple[float, float, float] = Field(
         (8 / 30, 32.0, 32.0), description="RoPE position of one latent (frame seconds, pixels, pixels)"

@@ -28,11 +28,19 @@ def planner_model(model: WAVTransformer, shapes: NoiseShapes, backend: Backend =
         shapes: noise shapes (:func:`noise_shapes`).
         backend: ``torch``: the model's own calls. ``cpu``: kernels in C, for float32 on a CPU. ``compiled``:
             torch.compile and CUDA graphs; where the kernels of ``cpu`` run they are faster, and the log says that they
-            are taken instead. ``auto``: ``cpu`` where it can, else ``torch``.
+            are taken instead. ``auto``: ``cpu`` where it can, else ``torch``, and always so
+            for an action expert other than the paper's.
 
     Raises:
         ConfigError: the backend is unknown or cannot compute this model here.
     """
+    if model.config.action_kind != "paper":  # the other backends compute the paper's experts in their own way
+        if backend in ("compiled", "cpu"):
+            raise ConfigError(
+                f"backend = {backend!r}: computes the paper's action expert alone, and model.action_kind = "
+                f"{model.config.action_kind!r}; use 'torch'"
+            )
+        return TorchPlannerModel(model, shapes)
     weight = next(model.parameters())
     kernels_compute = weight.device.type == "cpu" and weight.dtype == torch.float32 and kernels.available()
     if backend == "compiled" and not kernels_compute:

@@ -67,6 +67,7 @@ def build_model(
             action_out_channels=channels,
             action_num_attention_heads=model.action_heads,
             action_attention_head_dim=model.action_head_dim,
+            action_kind=model.action_kind,
             value_expert=model.value_expert,
             value_in_channels=value_channels,
             value_num_attention_heads=model.value_heads,

@@ -194,3 +194,7 @@ class ActionExpert(Expert):
         if isinstance(video_features, ActionCache):
             return self.run(tokens, timestep, *video_features, history).velocity
         return self.run(tokens, timestep, video_features, value_features, history).velocity
+
+
+#: classes of the action expert by the name that ``model.action_kind`` gives
+ACTION_EXPERTS: dict[str, type[ActionExpert]] = {"paper": ActionExpert}

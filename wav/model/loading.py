@@ -44,6 +44,10 @@ EXPERTS = ("value", "action")
 ATTN3 = r"action_blocks\.\d+\.attn3\."
 
 
+#: options that came after the first checkpoints; where one is absent its default is meant
+LATER = {"action_kind"}
+
+
 def published_name(name: str) -> str:
     """Name on disk of a parameter: ``video.X`` is X, ``value.X`` value_X, ``action.X`` action_X."""
     expert, rest = name.split(".", 1)
@@ -156,7 +160,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> WAVTrans
             "give a folder that a training stage or export wrote"
         )
     known = set(inspect.signature(WAVTransformer.__init__).parameters) - {"self"}
-    given = {name for name in config if not name.startswith("_")}
+    given = {name for name in config if not name.startswith("_")} | LATER
     for kind, names in (("unknown", given - known), ("missing", known - given)):
         if names:
             raise CheckpointError(

@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from wav.errors import ConfigError
-from wav.model.experts import ActionExpert, Expert, ValueExpert
+from wav.model.experts import ACTION_EXPERTS, ActionExpert, Expert, ValueExpert
 from wav.model.layers import Blocks
 from wav.model.video import TextContext, VideoExpert
 
@@ -36,8 +36,9 @@ class WAVTransformer(ModelMixin, ConfigMixin):
 
     Sizes: inner width D = heads * head_dim of the video, value and action parts; channels of latents, captions, value
     (9 or 16 reward terms + return) and action (action + state) tokens. ``rope_interpolation_scale``: seconds, pixels,
-    pixels of one latent; ``*_rope_base`` divide the experts' token positions. ``patch_size``, ``activation_fn``,
-    ``qk_norm`` and ``norm_elementwise_affine`` exist for LTX-Video's configuration and take its values only.
+    pixels of one latent; ``*_rope_base`` divide the experts' token positions; ``action_kind`` names the class of
+    the action expert. ``patch_size``, ``activation_fn``, ``qk_norm`` and ``norm_elementwise_affine`` exist for
+    LTX-Video's configuration and take its values only.
 
     Attributes:
         video: the video expert.
@@ -86,6 +87,7 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         rope_interpolation_scale: Sequence[float] = (8 / 30, 32.0, 32.0),
         action_rope_base: int = 54,
         value_rope_base: int = 57,
+        action_kind: str = "paper",
     ) -> None:
         super().__init__()
         dim = num_attention_heads * attention_head_dim
@@ -111,7 +113,7 @@ class WAVTransformer(ModelMixin, ConfigMixin):
             )
         if action_expert:
             channels, reads = (action_in_channels, action_out_channels), value_dim if value_expert else None
-            self.action = ActionExpert(
+            self.action = _action_class(action_kind)(
                 channels, action_dim, action_num_attention_heads, num_layers, dim, reads, norm_eps, action_rope_base
             )
 
@@ -174,6 +176,13 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         from wav.model.loading import load_model  # which imports this module
 
         return load_model(folder)
+
+
+def _action_class(kind: str) -> type[ActionExpert]:
+    """The class of that name; raises ConfigError where there is none."""
+    if kind not in ACTION_EXPERTS:
+        raise ConfigError(f"model.action_kind = {kind!r}: unknown; use one of {', '.join(ACTION_EXPERTS)}")
+    return ACTION_EXPERTS[kind]
 
 
 def _check_config(config: Any, dim: int) -> None:
