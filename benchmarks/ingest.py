@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.counting import machine, write_result
 from benchmarks.fitting import fit_exponent
 from tests.data.sources.datasets import lerobot_dataset, libero_episodes
-from wav.config import DataSettings, EncodeSettings, IngestSettings, LabelRewardsSettings
+from wav.config import DataSettings, EncodeSettings, IngestSettings, LabelRewardsSettings, LeRobotOptions
 from wav.data.encode import build_text_encoder, codec_of, encode_store, fit_codec
 from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
@@ -92,7 +92,7 @@ def run_stage(name: str, root: Path) -> None:
             source="lerobot",
             path=str(root / "dataset"),
             min_length=4,
-            image_rotation="180",
+            lerobot=LeRobotOptions(image_rotation="180"),
             episodes_per_task=max(COUNTS),
         )
         ingest(DATA, settings, root / "episodes", workers=1)

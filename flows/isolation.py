@@ -10,11 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from wav.config import Settings, parse_settings
+from wav.config import Settings, parameter_text, parse_settings
 from wav.errors import DataError
 from wav.io.files import read_json, write_json
+from wav.parameter_files import merge, read_parameters
 from wav.stages import stage as find_stage
 
 RUN_FILE = "run.json"
@@ -26,16 +25,13 @@ def changed_settings(params: Path, changes: Mapping[str, Mapping[str, Any]]) -> 
     Raises:
         ConfigError: an unknown or bad value; names the field.
     """
-    raw = yaml.safe_load(params.read_text())
-    for section, values in changes.items():
-        raw[section] = {**(raw.get(section) or {}), **values}
-    return parse_settings(raw, f"{params} with the run's parameters")
+    return parse_settings(merge(read_parameters(params), changes), f"{params} with the run's parameters")
 
 
 def prepare(stage: str, workspace: Path, folder: Path, settings: Settings) -> Path:
     """Make ``folder`` with its ``params.yaml`` and ``run.json``; what a run made there before stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "params.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+    (folder / "params.yaml").write_text(parameter_text(settings))
     write_json(folder / RUN_FILE, {"stage": stage, "workspace": str(workspace)})
     return folder
 

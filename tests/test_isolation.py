@@ -13,7 +13,7 @@ from flows import provenance
 from flows.eval_run import default_checkpoint, find_checkpoint, prepare_export, wanted_changes
 from flows.isolation import isolate, source_workspace
 from wav import promotion
-from wav.config import load_settings
+from wav.config import load_settings, parameter_text
 from wav.errors import CheckpointError, ConfigError, DataError
 from wav.io.files import write_json
 from wav.io.storage import open_store
@@ -31,7 +31,7 @@ def workspace(tmp_path: Path) -> Path:
         for path in stage.inputs:
             (folder / path).mkdir(parents=True, exist_ok=True)
             (folder / path / "content").write_text(path)
-    (folder / "params.yaml").write_text(SMOKE.read_text())
+    (folder / "params.yaml").write_text(parameter_text(load_settings(SMOKE)))
     return folder
 
 

@@ -13,13 +13,16 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from infra.local import ports
 from infra.local.workspace import make_workspace
-from wav.config import Settings, load_settings
+from wav.config import Settings, load_preset, load_settings
+from wav.errors import ConfigError
+from wav.parameter_files import merge
 from wav.source_code import code_digest, stage_modules
 from wav.stages import CODE_STAGE, STAGES, TRAINING, dvc_yaml
 
@@ -147,14 +150,59 @@ def test_a_comment_runs_nothing_again_and_code_only_what_it_decides(copy: Path, 
         (copy / module).write_text(before)
 
 
-@pytest.mark.parametrize("name", ["params.yaml", *(f"presets/{p.name}" for p in PROJECT.glob("presets/*.yaml"))])
-def test_parameter_files_state_every_value(name: str) -> None:
-    raw, whole = yaml.safe_load((PROJECT / name).read_text()), load_settings(PROJECT / name).model_dump()
-    for section, values in whole.items():
-        assert set(raw.get(section, {})) == set(values), f"{name}: section {section}"
-    numbers = {f"{s}.{k}": v for s, values in raw.items() for k, v in values.items()}
-    strings = [k for k, v in numbers.items() if isinstance(v, str) and re.fullmatch(r"[\d.]+e-?\d+", v)]
+PRESETS = sorted(path.stem for path in PROJECT.glob("presets/*.yaml"))
+
+
+def leaves(section: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """``a.b.c`` -> value of everything that is no mapping (an empty one is a value)."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= leaves(value, f"{name}{key}.") if isinstance(value, dict) and value else {f"{name}{key}": value}
+    return found
+
+
+def test_params_yaml_states_every_value() -> None:
+    raw, whole = yaml.safe_load((PROJECT / "params.yaml").read_text()), load_settings(PROJECT / "params.yaml")
+    assert set(leaves(raw)) == set(leaves(whole.model_dump()))
+
+
+@pytest.mark.parametrize("name", ["params.yaml", *(f"presets/{name}.yaml" for name in PRESETS)])
+def test_numbers_of_a_parameter_file_are_numbers(name: str) -> None:
+    raw = leaves(yaml.safe_load((PROJECT / name).read_text()))
+    strings = [k for k, v in raw.items() if isinstance(v, str) and re.fullmatch(r"[\d.]+e-?\d+", v)]
     assert not strings, f"{name}: YAML reads {strings} as text; write 1.0e-5"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_states_what_it_is_and_only_what_differs(name: str) -> None:
+    text = (PROJECT / "presets" / f"{name}.yaml").read_text()
+    assert 5 <= len(text.splitlines()) <= 90
+    assert f"#   make repro PRESET={name}" in text
+    base, stated = leaves(load_settings(PROJECT / "params.yaml").model_dump(mode="json")), leaves(yaml.safe_load(text))
+    same = [field for field, value in stated.items() if base.get(field) == value]
+    assert not same, f"presets/{name}.yaml repeats params.yaml: {same}"
+
+
+def test_a_workspace_holds_the_merged_file(tmp_path: Path) -> None:
+    folder = make_workspace("piper-small", tmp_path / "w", tmp_path / "cache")
+    merged = load_settings(folder / "params.yaml")
+    assert merged == load_preset("piper-small") == load_settings(PROJECT / "presets" / "piper-small.yaml")
+    assert merged.ingest.lerobot.action == "joint_absolute"
+    assert merged.train_value.steps == 20
+    assert merged.train_value.learning_rate == load_settings(PROJECT / "params.yaml").train_value.learning_rate
+
+
+def test_mappings_are_merged_and_lists_replaced(tmp_path: Path) -> None:
+    base = {"a": {"b": {"c": 1, "d": 2}, "e": [1, 2]}, "f": 3}
+    assert merge(base, {"a": {"b": {"d": 4}, "e": [5]}}) == {"a": {"b": {"c": 1, "d": 4}, "e": [5]}, "f": 3}
+    assert base["a"] == {"b": {"c": 1, "d": 2}, "e": [1, 2]}
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "params.yaml").write_text("model: {layers: 3, heads: 2}\n")
+    (tmp_path / "presets" / "p.yaml").write_text("model: {heeds: 1}\n")
+    with pytest.raises(ConfigError, match=r"p\.yaml: model\.heeds: unknown parameter; did you mean 'heads'\?"):
+        load_settings(tmp_path / "presets" / "p.yaml")
+    with pytest.raises(ConfigError, match=r"PRESET = 'smock': no presets/smock\.yaml; did you mean 'smoke'\?"):
+        load_preset("smock")
 
 
 def test_a_stage_sees_only_its_sections() -> None:

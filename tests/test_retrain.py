@@ -19,6 +19,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort
 
 from infra.local import ports
+from wav.config import load_preset, parameter_text
 from wav.io.storage import open_store
 from wav.local import read_env
 from wav.promotion import Champion, read_champion
@@ -132,7 +133,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         "stage.py": STAGE,
         "rate.txt": "10\n",
         "dvc.yaml": DVC,
-        "params.yaml": (PROJECT / "presets" / "smoke.yaml").read_text(),
+        "params.yaml": parameter_text(load_preset("smoke")),
         ".dvc/config": (PROJECT / ".dvc" / "config").read_text(),
         ".gitignore": "\n".join(IGNORED) + "\n",
         ".dvcignore": (PROJECT / ".dvcignore").read_text(),

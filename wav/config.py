@@ -17,9 +17,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from wav.config_errors import explain
 from wav.data.sources import SOURCES
 from wav.errors import ConfigError, exit_status
+from wav.local import PROJECT
+from wav.parameter_files import explain, preset_path, read_parameters
 from wav.planning import VARIANTS, Variant
 from wav.planning.scores import SCORES
 from wav.stages import stage as find_stage
@@ -74,6 +75,39 @@ class ModelSettings(Section):
     )
 
 
+class DatasetOptions(Section):
+    """What a dataset does not tell of itself, or tells wrongly: options of every reader of datasets."""
+
+    section: ClassVar[str] = ""
+    cameras: dict[str, str] = Field({}, description="view -> camera of the dataset, where the usual names do not fit")
+    drop_noops: bool = Field(False, description="drop steps that neither move nor change the gripper")
+    control_hz: int = Field(0, ge=0, description="true control rate, where the metadata is silent or wrong")
+    image_rotation: Literal["", "none", "180", "camera"] = Field(
+        "", description="rotation of the stored frames: none (raw OpenGL), 180, camera; empty: recorded"
+    )
+    gripper: Literal["", "-1 open, +1 close", "+1 open, -1 close", "0 open, 1 close", "1 open, 0 close"] = Field(
+        "", description="gripper convention; empty: as recorded or as the fingers move"
+    )
+
+
+class LiberoHdf5Options(DatasetOptions):
+    """Options of the reader of LIBERO's HDF5 files."""
+
+    section: ClassVar[str] = "ingest.libero_hdf5"
+    alignment: Literal["", "before_action", "after_action"] = Field(
+        "", description="frame t was recorded before or after action t; empty: as the states show"
+    )
+
+
+class LeRobotOptions(DatasetOptions):
+    """Options of the reader of LeRobot datasets."""
+
+    section: ClassVar[str] = "ingest.lerobot"
+    action: Literal["", "osc_pose_delta", "joint_absolute"] = Field(
+        "", description="kind of action; empty: as recorded"
+    )
+
+
 class IngestSettings(Section):
     """Where demonstrations come from."""
 
@@ -91,22 +125,9 @@ class IngestSettings(Section):
         {"direct": 1.0}, min_length=1, description="scripted: shares of the ways in which the expert moves"
     )
     min_length: int = Field(8, ge=2, description="shorter episodes are quarantined")
-    cameras: dict[str, str] = Field({}, description="view -> camera of the dataset, where the usual names do not fit")
-    drop_noops: bool = Field(False, description="datasets: drop steps that neither move nor change the gripper")
-    control_hz: int = Field(0, ge=0, description="datasets: true control rate, where their metadata is silent or wrong")
-    image_rotation: Literal["", "none", "180", "camera"] = Field(
-        "", description="datasets: rotation of the stored frames: none (raw OpenGL), 180, camera; empty: recorded"
-    )
-    gripper: Literal["", "-1 open, +1 close", "+1 open, -1 close", "0 open, 1 close", "1 open, 0 close"] = Field(
-        "", description="datasets: gripper convention; empty: as recorded or as the fingers move"
-    )
-    action: Literal["", "osc_pose_delta", "joint_absolute"] = Field(
-        "", description="datasets: kind of action; empty: as recorded"
-    )
-    alignment: Literal["", "before_action", "after_action"] = Field(
-        "", description="libero_hdf5: frame t was recorded before or after action t; empty: as the states show"
-    )
     seed: int = 0
+    libero_hdf5: LiberoHdf5Options = LiberoHdf5Options()
+    lerobot: LeRobotOptions = LeRobotOptions()
 
     @model_validator(mode="after")
     def _known_source(self) -> IngestSettings:
@@ -416,21 +437,17 @@ class Runtime(BaseSettings):
 
 
 def load_settings(path: str | Path = "params.yaml") -> Settings:
-    """Read and check a parameter file.
+    """Read and check a parameter file, or a preset together with the params.yaml that it lies over.
 
     Raises:
         ConfigError: the file is missing, is not YAML, names an unknown parameter or holds a bad value.
     """
-    path = Path(path)
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such parameter file; run inside the project folder or give its path") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}); fix the file") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: must hold sections such as data: and model:, found {type(raw).__name__}")
-    return parse_settings(raw, str(path))
+    return parse_settings(read_parameters(Path(path)), str(path))
+
+
+def load_preset(name: str) -> Settings:
+    """The project's params.yaml with ``presets/NAME.yaml`` over it; ConfigError as from :func:`load_settings`."""
+    return load_settings(preset_path(PROJECT, name))
 
 
 def parse_settings(raw: dict[str, Any], source: str = "parameters") -> Settings:
@@ -439,6 +456,11 @@ def parse_settings(raw: dict[str, Any], source: str = "parameters") -> Settings:
         return Settings.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(explain(error, Settings, source)) from None
+
+
+def parameter_text(settings: Settings) -> str:
+    """A whole parameter file that holds ``settings``."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
 
 
 def main() -> int:

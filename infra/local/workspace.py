@@ -14,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from wav.config import load_settings
-from wav.errors import ConfigError, exit_status
+from wav.config import load_preset, load_settings, parameter_text
+from wav.errors import exit_status
 from wav.local import PROJECT
 from wav.sim.registry import LIBERO_SUITES
 
@@ -40,15 +40,11 @@ def make_workspace(preset: str, folder: Path | None = None, cache: Path | None =
     Raises:
         ConfigError: no such preset, or it holds bad parameters.
     """
-    source = PROJECT / "presets" / f"{preset}.yaml"
-    if not source.is_file():
-        known = ", ".join(sorted(path.stem for path in source.parent.glob("*.yaml")))
-        raise ConfigError(f"PRESET = {preset!r}: no presets/{preset}.yaml; the presets are {known}")
-    load_settings(source)
+    settings = load_preset(preset)
     folder = (folder or PROJECT / "workspaces" / preset).absolute()
     (folder / ".dvc").mkdir(parents=True, exist_ok=True)
-    note = f"# Copied from presets/{preset}.yaml by make repro PRESET={preset}: edit it there.\n"
-    _write_if_changed(folder / "params.yaml", note + source.read_text())
+    note = f"# params.yaml with presets/{preset}.yaml over it, by make repro PRESET={preset}: edit those.\n"
+    _write_if_changed(folder / "params.yaml", note + parameter_text(settings))
     for name in COPIED:
         _write_if_changed(folder / name, (PROJECT / name).read_text())
     cache = (cache or PROJECT / ".dvc" / "cache").absolute()

@@ -148,5 +148,5 @@ def check_first_frames(pool: SimPool, store: EpisodeStore, data: DataSettings, o
     raise ConfigError(
         f"data.views: {refused.view!r}: rendered frames look like the dataset's {refused.alternative} (SSIM "
         f"{refused.alternative_ssim:.2f}) rather than as recorded ({refused.as_recorded:.2f}); left rendered, right "
-        f"recorded in {path}; ingest the data again with the right ingest.image_rotation and ingest.cameras"
+        f"recorded in {path}; ingest the data again with the right image_rotation and cameras of its reader"
     )

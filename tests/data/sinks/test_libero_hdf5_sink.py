@@ -14,7 +14,7 @@ import yaml
 
 from tests.data.sources.datasets import TASKS, motion
 from wav import cli
-from wav.config import DataSettings, IngestSettings, load_settings
+from wav.config import DataSettings, IngestSettings, LiberoHdf5Options, load_preset, load_settings
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.sinks.libero_hdf5 import export_hdf5
@@ -80,7 +80,8 @@ def make_store(tmp_path: Path, data: DataSettings) -> Callable[..., EpisodeStore
 
 
 def read_back(data: DataSettings, folder: Path, **changes) -> EpisodeStore:
-    settings = IngestSettings(source="libero_hdf5", path=str(folder), **changes)
+    options = LiberoHdf5Options(**changes)
+    settings = IngestSettings(source="libero_hdf5", path=str(folder), libero_hdf5=options)
     ingest(data, settings, folder.parent / "again", workers=1)
     return EpisodeStore.open(folder.parent / "again")
 
@@ -265,7 +266,7 @@ def test_command_writes_and_refuses_an_existing_folder(make_store, tmp_path, cap
 def test_a_recorded_demonstration_with_its_states_is_replayed_from_the_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WAV_LIBERO_ASSETS", str(KIT))
     monkeypatch.setenv("WAV_LOCAL_DIR", str(tmp_path / "local"))
-    raw = yaml.safe_load((ROOT / "presets" / "libero-cpu.yaml").read_text())
+    raw = load_preset("libero-cpu").model_dump(mode="json")
     raw["data"] |= {"image_height": 32, "image_width": 32}
     raw["ingest"] |= {"episodes_per_task": 2, "detour": 0.5}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.sources.datasets import TASKS, libero_file
-from wav.config import DataSettings, IngestSettings
+from wav.config import DataSettings, IngestSettings, LeRobotOptions
 
 
 @pytest.fixture
@@ -31,4 +31,6 @@ def hdf5_settings(libero: Path) -> IngestSettings:
 
 @pytest.fixture
 def lerobot_settings(tmp_path: Path) -> IngestSettings:
-    return IngestSettings(source="lerobot", path=str(tmp_path / "lerobot"), min_length=4, image_rotation="180")
+    return IngestSettings(
+        source="lerobot", path=str(tmp_path / "lerobot"), min_length=4, lerobot=LeRobotOptions(image_rotation="180")
+    )

@@ -4,6 +4,7 @@ import io
 import json
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import h5py
@@ -11,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from wav.config import IngestSettings
 
 TASKS = ("pick_up_the_bowl", "open_the_drawer")
 
@@ -188,3 +191,11 @@ def libero_episodes(count: int = 3, steps: int = 12) -> list[dict]:
             {"action": m["actions"], "state": state, "images": images, "task": TASKS[number % 2].replace("_", " ")}
         )
     return result
+
+
+def changed(settings: IngestSettings, **changes: Any) -> IngestSettings:
+    """Settings with some fields changed, of their own or of the options of their reader."""
+    own = {name: value for name, value in changes.items() if name in IngestSettings.model_fields}
+    options = getattr(settings, settings.source)
+    of_reader = options.model_copy(update={name: v for name, v in changes.items() if name not in own})
+    return settings.model_copy(update={**own, settings.source: of_reader})

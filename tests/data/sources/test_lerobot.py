@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.data.sources.datasets import TASKS, lerobot_dataset, libero_episodes, write_video
-from wav.config import IngestSettings
+from tests.data.sources.datasets import TASKS, changed, lerobot_dataset, libero_episodes, write_video
+from wav.config import IngestSettings, LeRobotOptions
 from wav.data.sources import open_source
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError
@@ -21,7 +21,7 @@ PARQUET_V3 = "data/chunk-000/file-000.parquet"
 
 
 def run(data, settings, out, **changes) -> EpisodeStore:
-    ingest(data, settings.model_copy(update=changes), out, workers=1)
+    ingest(data, changed(settings, **changes), out, workers=1)
     return EpisodeStore.open(out)
 
 
@@ -88,8 +88,10 @@ def test_gripper_is_measured_on_the_fingers(data, lerobot_settings, root, tmp_pa
     store = run(data, lerobot_settings, tmp_path / "out")
     np.testing.assert_array_equal(store[1].actions, wanted[1].astype(np.float32))
     assert json.loads((tmp_path / "out" / "source.json").read_text())["gripper_stored"] == name
-    with pytest.raises(ConfigError, match=r"ingest\.gripper is '-1 open, \+1 close', but the fingers move as under"):
-        open_source(data, lerobot_settings.model_copy(update={"gripper": "-1 open, +1 close"}))
+    with pytest.raises(
+        ConfigError, match=r"ingest\.lerobot\.gripper is '-1 open, \+1 close', but the fingers move as under"
+    ):
+        open_source(data, changed(lerobot_settings, gripper="-1 open, +1 close"))
 
 
 def test_what_the_metadata_does_not_tell_must_be_declared(data, lerobot_settings, root, tmp_path):
@@ -99,9 +101,9 @@ def test_what_the_metadata_does_not_tell_must_be_declared(data, lerobot_settings
     lerobot_dataset(root, episodes, "v2.1", images=True, fps=10)
     declared = {"image_rotation": ""}
     for field, value, message in (
-        ("control_hz", 20, r"fps = 10 where data\.control_hz = 20; .*declare ingest\.control_hz: 20"),
-        ("image_rotation", "180", r"declare ingest\.image_rotation: 'none'"),
-        ("gripper", "-1 open, +1 close", r"declare ingest\.gripper \(one of '-1 open, \+1 close'"),
+        ("control_hz", 20, r"fps = 10 where data\.control_hz = 20; .*declare ingest\.lerobot\.control_hz: 20"),
+        ("image_rotation", "180", r"declare ingest\.lerobot\.image_rotation: 'none'"),
+        ("gripper", "-1 open, +1 close", r"declare ingest\.lerobot\.gripper \(one of '-1 open, \+1 close'"),
     ):
         with pytest.raises(ConfigError, match=message):
             run(data, lerobot_settings, tmp_path / "out", **declared)
@@ -302,7 +304,10 @@ def table_v3(name, change):
         (info(lambda raw: raw.update(fps=0)), "fps = 0: must be a positive number"),
         (info(lambda raw: raw["features"]["action"].update(dtype="int64")), r"features\.action\.dtype = 'int64'"),
         (info(lambda raw: raw["features"]["action"].update(shape=[14])), r"data\.action_dim = 7: .*shape \[14\]"),
-        (info(lambda raw: raw["features"].pop("observation.images.image2")), r"no camera for 'wrist'.*ingest\.cameras"),
+        (
+            info(lambda raw: raw["features"].pop("observation.images.image2")),
+            r"no camera for 'wrist'.*ingest\.lerobot\.cameras",
+        ),
         (info(lambda raw: raw["features"].pop("observation.state")), "has no feature observation.state or state"),
         (info(lambda raw: raw.update(fps=True)), "fps = True: must be a positive number"),
         (info(lambda raw: raw.update(features=[])), "features is list where an object is expected"),
@@ -362,12 +367,14 @@ def bimanual(count=2, steps=10):
 def test_bimanual_dataset_passes_through(data, root, tmp_path, version):
     changes = {"views": ("top", "left_wrist", "right_wrist"), "state_dim": 14, "action_dim": 14, "suite": "piper"}
     data = data.model_copy(update={**changes, "control_hz": 30})
-    settings = IngestSettings(source="lerobot", path=str(root), image_rotation="camera")
+    settings = IngestSettings(source="lerobot", path=str(root), lerobot=LeRobotOptions(image_rotation="camera"))
     episodes = bimanual()
     lerobot_dataset(root, episodes, version, fps=30, names=None, images=True)
-    with pytest.raises(ConfigError, match=r"14-D states with 14-D actions .*declare ingest\.action: joint_absolute"):
+    with pytest.raises(
+        ConfigError, match=r"14-D states with 14-D actions .*declare ingest\.lerobot\.action: joint_absolute"
+    ):
         open_source(data, settings)
-    settings = settings.model_copy(update={"action": "joint_absolute"})
+    settings = changed(settings, action="joint_absolute")
     store = run(data, settings, tmp_path / "out")
     np.testing.assert_array_equal(store[1].actions, episodes[1]["action"].astype(np.float32))
     np.testing.assert_array_equal(store[1].joints, episodes[1]["state"].astype(np.float32))
@@ -380,15 +387,15 @@ def test_bimanual_dataset_passes_through(data, root, tmp_path, version):
     )
     cameras = json.loads((tmp_path / "out" / "source.json").read_text())["cameras"]
     assert cameras["top"] == {"camera": "observation.images.cam_high", "height": 30, "width": 53, "resized": "lanczos"}
-    with pytest.raises(ConfigError, match=r"ingest\.drop_noops = true"):
-        open_source(data, settings.model_copy(update={"drop_noops": True}))
+    with pytest.raises(ConfigError, match=r"ingest\.lerobot\.drop_noops = true"):
+        open_source(data, changed(settings, drop_noops=True))
 
 
 def test_equal_names_of_state_and_action_mean_joint_targets(data, root, tmp_path):
     changes = {"views": ("top",), "state_dim": 14, "action_dim": 14, "suite": "piper", "control_hz": 30}
     names = {"motors": [f"joint_{i}" for i in range(14)]}
     lerobot_dataset(root, bimanual(), "v3.0", fps=30, names=names, images=True)
-    settings = IngestSettings(source="lerobot", path=str(root), image_rotation="camera")
+    settings = IngestSettings(source="lerobot", path=str(root), lerobot=LeRobotOptions(image_rotation="camera"))
     conventions = open_source(data.model_copy(update=changes), settings).conventions()
     assert conventions.action == "joint_absolute"
     assert conventions.state_layout.startswith("joints: joint_0 joint_1")

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.data.sources.datasets import TASKS, libero_file, motion
+from tests.data.sources.datasets import TASKS, changed, libero_file, motion
 from wav.data.sources import open_source
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError
@@ -16,7 +16,7 @@ from wav.ingest import ingest
 
 
 def run(data, settings, out, workers=1, **changes) -> EpisodeStore:
-    ingest(data, settings.model_copy(update=changes), out, workers=workers)
+    ingest(data, changed(settings, **changes), out, workers=workers)
     return EpisodeStore.open(out)
 
 
@@ -70,7 +70,7 @@ def test_frames_recorded_before_their_action_stay(data, tmp_path, hdf5_settings)
     np.testing.assert_array_equal(store[0].actions, m["actions"].astype(np.float32))
     # robosuite's opencv convention has reversed the rows already
     np.testing.assert_array_equal(store[0].images["agentview"], m["images"][:-1, 0, :, ::-1])
-    with pytest.raises(ConfigError, match=r"ingest\.alignment = 'after_action', but the simulator states"):
+    with pytest.raises(ConfigError, match=r"ingest\.libero_hdf5\.alignment = 'after_action', but the simulator states"):
         run(data, hdf5_settings, tmp_path / "no", path=str(folder), alignment="after_action")
 
 
@@ -81,9 +81,9 @@ def test_what_files_do_not_tell_must_be_declared(data, tmp_path, hdf5_settings):
     edit(path, lambda data: [data[name].pop("states") for name in data])
     declared = {"path": str(path)}
     for field, value, message in (
-        ("image_rotation", "180", r"KITCHEN.*declare ingest\.image_rotation: 'none'"),
-        ("control_hz", 20, r"declare ingest\.control_hz"),
-        ("alignment", "before_action", r"declare ingest\.alignment: after_action"),
+        ("image_rotation", "180", r"KITCHEN.*declare ingest\.libero_hdf5\.image_rotation: 'none'"),
+        ("control_hz", 20, r"declare ingest\.libero_hdf5\.control_hz"),
+        ("alignment", "before_action", r"declare ingest\.libero_hdf5\.alignment: after_action"),
     ):
         with pytest.raises(ConfigError, match=message):
             run(data, hdf5_settings, tmp_path / "out", **declared)
@@ -95,15 +95,20 @@ def test_what_files_do_not_tell_must_be_declared(data, tmp_path, hdf5_settings):
 
 def test_contradictions_are_refused(data, libero, hdf5_settings, tmp_path):
     for changes, message in (
-        ({"image_rotation": "180"}, r"recorded as rotated 'none' where ingest\.image_rotation = '180'"),
-        ({"gripper": "+1 open, -1 close"}, r"fingers move as under '-1 open, \+1 close'; set ingest\.gripper"),
+        ({"image_rotation": "180"}, r"recorded as rotated 'none' where ingest\.libero_hdf5\.image_rotation = '180'"),
+        (
+            {"gripper": "+1 open, -1 close"},
+            r"fingers move as under '-1 open, \+1 close'; set ingest\.libero_hdf5\.gripper",
+        ),
         ({"control_hz": 10}, r"= 10 where data\.control_hz = 20"),
-        ({"action": "joint_absolute"}, r"ingest\.action = 'joint_absolute'"),
         ({"path": str(tmp_path / "nowhere")}, r"ingest\.path = .*no such file or folder"),
-        ({"cameras": {"wrist": "depth"}}, r"camera 'wrist' .*obs/ holds agentview_rgb, .*ingest\.cameras\.wrist"),
+        (
+            {"cameras": {"wrist": "depth"}},
+            r"camera 'wrist' .*obs/ holds agentview_rgb, .*ingest\.libero_hdf5\.cameras\.wrist",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
-            open_source(data, hdf5_settings.model_copy(update=changes))
+            open_source(data, changed(hdf5_settings, **changes))
     with pytest.raises(ConfigError, match=r"data\.tasks: 'fly' has no file .* open_the_drawer, pick_up_the_bowl"):
         open_source(data.model_copy(update={"tasks": ("fly",)}), hdf5_settings)
     for demo in range(3):

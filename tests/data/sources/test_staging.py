@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.sources.datasets import TASKS, libero_file
+from tests.data.sources.datasets import TASKS, changed, libero_file
 from wav.data.sources import open_source, staging
 from wav.data.sources.staging import grouped, staging_folder
 from wav.data.store import EpisodeStore
@@ -110,7 +110,7 @@ def _fresh(data, settings, out) -> EpisodeStore:
 
 def test_other_settings_share_nothing(data, hdf5_settings):
     keys = [job.key for job in open_source(data, hdf5_settings).jobs()]
-    other = [job.key for job in open_source(data, hdf5_settings.model_copy(update={"drop_noops": True})).jobs()]
+    other = [job.key for job in open_source(data, changed(hdf5_settings, drop_noops=True)).jobs()]
     assert len(set(keys)) == len(keys)
     assert not set(keys) & set(other)
 

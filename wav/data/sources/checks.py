@@ -8,17 +8,20 @@ refused with the setting that resolves it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wav.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from wav.config import DatasetOptions
+
 Floats = NDArray[np.floating]
 
 CANONICAL_GRIPPER = "-1 open, +1 close"
-#: ingest.gripper -> (value that opens, value that closes)
+#: option ``gripper`` of a reader -> (value that opens, value that closes)
 GRIPPERS = {
     CANONICAL_GRIPPER: (-1.0, 1.0),
     "+1 open, -1 close": (1.0, -1.0),
@@ -66,7 +69,7 @@ def detect_gripper(samples: Iterable[tuple[Floats, Floats]]) -> str:
         return ""
     if min(along, against) > 0.25 * max(along, against):
         raise DataError(
-            "ingest.gripper: high commands close the gripper in some demonstrations and open it in others; "
+            "gripper: high commands close the gripper in some demonstrations and open it in others; "
             "split the dataset by convention and ingest the parts separately"
         )
     closes = against > along
@@ -75,23 +78,23 @@ def detect_gripper(samples: Iterable[tuple[Floats, Floats]]) -> str:
     return "0 open, 1 close" if closes else "1 open, 0 close"
 
 
-def settle_gripper(declared: str, detected: str, usual: str, where: str) -> str:
+def settle_gripper(options: DatasetOptions, detected: str, usual: str, where: str) -> str:
     """The dataset's convention out of what is declared, what the fingers show and what the format prescribes.
 
     Raises:
         ConfigError: nothing says which, or two of them contradict each other.
     """
+    declared, field = options.gripper, f"{options.section}.gripper"
     said = declared or usual
     if not said and not detected:
         raise ConfigError(
-            f"{where}: neither the metadata nor the fingers' motion tell the gripper's sign; declare ingest.gripper "
+            f"{where}: neither the metadata nor the fingers' motion tell the gripper's sign; declare {field} "
             f"(one of {', '.join(repr(name) for name in GRIPPERS)})"
         )
     if said and detected and said != detected:
-        source = "ingest.gripper" if declared else "the format's convention"
+        source = field if declared else "the format's convention"
         raise ConfigError(
-            f"{where}: {source} is {said!r}, but the fingers move as under {detected!r}; "
-            f"set ingest.gripper: {detected!r}"
+            f"{where}: {source} is {said!r}, but the fingers move as under {detected!r}; set {field}: {detected!r}"
         )
     return said or detected
 
@@ -108,7 +111,7 @@ def canonical_gripper(command: Floats, convention: str) -> Floats:
         worst = int(np.abs(command - (low + high) / 2).argmax())
         raise DataError(
             f"gripper action is {float(command[worst]):g} at step {worst}, outside [{low:g}, {high:g}] of "
-            f"{convention!r}; correct ingest.gripper or the recording"
+            f"{convention!r}; correct the reader's option gripper or the recording"
         )
     if convention == CANONICAL_GRIPPER:
         return command
@@ -122,7 +125,7 @@ def check_deltas(actions: Floats) -> None:
         step, column = (int(i) for i in np.unravel_index(motion.argmax(), motion.shape))
         raise DataError(
             f"actions[{step}, {column}] = {float(actions[step, column]):g} lies outside [-1, 1] of OSC_POSE deltas; "
-            "correct ingest.action or convert the actions"
+            "convert the actions at the source"
         )
 
 
@@ -138,43 +141,45 @@ def check_state_layout(state: Floats) -> None:
         )
 
 
-def check_control_hz(recorded: float, declared: int, wanted: int, where: str) -> None:
+def check_control_hz(recorded: float, options: DatasetOptions, wanted: int, where: str) -> None:
     """Compare the recording's rate with data.control_hz.
 
     Args:
         recorded: steps per second the metadata tells; 0 where it tells nothing.
-        declared: ingest.control_hz; 0: none.
+        options: of the reader; its control_hz is what is declared, 0: nothing.
         wanted: data.control_hz.
         where: file and field.
 
     Raises:
         ConfigError: the rate is unknown, or another than ``wanted``.
     """
+    declared, field = options.control_hz, f"{options.section}.control_hz"
     rate = declared or recorded
     if not rate:
-        raise ConfigError(f"{where}: the control rate is not recorded; declare ingest.control_hz (LIBERO runs at 20)")
+        raise ConfigError(f"{where}: the control rate is not recorded; declare {field} (LIBERO runs at 20)")
     if rate != wanted:
         hint = (
             "" if declared else ", or, where the metadata is wrong (LeRobot forms of LIBERO declare 10 but ran at 20), "
         )
-        hint += "" if declared else f"declare ingest.control_hz: {wanted}"
+        hint += "" if declared else f"declare {field}: {wanted}"
         raise ConfigError(f"{where} = {rate:g} where data.control_hz = {wanted}; set data.control_hz: {rate:g}{hint}")
 
 
-def declared_rotation(declared: str, recorded: str, where: str) -> str:
+def declared_rotation(options: DatasetOptions, recorded: str, where: str) -> str:
     """The rotation the stored frames carry: "none" (raw OpenGL buffer), "180" or "camera" (upright, a real camera).
 
     Raises:
         ConfigError: neither recorded nor declared, or the two differ.
     """
+    declared, field = options.image_rotation, f"{options.section}.image_rotation"
     if declared and recorded and declared != recorded:
         raise ConfigError(
-            f"{where}: the frames are recorded as rotated {recorded!r} where ingest.image_rotation = {declared!r}; "
+            f"{where}: the frames are recorded as rotated {recorded!r} where {field} = {declared!r}; "
             "remove the declaration, or correct the metadata"
         )
     if not (declared or recorded):
         raise ConfigError(
-            f"{where}: nothing tells how the frames are rotated; declare ingest.image_rotation: 'none' (the "
+            f"{where}: nothing tells how the frames are rotated; declare {field}: 'none' (the "
             "simulator's raw OpenGL buffer, upside down), '180' (rotated already, as lerobot/libero) or "
             "'camera' (a real camera)"
         )

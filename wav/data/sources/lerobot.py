@@ -1,10 +1,11 @@
 """LeRobot datasets (v2.0, v2.1, v3.0): numbers in parquet, cameras as mp4 or as images in the parquet.
 
-LeRobot's metadata does not tell how images are rotated, so ``ingest.image_rotation`` must: "180" for ``lerobot/libero``
-and the other LIBERO conversions (rotated already), "none" for a simulator's raw buffer, "camera" for real robots. The
-gripper's sign is measured on the fingers or declared in ``ingest.gripper``. Actions are absolute joint targets where
-action and state have the same named dimensions, OSC_POSE deltas for 7-D actions with the 8-D end-effector state;
-anything else is declared in ``ingest.action``. LIBERO conversions declare 10 fps but ran at 20: ``ingest.control_hz``.
+LeRobot's metadata does not tell how images are rotated, so ``image_rotation`` in ``ingest.lerobot`` must: "180" for
+``lerobot/libero`` and the other LIBERO conversions (rotated already), "none" for a simulator's raw buffer, "camera" for
+real robots. The gripper's sign is measured on the fingers or declared in ``gripper``. Actions are absolute
+joint targets where action and state have the same named dimensions, OSC_POSE deltas for 7-D actions with the 8-D
+end-effector state; anything else is declared in ``action``. LIBERO conversions declare 10 fps but ran at 20:
+``control_hz``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from wav.data.state import STATE_LAYOUT
 from wav.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from wav.config import DataSettings, IngestSettings
+    from wav.config import DataSettings, IngestSettings, LeRobotOptions
 
 STATES = ("observation.state", "state")
 ACTIONS = ("action", "actions")
@@ -107,7 +108,7 @@ class LeRobotSource(DatasetSource):
             "path": self.settings.path,
             "robot": self.dataset.robot,
             "fps_recorded": plan.fps,
-            "drop_noops": self.settings.drop_noops,
+            "drop_noops": self.settings.lerobot.drop_noops,
             "cameras": {
                 view: described(key, features[key].image_size or (0, 0), self.data) for view, key in plan.cameras
             },
@@ -155,7 +156,8 @@ def _chosen(
 
 def _plan(dataset: Dataset, entries: tuple[Entry, ...], data: DataSettings, settings: IngestSettings) -> Plan:
     """Settle columns, cameras and conventions, or say what must be declared."""
-    where, features = f"{dataset.root / 'meta' / 'info.json'}", dataset.features
+    options, features = settings.lerobot, dataset.features
+    where = f"{dataset.root / 'meta' / 'info.json'}"
     state, action = _column(where, features, STATES), _column(where, features, ACTIONS)
     for name, key, wanted in (("state_dim", state, data.state_dim), ("action_dim", action, data.action_dim)):
         found = features[key]
@@ -166,11 +168,11 @@ def _plan(dataset: Dataset, entries: tuple[Entry, ...], data: DataSettings, sett
                 f"data.{name} = {wanted}: feature {key!r} of {where} has shape {list(found.shape)}; "
                 f"set data.{name} to it"
             )
-    checks.check_control_hz(dataset.fps, settings.control_hz, data.control_hz, f"{where}: fps")
-    kind = _kind(where, features[state], features[action], settings.action)
-    if kind == ABSOLUTE_ACTIONS and settings.drop_noops:
-        raise ConfigError("ingest.drop_noops = true: is defined for OSC_POSE deltas alone; set it to false")
-    rotation = checks.declared_rotation(settings.image_rotation, "", where)
+    checks.check_control_hz(dataset.fps, options, data.control_hz, f"{where}: fps")
+    kind = _kind(where, features[state], features[action], options.action)
+    if kind == ABSOLUTE_ACTIONS and options.drop_noops:
+        raise ConfigError("ingest.lerobot.drop_noops = true: is defined for OSC_POSE deltas alone; set it to false")
+    rotation = checks.declared_rotation(options, "", where)
     plan = Plan(
         version=dataset.version,
         fps=dataset.fps,
@@ -179,7 +181,7 @@ def _plan(dataset: Dataset, entries: tuple[Entry, ...], data: DataSettings, sett
         state=state,
         action=action,
         joints=next((key for key in JOINTS if key in features and kind == DELTA_ACTIONS), ""),
-        cameras=_cameras(where, features, data, settings),
+        cameras=_cameras(where, features, data, options),
         kind=kind,
         rotation=rotation,
         gripper="absolute",
@@ -188,7 +190,7 @@ def _plan(dataset: Dataset, entries: tuple[Entry, ...], data: DataSettings, sett
     if kind == ABSOLUTE_ACTIONS:
         return plan
     detected = checks.detect_gripper(gripper_samples(plan, entries))
-    gripper = checks.settle_gripper(settings.gripper, detected, "", where)
+    gripper = checks.settle_gripper(options, detected, "", where)
     return replace(plan, gripper=gripper)
 
 
@@ -213,33 +215,33 @@ def _kind(where: str, state: Feature, action: Feature, declared: str) -> str:
     if not kind:
         raise ConfigError(
             f"{where}: {state.shape[0]}-D states with {action.shape[0]}-D actions do not tell the kind of action; "
-            f"declare ingest.action: {ABSOLUTE_ACTIONS} (joint targets) or {DELTA_ACTIONS}"
+            f"declare ingest.lerobot.action: {ABSOLUTE_ACTIONS} (joint targets) or {DELTA_ACTIONS}"
         )
     if kind == DELTA_ACTIONS and (action.shape, state.shape) != ((7,), (8,)):
         raise ConfigError(
-            f"ingest.action = {kind!r}: needs 7-D actions with the 8-D end-effector state, {where} has "
+            f"ingest.lerobot.action = {kind!r}: needs 7-D actions with the 8-D end-effector state, {where} has "
             f"{action.shape[0]} and {state.shape[0]}; declare {ABSOLUTE_ACTIONS}, or convert the dataset"
         )
     return kind
 
 
 def _cameras(
-    where: str, features: Mapping[str, Feature], data: DataSettings, settings: IngestSettings
+    where: str, features: Mapping[str, Feature], data: DataSettings, options: LeRobotOptions
 ) -> tuple[tuple[str, str], ...]:
     """The camera's key for every view."""
     have = [key for key, feature in features.items() if feature.dtype in ("video", "image")]
     result = []
     for view in data.views:
         usual = [prefix + name for name in (view, *CAMERAS.get(view, ())) for prefix in PREFIXES]
-        names = [settings.cameras[view]] if view in settings.cameras else usual
+        names = [options.cameras[view]] if view in options.cameras else usual
         key = next((name for name in names if name in have), "")
         if not key:
             raise ConfigError(
                 f"{where}: has no camera for {view!r} of data.views; it has {', '.join(have)}; "
-                f"name the right one in ingest.cameras.{view}"
+                f"name the right one in ingest.lerobot.cameras.{view}"
             )
         result.append((view, key))
     twice = next((key for _, key in result if [k for _, k in result].count(key) > 1), "")
     if twice:
-        raise ConfigError(f"ingest.cameras: {twice!r} serves two views; name another camera for one of them")
+        raise ConfigError(f"ingest.lerobot.cameras: {twice!r} serves two views; name another camera for one of them")
     return tuple(result)

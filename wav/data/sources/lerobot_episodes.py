@@ -108,7 +108,7 @@ def _read_episode(
         actions[:, 6] = checks.canonical_gripper(actions[:, 6], plan.gripper)
     if plan.success and not any(table["next.success"].to_pylist()):
         raise DataError(f"{entry.data}: next.success is never true: the demonstration failed; drop it at the source")
-    keep = checks.keep_steps(actions) if settings.drop_noops else np.ones(len(actions), bool)
+    keep = checks.keep_steps(actions) if settings.lerobot.drop_noops else np.ones(len(actions), bool)
     if keep.sum() < settings.min_length:
         raise DataError(f"{int(keep.sum())} steps, fewer than ingest.min_length = {settings.min_length}")
     joints = _joints(plan, table, state)

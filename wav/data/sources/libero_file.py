@@ -22,7 +22,7 @@ from wav.errors import ConfigError, DataError
 from wav.sim.registry import LIBERO_SUITES
 
 if TYPE_CHECKING:
-    from wav.config import DataSettings, IngestSettings
+    from wav.config import DataSettings, IngestSettings, LiberoHdf5Options
 
 #: view -> names of its dataset under obs/, in order of preference
 CAMERAS = {
@@ -105,27 +105,28 @@ def open_task_file(path: Path, data: DataSettings, settings: IngestSettings) -> 
                 )
             names.sort(key=lambda name: int(name[5:]))
             names = names[: settings.episodes_per_task]
-            return _describe(path, group, tuple(names), data, settings)
+            return _describe(path, group, tuple(names), data, settings.libero_hdf5)
     except (OSError, RuntimeError, KeyError) as error:
         raise DataError(f"{path}: truncated or damaged HDF5 file ({flat(error)}); download it again") from None
 
 
-def _describe(path: Path, group: Any, demos: tuple[str, ...], data: DataSettings, settings: IngestSettings) -> TaskFile:
+def _describe(
+    path: Path, group: Any, demos: tuple[str, ...], data: DataSettings, options: LiberoHdf5Options
+) -> TaskFile:
     """A TaskFile from an open ``data`` group."""
     where, attributes = str(path), group.attrs
     recorded = _text(attributes.get("macros_image_convention"))
     if recorded and recorded not in IMAGE_CONVENTIONS:
         raise DataError(f"{where}: macros_image_convention = {recorded!r} is unknown; expected opengl or opencv")
-    rotation = checks.declared_rotation(settings.image_rotation, "none" if recorded else "", where)
+    rotation = checks.declared_rotation(options, "none" if recorded else "", where)
     arguments = _json(attributes.get("env_args"), f"{where}: env_args")
-    checks.check_control_hz(
-        _rate(arguments, where), settings.control_hz, data.control_hz, f"{where}: env_args.env_kwargs.control_freq"
-    )
-    cameras = _cameras(where, group, demos, data, settings)
+    rate = _rate(arguments, where)
+    checks.check_control_hz(rate, options, data.control_hz, f"{where}: env_args.env_kwargs.control_freq")
+    cameras = _cameras(where, group, demos, data, options)
     lengths = tuple(_length(group[demo]) for demo in demos)
     joints = any(has_joints(group[demo]) for demo in demos)
     samples = _samples(group, demos)
-    after = _alignment(where, samples, settings.alignment, _text(attributes.get("alignment")))
+    after = _alignment(where, samples, options.alignment, _text(attributes.get("alignment")))
     pairs = [(checks.shifted_actions(s.actions) if after else s.actions)[:, 6] for s in samples]
     detected = checks.detect_gripper((command, s.opening) for command, s in zip(pairs, samples, strict=True))
     simulator = _json(attributes.get("simulator_versions"), f"{where}: simulator_versions")
@@ -140,7 +141,7 @@ def _describe(path: Path, group: Any, demos: tuple[str, ...], data: DataSettings
         mirrored=recorded == "opencv",
         after=after,
         joints=joints,
-        gripper=checks.settle_gripper(settings.gripper, detected, checks.CANONICAL_GRIPPER, where),
+        gripper=checks.settle_gripper(options, detected, checks.CANONICAL_GRIPPER, where),
         render=_text(attributes.get("render")) or "full",
         simulator=tuple(sorted((str(k), str(v)) for k, v in simulator.items())),
     )
@@ -158,10 +159,10 @@ def _instruction(where: str, attributes: Any, task: str) -> str:
 
 
 def _cameras(
-    where: str, group: Any, demos: tuple[str, ...], data: DataSettings, settings: IngestSettings
+    where: str, group: Any, demos: tuple[str, ...], data: DataSettings, options: LiberoHdf5Options
 ) -> tuple[tuple[str, str, tuple[int, int]], ...]:
     """(view, dataset, (H, W)) of every view, as most of the demonstrations that have all cameras hold it."""
-    found = [_recorded(group[demo], data, settings) for demo in demos]
+    found = [_recorded(group[demo], data, options) for demo in demos]
     whole = [cameras for cameras in found if len(cameras) == len(data.views)]
     if whole:
         size = (data.image_height, data.image_width)
@@ -171,16 +172,16 @@ def _cameras(
     have = sorted(observations(group[demos[0]]))
     raise ConfigError(
         f"{where}: no demonstration has camera {lacking!r} of data.views; obs/ holds {', '.join(have)}; "
-        f"name the right one in ingest.cameras.{lacking}"
+        f"name the right one in ingest.libero_hdf5.cameras.{lacking}"
     )
 
 
-def _recorded(demo: Any, data: DataSettings, settings: IngestSettings) -> dict[str, tuple[str, tuple[int, int]]]:
+def _recorded(demo: Any, data: DataSettings, options: LiberoHdf5Options) -> dict[str, tuple[str, tuple[int, int]]]:
     """(dataset, (H, W)) of the views that a demonstration holds."""
     observed, found = observations(demo), {}
     for view in data.views:
         usual = (*CAMERAS.get(view, ()), f"{view}_rgb", view)
-        names = (settings.cameras[view],) if view in settings.cameras else usual
+        names = (options.cameras[view],) if view in options.cameras else usual
         name = next((n for n in names if n in observed and getattr(observed[n], "ndim", 0) == 4), "")
         if name:
             found[view] = (name, (int(observed[name].shape[1]), int(observed[name].shape[2])))
@@ -258,7 +259,7 @@ def _alignment(where: str, samples: list[_Sample], declared: str, recorded: str 
     Args:
         where: the file.
         samples: demonstrations, some of which may hold the simulator's states.
-        declared: ingest.alignment, empty where nothing is declared.
+        declared: ingest.libero_hdf5.alignment, empty where nothing is declared.
         recorded: the file's attribute ``alignment``, which :mod:`wav.data.sinks.libero_hdf5` writes.
     """
     if recorded not in ("", AFTER, BEFORE):
@@ -279,11 +280,13 @@ def _alignment(where: str, samples: list[_Sample], declared: str, recorded: str 
     shown = (AFTER if votes[0] else BEFORE) if votes else recorded
     if shown and declared and shown != declared:
         witness = "simulator states show" if votes else "file's attribute alignment says"
-        raise ConfigError(f"{where}: ingest.alignment = {declared!r}, but the {witness} the other; leave it empty")
+        raise ConfigError(
+            f"{where}: ingest.libero_hdf5.alignment = {declared!r}, but the {witness} the other; leave it empty"
+        )
     if samples and not (shown or declared):  # without any sound demonstration each will be refused for its own reason
         raise ConfigError(
             f"{where}: states and joint_states do not tell whether frame t is before or after action t; declare "
-            f"ingest.alignment: {AFTER} (LIBERO's own files) or {BEFORE} (regenerated ones)"
+            f"ingest.libero_hdf5.alignment: {AFTER} (LIBERO's own files) or {BEFORE} (regenerated ones)"
         )
     return (shown or declared) == AFTER
 

@@ -1,8 +1,8 @@
 """LIBERO's own HDF5 files: one ``<task>_demo.hdf5`` per task, ``data/demo_i/{actions, states, obs/...}``.
 
 Conventions are read from the file's attributes (``problem_info``, ``macros_image_convention``, ``env_args``); where a
-file has none (OpenVLA's regenerated files), ``ingest.image_rotation``, ``ingest.control_hz`` and, if the simulator's
-states are missing, ``ingest.alignment`` must declare them.
+file has none (OpenVLA's regenerated files), ``image_rotation``, ``control_hz`` and, if the simulator's
+states are missing, ``alignment`` of ``ingest.libero_hdf5`` must declare them.
 
 Non-obvious: LIBERO's ``create_dataset.py`` records observation t AFTER action t, OpenVLA's regeneration before it.
 The joints in the recorded simulator state (before action t) tell which; frames are then paired with the action taken
@@ -51,8 +51,6 @@ class LiberoHdf5Source(DatasetSource):
                 f"data.state_dim, data.action_dim = {data.state_dim}, {data.action_dim}: LIBERO HDF5 has 8 and 7; "
                 "set them so, or choose another ingest.source"
             )
-        if settings.action not in ("", DELTA_ACTIONS):
-            raise ConfigError(f"ingest.action = {settings.action!r}: LIBERO HDF5 holds {DELTA_ACTIONS}; leave it empty")
         paths = dataset_files(settings.path, data.suite)
         wanted = [(p, task_name(p)) for p in paths]
         known = {task for _, task in wanted}
@@ -131,7 +129,7 @@ class LiberoHdf5Source(DatasetSource):
         return {
             "format": "libero_hdf5",
             "path": self.settings.path,
-            "drop_noops": self.settings.drop_noops,
+            "drop_noops": self.settings.libero_hdf5.drop_noops,
             "files": [
                 {
                     "file": file.path.name,
@@ -183,7 +181,7 @@ def _read_demo(demo: Any, file: TaskFile, name: str, prepare: Preparation, setti
     expert = None if expert is None else _executed(expert, file)
     if not _integer(demo, "success", int(_done(demo))):
         raise DataError("dones never becomes 1: the demonstration failed; drop it at the source")
-    keep = checks.keep_steps(actions) if settings.drop_noops else np.ones(steps, bool)
+    keep = checks.keep_steps(actions) if settings.libero_hdf5.drop_noops else np.ones(steps, bool)
     if keep.sum() < settings.min_length:
         raise DataError(f"{int(keep.sum())} steps, fewer than ingest.min_length = {settings.min_length}")
     joints = _joints(demo, steps)

@@ -1,0 +1,109 @@
+"""Parameter files as they are on the disk: reading them, laying a preset over params.yaml, saying what is wrong.
+
+A preset (``presets/NAME.yaml``) states only what differs from ``params.yaml``. Mappings are merged, however deep; lists
+and everything else replace what params.yaml says.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from wav.errors import ConfigError
+
+PRESETS = "presets"
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """The sections that a parameter file means; a file in a folder ``presets`` lies over the ``params.yaml`` beside it.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML or holds no sections.
+    """
+    overlay = _read(path)
+    if path.absolute().parent.name != PRESETS:
+        return overlay
+    return merge(_read(path.absolute().parent.parent / "params.yaml"), overlay)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such parameter file; run inside the project folder or give its path") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}); fix the file") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: must hold sections such as data: and model:, found {type(raw).__name__}")
+    return raw
+
+
+def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``overlay`` over it; neither is changed."""
+    merged = dict(base)
+    for name, value in overlay.items():
+        below = base.get(name)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[name] = merge(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def preset_path(project: Path, name: str) -> Path:
+    """File of the preset ``name``.
+
+    Raises:
+        ConfigError: there is none; names the nearest and all others.
+    """
+    path = project / PRESETS / f"{name}.yaml"
+    known = sorted(found.stem for found in path.parent.glob("*.yaml"))
+    if name not in known:
+        raise ConfigError(
+            f"PRESET = {name!r}: no presets/{name}.yaml{nearest(name, known)}; there are {', '.join(known)}"
+        )
+    return path
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'that'?`` with the known name nearest to ``name``; empty where none is known."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _known_names(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """Field names of the section at ``location``."""
+    current: Any = model
+    for part in location:
+        current = current.model_fields[part].annotation
+    return list(current.model_fields)
+
+
+def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
+    """First of pydantic's complaints as one sentence: field, value, remedy.
+
+    Args:
+        error: what ``model`` raised.
+        model: names the parameters that exist.
+        source: the file or command that the values came from.
+    """
+    first = error.errors()[0]
+    location = tuple(first["loc"])
+    field = ".".join(str(part) for part in location)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        try:
+            names = _known_names(model, location[:-1])
+        except (KeyError, AttributeError, TypeError):
+            names = []
+        return f"{source}: {field}: unknown parameter{nearest(str(location[-1]), names)}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not field:
+        return f"{source}: {message}{more}"
+    if isinstance(first["input"], dict):
+        return f"{source}: {field}: {message}{more}"
+    return f"{source}: {field} = {first['input']!r}: {message[:1].lower() + message[1:]}{more}"
