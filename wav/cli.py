@@ -95,11 +95,11 @@ def _eval_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def libero_table(arguments: argparse.Namespace) -> int:
     """``wav libero-table``: an export over LIBERO's suites, beside the published figures."""
-    from wav.evaluation.extras.table import Protocol, markdown
+    from wav.evaluation.extras.table import EvaluationProtocol, markdown
     from wav.evaluation.extras.table import libero_table as make
 
-    runtime, default = Runtime(), Protocol()
-    protocol = Protocol(
+    runtime, default = Runtime(), EvaluationProtocol()
+    protocol = EvaluationProtocol(
         suites=tuple(dict.fromkeys(arguments.suite)) or default.suites,
         tasks=tuple(dict.fromkeys(arguments.task)),
         episodes=arguments.episodes,

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings, parse_settings
-from wav.data.store import EpisodeStore
 from wav.errors import ConfigError
 from wav.evaluation.act import exported_data, policy_for_suite
 from wav.evaluation.evaluate import Progress, evaluate
@@ -38,7 +37,7 @@ _MARKS = {"protocol": "*", "reference": "†"}
 
 
 @dataclass(frozen=True)
-class Protocol:
+class EvaluationProtocol:
     """How the suites are evaluated; the defaults are the published protocol."""
 
     suites: tuple[str, ...] = tuple(SUITES)
@@ -124,7 +123,7 @@ class Table:
 def libero_table(
     export: Path,
     out: Path,
-    protocol: Protocol,
+    protocol: EvaluationProtocol,
     *,
     workers: int,
     device: str = "auto",
@@ -136,7 +135,7 @@ def libero_table(
     Args:
         export: the policy, verified first.
         out: folder of records and tables; episodes that are there are not repeated.
-        protocol: see :class:`Protocol`.
+        protocol: see :class:`EvaluationProtocol`.
         workers: simulator processes.
         device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
         demonstrations: episode store; where the policy was trained on it, its replay's verdict counts, and its pictures
@@ -152,26 +151,43 @@ def libero_table(
     for suite in protocol.suites:
         if suite not in SUITES:
             raise ConfigError(f"--suite = {suite}: not in the table; its suites are {', '.join(SUITES)}")
-    manifest, own = _trained_on_libero(export)
+    heading = _heading(export, protocol)
     simulator_versions(protocol.suites[0])
     policy = Policy.load(export, batch_size=protocol.batch_size, device=device)
     store = own_store(policy, demonstrations) if demonstrations is not None else None
     if store is not None:
         refuse_failed(store)
-    heading = _heading(export, manifest, own, protocol)
-    evaluation = _Evaluation(export, policy, heading["checkpoint"], protocol, workers, store, report)
     metrics: dict[str, dict[str, Any]] = {}
     table = make_table(metrics, heading, complete=not protocol.tasks)
     for suite in protocol.suites:
-        metrics[suite] = evaluation.suite(suite, out / suite)
+        report(f"{suite}: {SUITES[suite]}")
+        data = exported_data(export, suite, protocol.tasks).model_copy(update={"tasks": protocol.tasks})
+        policy_for_suite(policy, data)
+        same = store if store is not None and store.conventions.suite == suite else None
+        with SimPool(suite, data, workers=workers, slots=protocol.batch_size) as pool:
+            metrics[suite] = evaluate(
+                _Sections(data, policy.planner, protocol.settings(data)),
+                policy,
+                out / suite,
+                pool=pool,
+                checkpoint=heading["checkpoint"],
+                with_value=policy.model.shapes.value is not None,
+                start=check_all(policy, data, pool=pool, out=out / suite, store=same).as_dict(),
+                progress=_told(suite, report),
+            )
         table = make_table(metrics, heading, complete=not protocol.tasks)
         write_json(out / "table.json", as_json(table))
         write_text(out / "table.md", markdown(table))
     return table
 
 
-def _trained_on_libero(export: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Manifest and settings of a sound export; CheckpointError where it is damaged, ConfigError for another robot's."""
+def _heading(export: Path, protocol: EvaluationProtocol) -> dict[str, Any]:
+    """What is evaluated, from a sound export's manifest and settings.
+
+    Raises:
+        CheckpointError: it is damaged.
+        ConfigError: it was trained on another robot's data.
+    """
     manifest = verify_export(export)
     own = read_json(export / "settings.json", "export the policy again (`dvc repro export`)")
     if own["data"]["suite"] not in LIBERO_SUITES:
@@ -179,46 +195,6 @@ def _trained_on_libero(export: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{export}: trained on {own['data']['suite']!r}, whose scenes and conventions are not LIBERO's; "
             "give an export trained on LIBERO data (presets/libero.yaml)"
         )
-    return manifest, own
-
-
-@dataclass(frozen=True)
-class _Evaluation:
-    """What is the same for every suite."""
-
-    export: Path
-    policy: Policy
-    checkpoint: str
-    protocol: Protocol
-    workers: int
-    store: EpisodeStore | None
-    """The demonstrations it was trained on, where they are at hand."""
-    report: Callable[[str], None]
-
-    def suite(self, suite: str, out: Path) -> dict[str, Any]:
-        """Evaluate one suite into ``out``; its metrics."""
-        protocol, policy = self.protocol, self.policy
-        data = exported_data(self.export, suite, protocol.tasks).model_copy(update={"tasks": protocol.tasks})
-        sections = _Sections(data, policy.planner, protocol.settings(data))
-        self.report(f"{suite}: {SUITES[suite]}")
-        policy_for_suite(policy, data)
-        with SimPool(suite, data, workers=self.workers, slots=protocol.batch_size) as pool:
-            same = self.store if self.store is not None and self.store.conventions.suite == suite else None
-            began = check_all(policy, data, pool=pool, out=out, store=same)
-            return evaluate(
-                sections,
-                policy,
-                out,
-                pool=pool,
-                checkpoint=self.checkpoint,
-                with_value=policy.model.shapes.value is not None,
-                start=began.as_dict(),
-                progress=_Teller(suite, self.report),
-            )
-
-
-def _heading(export: Path, manifest: Mapping[str, Any], own: Mapping[str, Any], protocol: Protocol) -> dict[str, Any]:
-    """What is evaluated, from the export's manifest and settings."""
     return {
         "export": str(export),
         "name": manifest.get("name"),
@@ -230,17 +206,17 @@ def _heading(export: Path, manifest: Mapping[str, Any], own: Mapping[str, Any], 
     }
 
 
-class _Teller:
-    """Passes an evaluation's progress on, a line every few seconds."""
+def _told(suite: str, report: Callable[[str], None]) -> Callable[[Progress], None]:
+    """Passes an evaluation's progress on, a line every few seconds and the last one."""
+    last = time.monotonic()
 
-    def __init__(self, suite: str, report: Callable[[str], None]) -> None:
-        self.suite, self.report, self.last = suite, report, time.monotonic()
+    def tell(state: Progress) -> None:
+        nonlocal last
+        if state.done == state.total or time.monotonic() - last >= _TELL:
+            last = time.monotonic()
+            report(f"{suite}: {state.message}")
 
-    def __call__(self, state: Progress) -> None:
-        """Tell, if it is time or the last episode."""
-        if state.done == state.total or time.monotonic() - self.last >= _TELL:
-            self.last = time.monotonic()
-            self.report(f"{self.suite}: {state.message}")
+    return tell
 
 
 def make_table(
