@@ -31,6 +31,7 @@ PLUMBING = (
     "wav/parameter_files.py",
     "wav/plots.py",
     "wav/processes.py",
+    "wav/sections.py",
     "wav/source_code.py",
     "wav/stages.py",
     "wav/training/launch.py",
