@@ -124,8 +124,8 @@ def test_order_is_restored_and_loss_is_noticed():
 
 def test_sources_by_name():
     assert isinstance(open_source(DATA, SETTINGS), ScriptedSource)
-    with pytest.raises(ConfigError, match=r"ingest\.source = 'rlds': not available .* choose lerobot, libero_hdf5"):
-        open_source(DATA, SETTINGS.model_copy(update={"source": "rlds"}))
+    with pytest.raises(ValueError, match=r"source = 'rlds': unknown; use one of scripted, libero_hdf5, lerobot"):
+        IngestSettings(source="rlds")
     for source in ("lerobot", "libero_hdf5"):
         with pytest.raises(ConfigError, match=r"ingest\.path = '': no such"):
             open_source(DATA, SETTINGS.model_copy(update={"source": source}))

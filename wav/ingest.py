@@ -78,7 +78,7 @@ def ingest(
     *,
     workers: int = 0,
     callback: Progress | None = None,
-    source: Source | None = None,
+    source: Source | DatasetSource | None = None,
 ) -> IngestReport:
     """Write the episodes of a source to the store at ``out`` (replaced as a whole, or left alone on an error).
 
@@ -129,7 +129,7 @@ def ingest(
     )
 
 
-def _check_render(source: Source, data: DataSettings) -> None:
+def _check_render(source: Source | DatasetSource, data: DataSettings) -> None:
     """Refuse pictures that the evaluation's simulator would not draw: it would say so only after the training."""
     render = source.conventions().render
     if has_simulator(data.suite) and render != data.render:

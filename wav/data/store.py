@@ -36,6 +36,8 @@ from wav.io.files import (
 
 FORMAT, VERSION = "wav-episodes", 1
 REMEDY = "make the episodes again with `dvc repro ingest`"
+#: fields of an episode that stand in the episode table as they are
+CARRIED = ("episode_id", "task", "instruction", "success", "init_index", "seed", "source", "style")
 
 
 @dataclass(frozen=True)
@@ -117,19 +119,12 @@ class EpisodeStore:
         info = self.episodes[index]
         rows = {name: a[info.start : info.start + info.length] for name, a in self._shards[info.shard].items()}
         return Episode(
-            episode_id=info.episode_id,
-            task=info.task,
-            instruction=info.instruction,
+            **{name: getattr(info, name) for name in CARRIED},
             images={view: rows[f"images.{view}"] for view in self.conventions.views},
             state=rows["state"],
             joints=rows.get("joints"),
             actions=rows["actions"],
             expert_actions=rows.get("expert_actions"),
-            success=info.success,
-            init_index=info.init_index,
-            seed=info.seed,
-            source=info.source,
-            style=info.style,
         )
 
     @property

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.statistics import Statistics, compute_statistics
-from wav.data.store import FORMAT, VERSION, EpisodeInfo, EpisodeStore, Rejection
+from wav.data.store import CARRIED, FORMAT, VERSION, EpisodeInfo, EpisodeStore, Rejection
 from wav.errors import DataError
 from wav.io.arrays import ArrayWriter
 from wav.io.files import atomic_folder, write_json, write_manifest
@@ -93,23 +93,16 @@ class EpisodeStoreWriter:
             self._open_shard(arrays, layout)
         for name, rows in arrays.items():
             self._writers[name].append(rows)
-        info = EpisodeInfo(
-            episode_id=episode.episode_id,
-            task=episode.task,
-            instruction=episode.instruction,
+        row = EpisodeInfo(
+            **{name: getattr(episode, name) for name in CARRIED},
             shard=self._shard,
             start=self._rows,
             length=episode.length,
-            success=bool(episode.success),
-            init_index=int(episode.init_index),
-            seed=int(episode.seed),
-            source=episode.source,
-            style=episode.style,
             has_joints=episode.joints is not None,
             has_expert=episode.expert_actions is not None,
             offset=self.frames,
         )
-        self._table.append(asdict(info))
+        self._table.append(asdict(row))
         self._ids.add(episode.episode_id)
         self._labels.append(np.array(episode.labels()))
         self._states.append(np.array(episode.state))

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 from wav.data.conventions import DELTA_ACTIONS, Conventions
 from wav.data.episode import Episode
@@ -244,7 +245,7 @@ def _write_demo(demo: Any, episode: Episode, alignment: str) -> None:
     demo["dones"] = demo["rewards"] = np.eye(steps, dtype=np.uint8)[-1]
     state = episode.state.astype(np.float64)
     pose, fingers = state[:, :6], state[:, 6:]
-    demo["robot_states"] = np.concatenate([fingers, pose[:, :3], _quaternions(pose[:, 3:])], axis=1)
+    demo["robot_states"] = np.concatenate([fingers, pose[:, :3], Rotation.from_rotvec(pose[:, 3:]).as_quat()], axis=1)
     obs = demo.create_group("obs")
     obs["ee_pos"], obs["ee_ori"], obs["ee_states"], obs["gripper_states"] = pose[:, :3], pose[:, 3:], pose, fingers
     if episode.joints is not None:
@@ -309,10 +310,3 @@ def _stored(actions: NDArray[np.float32], alignment: str, where: str) -> NDArray
             f"LIBERO's own alignment has no row for; write it with alignment {BEFORE}"
         )
     return stored
-
-
-def _quaternions(rotation: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Unit quaternions (T, 4) as x, y, z, w of rotation vectors (T, 3) in rad."""
-    angle = np.linalg.norm(rotation, axis=1, keepdims=True)
-    axis = np.divide(rotation, angle, out=np.zeros_like(rotation), where=angle > 0)
-    return np.concatenate([axis * np.sin(angle / 2), np.cos(angle / 2)], axis=1)

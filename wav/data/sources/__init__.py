@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the parameter file's check reads the names alone
     from wav.config import DataSettings, IngestSettings
     from wav.data.conventions import Conventions
     from wav.data.episode import Episode
+    from wav.data.sources.staging import DatasetSource
     from wav.data.store import Rejection
 
 #: ingest.source -> "module:class"
@@ -25,7 +26,7 @@ SOURCES = {
 
 
 class Source(Protocol):
-    """Where demonstrations come from."""
+    """Where demonstrations come from: a simulator; datasets on disk are a :class:`~.staging.DatasetSource`."""
 
     def conventions(self) -> Conventions:
         """What the arrays of every episode mean."""
@@ -40,7 +41,7 @@ class Source(Protocol):
         ...
 
 
-def open_source(data: DataSettings, settings: IngestSettings) -> Source:
+def open_source(data: DataSettings, settings: IngestSettings) -> Source | DatasetSource:
     """The source that ``settings.source`` names."""
     module, _, name = SOURCES[settings.source].partition(":")
-    return cast("Source", getattr(import_module(module), name)(data, settings))
+    return cast("Source | DatasetSource", getattr(import_module(module), name)(data, settings))

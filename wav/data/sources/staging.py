@@ -66,7 +66,7 @@ class Staged:
 
 
 class DatasetSource(ABC):
-    """Base of the readers of datasets on disk; keeps :class:`wav.data.sources.Source`.
+    """Base of the readers of datasets on disk: a source whose episodes are read in jobs.
 
     Args:
         data: views, sizes and rates wanted.
@@ -91,12 +91,6 @@ class DatasetSource(ABC):
     def expected(self) -> int:
         """Episodes to read."""
         return sum(job.episodes for job in self.jobs())
-
-    def outcomes(self, workers: int) -> Iterator[Episode | Rejection]:
-        """Episodes and rejections one by one in this process (``workers`` changes nothing here)."""
-        with files_closed():
-            for job in self.jobs():
-                yield from job.read(*job.arguments)
 
     def job(
         self, read: Callable[..., Iterator[Episode | Rejection]], arguments: tuple[Any, ...], size: int, **what: Any
