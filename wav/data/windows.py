@@ -142,8 +142,8 @@ def sample_memory(step: NDArray[np.int64], horizon: int, draws: NDArray[np.float
 def split_episodes(store: EpisodeStore, split: Split, validation_share: float) -> NDArray[np.int64]:
     """Episode indices (sorted) of a split.
 
-    The held-out ``round(share * E)`` episodes (at least one for a share above 0) are spread evenly over the tasks and
-    depend on the episodes' ids alone, never on a seed: all training stages hold out the same ones.
+    The held-out ``round(share * E)`` episodes (at least one for a share above 0) are shared out evenly over the tasks
+    and depend on the episodes' ids alone, never on a seed: all training stages hold out the same ones.
     """
     if not 0.0 <= validation_share < 1.0:
         raise ConfigError(f"validation_share = {validation_share}: must lie in [0, 1)")

@@ -78,7 +78,7 @@ def detect_gripper(samples: Iterable[tuple[Floats, Floats]]) -> str:
     return "0 open, 1 close" if closes else "1 open, 0 close"
 
 
-def settle_gripper(options: DatasetOptions, detected: str, usual: str, where: str) -> str:
+def resolve_gripper(options: DatasetOptions, detected: str, usual: str, where: str) -> str:
     """The dataset's convention out of what is declared, what the fingers show and what the format prescribes.
 
     Raises:

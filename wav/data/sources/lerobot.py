@@ -155,7 +155,7 @@ def _chosen(
 
 
 def _plan(dataset: Dataset, entries: tuple[Entry, ...], data: DataSettings, settings: IngestSettings) -> Plan:
-    """Settle columns, cameras and conventions, or say what must be declared."""
+    """Find columns, cameras and conventions, or say what must be declared."""
     options, features = settings.lerobot, dataset.features
     where = f"{dataset.root / 'meta' / 'info.json'}"
     state, action = _column(where, features, STATES), _column(where, features, ACTIONS)
@@ -190,7 +190,7 @@ def _plan(dataset: Dataset, entries: tuple[Entry, ...], data: DataSettings, sett
     if kind == ABSOLUTE_ACTIONS:
         return plan
     detected = checks.detect_gripper(gripper_samples(plan, entries))
-    gripper = checks.settle_gripper(options, detected, "", where)
+    gripper = checks.resolve_gripper(options, detected, "", where)
     return replace(plan, gripper=gripper)
 
 

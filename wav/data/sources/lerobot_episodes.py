@@ -24,7 +24,7 @@ from wav.errors import DataError
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
 
-_SAMPLES = 6  # episodes whose numbers settle the gripper
+_SAMPLES = 6  # episodes whose numbers decide the gripper
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Plan:
 
 
 def gripper_samples(plan: Plan, entries: tuple[Entry, ...]) -> Iterator[tuple[checks.Floats, checks.Floats]]:
-    """(command, opening) of a few episodes spread over the dataset; unsound ones are judged when they are read.
+    """(command, opening) of a few episodes from all over the dataset; unsound ones are judged when they are read.
 
     Raises:
         DataError: none of them is sound; what is wrong with the first.

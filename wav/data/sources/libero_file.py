@@ -1,4 +1,4 @@
-"""What a LIBERO HDF5 file says about itself: tasks, cameras and conventions, settled before anything is read.
+"""What a LIBERO HDF5 file says about itself: tasks, cameras and conventions, known before anything is read.
 
 Used by :mod:`wav.data.sources.libero_hdf5`, which says what the conventions are.
 """
@@ -33,7 +33,7 @@ CAMERAS = {
 IMAGE_CONVENTIONS = ("opengl", "opencv")
 #: frame t is the one after action t, as create_dataset.py records it, or the one before, as regenerated files have it
 AFTER, BEFORE = "after_action", "before_action"
-_SAMPLES = 3  # demonstrations per file whose numbers settle alignment and gripper
+_SAMPLES = 3  # demonstrations per file whose numbers decide alignment and gripper
 _LOG = logging.getLogger(__name__)
 
 
@@ -89,7 +89,7 @@ def task_name(path: Path) -> str:
 
 
 def open_task_file(path: Path, data: DataSettings, settings: IngestSettings) -> TaskFile:
-    """Read a file's attributes, list its demonstrations and settle its conventions.
+    """Read a file's attributes, list its demonstrations and find its conventions.
 
     Raises:
         ConfigError: a convention must be declared, or contradicts the file.
@@ -141,7 +141,7 @@ def _describe(
         mirrored=recorded == "opencv",
         after=after,
         joints=joints,
-        gripper=checks.settle_gripper(options, detected, checks.CANONICAL_GRIPPER, where),
+        gripper=checks.resolve_gripper(options, detected, checks.CANONICAL_GRIPPER, where),
         render=_text(attributes.get("render")) or "full",
         simulator=tuple(sorted((str(k), str(v)) for k, v in simulator.items())),
     )
