@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ("tests.record",)
+pytest_plugins = ("tests.helpers.record",)
 READY_S = 40.0
 
 

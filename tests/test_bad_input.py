@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.stage_folders import DATA, PLANNER, make_stages
 from tests.model.conftest import small
-from tests.stage_folders import DATA, PLANNER, make_stages
 from wav.config import parse_settings
 from wav.data.statistics import Statistics, compute_statistics
 from wav.errors import CheckpointError, ConfigError, WavError

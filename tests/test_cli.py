@@ -10,7 +10,7 @@ from pathlib import Path
 import av
 import pytest
 
-from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
+from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav import cli, doctor
 from wav.config import Runtime
 from wav.evaluation.act import act_episodes

@@ -1,8 +1,8 @@
 """Kill anything: at a random point of the smoke pipeline each victim gets SIGKILL; one rerun repairs it.
 
 ``make check-long`` runs seed 0; ``KILLS=n make check-long`` seeds 0 to n - 1. What each case saw goes to
-``benchmarks/results/check-long.json`` (tests/record.py). ``KILL_LAB=folder`` keeps services and the undisturbed run
-there for the next call; stop them with ``WAV_LOCAL_DIR=folder/local make down``.
+``benchmarks/results/check-long.json`` (tests/helpers/record.py). ``KILL_LAB=folder`` keeps services and the undisturbed
+run there for the next call; stop them with ``WAV_LOCAL_DIR=folder/local make down``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.kill_harness import (
+from tests.helpers.kill_harness import (
     END_SECONDS,
     REPRO_SECONDS,
     STAGES,

@@ -24,7 +24,7 @@ from prefect.states import Running
 from flows.retrain import retrain
 from flows.server import run_flow
 from infra import deploy
-from tests.kill_harness import Lab
+from tests.helpers.kill_harness import Lab
 from tests.test_cancel import alive, until
 from tests.test_retrain import PROJECT, STAGE, Site, git, site  # noqa: F401 - a fixture
 from wav.errors import DataError, ServiceError

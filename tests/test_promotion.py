@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stage_folders import SETTINGS
+from tests.helpers.stage_folders import SETTINGS
 from wav import promotion
 from wav.errors import CheckpointError, DataError, StorageError
 from wav.io.storage import ObjectInfo, open_store

@@ -36,7 +36,7 @@ def test_never_started(broken): ...
 
 def record(folder: Path, *arguments: str) -> dict[str, Any]:
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = long: slow\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.record", "--record", "out.json", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.helpers.record", "--record", "out.json", *arguments]
     subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(PROJECT)}, capture_output=True, check=False)
     return json.loads((folder / "out.json").read_text())
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.evaluation import fakes
 from tests.evaluation.fakes import FakePolicy, FakePool, settings
-from tests.stage_folders import DATA, PLANNER, SETTINGS, Stages, make_stages
+from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, Stages, make_stages
 from wav import cli
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError

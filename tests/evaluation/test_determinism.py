@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 
 from tests.evaluation import tiny
 from tests.evaluation.fakes import FakePolicy
+from tests.helpers.libero import KIT, needs_assets
 from wav.config import DataSettings
 from wav.errors import SimulationError
 from wav.evaluation import protocol
@@ -27,11 +27,6 @@ from wav.sim.workers import SimPool
 pytestmark = pytest.mark.simulator
 
 ROOT = Path(__file__).parents[2]
-KIT = Path(os.environ.get("WAV_LIBERO_ASSETS") or ROOT.parent / "shared" / "libero-assets")
-needs_assets = pytest.mark.skipif(
-    not (KIT.is_dir() and importlib.util.find_spec("libero")),
-    reason=f"{KIT}: no LIBERO assets here; set WAV_LIBERO_ASSETS (and make libero)",
-)
 SUITES = ["tabletop", pytest.param("libero_spatial", marks=[pytest.mark.long, needs_assets])]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
+from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav import cli
 from wav.evaluation.evaluate import evaluate
 from wav.evaluation.extras.rerun import Rerun

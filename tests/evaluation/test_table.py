@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.sim.test_libero import KIT, needs_assets
-from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
+from tests.helpers.libero import KIT, needs_assets
+from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav import cli
 from wav.data.conventions import Conventions
 from wav.data.store import EpisodeStore

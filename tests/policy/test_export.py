@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
+from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav.data.store import EpisodeStore
 from wav.errors import CheckpointError, DataError, StorageError, WavError
 from wav.evaluation.records import metrics_table

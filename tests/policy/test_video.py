@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.stage_folders import DATA, MODEL, PLANNER
+from tests.helpers.stage_folders import DATA, MODEL, PLANNER
 from wav.codec import PCACodec
 from wav.data.conventions import Conventions
 from wav.data.statistics import Statistics, compute_statistics

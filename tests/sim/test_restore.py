@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.helpers.libero import KIT, needs_assets
 from wav.config import DataSettings, load_settings
 from wav.sim.registry import make_env
 from wav.sim.restore import restore, save
 from wav.sim.tabletop.expert import TabletopExpert
 
-ROOT = Path(__file__).parents[2]
-KIT = Path(os.environ.get("WAV_LIBERO_ASSETS") or ROOT.parent / "shared" / "libero-assets")
-INSTALLED = importlib.util.find_spec("libero") is not None
 TASK, INDEX, STEPS, AHEAD = "lift_red_cube", 1003, 24, 12
 
 
@@ -81,9 +76,7 @@ def test_a_state_of_another_scene_is_refused(env):
         restore(env.scene, state)
 
 
-@pytest.mark.skipif(
-    not (INSTALLED and KIT.is_dir()), reason=f"{KIT}: no LIBERO assets here; set WAV_LIBERO_ASSETS (and make libero)"
-)
+@needs_assets
 def test_a_libero_demonstration_goes_on_bit_for_bit_after_another_reset(monkeypatch, tmp_path):
     monkeypatch.setenv("WAV_LIBERO_ASSETS", str(KIT))
     monkeypatch.setenv("WAV_LOCAL_DIR", str(tmp_path))

@@ -151,7 +151,7 @@ def test_full_disk_skips_a_checkpoint_but_not_the_last(spec_of, start) -> None:
 
 def test_training_goes_on_while_the_store_fails(spec_of, start, s3_server, tmp_path: Path) -> None:
     """Uploads fail for a while; the run ends well, and every commit that is visible verifies."""
-    from tests.io.storage.fault_proxy import FaultProxy
+    from tests.helpers.fault_proxy import FaultProxy
     from wav.io.storage import open_store
     from wav.io.storage.commands import verify
 

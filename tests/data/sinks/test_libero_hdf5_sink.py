@@ -1,8 +1,6 @@
 """LIBERO HDF5 out and in again: nothing may change on the way, and what does not fit is refused by name."""
 
-import importlib.util
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import yaml
 
 from tests.data.sources.datasets import TASKS, motion
+from tests.helpers.libero import KIT, needs_assets
 from wav import cli
 from wav.config import DataSettings, IngestSettings, LiberoHdf5Options, load_preset, load_settings
 from wav.data.conventions import Conventions
@@ -25,12 +24,6 @@ from wav.errors import ConfigError, DataError, SimulationError
 from wav.ingest import ingest
 
 VERSIONS = {"mujoco": "3.3.2", "robosuite": "1.4.0", "libero-assets": "0123456789abcdef"}
-ROOT = Path(__file__).parents[3]
-KIT = Path(os.environ.get("WAV_LIBERO_ASSETS") or ROOT.parent / "shared" / "libero-assets")
-needs_assets = pytest.mark.skipif(
-    not (importlib.util.find_spec("libero") and KIT.is_dir()),
-    reason=f"{KIT}: no LIBERO assets here; set WAV_LIBERO_ASSETS (and make libero)",
-)
 FIELDS = ("state", "joints", "actions", "expert_actions")
 
 

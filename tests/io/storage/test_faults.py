@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.io.storage.fault_proxy import FaultProxy
+from tests.helpers.fault_proxy import FaultProxy
 from wav.errors import StorageError
 from wav.io.storage.base import TransferError
 from wav.io.storage.commit import commits, fetch, publish, seal, verify

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from tests.policy.test_export import METRICS
-from tests.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav.io.storage import open_store
 from wav.policy.export import export_policy, policy_from_stages
 from wav.training.spec import TrainPaths, make_spec

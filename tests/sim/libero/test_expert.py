@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 
+from tests.helpers.libero import INSTALLED, KIT, needs_assets
 from wav.config import DataSettings
 from wav.errors import DataError
 from wav.sim.libero import assets as libero_assets
 from wav.sim.libero.expert_goals import Goal, ordered_goals
 from wav.sim.libero.grasps import HeightMap, Solids, axes, box_points, grasps, gripper_points
 
-KIT = Path(os.environ.get("WAV_LIBERO_ASSETS") or Path(__file__).parents[3] / "shared" / "libero-assets")
-INSTALLED = importlib.util.find_spec("libero") is not None
-needs_assets = pytest.mark.skipif(
-    not (INSTALLED and KIT.is_dir()), reason=f"{KIT}: no LIBERO assets here; set WAV_LIBERO_ASSETS (and make libero)"
-)
 NOTHING = np.empty((0, 3))
 
 

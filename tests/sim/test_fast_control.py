@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.helpers.libero import KIT, needs_assets
 from wav.config import DataSettings
 from wav.sim.registry import make_env, select_tasks
 
-KIT = Path(os.environ.get("WAV_LIBERO_ASSETS") or Path(__file__).parents[3] / "shared" / "libero-assets")
-needs_assets = pytest.mark.skipif(
-    not (KIT.is_dir() and importlib.util.find_spec("libero")),
-    reason=f"{KIT}: no LIBERO assets here; set WAV_LIBERO_ASSETS (and make libero)",
-)
 SUITES = ["tabletop", pytest.param("libero_object", marks=[pytest.mark.long, needs_assets])]
 
 

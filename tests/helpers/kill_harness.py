@@ -30,7 +30,7 @@ from wav.local import read_env
 from wav.processes import marked
 from wav.stages import CODE_STAGE, STAGES, TRAINING
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 TRAININGS = tuple(TRAINING)
 #: trainings on two ranks; the others are one process
 SPREAD = ("train_joint",)

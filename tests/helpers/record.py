@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 MARK = "long"
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "prefect", "dvc", "mujoco")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.helpers.libero import INSTALLED, KIT, needs_assets, needs_libero
 from wav.config import DataSettings
 from wav.errors import ConfigError, DataError, ServiceError
 from wav.sim.libero import assets as libero_assets
@@ -22,13 +23,7 @@ from wav.sim.libero import tasks as libero_tasks
 from wav.sim.registry import LIBERO_SUITES, select_tasks, task_specs
 from wav.sim.workers import SimPool
 
-ROOT = Path(__file__).parents[2]
-KIT = Path(os.environ.get("WAV_LIBERO_ASSETS") or ROOT.parent / "shared" / "libero-assets")
-INSTALLED = importlib.util.find_spec("libero") is not None
-needs_libero = pytest.mark.skipif(not INSTALLED, reason="hf-libero is not installed: make libero")
-needs_assets = pytest.mark.skipif(
-    not (INSTALLED and KIT.is_dir()), reason=f"{KIT}: no LIBERO assets here; set WAV_LIBERO_ASSETS (and make libero)"
-)
+ROOT = Path(__file__).parents[3]
 SPATIAL = DataSettings(suite="libero_spatial", tasks=(), image_height=64, image_width=64)
 
 
