@@ -59,18 +59,6 @@ def canonical_digest(data: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sources_digest(names: Iterable[str]) -> str:
-    """Digest of source files of this package (Python, and the C of its kernels).
-
-    Args:
-        names: files, or folders with all that is below them, relative to the package.
-    """
-    root = Path(__file__).resolve().parent.parent
-    parts = [[root / name] if (root / name).is_file() else (root / name).rglob("*") for name in names]
-    files = [file for part in parts for file in part if file.suffix in (".py", ".c", ".h")]
-    return canonical_digest({file.relative_to(root).as_posix(): file_digest(file) for file in files})
-
-
 @contextlib.contextmanager
 def disk_errors(path: str | Path) -> Iterator[None]:
     """Turn a full disk (ENOSPC, EDQUOT, numpy's short writes) into StorageError naming ``path`` and the remedy."""

@@ -27,7 +27,8 @@ from wav.data.sources.open_files import files_closed
 from wav.data.store import EpisodeStore, Rejection
 from wav.data.writer import EpisodeStoreWriter
 from wav.errors import DataError, SimulationError, StorageError
-from wav.io.files import canonical_digest, read_json, require_free_space, sources_digest, write_json
+from wav.io.files import canonical_digest, read_json, require_free_space, write_json
+from wav.source_code import digests, modules
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
@@ -112,9 +113,8 @@ class DatasetSource(ABC):
 
 @lru_cache(maxsize=1)
 def reader_code() -> str:
-    """Digest of the code that decides what a staged store holds."""
-    names = ("conventions", "episode", "state", "statistics", "store", "writer")
-    return sources_digest(["data/sources", "io", *(f"data/{name}.py" for name in names)])
+    """Digest of the code, without comments, that decides what a staged store holds."""
+    return canonical_digest(digests(modules(("wav.data.sources",), unused=("wav/sim",))))
 
 
 def grouped(sizes: Sequence[int], limit: int = JOB_BYTES) -> Iterator[range]:
