@@ -25,6 +25,7 @@ from wav.evaluation.act import exported_data
 from wav.evaluation.intervals import paired_difference, wilson
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Scheduler
+from wav.inference.backends import planner_model
 from wav.io.files import write_json
 from wav.planning.planner import Planner
 from wav.planning.types import Plan, RowKey, SeededNoise
@@ -91,11 +92,12 @@ def act(folder: Path, option: Option, episodes: int, record: list[Call] | None) 
     policy = load_export(folder, batch_size=ROWS, device="cpu", planner=option.settings)
     _cast(policy, option.precision)
     if record is not None:
-        begin, rows = policy.model.begin, range(ROWS)
+        begin = policy.model.begin
         number = iter(range(1 << 30))
 
         def begun(*inputs: Any) -> Any:
             call = next(number)
+            rows = range(len(inputs[0]))
             record.extend(Call(tuple(None if x is None else x[i : i + 1] for x in inputs), i, call) for i in rows)
             return begin(*inputs)
 
@@ -122,7 +124,7 @@ def act(folder: Path, option: Option, episodes: int, record: list[Call] | None) 
 def _cast(policy: Policy, precision: torch.dtype) -> None:
     """The policy's weights in another precision."""
     if precision != torch.float32:
-        torch.nn.Module.to(policy.model.model, precision)
+        policy.model = planner_model(torch.nn.Module.to(policy.model.model, precision), policy.model.shapes)
 
 
 def exported_suite(folder: Path) -> str:
