@@ -44,7 +44,6 @@ def test_inputs_are_made_by_earlier_stages_and_sections_exist(name: str) -> None
     for path in STAGES[name].inputs:
         assert any(covers(out, path) for out in made), f"{name}: nothing makes {path}"
     assert set(STAGES[name].sections) <= set(Settings.model_fields)
-    assert name in STAGES[name].sections
     assert set(TRAINING) == {"pretrain_video", "train_value", "train_joint"}
 
 
@@ -71,7 +70,7 @@ NOT_OF = {
 }
 
 
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", NOT_OF)
 def test_a_stage_depends_on_what_decides_its_result_and_on_nothing_else(name: str) -> None:
     found = stage_modules(name)
     assert f"flows/{name}.py" in found
@@ -134,6 +133,7 @@ def stale(workspace: Path) -> set[str]:
         ("wav/data/sources/libero_hdf5.py", {"ingest"}),
         ("wav/rewards/terms.py", {"label_rewards"}),
         ("wav/planning/planner.py", {"eval_libero", "export"}),
+        ("wav/codec/pca.py", {"encode", "eval_libero", "export"}),
         ("wav/training/loop.py", {"pretrain_video", "train_value", "train_joint"}),
         ("wav/training/objectives/joint.py", {"train_joint"}),
         ("wav/config.py", set()),
