@@ -6,36 +6,24 @@ gives up, not what each process believes to have.
 
 from __future__ import annotations
 
-import os
+import contextlib
 import threading
-from collections.abc import Iterable
-from pathlib import Path
 
 import psutil
 
 INTERVAL_S = 1.0
 
 
-def proportional_bytes(pid: int) -> int:
-    """Memory of a process with shared pages divided among their users; 0 where it is gone or another user's."""
-    try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    except (OSError, StopIteration):
-        pass
-    try:
-        return int(psutil.Process(pid).memory_info().rss)  # no such file in this kernel: shared pages count twice
-    except psutil.Error:
-        return 0
-
-
 def family_bytes(pid: int) -> int:
-    """Memory of a process and all its descendants together."""
-    try:
-        below: Iterable[psutil.Process] = psutil.Process(pid).children(recursive=True)
-    except psutil.Error:
-        below = ()
-    return proportional_bytes(pid) + sum(proportional_bytes(process.pid) for process in below)
+    """Memory of a process and all its descendants together, shared pages divided among their users where Linux can."""
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        top = psutil.Process(pid)
+        for process in (top, *top.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                found = process.memory_full_info()
+                total += int(getattr(found, "pss", found.rss))
+    return total
 
 
 class PeakMemory:
@@ -47,13 +35,16 @@ class PeakMemory:
         self._thread = threading.Thread(target=self._watch, daemon=True, name="memory")
         self._thread.start()
 
+    def _look(self) -> None:
+        self._peak = max(self._peak, family_bytes(psutil.Process().pid))
+
     def _watch(self) -> None:
         while not self._done.wait(INTERVAL_S):
-            self._peak = max(self._peak, family_bytes(os.getpid()))
+            self._look()
 
     def stop(self) -> float:
         """End the sampling; GiB at the peak."""
         self._done.set()
         self._thread.join()
-        self._peak = max(self._peak, family_bytes(os.getpid()))
+        self._look()
         return round(self._peak / 2**30, 3)

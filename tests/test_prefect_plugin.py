@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from prefect.plugins import HookContext
 
 from wav import prefect_plugin
+from wav.stages import STAGES
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONTEXT = HookContext(prefect_version="3", api_url=None, logger_factory=logging.getLogger)
@@ -70,12 +72,16 @@ def test_unknown_names_and_other_folders_stay_as_typed(monkeypatch: pytest.Monke
     assert call(monkeypatch, tmp_path, *typed) == (typed, None), "a damaged prefect.yaml: left alone"
 
 
-def test_every_deployment_has_the_name_of_its_flow() -> None:
-    for entry in yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]:
+def test_every_deployment_has_the_name_of_its_flow_and_every_stage_is_one() -> None:
+    listed = yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]
+    assert {entry["name"] for entry in listed} == {row.deployment for row in STAGES.values()} | {"retrain"}
+    for entry in listed:
         path, function = entry["entrypoint"].split(":")
-        source = (PROJECT / path).read_text()
-        assert f'@flow(name="{entry["name"]}")\ndef {function}(' in source, entry["name"]
+        made = getattr(import_module(path.removesuffix(".py").replace("/", ".")), function)
+        assert made.name == entry["name"]
         assert entry["work_pool"]["name"] == "gpu"
+        if path == "flows/deployed.py":
+            assert set(made.parameters.properties) == {"changes"}
 
 
 def test_prefect_itself_completes_the_name_in_the_project_folder(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ State lies in ``.local/`` (``WAV_LOCAL_DIR``): ``prefect/`` and ``s3/`` hold the
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import secrets
@@ -24,11 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from infra.local import ports
 from wav.errors import ServiceError, exit_status
 from wav.local import PROJECT, local_folder, read_env
+from wav.processes import ending, marked, stop
 
 HOST = "127.0.0.1"
 BUCKETS = ("wav", "wav-dvc")
@@ -55,10 +53,9 @@ class Service:
 
 @dataclass(frozen=True)
 class Running:
-    """A server that was started here: ``started`` is the process's start time (a reused pid has another)."""
+    """A server that was started here."""
 
     pid: int
-    started: float
     ports: dict[str, int]
 
 
@@ -170,43 +167,21 @@ def services(folder: Path, chosen: dict[str, int]) -> tuple[Service, ...]:
 
 
 def _record(folder: Path, name: str) -> Running | None:
-    """What was started here under ``name``, if that very process still runs."""
+    """What was started here under ``name``, if it still runs: its processes carry this folder's mark."""
+    found = marked(MARK, f"{folder}:{name}")
     try:
-        raw = json.loads((folder / f"{name}.json").read_text())
-        running = Running(int(raw["pid"]), float(raw["started"]), dict(raw["ports"]))
-        process = psutil.Process(running.pid)
-        same = abs(process.create_time() - running.started) < 1.0 and process.status() != psutil.STATUS_ZOMBIE
-    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        opened = dict(json.loads((folder / f"{name}.json").read_text())["ports"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    return running if same else None
-
-
-def _orphans(folder: Path, name: str) -> list[psutil.Process]:
-    """Processes that carry this folder's mark, whatever became of the pid file."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(MARK) == f"{folder}:{name}":
-                found.append(process)
-    return found
+    return Running(found[0].pid, opened) if found else None
 
 
 def _stop(folder: Path, name: str) -> bool:
-    """Stop the service and everything it started; true if anything ran."""
-    running, marked = _record(folder, name), _orphans(folder, name)
-    processes = marked
-    if running is not None and all(process.pid != running.pid for process in marked):
-        processes = [*marked, psutil.Process(running.pid)]
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=STOP_SECONDS)
-    for process in alive:
-        with contextlib.suppress(psutil.Error):
-            process.kill()
-    psutil.wait_procs(alive, timeout=5)
+    """Stop the service and everything it started, whatever became of its file; true if anything ran."""
+    found = marked(MARK, f"{folder}:{name}")
+    stop(found, STOP_SECONDS)
     (folder / f"{name}.json").unlink(missing_ok=True)
-    return bool(processes)
+    return bool(found)
 
 
 def _log_tail(path: Path, lines: int = 5) -> str:
@@ -230,7 +205,7 @@ def _start(folder: Path, service: Service) -> Running:
             cwd=folder,
             env=os.environ | service.environment | {MARK: f"{folder}:{service.name}"},
         )
-    running = Running(process.pid, psutil.Process(process.pid).create_time(), service.ports)
+    running = Running(process.pid, service.ports)
     _write_private(folder / f"{service.name}.json", json.dumps(asdict(running)))
     began = spoke = time.monotonic()
     while problem := service.ready():
@@ -238,7 +213,7 @@ def _start(folder: Path, service: Service) -> Running:
         if process.poll() is not None or now - began > READY_SECONDS:
             code = process.poll()
             _stop(folder, service.name)
-            how = f"stopped with status {code}" if code is not None else f"not ready after {READY_SECONDS:.0f} s"
+            how = ending(code) if code is not None else f"not ready after {READY_SECONDS:.0f} s"
             raise ServiceError(
                 f"{service.name} server: {how} ({problem}; log: {_log_tail(log)}); read {log} and run make up again"
             )
@@ -353,14 +328,12 @@ def main(arguments: list[str] | None = None) -> int:
     chosen, folder = parser.parse_args(arguments), local_folder()
 
     def run() -> int:
-        if chosen.command == "up":
-            up(folder)
-        elif chosen.command == "down":
-            down(folder)
-        elif chosen.command == "where":
+        if chosen.command in ("status", "ui"):
+            return 0 if status(folder) else 1
+        if chosen.command == "where":
             where(folder, chosen.workspace)
         else:
-            return 0 if status(folder) else 1
+            (up if chosen.command == "up" else down)(folder)
         return 0
 
     return exit_status(run)
