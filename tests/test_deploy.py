@@ -16,7 +16,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 
 from infra import deploy
-from infra.local import ports
+from tests.free_ports import find_free
 from wav.local import read_env
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -33,7 +33,7 @@ def test_the_server_s_database_library_is_one_whose_scheduler_works() -> None:
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     """Servers of this test's own."""
     found = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "WAV_"))}
-    found |= ports.find_free() | {"WAV_LOCAL_DIR": str(tmp_path / "local")}
+    found |= find_free() | {"WAV_LOCAL_DIR": str(tmp_path / "local")}
 
     def services(command: str) -> None:
         argv = [sys.executable, "-m", "infra.local.services", command]

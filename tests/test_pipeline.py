@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from infra.local import ports
 from infra.local.workspace import make_workspace
+from tests.free_ports import find_free
 from wav.config import Settings, load_preset, load_settings
 from wav.errors import ConfigError
 from wav.parameter_files import merge
@@ -221,7 +221,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict
     """A finished run of the smoke preset: its workspace, its environment, what ``dvc repro`` said."""
     root = tmp_path_factory.mktemp("smoke")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "WAV_"))}
-    environment |= ports.find_free() | {"WAV_LOCAL_DIR": str(root / "local"), "PYTHONUNBUFFERED": "1"}
+    environment |= find_free() | {"WAV_LOCAL_DIR": str(root / "local"), "PYTHONUNBUFFERED": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     workspace = make_workspace("smoke", root / "workspace", root / "cache")
     services("up", environment)

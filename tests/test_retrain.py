@@ -18,7 +18,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort
 
-from infra.local import ports
+from tests.free_ports import find_free
 from wav.config import load_preset, parameter_text
 from wav.io.storage import open_store
 from wav.local import read_env
@@ -143,7 +143,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     git(folder, "add", "-A")
     git(folder, "commit", "-qm", "project")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "WAV_", "GIT_"))}
-    environment |= ports.find_free() | {"WAV_LOCAL_DIR": str(root / "local"), "PYTHONPATH": str(PROJECT)}
+    environment |= find_free() | {"WAV_LOCAL_DIR": str(root / "local"), "PYTHONPATH": str(PROJECT)}
 
     def services(command: str) -> None:
         argv = [sys.executable, "-m", "infra.local.services", command]

@@ -19,6 +19,7 @@ import pytest
 
 from infra.local import ports, services, system, workspace
 from infra.local.workspace import make_workspace
+from tests.free_ports import find_free
 from wav.errors import ConfigError, ServiceError
 from wav.local import adopt_local_services, read_env
 from wav.sim.libero import assets as libero_assets
@@ -30,7 +31,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 def clean_environment(folder: Path) -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "WAV_"))}
-    return environment | ports.find_free() | {"WAV_LOCAL_DIR": str(folder)}
+    return environment | find_free() | {"WAV_LOCAL_DIR": str(folder)}
 
 
 def run(environment: dict[str, str], *command: str, cwd: Path = PROJECT) -> subprocess.CompletedProcess[str]:

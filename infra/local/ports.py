@@ -73,18 +73,3 @@ def require_free(wanted: dict[str, int]) -> None:
                 f"port {port} ({variable}{offset}) is in use by {holder(port)}; "
                 f"stop that process or set {variable} to a free port"
             )
-
-
-def find_free() -> dict[str, str]:
-    """Variables that put every service on a port that is free now (for tests and second checkouts)."""
-    found: dict[str, str] = {}
-    for name, (variable, _) in PORTS.items():
-        while True:
-            with socket.socket() as probe:
-                probe.bind((HOST, 0))
-                port = probe.getsockname()[1]
-            port = port if name == "prefect" else 20000 + port % 12000
-            if str(port) not in found.values() and is_free(port) and is_free(port + GRPC_OFFSET * (name != "prefect")):
-                break
-        found[variable] = str(port)
-    return found

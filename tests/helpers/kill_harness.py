@@ -26,6 +26,7 @@ import yaml
 
 from infra.local import ports
 from infra.local.workspace import make_workspace
+from tests.free_ports import find_free
 from wav.local import read_env
 from wav.processes import marked
 from wav.stages import CODE_STAGE, STAGES, TRAINING
@@ -266,9 +267,7 @@ def environment(root: Path) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "WAV_", "DVC_"))}
     own = {"WAV_LOCAL_DIR": str(root / "local"), "DVC_SITE_CACHE_DIR": str(root / "dvc-site")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
-    return (
-        kept | ports.find_free() | own | {"WAV_WORKERS": "2", "WAV_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": path}
-    )
+    return kept | find_free() | own | {"WAV_WORKERS": "2", "WAV_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": path}
 
 
 def kill(process: psutil.Process) -> bool:
