@@ -74,7 +74,7 @@ def vae_operations(sizes: Sizes) -> float:
     return total
 
 
-def plain_extra(sizes: Sizes, trained: bool) -> float:
+def baseline_extra(sizes: Sizes, trained: bool) -> float:
     """Operations of an AdaLN row for every video token instead of every frame; ``trained``: backward too."""
     counted = accounted(sizes)
     rows = counted.tokens - counted.frames
@@ -93,12 +93,12 @@ def training(sizes: Sizes, encoders: float, share: float) -> dict[str, Any]:
             accounted(sizes), replace(train, gradient_checkpointing=False), per_gpu  # type: ignore[arg-type]
         )  # fmt: skip
         head = 0.0 if stage != "train_value" else 2 * accounted(sizes).tokens * sizes.model.width * sizes.latent
-        plain = cost.total + encoders + plain_extra(sizes, stage != "train_value") + head
-        rows[stage] = {"plain": plain, "ours": cost.total, "ours_without_recomputing": kept.total}
+        baseline = cost.total + encoders + baseline_extra(sizes, stage != "train_value") + head
+        rows[stage] = {"baseline": baseline, "ours": cost.total, "ours_without_recomputing": kept.total}
         for name, recomputed in (("activations_gib", True), ("activations_gib_without_recomputing", False)):
             chosen: Any = replace(train, gradient_checkpointing=recomputed, precision="bf16")
             rows[stage][name] = accounting.activation_bytes(accounted(sizes), chosen, per_gpu) / 2**30
-    mean = sum(row["plain"] for row in rows.values()) / len(rows)
+    mean = sum(row["baseline"] for row in rows.values()) / len(rows)
     reached = PUBLISHED * mean / (GPUS * PEAK)
     for row in rows.values():
         for name, part in (("published_share", reached), ("assumed_share", share)):
@@ -117,14 +117,14 @@ def planning(sizes: Sizes, share: float) -> dict[str, Any]:
     """One call on one GPU: operations as built and as the reference does them, and the latency at a share."""
     counted, planner = accounted(sizes), sizes.planner
     ours = accounting.plan_cost(counted, planner)  # type: ignore[arg-type]
-    plain = accounting.reference_search(
+    baseline = accounting.reference_search(
         counted, planner.iterations, planner.video_samples, planner.value_samples, planner.denoise_steps
     )
     return {
         "ours_tflop": ours.total / 1e12,
-        "plain_search_tflop": plain / 1e12,
+        "baseline_search_tflop": baseline / 1e12,
         "ours_seconds_a100": ours.total / (share * PEAK),
-        "plain_seconds_a100": plain / (share * PEAK),
+        "baseline_seconds_a100": baseline / (share * PEAK),
     }
 
 
@@ -159,13 +159,11 @@ def main() -> None:
     result = project(arguments.share)
     print(f"a projection, not a measurement: {result['gpus']}, presets/libero.yaml")
     print(
-        "T5-XXL {t5:.2f} and VAE {vae:.2f} TFLOP a sample, in the plain schedule's step".format(
-            **result["encoders_tflop"]
-        )
+        "T5-XXL {t5:.2f} and VAE {vae:.2f} TFLOP a sample, in a step of the baseline".format(**result["encoders_tflop"])
     )
     print(
         "{:15}{:>8}{:>8}{:>12}{:>8}{:>12}{:>8}".format(
-            "TFLOP a sample", "plain", "ours", "samples/s", "days", "samples/s", "days"
+            "TFLOP a sample", "baseline", "ours", "samples/s", "days", "samples/s", "days"
         )
     )
     for stage, row in result["stages"].items():
@@ -173,7 +171,7 @@ def main() -> None:
             f"{row[name]['samples_per_second']:12.1f}{row[name]['days']:8.2f}"
             for name in ("published_share", "assumed_share")
         )
-        print(f"{stage:15}{row['plain'] / 1e12:8.2f}{row['ours'] / 1e12:8.2f}{cells}")
+        print(f"{stage:15}{row['baseline'] / 1e12:8.2f}{row['ours'] / 1e12:8.2f}{cells}")
     rates = result["samples_per_second"]
     print(
         f"shares of the peak: {result['published_share']:.1%} (the published run's, by its {PUBLISHED} samples/s) and "
@@ -182,7 +180,7 @@ def main() -> None:
     )
     plan = result["planning"]
     print(
-        f"planning: {plan['ours_tflop']:.0f} TFLOP a call ({plan['plain_search_tflop']:.0f} as the reference), "
+        f"planning: {plan['ours_tflop']:.0f} TFLOP a call ({plan['baseline_search_tflop']:.0f} as the reference), "
         f"{plan['ours_seconds_a100']:.2f} s on one A100 at the assumed share"
     )
     write_result(arguments.json, result)
