@@ -45,6 +45,7 @@ class Planner:
     beta: float = 0.5
     sigma_decay: float = 0.9
     score: str = "snr"
+    phi: str = "max"
     lower_bound_c: float = 1.0
     epsilon: float = 1e-6
     denoise_steps: int = 10

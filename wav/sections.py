@@ -291,6 +291,7 @@ class PlannerSettings(Section):
     beta: float = Field(0.5, ge=0, le=1)
     sigma_decay: float = Field(0.9, gt=0, le=1)
     score: str = Field("snr", description="how returns are scored, a name in wav/planning/scores.py")
+    phi: Literal["max", "mean"] = Field("max", description="score of a video: the best of its N values', or their mean")
     lower_bound_c: float = Field(1.0, ge=0)
     epsilon: float = Field(1e-6, gt=0)
     denoise_steps: int = Field(10, ge=1, description="Euler steps of value and action flows")

@@ -286,6 +286,18 @@ def test_a_registered_score_plans() -> None:
     del SCORES["last_step"]
 
 
+def test_videos_are_ranked_by_their_best_value_or_by_the_mean() -> None:
+    """Two candidates: one with the best single value, one better on average."""
+    planted = torch.tensor([[[5.0, -9.0, 0.0], [2.0, 2.0, 2.0]]])
+    wanted = {"max": [0], "mean": [1]}
+    for phi, elites in wanted.items():
+        model = FakeModel(lambda video, value: planted if video.shape[1] == 2 else planted[:, :1, :1])
+        settings = changed(video_samples=2, video_elites=1, iterations=1, score="mean", phi=phi)
+        step = plan(model, None, settings, noise(), returns).history[0]
+        torch.testing.assert_close(step.scores, planted)
+        assert step.video_elites[0].tolist() == elites
+
+
 def test_planned_scores_see_all_samples_of_all_candidates() -> None:
     shapes: list[tuple[int, ...]] = []
 
@@ -333,7 +345,7 @@ def test_scoring_may_take_fewer_steps_than_acting() -> None:
     ("changes", "message"),
     [
         ({"score_steps": 11}, "score_steps = 11: must be at most denoise_steps = 10"),
-        ({"score": "sharpe"}, "score = 'sharpe': unknown; use one of snr, lower_bound"),
+        ({"score": "sharpe"}, "score = 'sharpe': unknown; use one of snr, mean, lower_bound"),
     ],
 )
 def test_meaningless_settings_are_refused(changes: dict[str, object], message: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from wav.errors import CheckpointError, ConfigError
 from wav.planning import VARIANTS, Variant
-from wav.planning.scores import SCORES
+from wav.planning.scores import SCORES, phi
 from wav.planning.types import Gaussian, Iteration, Noise, Plan, PlannerModel, Returns
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ class Planner:
             z_val = f_val.sample(noise("plan.value", (M, N, *(shapes.value or ())), k))  # 5, 6: (B, M, N, A, Cv)
             values = model.denoise_value(x, z_val, settings.score_steps or settings.denoise_steps)  # 7: U(m, n)
             scores = self.scores(values)
-            phi = scores.amax(2)  # 8: phi(m), the best of the candidate's N
-            elite_vid = best(phi, settings.video_elites)
+            elite_vid = best(phi(scores, settings), settings.video_elites)  # 8: phi(m)
             elite_val = best(scores.flatten(1), settings.value_elites)
             f_vid = self.fit(f_vid, pick(z_vid, elite_vid))  # 10: top K1, Eq. 4
             f_val = self.fit(f_val, pick(z_val.flatten(1, 2), elite_val))  # 11: top K2 of all M * N, Eq. 5

@@ -25,6 +25,11 @@ def score(function: Score) -> Score:
     return function
 
 
+def phi(scores: Tensor, settings: PlannerSettings) -> Tensor:
+    """Scores (B, M) of candidates by those (B, M, N) of their values: the best (the paper's), or the mean."""
+    return scores.amax(2) if settings.phi == "max" else scores.mean(2)
+
+
 @score
 def snr(returns: Tensor, settings: PlannerSettings) -> Tensor:
     """Signal-to-noise ratio along time, mean / (std + epsilon) (section 4.3).
@@ -32,6 +37,12 @@ def snr(returns: Tensor, settings: PlannerSettings) -> Tensor:
     It is not shift invariant: among returns below zero a larger deviation scores better. Hence returns in reward units.
     """
     return returns.mean(-1) / (returns.std(-1, correction=0) + settings.epsilon)
+
+
+@score
+def mean(returns: Tensor, settings: PlannerSettings) -> Tensor:
+    """Mean along time: the return itself, whether or not it varies."""
+    return returns.mean(-1)
 
 
 @score
