@@ -37,6 +37,11 @@ def _positive(text: str) -> int:
     return value
 
 
+def _workers(arguments: argparse.Namespace) -> int:
+    """Simulator processes: ``--workers``, else WAV_WORKERS, else the cores."""
+    return int(arguments.workers or Runtime().workers or len(os.sched_getaffinity(0)))
+
+
 def act(arguments: argparse.Namespace) -> int:
     """``wav act``: a few episodes of an exported policy."""
     from wav.evaluation.act import act_episodes
@@ -50,7 +55,7 @@ def act(arguments: argparse.Namespace) -> int:
         variant=arguments.variant,
         seed=arguments.seed,
         execute_steps=arguments.execute_steps,
-        workers=arguments.workers or runtime.workers or len(os.sched_getaffinity(0)),
+        workers=_workers(arguments),
         device=runtime.device,
         videos=arguments.videos,
         report=_say,
@@ -109,12 +114,11 @@ def libero_table(arguments: argparse.Namespace) -> int:
         budget=arguments.budget,
         seed=arguments.seed,
     )
-    workers = arguments.workers or runtime.workers or len(os.sched_getaffinity(0))
     table = make(
         arguments.export,
         arguments.out,
         protocol,
-        workers=workers,
+        workers=_workers(arguments),
         device=runtime.device,
         demonstrations=arguments.demonstrations,
         report=_say,
@@ -293,13 +297,13 @@ def replay(arguments: argparse.Namespace) -> int:
     from wav.evaluation.extras.replay import replay as replay_store
     from wav.evaluation.verdict import report_path
 
-    settings, runtime = load_settings(arguments.params), Runtime()
+    settings = load_settings(arguments.params)
     report = replay_store(
         EpisodeStore.open(arguments.store),
         settings.data,
         settings.ingest,
         episodes=arguments.episodes,
-        workers=arguments.workers or runtime.workers or len(os.sched_getaffinity(0)),
+        workers=_workers(arguments),
         progress=lambda o: _say(f"{o.episode_id}: {'success' if o.success else 'failure'} after {o.steps} steps"),
     )
     for skipped in report.not_replayed:

@@ -4,6 +4,7 @@
 ``tests/test_pipeline.py`` compares. Which modules decide a stage's result is found by :mod:`wav.source_code`; DVC's
 stage ``code`` (``python -m wav.stages code``) writes their digests, without comments, into ``reports/code/STAGE.json``,
 and each stage depends on its own file there. So an edit that changes no stage's code runs nothing but ``code`` again.
+(``dvc status`` and ``dvc repro --dry`` know what an edit means once ``code`` has run: first ``dvc repro code``.)
 
 To add a stage: a row here, a section in :mod:`wav.config` and params.yaml, a flow ``flows/NAME.py``.
 """
