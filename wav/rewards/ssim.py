@@ -1,7 +1,7 @@
 """Structural similarity of many pictures with one: the reward's costliest term.
 
 Our own, because labelling needs it fast: on one core, at 128x128, scikit-image's ``structural_similarity`` compares 149
-pictures a second and this 2,321; the tests hold the two together within 1e-6.
+pictures a second and this 2,321. On random pictures the two agree within 1e-6, everywhere within 1e-4 (tests).
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def test_what_is_written_comes_back_bit_for_bit(data, make_store, tmp_path, alig
     described = json.loads((tmp_path / "again" / "source.json").read_text())["files"]
     assert {file["observation"] for file in described} == {f"{alignment.partition('_')[0]} its action"}
     other = {"after_action": "before_action", "before_action": "after_action"}[alignment]
-    with pytest.raises(ConfigError, match=r"ingest\.alignment = .*attribute alignment says the other"):
+    with pytest.raises(ConfigError, match=r"ingest\.libero_hdf5\.alignment = .*attribute alignment says the other"):
         read_back(data, tmp_path / "libero", alignment=other)
 
 
