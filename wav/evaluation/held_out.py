@@ -52,7 +52,7 @@ def held_out_values(
         out: evaluation folder.
         index: which episode; None: one that every training stage held out
             (for a validation share above 0).
-        chunks: how many calls are pictured, evenly spread.
+        chunks: how many calls are pictured, at even distances.
 
     Returns:
         ``steps`` and, per call, ``predicted_value``, ``real_value`` (returns), and ``psnr`` of the predicted frames
@@ -69,7 +69,7 @@ def held_out_values(
     for old in (out / "predictions").glob(f"*-{_ROW}-*.png"):
         old.unlink()
     steps = list(range(0, episode.length, settings.eval_libero.execute_steps))
-    pictured = set(np.unique(np.linspace(0, len(steps) - 1, min(chunks, len(steps))).round().astype(int)).tolist())
+    pictured = set(pictures.evenly(len(steps), chunks))
     policy.reset(_ROW, f"held-out/{index}", settings.eval_libero.seed)
     predicted: list[float] = []
     frames: list[dict[str, float]] = []

@@ -88,7 +88,7 @@ def egl_devices(timeout: float = 60.0) -> tuple[dict[str, Any], ...]:
 
 
 def simulator_devices() -> tuple[int, ...]:
-    """EGL numbers of the devices that simulators are spread over; empty: EGL's own choice.
+    """EGL numbers of the devices that simulators share; empty: EGL's own choice.
 
     All graphics cards that ``CUDA_VISIBLE_DEVICES`` leaves visible (identifiers other than numbers hide none), else
     Mesa's software renderer. ``MUJOCO_EGL_DEVICE_ID`` is the user's choice and kept.

@@ -15,6 +15,7 @@ import numpy as np
 from wav.data.store import EpisodeInfo, EpisodeStore
 from wav.errors import DataError
 from wav.evaluation.intervals import wilson
+from wav.evaluation.pictures import evenly
 from wav.evaluation.verdict import report_path
 from wav.io.files import write_json
 from wav.sim.registry import simulator_versions
@@ -60,12 +61,6 @@ class ReplayReport:
         )
 
 
-def _chosen(store: EpisodeStore, episodes: int) -> list[int]:
-    """At most ``episodes`` places spread over the store, which is in the order of its tasks or indices."""
-    count = min(episodes or len(store), len(store))
-    return [int(i) for i in np.unique(np.linspace(0, len(store) - 1, count).round().astype(int))]
-
-
 def _start(info: EpisodeInfo, ingest: IngestSettings, suite: str) -> ReplayStart:
     """Where an episode begins; DataError if its source does not tell."""
     kind, _, rest = info.source.partition(":")
@@ -103,7 +98,7 @@ def replay(
         store: demonstrations.
         data: settings the store was made with (the suite is the store's).
         ingest: settings it was ingested with: seed and detour of scripted ones, path of LIBERO's HDF5.
-        episodes: how many, spread over the store; 0: all.
+        episodes: how many, at even distances over the store; 0: all.
         workers: simulator processes; 0: the machine's cores.
         progress: called with every outcome.
 
@@ -115,7 +110,7 @@ def replay(
     data = data.model_copy(update={"suite": suite, "views": store.conventions.views})
     versions = simulator_versions(suite)
     jobs, skipped = [], []
-    for i in _chosen(store, episodes):
+    for i in evenly(len(store), episodes or len(store)):
         episode = store[i]
         try:
             start = _start(store.episodes[i], ingest, suite)
