@@ -45,11 +45,12 @@ class Planner:
     beta: float = 0.5
     sigma_decay: float = 0.9
     score: str = "snr"
+    score_penalty: float = 1.0
     phi: str = "max"
-    lower_bound_c: float = 1.0
+    act_on: str = "sample"
+    gate: float = 0.0
     epsilon: float = 1e-6
     denoise_steps: int = 10
-    video_denoise_steps: int = 1
     warm_start: bool = False
     score_steps: int = 0
 

@@ -291,13 +291,14 @@ class PlannerSettings(Section):
     beta: float = Field(0.5, ge=0, le=1)
     sigma_decay: float = Field(0.9, gt=0, le=1)
     score: str = Field("snr", description="how returns are scored, a name in wav/planning/scores.py")
-    phi: Literal["max", "mean"] = Field("max", description="score of a video: the best of its N values', or their mean")
-    lower_bound_c: float = Field(1.0, ge=0)
+    score_penalty: float = Field(1.0, ge=0, description="standard deviations that lower_bound and ensemble take off")
+    phi: Literal["max", "mean"] = Field("max", description="a candidate's score: the best or the mean of its N")
     epsilon: float = Field(1e-6, gt=0)
     denoise_steps: int = Field(10, ge=1, description="Euler steps of value and action flows")
-    video_denoise_steps: int = Field(
-        1, ge=1, description="above 1 needs a model trained with those conditioning levels"
+    act_on: Literal["sample", "winner"] = Field(
+        "sample", description="sample: noises of the refitted Gaussians (the paper's); winner: the best candidate's"
     )
+    gate: float = Field(0.0, ge=0, description="act unplanned where candidates' scores deviate by less; 0: never")
     warm_start: bool = False
     score_steps: int = Field(0, ge=0, description="Euler steps of the values that are scored; 0: denoise_steps")
 

@@ -157,7 +157,7 @@ _TABLE = (
     Stage(
         "eval_libero",
         "closed-loop success with intervals, planned and unplanned, on the suite of data.suite",
-        sections=("data", "model", "coupling", "planner", "eval_libero"),
+        sections=("data", "model", "planner", "eval_libero"),
         inputs=("data/episodes", "data/latents", "data/rewards", *_JOINT),
         outputs=("reports/index.html",),
         kept=tuple(f"reports/eval/{name}" for name in ("episodes", "videos", "strips", "predictions", "values.json")),
@@ -167,7 +167,7 @@ _TABLE = (
     Stage(
         "export",
         "a self-contained policy folder that a server loads",
-        sections=("data", "model", "coupling", "planner", "export"),
+        sections=("data", "model", "planner", "export"),
         inputs=("data/latents", *_JOINT, "reports/eval/metrics.json"),
         outputs=("export",),
     ),

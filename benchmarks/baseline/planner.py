@@ -53,11 +53,10 @@ class BaselinePlannerModel:
         return Context(self._in(memory), self._in(text), mask, None if history is None else self._in(history))
 
     @torch.no_grad()
-    def video_features(self, context: Context, noise: Tensor, steps: int) -> Features:
+    def video_features(self, context: Context, noise: Tensor, levels: tuple[float, ...]) -> Features:
         """Features of future noises (B, M, V, C, Ff, h, w), copied into buffers."""
-        sigmas = inference_sigmas(steps).tolist()
-        future = self._denoise(context, self._in(noise).flatten(0, 1), sigmas[:-1])
-        return tuple(layer.clone() for layer in self._video(context, future, sigmas[-2]).features)
+        future = self._denoise(context, self._in(noise).flatten(0, 1), levels)
+        return tuple(layer.clone() for layer in self._video(context, future, levels[-1]).features)
 
     @torch.no_grad()
     def denoise_video(self, context: Context, noise: Tensor, steps: int) -> Tensor:
@@ -76,12 +75,18 @@ class BaselinePlannerModel:
 
     @torch.no_grad()
     def denoise_action(
-        self, context: Context, features: Features, value: Tensor | None, noise: Tensor, steps: int
+        self,
+        context: Context,
+        features: Features,
+        value: Tensor | None,
+        noise: Tensor,
+        steps: int,
+        value_level: float = 1.0,
     ) -> Tensor:
         """Normalised actions (B, A, Ca), K/V projected at every step."""
         reads, actions = None, self._in(noise)
         if value is not None:
-            reads = self._tokens("value", self._in(value), 1.0, features, None, None).features
+            reads = self._tokens("value", self._in(value), value_level, features, None, None).features
         for sigma, after in pairwise(inference_sigmas(steps).tolist()):
             velocity = self._tokens("action", actions, sigma, features, reads, context.history).velocity
             actions = euler_step(actions, velocity, sigma, after)

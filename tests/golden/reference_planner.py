@@ -38,14 +38,14 @@ class _TiledModel:
     def __init__(self, model: PlannerModel) -> None:
         self.model, self.shapes = model, model.shapes
 
-    def video_features(self, context: Any, noise: Tensor, steps: int) -> Any:
-        return self.model.video_features(context, noise, steps)
+    def video_features(self, context: Any, noise: Tensor, levels: tuple[float, ...]) -> Any:
+        return self.model.video_features(context, noise, levels)
 
     def denoise_value(self, features: Any, noise: Tensor, steps: int) -> Tensor:
         return untiled(self.model.denoise_value(features, tiled(noise), steps))
 
-    def denoise_action(self, context: Any, features: Any, value: Tensor | None, noise: Tensor, steps: int) -> Tensor:
-        return self.model.denoise_action(context, features, value, noise, steps)
+    def denoise_action(self, *arguments: Any) -> Tensor:
+        return self.model.denoise_action(*arguments)
 
 
 class ReferencePlanner(Planner):

@@ -163,13 +163,13 @@ def unplanned(run: Run) -> None:
 
 
 def action_without_value(run: Run) -> None:
-    features = run.model.video_features(run.context, run.future(run.draws[1])[None, None], 1)
+    features = run.model.video_features(run.context, run.future(run.draws[1])[None, None], (1.0,))
     action = run.model.denoise_action(run.context, features, None, run.draws[0], run.steps)
     close(action, run.tensors["out.action"])
 
 
 def value_alone(run: Run) -> None:
-    features = run.model.video_features(run.context, run.future(run.draws[1])[None, None], 1)
+    features = run.model.video_features(run.context, run.future(run.draws[1])[None, None], (1.0,))
     close(run.model.denoise_value(features, run.draws[0][None, None], run.steps), run.tensors["out.value"])
 
 

@@ -80,7 +80,7 @@ def test_bfloat16_plans_finite_actions(model: WAVTransformer, device: torch.devi
     assert made.actions.isfinite().all()
 
 
-@pytest.mark.parametrize("changes", [{}, {"iterations": 2, "video_denoise_steps": 2}])
+@pytest.mark.parametrize("changes", [{}, {"iterations": 2}])
 def test_compiled_plans_are_the_uncompiled_ones(
     model: WAVTransformer, device: torch.device, changes: dict[str, int]
 ) -> None:
@@ -129,6 +129,6 @@ def test_scoring_takes_less_memory_than_the_buffers_of_the_reference(device: tor
     values = torch.zeros(1, M, N, *(adapter.shapes.value or ()), device=device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    adapter.denoise_value(adapter.video_features(context, noise, 1), values, sizes.planner.denoise_steps)
+    adapter.denoise_value(adapter.video_features(context, noise, (1.0,)), values, sizes.planner.denoise_steps)
     taken = torch.cuda.max_memory_allocated(device) - before
     assert taken < 4 * sizes.model.layers * M * sizes.tokens * sizes.model.width * (1 + N)

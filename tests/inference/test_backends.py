@@ -20,7 +20,7 @@ from wav.inference.fused import FusedPlannerModel
 from wav.inference.torch import TorchPlannerModel
 from wav.model import build_model
 from wav.planning.planner import Planner
-from wav.planning.types import Plan, RowKey, SeededNoise
+from wav.planning.types import PAPER, Levels, Plan, RowKey, SeededNoise
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from baseline.planner import BaselinePlannerModel
@@ -48,7 +48,7 @@ def make(kind: Any = planner_model, dtype: torch.dtype = torch.float32) -> Any:
     return kind(model.eval().to(dtype), noise_shapes(model, VIEWS, GRID, FUTURE, CHUNK))
 
 
-def act(model: Any, settings: PlannerSettings = PLANNER, masked: bool = True) -> Plan:
+def act(model: Any, settings: PlannerSettings = PLANNER, masked: bool = True, levels: Levels = PAPER) -> Plan:
     generator = torch.Generator().manual_seed(1)
     shapes = ((B, VIEWS, LATENT, MEMORY, *GRID), (B, WORDS, CAPTION), (B, 1, 15))
     memory, text, history = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -57,16 +57,15 @@ def act(model: Any, settings: PlannerSettings = PLANNER, masked: bool = True) ->
         mask[0, 4:] = 0
     noise = SeededNoise([RowKey(row, "test", 0) for row in range(B)])
     context = model.begin(memory, text, mask, history)
-    return Planner(model, settings, lambda values: values[..., -1]).plan(context, noise, with_value=True)
+    return Planner(model, settings, lambda values: values[..., -1], levels).plan(context, noise, with_value=True)
 
 
-@pytest.mark.parametrize("video_steps", [1, 2])
+@pytest.mark.parametrize("levels", [Levels(), Levels((1.0, 0.8, 0.5), 0.1)])
 @pytest.mark.parametrize("masked", [True, False])
-def test_backends_plan_as_the_baseline_does(video_steps: int, masked: bool) -> None:
-    settings = PLANNER.model_copy(update={"video_denoise_steps": video_steps})
-    wanted = act(make(BaselinePlannerModel), settings, masked)
+def test_backends_plan_as_the_baseline_does(levels: Levels, masked: bool) -> None:
+    wanted = act(make(BaselinePlannerModel), PLANNER, masked, levels)
     for kind in (TorchPlannerModel, FusedPlannerModel, planner_model):
-        ours = act(make(kind), settings, masked)
+        ours = act(make(kind), PLANNER, masked, levels)
         torch.testing.assert_close(ours.actions, wanted.actions, atol=1e-5, rtol=0)
         torch.testing.assert_close(ours.values, wanted.values, atol=1e-5, rtol=0)
         for one, two in zip(ours.history, wanted.history, strict=True):
@@ -161,7 +160,7 @@ def test_buffers_are_under_a_tenth() -> None:
     """Of candidates that are only scored nothing but the value expert's K/V is kept."""
     model = make(FusedPlannerModel)
     context = model.begin(torch.zeros(B, VIEWS, LATENT, MEMORY, *GRID), torch.zeros(B, WORDS, CAPTION), None, None)
-    features = model.video_features(context, torch.zeros(B, M, *model.shapes.video), 1)
+    features = model.video_features(context, torch.zeros(B, M, *model.shapes.video), (1.0,))
     assert features.layers is None
     kept = sum(key.numel() for (key,) in features.keys)
     tiled = MODEL.layers * B * M * TOKENS * D * (1 + N)

@@ -17,6 +17,7 @@ from wav.errors import CheckpointError
 from wav.inference import threads
 from wav.inference.cpu import kernels
 from wav.inference.torch import TorchPlannerModel
+from wav.planning.types import Levels
 from wav.policy.policy import Policy
 
 pytestmark = pytest.mark.simulator
@@ -61,32 +62,32 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int, int]]:
     passes: list[tuple[str, int, int, int]] = []
     features = TorchPlannerModel.video_features
 
-    def watch(model: TorchPlannerModel, context: Any, noise: torch.Tensor, steps: int) -> Any:
+    def watch(model: TorchPlannerModel, context: Any, noise: torch.Tensor, levels: tuple[float, ...]) -> Any:
         name = threading.current_thread().name.split("_")[0]
         passes.append((name, *noise.shape[:2], torch.get_num_threads()))
-        return features(model, context, noise, steps)
+        return features(model, context, noise, levels)
 
     monkeypatch.setattr(TorchPlannerModel, "video_features", watch)
     return passes
 
 
 @needs_kernels
-@pytest.mark.parametrize("video_steps", [1, 2])
+@pytest.mark.parametrize("levels", [Levels(), Levels((1.0, 0.5), 0.1)])
 @pytest.mark.parametrize("variant", ["planned", "temperature", "unplanned"])
 def test_threads_change_no_bit(
     policy: Policy,
     torch_threads: Callable[[int], None],
     monkeypatch: pytest.MonkeyPatch,
     variant: str,
-    video_steps: int,
+    levels: Levels,
 ) -> None:
     monkeypatch.setattr(threads, "WORTH", 1)  # threads without a row take candidates
-    settings = PLANNER.model_copy(update={"video_denoise_steps": video_steps})
+    monkeypatch.setattr(policy, "levels", levels)
     torch_threads(1)
-    wanted = act(policy, 3, variant=variant, planner=settings)
+    wanted = act(policy, 3, variant=variant, planner=PLANNER)
     for count in (2, 3, 7):
         torch_threads(count)
-        same(act(policy, 3, variant=variant, planner=settings), wanted)
+        same(act(policy, 3, variant=variant, planner=PLANNER), wanted)
         assert torch.get_num_threads() == count
 
 
@@ -124,7 +125,7 @@ def test_a_share_of_one_candidate_keeps_no_video_features(policy: Policy) -> Non
     context = policy.model.begin(memory, torch.from_numpy(text)[None], None, None)
     model = threads.ThreadedPlannerModel(policy.model, 2)
     for candidates, kept in ((2, False), (1, True)):
-        found = model.video_features(context, torch.zeros(1, candidates, *shapes.video), 1)
+        found = model.video_features(context, torch.zeros(1, candidates, *shapes.video), (1.0,))
         assert [part.layers is not None for part in found.features] == [kept] * len(found.parts)
 
 

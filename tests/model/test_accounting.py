@@ -97,9 +97,7 @@ def test_training_flops(stage: str, checkpointing: bool, value_expert: bool) -> 
     assert (cost.recomputed > 0) == checkpointing
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"iterations": 0}, {"video_denoise_steps": 3, "denoise_steps": 4}, {"value_samples": 1}]
-)
+@pytest.mark.parametrize("changes", [{}, {"iterations": 0}, {"denoise_steps": 4}, {"value_samples": 1}])
 def test_plan_flops(changes: dict[str, int]) -> None:
     config = settings(
         planner={"value_elites": 4, "video_samples": 6, "value_samples": 3, "denoise_steps": 5, **changes}
@@ -161,7 +159,7 @@ def test_the_reference_schedule_is_counted_right() -> None:
     model = BaselinePlannerModel(built, noise_shapes(built, 2, (4, 4), sizes.future, 7))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         context = model.begin(torch.randn(1, 2, 6, 3, 4, 4), torch.randn(1, 9, 24), None, None)
-        features = model.video_features(context, torch.randn(1, 4, *model.shapes.video), 1)
+        features = model.video_features(context, torch.randn(1, 4, *model.shapes.video), (1.0,))
         model.denoise_value(features, torch.randn(1, 4, 3, *(model.shapes.value or ())), 5)
     assert reference_search(sizes, 1, 4, 3, 5) == pytest.approx(counter.get_total_flops(), rel=0.02)
 

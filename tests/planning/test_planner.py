@@ -12,9 +12,9 @@ from torch import Tensor
 from wav.config import PlannerSettings
 from wav.errors import CheckpointError, ConfigError
 from wav.planning import VARIANTS
-from wav.planning.planner import Planner, best
+from wav.planning.planner import Planner
 from wav.planning.scores import SCORES, score
-from wav.planning.types import Gaussian, NoiseShapes, Plan, Returns, RowKey, SeededNoise
+from wav.planning.types import Gaussian, Levels, NoiseShapes, Plan, Returns, RowKey, SeededNoise, best
 
 V, C, FF, H, W, A, CV, CA = 2, 3, 1, 2, 2, 6, 4, 5
 PATTERN = torch.tensor([1.0, -1.0]).repeat(A // 2)  # zero mean, unit standard deviation
@@ -33,11 +33,11 @@ class FakeModel:
     def __init__(self, score: Callable[[Tensor, Tensor], Tensor], value_expert: bool = True) -> None:
         self.score = score
         self.shapes = NoiseShapes((V, C, FF, H, W), (A, CV) if value_expert else None, (A, CA))
-        self.calls: list[tuple[str, tuple[int, ...], int]] = []
+        self.calls: list[tuple[str, tuple[int, ...], Any]] = []
         self.seen: list[tuple[Tensor, Tensor]] = []
 
-    def video_features(self, context: None, noise: Tensor, steps: int) -> Tensor:
-        self.calls.append(("video", tuple(noise.shape), steps))
+    def video_features(self, context: None, noise: Tensor, levels: tuple[float, ...]) -> Tensor:
+        self.calls.append(("video", tuple(noise.shape), levels))
         return noise
 
     def denoise_value(self, features: Tensor, noise: Tensor, steps: int) -> Tensor:
@@ -46,9 +46,10 @@ class FakeModel:
         return trajectory(self.score(features, noise))
 
     def denoise_action(
-        self, context: None, features: Tensor, value: Tensor | None, noise: Tensor, steps: int
+        self, context: None, features: Tensor, value: Tensor | None, noise: Tensor, steps: int, value_level: float
     ) -> Tensor:
-        self.calls.append(("action", tuple(noise.shape), steps))
+        self.calls.append(("action", tuple(noise.shape), (steps, value_level)))
+        self.read = value
         actions = noise + features.flatten(1).mean(1)[:, None, None]
         return actions if value is None else actions + value.flatten(1).mean(1)[:, None, None]
 
@@ -214,14 +215,14 @@ def test_zero_iterations_is_no_planning() -> None:
 
 def test_shapes_and_steps_reach_the_model() -> None:
     model = FakeModel(bowl)
-    settings = SETTINGS.model_copy(update={"iterations": 1, "denoise_steps": 4, "video_denoise_steps": 2})
-    result = plan(model, None, settings, noise(2), returns, with_value=True)
+    settings, levels = SETTINGS.model_copy(update={"iterations": 1, "denoise_steps": 4}), Levels((1.0, 0.5), 0.1)
+    result = Planner(model, settings, returns, levels).plan(None, noise(2), with_value=True)
     assert model.calls == [
-        ("video", (2, 5, V, C, FF, H, W), 2),
+        ("video", (2, 5, V, C, FF, H, W), (1.0, 0.5)),
         ("value", (2, 5, 3, A, CV), 4),
-        ("video", (2, 1, V, C, FF, H, W), 2),
+        ("video", (2, 1, V, C, FF, H, W), (1.0, 0.5)),
         ("value", (2, 1, 1, A, CV), 4),
-        ("action", (2, A, CA), 4),
+        ("action", (2, A, CA), (4, 0.1)),
     ]
     assert result.values is not None
     assert result.values.shape == (2, A, CV)
@@ -269,7 +270,7 @@ def test_scores_by_hand() -> None:
     snr = SETTINGS.model_copy(update={"epsilon": 0.5})
     assert SCORES["snr"](trajectory, snr).item() == pytest.approx(3 / (std + 0.5))
     for c in (0.0, 1.0, 2.5):
-        bound = SETTINGS.model_copy(update={"lower_bound_c": c})
+        bound = SETTINGS.model_copy(update={"score_penalty": c})
         assert SCORES["lower_bound"](trajectory, bound).item() == pytest.approx(3 - c * std, abs=1e-6)
         assert SCORES["lower_bound"](trajectory + 7, bound).item() == pytest.approx(10 - c * std, abs=1e-6)
 
@@ -338,16 +339,72 @@ def test_scoring_may_take_fewer_steps_than_acting() -> None:
     model = FakeModel(bowl)
     plan(model, None, changed(score_steps=2), noise(), returns, with_value=True)
     steps = [(kind, number) for kind, _, number in model.calls if kind != "video"]
-    assert steps == [("value", 2)] * SETTINGS.iterations + [("value", 10), ("action", 10)]
+    assert steps == [("value", 2)] * SETTINGS.iterations + [("value", 10), ("action", (10, 1.0))]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"score_steps": 11}, "score_steps = 11: must be at most denoise_steps = 10"),
-        ({"score": "sharpe"}, "score = 'sharpe': unknown; use one of snr, mean, lower_bound"),
+        ({"score": "sharpe"}, "score = 'sharpe': unknown; use one of snr, lower_bound, mean, ensemble"),
     ],
 )
 def test_meaningless_settings_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         changed(**changes)
+
+
+def test_coupled_actions_read_the_values_of_the_noise_acted_on_at_their_level() -> None:
+    """Without coupling the value tokens are the noise itself; with it the denoised values, noised again by it."""
+    for level in (1.0, 0.1):
+        model = FakeModel(bowl)
+        result = Planner(model, SETTINGS, returns, Levels(value=level)).plan(None, noise(2), with_value=True)
+        assert result.z_value is not None
+        assert result.values is not None
+        wanted = result.z_value if level == 1 else 0.9 * result.values + 0.1 * result.z_value
+        torch.testing.assert_close(model.read, wanted)
+
+
+def test_acting_on_the_winner_takes_the_noises_of_the_best_score() -> None:
+    settings = SETTINGS.model_copy(update={"act_on": "winner"})
+    result = plan(FakeModel(bowl), None, settings, noise(2), returns)
+    assert result.z_value is not None
+    acted = Planner(FakeModel(bowl), settings, returns).scores(
+        trajectory(bowl(result.z_video[:, None], result.z_value[:, None, None]))
+    )
+    torch.testing.assert_close(acted.flatten(), result.history[-1].scores.flatten(1).amax(1))
+    sampled = plan(FakeModel(bowl), None, SETTINGS, noise(2), returns)
+    assert not torch.equal(sampled.z_video, result.z_video)
+
+
+def test_a_gate_acts_unplanned_where_the_scores_hardly_differ() -> None:
+    free = plan(FakeModel(bowl), None, SETTINGS, noise(3), returns)
+    deviation = free.history[0].scores.amax(2).std(1, correction=0)
+    between = float(deviation.sort().values[:2].mean())
+    gated = plan(FakeModel(bowl), None, SETTINGS.model_copy(update={"gate": between}), noise(3), returns)
+    unplanned = plan(FakeModel(bowl), None, SETTINGS, noise(3), returns, variant="unplanned")
+    for row in range(3):
+        wanted = unplanned if deviation[row] < between else free
+        assert torch.equal(gated.z_video[row], wanted.z_video[row])
+    assert any(deviation < between)
+    assert any(deviation >= between)
+
+
+def test_phi_is_the_best_or_the_mean_of_a_candidates_samples() -> None:
+    """One lucky sample decides under max, not under mean."""
+
+    def lucky(z_video: Tensor, z_value: Tensor) -> Tensor:
+        score = torch.zeros(z_value.shape[:3])
+        score[:, 0, 0], score[:, 1] = 3.0, 2.0
+        return score
+
+    for phi, wanted in (("max", 0), ("mean", 1)):
+        settings = SETTINGS.model_copy(update={"phi": phi, "iterations": 1, "score": "mean"})
+        assert int(plan(FakeModel(lucky), None, settings, noise(), returns).history[0].video_elites[0, 0]) == wanted
+
+
+def test_an_ensemble_distrusts_candidates_whose_samples_disagree() -> None:
+    returns = torch.tensor([[[[2.0, 2.0], [4.0, 4.0]], [[2.9, 2.9], [2.9, 2.9]]]])  # (1, 2, 2, 2)
+    found = SCORES["ensemble"](returns, SETTINGS)
+    torch.testing.assert_close(found, torch.tensor([[[1.0, 3.0], [2.9, 2.9]]]))
+    torch.testing.assert_close(SCORES["mean"](returns, SETTINGS), torch.tensor([[[2.0, 4.0], [2.9, 2.9]]]))

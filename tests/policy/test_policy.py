@@ -313,7 +313,7 @@ def test_candidates_share_nothing_but_cost(make_policy: Any) -> None:
     memory, text, history = draw(B, 2, CHANNELS, 3, 2, 2), draw(B, 5, WIDTH), draw(B, 1, 15)
     mask = torch.ones(B, 5)
     video, value, action = draw(B, M, *shapes.video), draw(B, M, N, *shapes.value), draw(B, *shapes.action)
-    for steps in (1, 3):
+    for steps in ((1.0,), (1.0, 0.7, 0.4)):
         context = adapter.begin(memory, text, mask, history)
         values = adapter.denoise_value(adapter.video_features(context, video, steps), value, 3)
         first = adapter.video_features(context, video[:, :1], steps)
@@ -346,7 +346,7 @@ def test_adapter_is_the_plain_model(make_policy: Any) -> None:
     value = torch.randn(1, *shapes.value, generator=generator)
     action = torch.randn(1, *shapes.action, generator=generator)
     context = adapter.begin(memory, text, None, history)
-    features = adapter.video_features(context, video[:, None], 1)
+    features = adapter.video_features(context, video[:, None], (1.0,))
     got_value = adapter.denoise_value(features, value[:, None, None], 2)[:, 0, 0]
     got_action = adapter.denoise_action(context, features, value, action, 2)
     with torch.no_grad():

@@ -18,7 +18,7 @@ from wav.data.statistics import Statistics, compute_statistics
 from wav.flow_matching import inference_sigmas
 from wav.inference.torch import TorchPlannerModel
 from wav.model import WAVTransformer, build_model
-from wav.planning.types import RowKey, SeededNoise
+from wav.planning.types import Levels, RowKey, SeededNoise
 from wav.policy.policy import Observation, Policy
 
 CHANNELS, WIDTH, CHUNKS = 6, 16, 3
@@ -84,8 +84,9 @@ def test_features_after_denoising_the_video(policy: Policy, steps: int) -> None:
     noise, values = draw(3, 1, candidates, *shape), draw(4, 1, candidates, 1, *adapter.shapes.value)
     actions = draw(5, 1, *adapter.shapes.action)
     context = adapter.begin(memory, text, None, None)
-    found = adapter.denoise_value(adapter.video_features(context, noise, steps), values, 1)
-    first = adapter.video_features(context, noise[:, :1], steps)
+    schedule = tuple(inference_sigmas(steps).tolist()[:-1])
+    found = adapter.denoise_value(adapter.video_features(context, noise, schedule), values, 1)
+    first = adapter.video_features(context, noise[:, :1], schedule)
     acted = adapter.denoise_action(context, first, values[:, 0, 0], actions, 1)
     sigmas = inference_sigmas(steps).tolist()
     assert sigmas[0] == 1
@@ -109,10 +110,10 @@ def test_features_after_denoising_the_video(policy: Policy, steps: int) -> None:
 
 def test_more_video_steps_give_another_plan(policy: Policy, observation: Observation) -> None:
     actions = []
-    for steps in (1, 2, 2):
+    for schedule in ((1.0,), (1.0, 0.5), (1.0, 0.5)):
         policy.reset("row", "episode", 0)
-        settings = PLANNER.model_copy(update={"video_denoise_steps": steps})
-        actions.append(policy.act([observation], ["row"], planner=settings).actions)
+        policy.levels = Levels(schedule)
+        actions.append(policy.act([observation], ["row"]).actions)
     assert not np.array_equal(actions[0], actions[1])
     np.testing.assert_array_equal(actions[1], actions[2])
 

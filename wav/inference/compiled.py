@@ -89,9 +89,9 @@ class CompiledPlannerModel(FusedPlannerModel):
         with _plain_tensors():
             return super().begin(memory, text, text_mask, history)
 
-    def video_features(self, context: Any, noise: Tensor, steps: int) -> Features:
+    def video_features(self, context: Any, noise: Tensor, levels: tuple[float, ...]) -> Features:
         """As :meth:`TorchPlannerModel.video_features`."""
-        return cast(Features, self._run(super().video_features, (context, noise), steps))
+        return cast(Features, self._run(super().video_features, (context, noise), levels))
 
     def denoise_video(self, context: Any, noise: Tensor, steps: int) -> Tensor:
         """As :meth:`TorchPlannerModel.denoise_video`."""
@@ -102,15 +102,21 @@ class CompiledPlannerModel(FusedPlannerModel):
         return cast(Tensor, self._run(super().denoise_value, (features, noise), steps))
 
     def denoise_action(
-        self, context: Any, features: Features, value: Tensor | None, noise: Tensor, steps: int
+        self,
+        context: Any,
+        features: Features,
+        value: Tensor | None,
+        noise: Tensor,
+        steps: int,
+        value_level: float = 1.0,
     ) -> Tensor:
         """As :meth:`TorchPlannerModel.denoise_action`."""
-        return cast(Tensor, self._run(super().denoise_action, (context, features, value, noise), steps))
+        return cast(Tensor, self._run(super().denoise_action, (context, features, value, noise), steps, value_level))
 
-    def _run(self, method: Call, arguments: tuple[Any, ...], steps: int) -> Any:
-        """``method(*arguments, steps)``, compiled and recorded for the shapes of the arguments."""
+    def _run(self, method: Call, arguments: tuple[Any, ...], *numbers: Any) -> Any:
+        """``method(*arguments, *numbers)``, compiled and recorded for the shapes of the arguments."""
         name: str = method.__name__
-        key = (name, steps, *(None if x is None else (x.shape, x.dtype) for x in _leaves(arguments)))
+        key = (name, numbers, *(None if x is None else (x.shape, x.dtype) for x in _leaves(arguments)))
         with _plain_tensors(), torch.no_grad():
             if key in self._calls:
                 return self._calls[key](*arguments)
@@ -119,8 +125,8 @@ class CompiledPlannerModel(FusedPlannerModel):
                     log.warning("%s: compiled for %d sets of shapes already; others run uncompiled", name, SHAPES)
                 self._full = True
                 with torch.compiler.set_stance("force_eager"):
-                    return method(*arguments, steps)
-            return self._first(key, lambda *given: method(*given, steps), arguments)
+                    return method(*arguments, *numbers)
+            return self._first(key, lambda *given: method(*given, *numbers), arguments)
 
     def _first(self, key: tuple[Any, ...], call: Call, arguments: tuple[Any, ...]) -> Any:
         """The first call of a set of shapes: it compiles, and is recorded for the next."""

@@ -65,14 +65,14 @@ class ThreadedPlannerModel:
         """Shapes of the noises."""
         return self.model.shapes
 
-    def video_features(self, context: Any, noise: Tensor, steps: int) -> SplitFeatures:
+    def video_features(self, context: Any, noise: Tensor, levels: tuple[float, ...]) -> SplitFeatures:
         """Features of noises (B, M, V, C, Ff, h, w); a row's candidates are dealt out where threads have no row."""
         rows = shares(noise.shape[0], self.threads)
         worth = min(self.threads // len(rows), noise.shape[1] * context.memory[:1].numel() // WORTH)
         parts = [(row, part) for row in rows for part in shares(noise.shape[1], worth)]
 
         def features(part: Part) -> Features:
-            found = self.model.video_features(context.rows(part[0]), noise[part], steps)
+            found = self.model.video_features(context.rows(part[0]), noise[part], levels)
             return found if noise.shape[1] == 1 else replace(found, layers=None)  # a share of one is still only scored
 
         return SplitFeatures(parts, self._run(features, parts))
@@ -94,14 +94,20 @@ class ThreadedPlannerModel:
         return values
 
     def denoise_action(
-        self, context: Any, features: SplitFeatures, value: Tensor | None, noise: Tensor, steps: int
+        self,
+        context: Any,
+        features: SplitFeatures,
+        value: Tensor | None,
+        noise: Tensor,
+        steps: int,
+        value_level: float = 1.0,
     ) -> Tensor:
         """Actions (B, A, Ca) of the candidates that are acted on."""
 
         def actions(share: tuple[Part, Features]) -> Tensor:
             (row, _), found = share
             mine = None if value is None else value[row]
-            return self.model.denoise_action(context.rows(row), found, mine, noise[row], steps)
+            return self.model.denoise_action(context.rows(row), found, mine, noise[row], steps, value_level)
 
         return torch.cat(self._run(actions, list(zip(features.parts, features.features, strict=True))))
 

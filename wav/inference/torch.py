@@ -79,14 +79,13 @@ class TorchPlannerModel:
         return Context(self._in(memory), states, None if history is None else self._in(history))
 
     @torch.no_grad()
-    def video_features(self, context: Any, noise: Tensor, steps: int) -> Features:
-        """Features of future noises (B, M, V, C, Ff, h, w): one pass at t = 1000 for ``steps`` 1.
+    def video_features(self, context: Any, noise: Tensor, levels: tuple[float, ...]) -> Features:
+        """Features of future noises (B, M, V, C, Ff, h, w), denoised along ``levels`` and read at the last.
 
-        For ``steps`` > 1 the future is denoised and the features are those of the last pass, at sigma_(steps - 1).
+        A single level of 1 is one pass on pure noise.
         """
-        sigmas = inference_sigmas(steps).tolist()
-        future = self._denoise(context, self._in(noise).flatten(0, 1), sigmas[:-1])
-        return self._features(context, future, sigmas[-2] * NOISE_LEVEL, keep=noise.shape[1] == 1)
+        future = self._denoise(context, self._in(noise).flatten(0, 1), levels)
+        return self._features(context, future, levels[-1] * NOISE_LEVEL, keep=noise.shape[1] == 1)
 
     @torch.no_grad()
     def denoise_video(self, context: Any, noise: Tensor, steps: int) -> Tensor:
@@ -104,12 +103,18 @@ class TorchPlannerModel:
 
     @torch.no_grad()
     def denoise_action(
-        self, context: Any, features: Features, value: Tensor | None, noise: Tensor, steps: int
+        self,
+        context: Any,
+        features: Features,
+        value: Tensor | None,
+        noise: Tensor,
+        steps: int,
+        value_level: float = 1.0,
     ) -> Tensor:
         """Normalised actions (B, A, Ca) of noise of that shape.
 
-        The action expert reads the value expert's features of ``value`` (B, A, Cv) as pure noise at t = 1000: the
-        condition that the joint stage trains.
+        The action expert reads the value expert's features of the tokens ``value`` (B, A, Cv), which are told to be at
+        the noise level ``value_level``: pure noise at 1.
 
         Raises:
             ConfigError: ``features`` are of several candidates; actions are decoded from one.
@@ -118,7 +123,7 @@ class TorchPlannerModel:
             raise ConfigError("features of several candidates: actions are decoded from one; pass that one's features")
         reads = None
         if value is not None:
-            _, reads = self._value(features.keys, self._in(value), NOISE_LEVEL, keep=True)
+            _, reads = self._value(features.keys, self._in(value), value_level * NOISE_LEVEL, keep=True)
         cache, actions = self._action_cache(features.layers, reads), self._in(noise)
         for sigma, after in pairwise(inference_sigmas(steps).tolist()):
             actions = euler_step(actions, self._action(cache, actions, sigma * NOISE_LEVEL, context), sigma, after)

@@ -291,8 +291,7 @@ def plan_cost(sizes: Sizes, planner: PlannerSettings) -> PlanCost:
     M, N, steps = planner.video_samples, planner.value_samples, planner.denoise_steps
 
     def features(rows: int) -> Flops:
-        noisy = video_flops(sizes, rows, planning=True) * (planner.video_denoise_steps - 1)
-        total = noisy + video_flops(sizes, rows, head=False, planning=True)
+        total = video_flops(sizes, rows, head=False, planning=True)
         return total + video_keys(sizes, sizes.value_width, rows)
 
     search = Flops()

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from wav.errors import CheckpointError, ConfigError
-from wav.planning import VARIANTS, Variant
+from wav.planning import Variant
+from wav.planning.checks import check_finite, check_request
 from wav.planning.scores import SCORES, phi
-from wav.planning.types import Gaussian, Iteration, Noise, Plan, PlannerModel, Returns
+from wav.planning.types import PAPER, Gaussian, Iteration, Levels, Noise, Plan, PlannerModel, Returns, best, pick
 
 if TYPE_CHECKING:
     from wav.config import PlannerSettings
@@ -33,11 +33,13 @@ class Planner:
         model: the world model behind its protocol.
         settings: section ``planner``; ``iterations`` 0 is no planning.
         returns: normalised value trajectories (..., A, Cv) to returns (..., A) in reward units.
+        levels: noise levels of what the experts read; the default is the paper's form.
     """
 
     model: PlannerModel
     settings: PlannerSettings
     returns: Returns
+    levels: Levels = PAPER
 
     def plan(
         self,
@@ -63,8 +65,8 @@ class Planner:
             ConfigError: planning, or a value, is asked of a model without value expert; an unknown variant.
             CheckpointError: the model's scores or actions are not finite.
         """
-        model, settings, shapes = self.model, self.settings, self.model.shapes
-        self._check_request(variant, with_value)
+        settings, shapes = self.settings, self.model.shapes
+        check_request(shapes, settings, variant, with_value)
         z_vid = noise("act.video", shapes.video)
         z_val = None if shapes.value is None else noise("act.value", shapes.value)
         history: tuple[Iteration, ...] = ()
@@ -73,17 +75,10 @@ class Planner:
             if warm is not None and settings.warm_start:
                 f_vid, f_val = Gaussian(warm[0], f_vid.std), Gaussian(warm[1], f_val.std)
             history = self.search(context, noise, f_vid, f_val)
-            f_vid, f_val = history[-1].video, history[-1].value
-            if variant == "temperature":
-                f_vid, f_val = (Gaussian(torch.zeros_like(f.mean), f.std) for f in (f_vid, f_val))
-            z_vid, z_val = f_vid.sample(z_vid), f_val.sample(z_val)  # 13: sample z_vid*, z_val*
-        x = model.video_features(context, z_vid[:, None], settings.video_denoise_steps)
-        values = None
-        if with_value and z_val is not None:
-            values = model.denoise_value(x, z_val[:, None, None], settings.denoise_steps)[:, 0, 0]
+            z_vid, z_val = self.choose(history, z_vid, z_val, variant)
         z_act = noise("act.action", shapes.action)
-        actions = model.denoise_action(context, x, z_val, z_act, settings.denoise_steps)  # 14: predict action by Eq. 3
-        _check_finite(actions, history)
+        actions, values = self.decode(context, z_vid, z_val, z_act, with_value)
+        check_finite(actions, history)
         return Plan(actions, values, z_vid, z_val, history)
 
     def search(self, context: Any, noise: Noise, f_vid: Gaussian, f_val: Gaussian) -> tuple[Iteration, ...]:
@@ -93,7 +88,7 @@ class Planner:
         history: list[Iteration] = []
         for k in range(settings.iterations):  # 2: for iteration k
             z_vid = f_vid.sample(noise("plan.video", (M, *shapes.video), k))  # 3: (B, M, V, C, Ff, h, w)
-            x = model.video_features(context, z_vid, settings.video_denoise_steps)  # 4: features of all m
+            x = model.video_features(context, z_vid, self.levels.video)  # 4: features of all m
             z_val = f_val.sample(noise("plan.value", (M, N, *(shapes.value or ())), k))  # 5, 6: (B, M, N, A, Cv)
             values = model.denoise_value(x, z_val, settings.score_steps or settings.denoise_steps)  # 7: U(m, n)
             scores = self.scores(values)
@@ -101,8 +96,41 @@ class Planner:
             elite_val = best(scores.flatten(1), settings.value_elites)
             f_vid = self.fit(f_vid, pick(z_vid, elite_vid))  # 10: top K1, Eq. 4
             f_val = self.fit(f_val, pick(z_val.flatten(1, 2), elite_val))  # 11: top K2 of all M * N, Eq. 5
-            history.append(Iteration(f_vid, f_val, values, scores, elite_vid, elite_val))
+            history.append(Iteration(f_vid, f_val, z_vid, z_val, values, scores, elite_vid, elite_val))
         return tuple(history)
+
+    def choose(
+        self, history: Sequence[Iteration], z_vid: Tensor, z_val: Tensor, variant: Variant
+    ) -> tuple[Tensor, Tensor]:
+        """The noises that are acted on, from the search and from standard normal draws of both."""
+        last, settings = history[-1], self.settings
+        f_vid, f_val = last.video, last.value
+        if variant == "temperature":
+            f_vid, f_val = (Gaussian(torch.zeros_like(f.mean), f.std) for f in (f_vid, f_val))
+        chosen = f_vid.sample(z_vid), f_val.sample(z_val)  # 13: sample z_vid*, z_val*
+        if settings.act_on == "winner" and variant == "planned":
+            chosen = last.winner
+        if settings.gate:  # where candidates do not differ there is nothing to choose
+            differ = phi(history[0].scores, settings).std(1, correction=0) >= settings.gate
+            pairs = zip(chosen, (z_vid, z_val), strict=True)
+            one, two = (torch.where(differ.view(-1, *(1,) * (z.ndim - 1)), c, z) for c, z in pairs)
+            chosen = one, two
+        return chosen
+
+    def decode(
+        self, context: Any, z_vid: Tensor, z_val: Tensor | None, z_act: Tensor, with_value: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Actions (B, A, Ca) and, on demand, values (B, A, Cv) of one video and one value noise per row.
+
+        Where training showed the action expert the true values (``levels.value`` below 1), it reads the values that
+        the value noise leads to, noised to that level again by the same noise; else the noise itself.
+        """
+        model, steps, level = self.model, self.settings.denoise_steps, self.levels.value
+        x, values, tokens = model.video_features(context, z_vid[:, None], self.levels.video), None, z_val
+        if z_val is not None and (with_value or level < 1):
+            values = model.denoise_value(x, z_val[:, None, None], steps)[:, 0, 0]
+            tokens = torch.lerp(values, z_val, level)
+        return model.denoise_action(context, x, tokens, z_act, steps, level), values  # 14: predict action by Eq. 3
 
     def scores(self, values: Tensor) -> Tensor:
         """Scores (B, M, N) of normalised values (B, M, N, A, Cv)."""
@@ -113,36 +141,3 @@ class Planner:
         alpha, beta = self.settings.alpha, self.settings.beta
         mean, std = elites.mean(1), self.settings.sigma_decay * elites.std(1, correction=0)
         return Gaussian(alpha * mean + (1 - alpha) * old.mean, beta * std + (1 - beta) * old.std)
-
-    def _check_request(self, variant: str, with_value: bool) -> None:
-        """Refuse what the model or the planner cannot do."""
-        if variant not in VARIANTS:
-            raise ConfigError(f"variant = {variant!r}: unknown; use one of {', '.join(VARIANTS)}")
-        if self.model.shapes.value is not None:
-            return
-        if self.settings.iterations and variant != "unplanned":
-            raise ConfigError(
-                f"planner.iterations = {self.settings.iterations}: the model has no value expert to plan with; "
-                "set planner.iterations: 0 or act unplanned"
-            )
-        if with_value:
-            raise ConfigError("with_value = True: the model has no value expert; leave it False")
-
-
-def best(scores: Tensor, count: int) -> Tensor:
-    """Indices (B, count) of the highest scores (B, n), best first; ties keep their order."""
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
-
-
-def pick(samples: Tensor, index: Tensor) -> Tensor:
-    """Rows (B, K, ...) of samples (B, n, ...) at index (B, K)."""
-    return samples[torch.arange(len(samples), device=samples.device)[:, None], index]
-
-
-def _check_finite(actions: Tensor, history: Sequence[Iteration]) -> None:
-    """One check after the loop, so that the loop never waits for the device."""
-    finite = torch.stack([*(step.scores.isfinite().all() for step in history), actions.isfinite().all()]).tolist()
-    if not all(finite):
-        bad = finite.index(False)
-        what = f"scores of iteration {bad + 1}" if bad < len(history) else "actions"
-        raise CheckpointError(f"planner: the {what} are not finite; check the checkpoint and the value statistics")

@@ -21,6 +21,17 @@ Returns = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Levels:
+    """Noise levels at which planning reads what the experts were trained to read (section ``coupling``)."""
+
+    video: tuple[float, ...] = (1.0,)  #: Euler steps of the future; features are those of a pass at the last level
+    value: float = 1.0  #: of the value tokens that the action is decoded on; 1 is pure noise, the paper's form
+
+
+PAPER = Levels()
+
+
+@dataclass(frozen=True)
 class NoiseShapes:
     """Shape of one noise of each kind: video (V, C, Ff, h, w), value (A, Cv) or None, action (A, Ca)."""
 
@@ -37,16 +48,21 @@ class PlannerModel(Protocol):
         """Shapes of the noises; ``value`` is None without a value expert."""
         ...
 
-    def video_features(self, context: Any, noise: Tensor, steps: int) -> Any:
-        """Features x(m) of noises (B, M, V, C, Ff, h, w); ``steps`` > 1 denoises before the features are read."""
+    def video_features(self, context: Any, noise: Tensor, levels: tuple[float, ...]) -> Any:
+        """Features x(m) of noises (B, M, V, C, Ff, h, w), denoised along ``levels`` and read at the last."""
         ...
 
     def denoise_value(self, features: Any, noise: Tensor, steps: int) -> Tensor:
         """Normalised value trajectories of noises (B, M, N, A, Cv), row (m, n) on candidate m's features."""
         ...
 
-    def denoise_action(self, context: Any, features: Any, value: Tensor | None, noise: Tensor, steps: int) -> Tensor:
-        """Actions (B, A, Ca) of noise of that shape, on one candidate's features and pure value noise (B, A, Cv)."""
+    def denoise_action(
+        self, context: Any, features: Any, value: Tensor | None, noise: Tensor, steps: int, value_level: float = 1.0
+    ) -> Tensor:
+        """Actions (B, A, Ca) of noise of that shape, on one candidate's features and value tokens (B, A, Cv).
+
+        ``value_level``: noise level of the value tokens; 1 is pure noise.
+        """
         ...
 
 
@@ -109,10 +125,19 @@ class Iteration:
 
     video: Gaussian
     value: Gaussian
+    z_video: Tensor  #: (B, M, V, C, Ff, h, w), the candidates
+    z_value: Tensor  #: (B, M, N, A, Cv), their samples
     values: Tensor  #: (B, M, N, A, Cv) normalised
     scores: Tensor  #: (B, M, N)
     video_elites: Tensor  #: (B, K1) candidates, best first
     value_elites: Tensor  #: (B, K2) flat index m * N + n, best first
+
+    @property
+    def winner(self) -> tuple[Tensor, Tensor]:
+        """Video and value noise (B, *shape) of the best candidate and its best sample."""
+        top = self.video_elites[:, :1]
+        z_val, scores = pick(self.z_value, top)[:, 0], pick(self.scores, top)[:, 0]
+        return pick(self.z_video, top)[:, 0], pick(z_val, best(scores, 1))[:, 0]
 
 
 @dataclass(frozen=True)
@@ -129,3 +154,13 @@ class Plan:
     def means(self) -> tuple[Tensor, Tensor] | None:
         """Means of the last iteration, to warm-start the next plan; None without planning."""
         return (self.history[-1].video.mean, self.history[-1].value.mean) if self.history else None
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Indices (B, count) of the highest scores (B, n), best first; ties keep their order."""
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def pick(samples: Tensor, index: Tensor) -> Tensor:
+    """Rows (B, K, ...) of samples (B, n, ...) at index (B, K)."""
+    return samples[torch.arange(len(samples), device=samples.device)[:, None], index]

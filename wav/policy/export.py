@@ -17,7 +17,7 @@ import jinja2
 import torch
 
 import wav
-from wav.config import DataSettings, ExportSettings, ModelSettings, PlannerSettings
+from wav.config import CouplingSettings, DataSettings, ExportSettings, ModelSettings, PlannerSettings
 from wav.data.conventions import Conventions
 from wav.data.encode import codec_of, text_encoder_of
 from wav.data.latents import LatentStore
@@ -148,6 +148,7 @@ def policy_from_stages(
         batch_size=batch_size,
         device=device,
         digest=meta["model_digest"],
+        coupling=CouplingSettings.model_validate(meta.get("coupling", {})),
     )
     return policy, Checkpoint(meta["model_digest"], statistics.digest, meta["stage"], int(meta["steps"]), meta["key"])
 
@@ -183,6 +184,7 @@ def export_policy(
     sections = {
         name: getattr(settings, name).model_dump(mode="json") for name in ("data", "model", "planner", "export")
     }
+    sections["coupling"] = policy.coupling.model_dump(mode="json")
     with atomic_folder(out) as folder:
         _write_parts(policy, folder, _DTYPES[settings.export.dtype])
         write_json(folder / "settings.json", sections)

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from wav.config import DataSettings, ExportSettings, PlannerSettings
+from wav.config import CouplingSettings, DataSettings, ExportSettings, PlannerSettings
 from wav.data.conventions import DELTA_ACTIONS, Conventions
 from wav.data.statistics import Statistics
 from wav.errors import CheckpointError, DataError
@@ -33,7 +33,7 @@ from wav.inference.threads import on_threads
 from wav.io.files import canonical_digest, file_digest, read_json
 from wav.planning import VARIANTS, Variant
 from wav.planning.planner import Planner
-from wav.planning.types import Iteration, Plan, RowKey, SeededNoise
+from wav.planning.types import Iteration, Levels, Plan, RowKey, SeededNoise
 from wav.policy.parts import check_observation, check_parts
 from wav.sim.env import Observation
 
@@ -101,6 +101,8 @@ class Policy:
         digest: names the weights.
         compile: plan on compiled code and CUDA graphs (:mod:`wav.inference.compiled`), where the CPU kernels do
             not run.
+        coupling: section ``coupling`` as trained with: the noise levels at which planning reads video features and
+            values; None: none, the paper's form.
 
     Raises:
         CheckpointError: model, codec, statistics and data settings do not belong together.
@@ -120,10 +122,12 @@ class Policy:
         prompts: Mapping[str, Prompt] | None = None,
         digest: str = "",
         compile: bool = False,
+        coupling: CouplingSettings | None = None,
     ) -> None:
         self.codec, self.text_encoder, self.statistics = codec, text_encoder, statistics
         self.conventions, self.data, self.planner, self.batch_size = conventions, data, planner, batch_size
-        self.digest = digest
+        self.digest, self.coupling = digest, coupling or CouplingSettings()
+        self.levels = Levels(self.coupling.video_schedule, self.coupling.value_level if self.coupling.value else 1.0)
         check_parts(model, codec, statistics, conventions, data)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -162,6 +166,7 @@ class Policy:
         try:
             data = DataSettings.model_validate(settings["data"])
             planner = planner or PlannerSettings.model_validate(settings["planner"])
+            coupling = CouplingSettings.model_validate(settings.get("coupling", {}))
             if compile is None:
                 compile = ExportSettings.model_validate(settings.get("export", {})).compile
         except (KeyError, TypeError, ValueError) as error:
@@ -180,6 +185,7 @@ class Policy:
             device,
             digest=canonical_digest([file_digest(file) for file in weights]),
             compile=compile,
+            coupling=coupling,
         )
 
     @property
@@ -285,7 +291,7 @@ class Policy:
         keys = [RowKey(s.seed, s.episode, s.call) for s in padded]
         warm = self._warm(padded) if settings.warm_start else None
         noise = SeededNoise(keys, self.model.device)
-        planner = Planner(model, settings, self._returns)
+        planner = Planner(model, settings, self._returns, self.levels)
         result = planner.plan(context, noise, variant=variant, warm=warm, with_value=with_value)
         future = None
         if with_future:
