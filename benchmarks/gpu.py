@@ -33,10 +33,11 @@ from train import DTYPES, STAGES, peak_memory
 from train import measure as measure_training
 from training_data import VaeEncoders, make_encoders
 
+from wav import accounting
 from wav.inference.backends import noise_shapes
 from wav.inference.compiled import CompiledPlannerModel
 from wav.inference.torch import TorchPlannerModel
-from wav.model import accounting, build_model
+from wav.model import build_model
 from wav.planning.planner import Planner
 from wav.planning.types import RowKey, SeededNoise
 

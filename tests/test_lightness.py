@@ -67,8 +67,8 @@ def test_the_sizes_are_those_of_the_parameter_files() -> None:
     from projection import accounted
     from sizes import SIZES
 
+    from wav.accounting import Sizes
     from wav.config import load_settings
-    from wav.model.accounting import Sizes
 
     for name, file in (("default", "params.yaml"), ("full", "presets/libero.yaml")):
         settings, sizes = load_settings(ROOT / file), SIZES[name]

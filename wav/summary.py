@@ -1,6 +1,6 @@
 """``wav summary``: what a parameter file means, on one page, without weights or data.
 
-The arithmetic and its formulas are in :mod:`wav.model.accounting`; this module puts it into lines or JSON.
+Costs are counted in :mod:`wav.accounting`; this module puts them into lines or JSON.
 """
 
 from __future__ import annotations
@@ -9,10 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from wav.config import Settings, TrainSettings
-from wav.errors import ConfigError
-from wav.model.accounting import (
-    Sizes,
+from wav.accounting import (
     memory_per_gpu,
     parameter_split,
     plan_cost,
@@ -20,7 +17,10 @@ from wav.model.accounting import (
     trained_parameters,
     training_cost,
 )
+from wav.config import Settings, TrainSettings
+from wav.errors import ConfigError
 from wav.stages import TRAINING
+from wav.training.activations import Sizes
 
 ZERO_STAGES = (1, 2, 3)
 #: the reference's released schedule: K, M, N, Euler steps
@@ -48,7 +48,7 @@ def summarise(settings: Settings, gpus: int = 8) -> dict[str, Any]:
         if name == "train_value" and not sizes.value_width:
             continue
         micro = micro_batch(name, train, gpus)
-        cost = training_cost(sizes, train, micro)
+        cost = training_cost(sizes, train)
         stages[name] = {
             "trained_parameters": trained_parameters(split, train),
             "micro_batch": micro,

@@ -16,7 +16,7 @@ from tests.training.test_loop import finish
 from wav.config import CouplingSettings
 from wav.errors import StorageError, TrainingError
 from wav.io.storage.commit import commits
-from wav.model.accounting import activation_bytes
+from wav.training.activations import activation_bytes
 from wav.training.engine import World
 from wav.training.inputs import initial_model, open_inputs
 from wav.training.objectives import build_objective

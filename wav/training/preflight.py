@@ -13,7 +13,7 @@ from torch import nn
 from wav.errors import TrainingError
 from wav.io.files import require_free_space
 from wav.io.storage.commit import Retention
-from wav.model.accounting import Sizes, activation_bytes
+from wav.training.activations import Sizes, activation_bytes
 from wav.training.universal import Layout
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def layers_to_recompute(spec: TrainSpec, inputs: Inputs, objective: Objective, m
     """Layers that a pass over ``micro`` samples must recompute to fit beside weights, gradients and moments.
 
     Between none and all layers the activations shrink by the same amount for each
-    (:func:`wav.model.accounting.activation_bytes`, an estimate). The weights are on the CPU still, so what is free now
-    is free for all of it; a tenth is left for what is not counted: buffers, fragmentation, the libraries' own.
+    (:func:`~wav.training.activations.activation_bytes`, an estimate). The weights are on the CPU still, so what is free
+    now is free for all of it; a tenth is left for what is not counted: buffers, fragmentation, the libraries' own.
     """
     every, trained = count_parameters(objective)
     state = state_bytes(every, trained, Layout(world.ranks, spec.train.zero_stage, spec.train.precision))
@@ -103,7 +103,7 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
 
 
 def sizes_of(spec: TrainSpec, inputs: Inputs, model: WAVTransformer) -> Sizes:
-    """What the formulas of :mod:`wav.model.accounting` read, of a built model and the latents it trains on."""
+    """Sizes of a built model and the latents it trains on."""
     part, config = spec.model, model.config
     _, views, channels, future, height, width = inputs.latents.clip.shape
     return Sizes(
