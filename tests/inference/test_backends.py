@@ -1,4 +1,4 @@
-"""The planner's adapter against the plain schedule: the same numbers, and the counts that make it fast."""
+"""Backends against the baseline schedule and each other: the same numbers, and the counts that make them fast."""
 
 from __future__ import annotations
 
