@@ -13,19 +13,9 @@ from safetensors.torch import load_file, save_file
 from tests.model.conftest import B, F, H, Inputs, V, W, small
 from wav.errors import CheckpointError, ServiceError
 from wav.model import WAVTransformer
-from wav.model.loading import (
-    WEIGHTS,
-    init_from,
-    load_model,
-    load_state,
-    locate,
-    module_name,
-    published_name,
-    published_state,
-    read_weights,
-    weights_digest,
-)
+from wav.model.loading import init_from, load_model, load_state, module_name, published_name, published_state
 from wav.model.video import pack
+from wav.model.weights import WEIGHTS, locate, read_weights, weights_digest
 
 
 def published(model: WAVTransformer) -> dict[str, torch.Tensor]:

@@ -14,7 +14,8 @@ from diffusers import LTXVideoTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from wav.errors import CheckpointError, ServiceError
-from wav.model.loading import WEIGHTS, published_state
+from wav.model.loading import published_state
+from wav.model.weights import WEIGHTS
 from wav.training.inputs import initial_model, open_inputs
 from wav.training.spec import TrainSpec
 

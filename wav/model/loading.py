@@ -11,33 +11,22 @@ here too: ``transformer_blocks.0...`` for ``video.transformer_blocks.0...``, ``v
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from wav.errors import CheckpointError, ServiceError, WavError
-from wav.hub import content_digest, fetch_command, is_hub_id, resolve
+from wav.errors import CheckpointError
 from wav.model.transformer import WAVTransformer
+from wav.model.weights import FIELD, WEIGHTS, config_beside, locate, read_config, read_weights
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-FIELD = "model.init_from"
-#: where a pipeline, an export or a training stage keeps the transformer
-INSIDE = ("transformer", "model")
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors\Z")
-_ORIGINAL_LAYOUT = "model.diffusion_model."
-
 
 VIEW_PARAMETERS = (r"view_embed$", r"view_ada\.")
 EXPERTS = ("value", "action")
@@ -222,7 +211,7 @@ def init_from(
 
     Args:
         model: the model to fill, unchanged if the source is refused.
-        source: file, folder or hub id (:func:`locate`).
+        source: file, folder or hub id (:func:`wav.model.weights.locate`).
         expected_missing: regular expressions (from the name's start) of further parameters that may keep their
             initialisation.
         expected_extra: the same for further tensors of the source that may go unused.
@@ -234,7 +223,10 @@ def init_from(
     path = locate(source)
     config, state = config_beside(path), read_weights(path)
     options = config or {}
-    theirs = {name: _any(state, f"{name}_") or bool(options.get(f"{name}_expert")) for name in EXPERTS}
+    theirs = {
+        name: any(key.startswith(f"{name}_") for key in state) or bool(options.get(f"{name}_expert"))
+        for name in EXPERTS
+    }
     ours = {name: bool(model.config[f"{name}_expert"]) for name in EXPERTS}
     if config is not None:
         _known_class(config, path)
@@ -255,181 +247,3 @@ def init_from(
     if report.extra:
         logger.warning("%s: %s, which this model has no place for", path, _listing("unused", report.extra))
     return report
-
-
-def _any(names: Iterable[str], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
-
-
-def locate(source: str | Path, field: str = FIELD) -> Path:
-    """Folder or safetensors file that holds the weights of ``source``.
-
-    Args:
-        source: a file; a folder of a model, a pipeline (``transformer/``), an export or a training stage (``model/``);
-            or a hub id ``owner/name``, with a file or folder of it behind (``owner/name/GE_base.safetensors``), that
-            was fetched into the local hub cache.
-        field: parameter the source came from, for the message.
-
-    Raises:
-        ServiceError: a hub id that is not in the local cache; the message holds the command that fetches it.
-        CheckpointError: nothing there, or a folder that holds no weights or several.
-    """
-    path = Path(source)
-    if path.exists():
-        found = _inside(path)
-        if found is None:
-            raise CheckpointError(f"{path / 'config.json'}: no such file, nor weights beside it; give a model's folder")
-        return found
-    parts = str(source).split("/")
-    owner, rest = "/".join(parts[:2]), "/".join(parts[2:])
-    if not is_hub_id(owner):
-        raise CheckpointError(
-            f"{field} = {str(source)!r}: no such file or folder, and not a hub id (owner/name); correct the path"
-        )
-    include = _wanted(owner, rest)
-    root = resolve(owner, field, include)
-    found = _inside(root / rest)
-    if found is None:
-        raise ServiceError(
-            f"{field} = {str(source)!r}: the local hub cache holds {owner} without it; fetch it with "
-            f"`{fetch_command(owner, include)}` on a machine with internet access"
-        )
-    return found
-
-
-def _wanted(owner: str, rest: str) -> tuple[str, ...]:
-    """File patterns a fetch may be limited to."""
-    if rest:
-        return (rest if Path(rest).suffix else f"{rest}/*",)
-    return ("transformer/*",) if "LTX" in owner else ()
-
-
-def _inside(path: Path) -> Path | None:
-    """The model's folder within ``path``, or its one safetensors file; None where there is neither."""
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise CheckpointError(f"{path}: must be a .safetensors file; convert the weights with safetensors")
-        return path
-    for folder in (path, *(path / name for name in INSIDE)):
-        if (folder / "config.json").is_file():
-            return folder
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) > 1 and not _weight_index(path) and not all(_SHARD.match(file.name) for file in files):
-        raise CheckpointError(f"{path}: holds {', '.join(file.name for file in files)}; name one of these files")
-    if not files:
-        return None
-    return files[0] if len(files) == 1 and not _SHARD.match(files[0].name) else path
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """``config.json`` of a diffusers model folder.
-
-    Raises:
-        CheckpointError: it is missing or not JSON.
-    """
-    path = Path(folder) / "config.json"
-    config: dict[str, Any] = _read_json(path, "give a local model folder with config.json")
-    return config
-
-
-def config_beside(path: Path) -> dict[str, Any] | None:
-    """``config.json`` of a folder or beside a file; None where there is none (GE-Base)."""
-    folder = path if path.is_dir() else path.parent
-    return read_config(folder) if (folder / "config.json").is_file() else None
-
-
-def _read_json(path: Path, remedy: str) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; {remedy}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch it again") from None
-
-
-def _weight_index(folder: Path) -> dict[str, str] | None:
-    """Tensor name -> file name, of a sharded checkpoint with an index."""
-    found = sorted(folder.glob("*.safetensors.index.json"))
-    if not found:
-        return None
-    raw = _read_json(found[0], "give the whole folder")
-    if not isinstance(raw, dict) or not isinstance(raw.get("weight_map"), dict):
-        raise CheckpointError(f"{found[0]}: has no weight_map; fetch it again")
-    return {str(name): str(file) for name, file in raw["weight_map"].items()}
-
-
-def weight_files(path: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint: of its index, else the one file, else a complete set of shards.
-
-    Raises:
-        CheckpointError: there is none, or a shard is missing.
-    """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    index = _weight_index(path)
-    if index is not None:
-        files = [path / name for name in sorted(set(index.values()))]
-    elif (path / WEIGHTS).is_file():
-        files = [path / WEIGHTS]
-    else:
-        files = sorted(path.glob("*.safetensors")) or [path / WEIGHTS]
-        shards = [found for file in files if (found := _SHARD.match(file.name))]
-        if shards:
-            stem, _, count = shards[0].groups()
-            files = [path / f"{stem}-{i:05d}-of-{count}.safetensors" for i in range(1, int(count) + 1)]
-        elif len(files) > 1:
-            raise CheckpointError(f"{path}: holds {', '.join(file.name for file in files)}; name one of these files")
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: no such weights; give the folder that save_pretrained wrote, whole")
-    return files
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, on the CPU in their stored type.
-
-    Args:
-        path: a safetensors file, or a folder as diffusers writes it (sharded or not, with or without its index).
-
-    Raises:
-        CheckpointError: a file is missing or unreadable, a tensor is twice there or missing from its shard, or the
-            tensors are named as LTX-Video's original release names them.
-    """
-    path = Path(path)
-    state: dict[str, Tensor] = {}
-    for file in weight_files(path):
-        try:
-            tensors = load_file(file)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: not readable as safetensors ({error}); fetch it again") from None
-        twice = sorted(set(tensors) & set(state))
-        if twice:
-            raise CheckpointError(f"{file}: {twice[0]} is in another shard too; fetch the folder again")
-        state.update(tensors)
-    index = _weight_index(path) if path.is_dir() else None
-    absent = sorted(set(index or ()) - set(state))
-    if index and absent:
-        raise CheckpointError(f"{path / index[absent[0]]}: lacks {absent[0]}, which the index promises; fetch it again")
-    if any(name.startswith(_ORIGINAL_LAYOUT) for name in state):
-        raise CheckpointError(
-            f"{path}: names its tensors as LTX-Video's original release does ({_ORIGINAL_LAYOUT}...); "
-            "give the diffusers folder (transformer/ of the hub id Lightricks/LTX-Video)"
-        )
-    return state
-
-
-def weights_digest(source: str | Path, field: str = FIELD) -> str:
-    """Digest of what :func:`locate` finds: the weights and their configuration.
-
-    Raises:
-        ServiceError, CheckpointError: as :func:`locate`.
-    """
-    path = locate(source, field)
-    folder = path if path.is_dir() else path.parent
-    config = folder / "config.json"
-    files: Iterable[Path] = [*weight_files(path), *([config] if config.is_file() else [])]
-    try:
-        return content_digest(files)
-    except WavError as error:
-        raise CheckpointError(f"{path}: not readable ({error}); fetch it again") from error

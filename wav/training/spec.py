@@ -142,7 +142,7 @@ def make_spec(
     spec = TrainSpec(stage, *common, store, endpoint, region, device, threads, {}, "", "")
     inputs, code = input_digests(paths), code_digest(stage)
     if stage == "pretrain_video" and spec.model.init_from:
-        from wav.model.loading import weights_digest  # slow import
+        from wav.model.weights import weights_digest  # slow import
 
         inputs["init_from"] = weights_digest(spec.model.init_from)
     parameters = {
