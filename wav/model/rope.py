@@ -66,4 +66,4 @@ def rotate(x: Tensor, table: Rope) -> Tensor:
     """Rotate neighbouring pairs of the last dimension of ``x`` (..., L, dim) by ``table``, in float32 or better."""
     cos, sin = table
     swapped: Tensor = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (x * cos + swapped * sin).to(x.dtype)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
