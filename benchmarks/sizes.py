@@ -56,17 +56,6 @@ class Planner:
 
 
 @dataclass(frozen=True)
-class Coupling:
-    """Section ``coupling``, as far as the losses read it: the paper's published form."""
-
-    future: bool = False
-    value: bool = False
-    future_levels: tuple[float, float] = (0.35, 0.65)
-    value_levels: tuple[float, float] = (0.02, 0.3)
-    pure_noise: float = 0.15
-
-
-@dataclass(frozen=True)
 class Train:
     """A training stage's section, as far as the losses read it."""
 

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from baseline.training import baseline, diffusers_operations
 from counting import Counted, machine, matrix_peak, write_result
-from sizes import SIZES, Coupling, Sizes, Train
+from sizes import SIZES, Sizes, Train
 from torch import Tensor
 from training_data import ENCODERS, Encoders, Pictures, make_encoders, windows
 
@@ -64,8 +64,7 @@ class Run:
             model.enable_gradient_checkpointing()
         self.model = model.train()
         settings: Any = train
-        coupling: Any = Coupling()
-        self.objective = build_objective(settings, model, sizes.memory, sizes.action_dim, coupling)
+        self.objective = build_objective(settings, model, sizes.memory, sizes.action_dim)
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trained,

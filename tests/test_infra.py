@@ -28,6 +28,7 @@ ACTIONS = {
     "list_multipart_uploads": {"s3:ListBucketMultipartUploads"},
     "head_object": {"s3:GetObject", "s3:GetObjectVersion"},
     "get_object": {"s3:GetObject", "s3:GetObjectVersion"},
+    "download_file": {"s3:GetObject", "s3:GetObjectVersion"},
     "put_object": {"s3:PutObject"},
     "upload_file": {"s3:PutObject", "s3:AbortMultipartUpload"},
     "abort_multipart_upload": {"s3:AbortMultipartUpload"},

@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from wav.config import CouplingSettings
 from wav.model import WAVTransformer
 from wav.model.build import build_from_settings
 from wav.model.video import JOINT_EVERY
@@ -149,7 +148,7 @@ def _step(sizes: Sizes, train: TrainSettings, checkpointing: bool) -> tuple[floa
             episode=empty(SAMPLES),
             step=empty(SAMPLES),
         )
-        objective = build_objective(train, model, sizes.memory, sizes.action_channels - 1, CouplingSettings())
+        objective = build_objective(train, model, sizes.memory, sizes.action_channels - 1)
         inputs = objective.draw(batch, None, _Shapes(), 0)
         losses: list[Tensor] = []
         forward = count(lambda: losses.append(objective(inputs)[0]))

@@ -96,7 +96,13 @@ def test_card_and_manifest_tell_the_results(exported, policy):
     manifest = verify_export(exported)
     assert manifest["checkpoint"]["digest"] == policy[1].digest
     assert {"README.md", "metrics.json", "settings.json", "statistics.json"} <= {f["path"] for f in manifest["files"]}
-    assert set(json.loads((exported / "settings.json").read_text())) == {"data", "model", "planner", "export"}
+    assert set(json.loads((exported / "settings.json").read_text())) == {
+        "data",
+        "model",
+        "planner",
+        "export",
+        "coupling",
+    }
 
 
 def test_an_unevaluated_export_says_so(policy, tmp_path):

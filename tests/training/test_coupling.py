@@ -16,13 +16,12 @@ BOTH = CouplingSettings(mode="both", future_levels=(0.4, 0.6), value_levels=(0.0
 
 
 def test_levels_lie_in_their_range_but_for_the_share_of_pure_noise() -> None:
-    levels = coupled_levels(4000, True, (0.35, 0.65), 0.15, SeededRandom(0, 0), "future_level")
+    levels = coupled_levels(4000, (0.35, 0.65), 0.15, SeededRandom(0, 0), "future_level")
     pure = levels == 1
     assert 0.12 < pure.float().mean() < 0.18
     assert levels[~pure].min() >= 0.35
     assert levels[~pure].max() <= 0.65
     assert levels[~pure].std() > 0.07
-    assert torch.equal(coupled_levels(5, False, (0.35, 0.65), 0.0, SeededRandom(0, 0), "x"), torch.ones(5))
 
 
 def test_none_draws_what_it_drew_before_there_was_coupling() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from tests.training.micro import CONFIG, small_model
-from wav.config import CouplingSettings
 from wav.data.windows import BatchSampler
 from wav.training.draws import StepInputs
 from wav.training.engine import World, plan_batch
@@ -38,7 +37,7 @@ def source(inputs: tuple[Inputs, Any], rank: int, ranks: int = RANKS, **changes:
 
 def around(settings: Any) -> Objective:
     sizes = (CONFIG.data.memory_frames, CONFIG.data.action_dim)
-    return build_objective(settings, small_model(), *sizes, CouplingSettings())
+    return build_objective(settings, small_model(), *sizes)
 
 
 def tensors(step: list[StepInputs]) -> list[torch.Tensor]:

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from tests.training.test_loop import finish
-from wav.config import CouplingSettings
 from wav.errors import StorageError, TrainingError
 from wav.io.storage.commit import commits
 from wav.training.activations import activation_bytes
@@ -53,7 +52,7 @@ def test_auto_recomputes_only_what_memory_asks_for(spec_of, monkeypatch: pytest.
     inputs = open_inputs(spec)
     model, world = initial_model(spec, inputs), World(0, 1, CPU)
     needed = activation_bytes(sizes_of(spec, inputs, model), spec.train, 4)
-    objective = build_objective(spec.train, model, spec.data.memory_frames, spec.data.action_dim, CouplingSettings())
+    objective = build_objective(spec.train, model, spec.data.memory_frames, spec.data.action_dim)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     state = state_bytes(sum(p.numel() for p in model.parameters()), trained, ONE)
     memory = namedtuple("memory", "available")

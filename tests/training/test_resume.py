@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from tests.training.test_loop import assert_equal, finish, wait_for, weights
-from wav.config import CouplingSettings
 from wav.io.storage.commit import verify
 from wav.training.spec import TrainSpec
 
@@ -196,7 +195,7 @@ def validation_loss(spec: TrainSpec) -> float:
 
     model = load_model(spec.paths.output / "model", torch.float32)
     sizes = (spec.data.memory_frames, spec.data.action_dim)
-    objective = build_objective(spec.train, model, *sizes, CouplingSettings()).eval()
+    objective = build_objective(spec.train, model, *sizes).eval()
     held_out = open_inputs(spec).validation
     assert held_out is not None
     plan = plan_batch(spec.train, spec.train.ranks)

@@ -136,21 +136,16 @@ def drop_captions(batch: WindowBatch, drop: Tensor, captions: Captions) -> Windo
     return replace(batch, text=text, text_mask=mask)
 
 
-def coupled_levels(
-    count: int, coupled: bool, levels: tuple[float, float], pure_noise: float, random: Random, purpose: str
-) -> Tensor:
+def coupled_levels(count: int, levels: tuple[float, float], pure_noise: float, random: Random, purpose: str) -> Tensor:
     """Levels (count,) of what samples are shown of the truth: uniform in ``levels``, or 1 (pure noise).
 
     Args:
         count: samples.
-        coupled: False gives 1 throughout, and draws nothing.
         levels: lowest and highest.
         pure_noise: share of samples that are shown pure noise all the same.
         random: where the numbers come from.
         purpose: name of the draws.
     """
-    if not coupled:
-        return torch.ones(count)
     low, high = levels
     level = low + (high - low) * random.uniform(purpose, (count,))
     return torch.where(random.uniform(purpose, (count,)) < pure_noise, 1.0, level)
@@ -160,7 +155,7 @@ def draw(
     batch: WindowBatch,
     roles: Roles,
     settings: TrainSettings,
-    coupling: CouplingSettings,
+    coupling: CouplingSettings | None,
     random: Random,
     *,
     has_value: bool,
@@ -171,16 +166,20 @@ def draw(
         batch: B windows.
         roles: of its samples.
         settings: the stage's section (``memory_noise`` and, where the stage has them, the draws per sample).
-        coupling: what value and action samples are shown of the future, and action samples of the values.
+        coupling: what value and action samples are shown of the future, and action samples of the values; None is
+            nothing.
         random: where the numbers come from.
         has_value: whether the model has a value expert, whose tokens action samples read.
     """
     size, (chunk, channels) = len(batch), batch.actions.shape[1:]
     value_channels = batch.values.shape[-1] if batch.values is not None else 0
     value_draws, action_draws = getattr(settings, "value_draws", 1), getattr(settings, "action_draws", 1)
-    condition, pure = roles.action if has_value else 0, coupling.pure_noise
-    seen = coupled_levels(size - roles.video, coupling.future, coupling.future_levels, pure, random, "future_level")
-    read = coupled_levels(condition, coupling.value, coupling.value_levels, pure, random, "condition_level")
+    condition = roles.action if has_value else 0
+    seen, read = torch.ones(size - roles.video), torch.ones(condition)
+    if coupling is not None and coupling.future:
+        seen = coupled_levels(len(seen), coupling.future_levels, coupling.pure_noise, random, "future_level")
+    if coupling is not None and coupling.value:
+        read = coupled_levels(len(read), coupling.value_levels, coupling.pure_noise, random, "condition_level")
     return Draws(
         memory_rate=random.uniform("memory_noise", (size,)) * settings.memory_noise,
         memory_noise=random.normal("memory_noise", batch.memory.shape),

@@ -23,7 +23,7 @@ def build_objective(
     model: WAVTransformer,
     memory_frames: int,
     action_dim: int,
-    coupling: CouplingSettings,
+    coupling: CouplingSettings | None = None,
 ) -> Objective:
     """The objective of the stage that ``settings`` are of, around ``model``.
 
@@ -32,7 +32,7 @@ def build_objective(
         model: in float32 or bfloat16; which of its parameters require a gradient is set here.
         memory_frames: frames of a window that lie before its future.
         action_dim: width of an action.
-        coupling: section ``coupling``; the video stage takes no notice.
+        coupling: section ``coupling``; the video stage takes no notice; None: pure noise alone.
 
     Raises:
         ConfigError: no such stage.

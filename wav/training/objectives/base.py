@@ -39,7 +39,7 @@ class Objective(nn.Module, ABC):
         settings: TrainSettings,
         memory_frames: int,
         action_dim: int,
-        coupling: CouplingSettings,
+        coupling: CouplingSettings | None = None,
     ) -> None:
         super().__init__()
         self.coupling = coupling
