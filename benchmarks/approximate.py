@@ -139,7 +139,7 @@ def planned(policy: Policy, option: Option, call: Call, warm: Plan | None) -> Pl
     noise = SeededNoise([RowKey(option.seed, call.row, call.call)])
     means = None if warm is None else warm.means
     context = policy.model.begin(*call.inputs)
-    return Planner(policy.model, option.settings, policy._returns).plan(context, noise, warm=means)
+    return Planner(policy.model, option.settings, policy.returns).plan(context, noise, warm=means)
 
 
 def overlap(one: Plan, two: Plan) -> float:

@@ -6,17 +6,19 @@ from typing import Any
 
 from prefect import flow
 
-from flows.artifacts import Progress, publish_images, publish_markdown, publish_values
+from flows.artifacts import Progress, publish_images, publish_markdown, publish_numbers, publish_values
 from flows.common import StageRun, finish, main, start, step
 from flows.policy import assemble
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
 from wav.evaluation.evaluate import evaluate
 from wav.evaluation.held_out import held_out_values
+from wav.evaluation.instruments import held_out_histories, noise_use
 from wav.evaluation.records import metrics_table
 from wav.evaluation.report import build_report
 from wav.evaluation.start import check_all
 from wav.evaluation.unsimulated import without_simulator
+from wav.io.files import write_json
 from wav.policy.export import Checkpoint
 from wav.policy.policy import Policy
 from wav.sim.registry import has_simulator
@@ -63,8 +65,14 @@ def closed_loop(run: StageRun, policy: Policy, digest: str, store: EpisodeStore 
 
 @step("roll out")
 def roll_out(run: StageRun, policy: Policy, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The joint model in closed loop."""
-    return closed_loop(run, policy, checkpoint.digest, EpisodeStore.open(run.path("data/episodes")))
+    """The joint model in closed loop, and what its noises decide."""
+    store = EpisodeStore.open(run.path("data/episodes"))
+    metrics = closed_loop(run, policy, checkpoint.digest, store)
+    every = run.settings.eval_libero.execute_steps
+    metrics["use"] = noise_use(policy, held_out_histories(store, policy.data.views, every))
+    write_json(run.path("reports/eval/metrics.json"), metrics)
+    publish_numbers("use", metrics["use"], "share of the variance that each noise alone explains")
+    return metrics
 
 
 @step("picture predictions")

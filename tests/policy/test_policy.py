@@ -227,7 +227,7 @@ def test_scores_are_denormalised_returns(make_policy: Any, statistics: Statistic
     policy = make_policy()
     values = torch.randn(3, 6, 10)
     wanted = statistics.denormalize_values(values.numpy())[..., -1]
-    np.testing.assert_allclose(policy._returns(values).numpy(), wanted, rtol=1e-5)
+    np.testing.assert_allclose(policy.returns(values).numpy(), wanted, rtol=1e-5)
 
 
 def test_generate_video_continues_from_its_own_frames(make_policy: Any) -> None:

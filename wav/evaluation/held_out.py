@@ -75,7 +75,7 @@ def held_out_values(
     frames: list[dict[str, float]] = []
     for call, step in enumerate(steps):
         output = policy.act(
-            [_observation(episode, step, data.views)],
+            [observed(episode, step, data.views)],
             [_ROW],
             variant="unplanned",
             with_value=rewards is not None,
@@ -110,7 +110,7 @@ def held_out_values(
 def _imagine(policy: Policy, settings: EvaluationSettings, episode: Episode, out: Path) -> None:
     """Picture ``eval_libero.video_chunks`` chunks rolled out from the episode's first frame, each from the last."""
     data, chunks = settings.data, settings.eval_libero.video_chunks
-    first = _observation(episode, 0, data.views)
+    first = observed(episode, 0, data.views)
     imagined = policy.generate_video(first, chunks, seed=settings.eval_libero.seed, episode=_ROW)[:, 1:]
     real = _future(episode, 0, data.views, data.frame_stride, imagined.shape[1])
     path = out / "predictions" / f"{data.suite}-{_ROW}-{episode.task}-imagined.png"
@@ -123,7 +123,7 @@ def held_out_index(store: EpisodeStore) -> int:
     return next((i for i in held if store.episodes[i].success), held[0])
 
 
-def _observation(episode: Episode, step: int, views: tuple[str, ...]) -> Observation:
+def observed(episode: Episode, step: int, views: tuple[str, ...]) -> Observation:
     """What the policy would have seen at ``step``."""
     images = {view: np.asarray(episode.images[view][step]) for view in views}
     return Observation(images, np.asarray(episode.state[step]), episode.instruction)

@@ -218,6 +218,9 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     lines.append("| " + " | ".join(["**all**", *(f"**{cell(rates)}**" for _, rates in shown)]) + " |")
     for variant, reason in metrics.get("not_applicable", {}).items():
         lines.append(f"\n{variant}: {reason}.")
+    for what, shares in metrics.get("use", {}).items():
+        parts = ", ".join(f"{100 * share:.0f}% by the {noise} noise" for noise, share in shares.items())
+        lines.append(f"\nVariance of the {what} when one noise alone is drawn again: {parts}.")
     for variant, probe in metrics.get("swapped", {}).items():
         lines.append(
             f"\nInstruction swapped ({variant}): went for the instructed object in {probe['instructed']} of "

@@ -240,6 +240,24 @@ class Policy:
             parts = [self._act(model, observations[g], states[g], prompts[g], *options) for g in groups]
         return _concatenate(parts)
 
+    def context(self, histories: Sequence[Sequence[Observation]]) -> Any:
+        """The model's handle of rows that have seen these observations at their policy calls, the newest last.
+
+        For instruments that call the planner themselves; no row's state changes.
+
+        Raises:
+            DataError: an observation does not fit.
+        """
+        states = []
+        for seen in histories:
+            state = _Row("", 0, deque(maxlen=self.data.memory_frames))
+            for observation in seen[-self.data.memory_frames :]:
+                check_observation(observation, self.data, self.conventions)
+                self._remember(state, np.stack([observation.images[view] for view in self.data.views]))
+            states.append(state)
+        now = [seen[-1] for seen in histories]
+        return self._context(now, states, [self._prompt(observation.instruction) for observation in now])
+
     def decode_future(self, future: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Frames (V, F_raw, H, W, 3) of one row's predicted future latents (V, C, Ff, h, w)."""
         return self.codec.decode_clips(np.ascontiguousarray(future))
@@ -291,7 +309,7 @@ class Policy:
         keys = [RowKey(s.seed, s.episode, s.call) for s in padded]
         warm = self._warm(padded) if settings.warm_start else None
         noise = SeededNoise(keys, self.model.device)
-        planner = Planner(model, settings, self._returns, self.levels)
+        planner = Planner(model, settings, self.returns, self.levels)
         result = planner.plan(context, noise, variant=variant, warm=warm, with_value=with_value)
         future = None
         if with_future:
@@ -299,14 +317,14 @@ class Policy:
         for i, state in enumerate(states):
             state.call += 1
             state.means = None if result.means is None else (result.means[0][i].clone(), result.means[1][i].clone())
-        returns = None if result.values is None else _numpy(self._returns(result.values), n)
-        return PolicyOutput(self._actions(_numpy(result.actions, n)), returns, future, _summary(result, n))
+        returns = None if result.values is None else _numpy(self.returns(result.values), n)
+        return PolicyOutput(self.actions(_numpy(result.actions, n)), returns, future, _summary(result, n))
 
-    def _returns(self, values: Tensor) -> Tensor:
+    def returns(self, values: Tensor) -> Tensor:
         """Returns (..., A) in reward units of normalised values (..., A, Cv)."""
         return self.statistics.denormalize_values(values)[..., -1]
 
-    def _actions(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
+    def actions(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
         """Actions in the environment's units of decoded tokens [actions | states]; deltas are clipped to [-1, 1]."""
         actions = self.statistics.denormalize_actions(tokens[..., : self.data.action_dim])
         return np.clip(actions, -1, 1) if self.conventions.action == DELTA_ACTIONS else actions
