@@ -13,7 +13,7 @@ from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
 from wav.evaluation.evaluate import evaluate
 from wav.evaluation.held_out import held_out_values
-from wav.evaluation.instruments import held_out_histories, noise_use
+from wav.evaluation.instruments import held_out_histories, noise_use, ranking
 from wav.evaluation.records import metrics_table
 from wav.evaluation.report import build_report
 from wav.evaluation.start import check_all
@@ -21,8 +21,11 @@ from wav.evaluation.unsimulated import without_simulator
 from wav.io.files import write_json
 from wav.policy.export import Checkpoint
 from wav.policy.policy import Policy
-from wav.sim.registry import has_simulator
-from wav.sim.workers import SimPool
+from wav.sim.futures import branch_points, execute
+from wav.sim.registry import has_simulator, select_tasks
+from wav.sim.workers import SimPool, map_in_processes
+
+POINTS = 2  #: states of an expert's episode whose candidates are ranked
 
 
 @step("load policy")
@@ -63,12 +66,39 @@ def closed_loop(run: StageRun, policy: Policy, digest: str, store: EpisodeStore 
         )
 
 
+def rank(run: StageRun, policy: Policy, states: int) -> dict[str, Any]:
+    """Scores beside realised returns, from points of the expert's episodes of evaluation's initial states."""
+    data, every, workers = run.settings.data, run.settings.eval_libero.execute_steps, run.runtime.workers
+
+    def called(function: Any, jobs: list[tuple[Any, ...]]) -> list[Any]:
+        results = dict(map_in_processes(function, jobs, workers))
+        for result in results.values():
+            if isinstance(result, Exception):
+                raise result
+        return [results[number] for number in range(len(jobs))]
+
+    tasks = [task.name for task in select_tasks(data.suite, tuple(data.tasks))]
+    jobs = [(data.suite, data, task, index, POINTS, every) for task in tasks for index in range(states)]
+    found = called(branch_points, jobs)
+    branches = [branch for several in found for branch in several]
+    return ranking(
+        policy,
+        branches,
+        lambda jobs: called(execute, [(data.suite, data, *job) for job in jobs]),
+        run.settings.label_rewards,
+    )
+
+
 @step("roll out")
 def roll_out(run: StageRun, policy: Policy, checkpoint: Checkpoint) -> dict[str, Any]:
     """The joint model in closed loop, and what its noises decide."""
     store = EpisodeStore.open(run.path("data/episodes"))
     metrics = closed_loop(run, policy, checkpoint.digest, store)
     every = run.settings.eval_libero.execute_steps
+    states = run.settings.eval_libero.ranked_states
+    if states and has_simulator(run.settings.data.suite) and policy.model.shapes.value is not None:
+        metrics["ranking"] = rank(run, policy, states)
+        publish_numbers("ranking", metrics["ranking"], "scores of candidates beside what executing them returned")
     metrics["use"] = noise_use(policy, held_out_histories(store, policy.data.views, every))
     write_json(run.path("reports/eval/metrics.json"), metrics)
     publish_numbers("use", metrics["use"], "share of the variance that each noise alone explains")

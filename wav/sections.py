@@ -335,6 +335,9 @@ class EvalLiberoSettings(Section):
     swapped_episodes: int = Field(
         10, ge=0, le=50, description="episodes per task with another task's instruction (0: none)"
     )
+    ranked_states: int = Field(
+        2, ge=0, le=50, description="initial states per task from which candidates are executed to rank scores; 0: none"
+    )
     videos: int = Field(4, ge=0, description="episodes per variant written as mp4")
     video_chunks: int = Field(2, ge=1, description="chunks rolled out by generate_video for the pictures")
     seed: int = 7

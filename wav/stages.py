@@ -157,7 +157,7 @@ _TABLE = (
     Stage(
         "eval_libero",
         "closed-loop success with intervals, planned and unplanned, on the suite of data.suite",
-        sections=("data", "model", "planner", "eval_libero"),
+        sections=("data", "model", "label_rewards", "planner", "eval_libero"),
         inputs=("data/episodes", "data/latents", "data/rewards", *_JOINT),
         outputs=("reports/index.html",),
         kept=tuple(f"reports/eval/{name}" for name in ("episodes", "videos", "strips", "predictions", "values.json")),

@@ -1,35 +1,50 @@
-"""What the noises decide: an instrument beside success rates, part of every evaluation's metrics.json.
+"""What the noises decide and whether scores rank futures as reality does: instruments beside success rates.
 
-Success alone cannot tell a planner that chooses from one that merely lowers the temperature, and a planner that
-searches over a noise which explains nothing cannot choose anything. :func:`noise_use` says how much of the decoded
-action's and of the predicted return's variance each noise explains when it alone is drawn again. Shapes as in
-:mod:`wav.planning.types`.
+Success alone cannot tell a planner that chooses from one that merely lowers the temperature. Both instruments are part
+of every evaluation's metrics.json.
+
+*Use* (:func:`noise_use`): how much of the decoded action's and of the predicted return's variance each noise explains
+when it alone is drawn again. A planner that searches over a noise which explains nothing cannot choose anything.
+
+*Ranking* (:func:`ranking`): from states along the scripted expert's episodes, every candidate's actions are executed
+for real, and the return of Table 2 that they reach is compared with the score that the planner gave. The same
+executions tell whether searching harder pays: the chosen candidate's gain over the mean one, against M and N.
+
+Shapes as in :mod:`wav.planning.types`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
+from wav.data.episode import Episode
 from wav.data.windows import split_episodes
 from wav.evaluation.held_out import observed
 from wav.planning.planner import Planner
-from wav.planning.types import RowKey, SeededNoise
+from wav.planning.types import Gaussian, RowKey, SeededNoise
+from wav.rewards.terms import episode_rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from wav.config import LabelRewardsSettings
     from wav.data.store import EpisodeStore
     from wav.policy.policy import Policy
     from wav.sim.env import Observation
+    from wav.sim.futures import Branch, Segment
 
 #: What a plan draws once for the noises that are acted on.
 NOISES = {"video": "act.video", "value": "act.value", "action": "act.action"}
 STATES, DRAWS = 16, 6
+#: Searches (M, N) whose choice is compared with the mean candidate, where so many were drawn.
+SEARCHES = ((2, 1), (4, 1), (8, 1), (8, 2), (8, 4), (16, 4), (32, 4))
 
 
 @dataclass(frozen=True)
@@ -106,3 +121,113 @@ def held_out_histories(
         histories += [seen[: call + 1] for call in range(len(seen))]
     chosen = np.unique(np.linspace(0, len(histories) - 1, states).round().astype(int))
     return [histories[i] for i in chosen]
+
+
+def realised_return(
+    branch: Branch, segment: Segment, actions: NDArray[np.float32], settings: LabelRewardsSettings, views: Sequence[str]
+) -> float:
+    """Return v_t of Table 2 that a chunk really reached, with the expert's final frame as the reference.
+
+    Args:
+        branch: where it began.
+        segment: what was seen, A + 1 observations.
+        actions: (A, 7) as executed.
+        settings: section ``label_rewards``; the sum runs over the chunk.
+        views: cameras of the reward.
+    """
+    seen = [*segment.seen, branch.final]
+    joints = [observation.joints for observation in seen if observation.joints is not None]
+    episode = Episode(
+        episode_id=f"{branch.task}/{branch.index}/{branch.step}",
+        task=branch.task,
+        instruction=branch.seen[-1].instruction,
+        images={view: np.stack([observation.images[view] for observation in seen]) for view in views},
+        state=np.stack([observation.state for observation in seen]),
+        joints=np.stack(joints) if len(joints) == len(seen) else None,
+        actions=np.concatenate([actions, actions[-1:], actions[-1:]]),
+        expert_actions=None,
+        success=segment.solved,
+        init_index=branch.index,
+        seed=0,
+        source="executed candidate",
+    )
+    reward = episode_rewards(episode, settings, tuple(views)).reward[: len(actions)]
+    return float((reward * settings.gamma ** np.arange(len(actions))).sum())
+
+
+def candidates(
+    policy: Policy, branch: Branch, count: int, seed: int = 0
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Actions (M, A, 7) of candidates drawn from N(0, I), each on its best value sample, and their scores (M, N)."""
+    settings = policy.planner.model_copy(update={"iterations": 1, "video_samples": count, "video_elites": 1})
+    planner = Planner(policy.model, settings, policy.returns, policy.levels)
+    noise = SeededNoise([RowKey(seed, f"ranking/{branch.task}/{branch.index}/{branch.step}", 0)], policy.model.device)
+    shapes = policy.model.shapes
+    with torch.inference_mode():
+        context = policy.context([branch.seen])
+        draws = noise("act.video", shapes.video), noise("act.value", shapes.value or ())
+        (search,) = planner.search(context, noise, *(Gaussian.standard(z) for z in draws))
+        best = search.scores.argmax(2)
+        z_action, actions = noise("act.action", shapes.action), []
+        for m in range(count):
+            z_value = search.z_value[:, m, int(best[0, m])]
+            actions.append(planner.decode(context, search.z_video[:, m], z_value, z_action)[0])
+    tokens = torch.cat(actions).float().cpu().numpy()
+    return policy.actions(tokens), search.scores[0].double().cpu().numpy()
+
+
+Execute = Callable[[Sequence[tuple["Branch", NDArray[np.float32]]]], Sequence[Sequence["Segment"]]]
+
+
+def ranking(
+    policy: Policy, branches: Sequence[Branch], execute: Execute, settings: LabelRewardsSettings, count: int = 8
+) -> dict[str, Any]:
+    """Whether the planner's scores rank candidates as reality does.
+
+    Args:
+        policy: with a value expert.
+        branches: states to plan from.
+        execute: runs chunks (M, A, 7) from their branches in simulators (:func:`wav.sim.futures.execute`).
+        settings: section ``label_rewards``.
+        count: M of the search, all of whose candidates are executed.
+
+    Returns:
+        ``spearman``: rank correlation within a state between score and realised return, averaged over states;
+        ``deviation``: standard deviation of the realised returns within a state; ``regret``: best realised return less
+        the chosen candidate's; ``beats_median``: how often the chosen one is above its state's median; ``searches``:
+        per M and N, the chosen one's realised return less the mean one's (``gain``) and how often that is negative
+        (``false_choices``), by the first M candidates and N value samples of the same draw.
+    """
+    plans = [candidates(policy, branch, count) for branch in branches]
+    outcomes = execute([(branch, actions) for branch, (actions, _) in zip(branches, plans, strict=True)])
+    realised = np.array(
+        [
+            [
+                realised_return(branch, segment, chunk, settings, policy.data.views)
+                for segment, chunk in zip(segments, actions, strict=True)
+            ]
+            for branch, segments, (actions, _) in zip(branches, outcomes, plans, strict=True)
+        ]
+    )  # (states, M)
+    scores = np.stack([found for _, found in plans])  # (states, M, N)
+    chosen = _chosen(realised, scores)
+    found = [spearmanr(one, two).statistic for one, two in zip(scores.max(2), realised, strict=True)]
+    searches = []
+    for M, N in SEARCHES:
+        if scores.shape[1] >= M and scores.shape[2] >= N:
+            gain = _chosen(realised, scores[:, :M, :N]) - realised[:, :M].mean(1)
+            searches.append({"M": M, "N": N, "gain": float(gain.mean()), "false_choices": float((gain < 0).mean())})
+    return {
+        "states": len(branches),
+        "candidates": count,
+        "spearman": float(np.nan_to_num(found).mean()),
+        "deviation": float(realised.std(1).mean()),
+        "regret": float((realised.max(1) - chosen).mean()),
+        "beats_median": float((chosen > np.median(realised, 1)).mean()),
+        "searches": searches,
+    }
+
+
+def _chosen(realised: NDArray[np.float64], scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Realised return (states,) of the candidate with the best score, of scores (states, m, n)."""
+    return np.take_along_axis(realised, scores.max(2).argmax(1)[:, None], 1)[:, 0]

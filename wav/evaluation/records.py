@@ -218,6 +218,13 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     lines.append("| " + " | ".join(["**all**", *(f"**{cell(rates)}**" for _, rates in shown)]) + " |")
     for variant, reason in metrics.get("not_applicable", {}).items():
         lines.append(f"\n{variant}: {reason}.")
+    if ranked := metrics.get("ranking"):
+        lines.append(
+            f"\nScores beside realised returns, {ranked['candidates']} candidates of {ranked['states']} states: "
+            f"Spearman {ranked['spearman']:.2f} within a state, the chosen one above the median in "
+            f"{100 * ranked['beats_median']:.0f}%, regret {ranked['regret']:.3f} of a deviation of "
+            f"{ranked['deviation']:.3f}."
+        )
     for what, shares in metrics.get("use", {}).items():
         parts = ", ".join(f"{100 * share:.0f}% by the {noise} noise" for noise, share in shares.items())
         lines.append(f"\nVariance of the {what} when one noise alone is drawn again: {parts}.")
