@@ -131,7 +131,7 @@ def stale(workspace: Path) -> set[str]:
 DECIDES = {
     "wav/inference/torch.py": {"eval_libero", "export"},
     "wav/data/sources/libero_hdf5.py": {"ingest"},
-    "wav/rewards/terms.py": {"label_rewards"},
+    "wav/rewards/terms.py": {"label_rewards", "eval_libero"},
     "wav/codec/pca.py": {"encode", "eval_libero", "export"},
     "wav/training/objectives/video.py": {"pretrain_video"},
     "wav/training/loop.py": {"pretrain_video", "train_value", "train_joint"},
