@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from prefect import flow
 
 from flows.artifacts import Progress, publish_images, publish_markdown, publish_numbers, publish_values
@@ -21,7 +24,7 @@ from wav.evaluation.unsimulated import without_simulator
 from wav.io.files import write_json
 from wav.policy.export import Checkpoint
 from wav.policy.policy import Policy
-from wav.sim.futures import branch_points, execute
+from wav.sim.futures import Branch, branch_points, execute
 from wav.sim.registry import has_simulator, select_tasks
 from wav.sim.workers import SimPool, map_in_processes
 
@@ -67,26 +70,31 @@ def closed_loop(run: StageRun, policy: Policy, digest: str, store: EpisodeStore 
 
 
 def rank(run: StageRun, policy: Policy, states: int) -> dict[str, Any]:
-    """Scores beside realised returns, from points of the expert's episodes of evaluation's initial states."""
+    """Scores beside realised returns, from points of the expert's episodes of evaluation's initial states.
+
+    Empty, and the log says why, where the scripted expert solves no episode of the suite's tasks.
+    """
     data, every, workers = run.settings.data, run.settings.eval_libero.execute_steps, run.runtime.workers
-
-    def called(function: Any, jobs: list[tuple[Any, ...]]) -> list[Any]:
-        results = dict(map_in_processes(function, jobs, workers))
-        for result in results.values():
-            if isinstance(result, Exception):
-                raise result
-        return [results[number] for number in range(len(jobs))]
-
     tasks = [task.name for task in select_tasks(data.suite, tuple(data.tasks))]
     jobs = [(data.suite, data, task, index, POINTS, every) for task in tasks for index in range(states)]
-    found = called(branch_points, jobs)
-    branches = [branch for several in found for branch in several]
-    return ranking(
-        policy,
-        branches,
-        lambda jobs: called(execute, [(data.suite, data, *job) for job in jobs]),
-        run.settings.label_rewards,
-    )
+    branches: list[Branch] = []
+    for number, found in sorted(map_in_processes(branch_points, jobs, workers), key=lambda result: result[0]):
+        if isinstance(found, Exception):  # a goal that the expert does not know
+            run.logger.warning("ranking: %s, initial state %d: left out: %s", *jobs[number][2:4], found)
+        else:
+            branches += found
+    if not branches:
+        run.logger.warning("ranking: the scripted expert solved no episode of %s; nothing is ranked", ", ".join(tasks))
+        return {}
+
+    def executed(chunks: Sequence[tuple[Branch, NDArray[np.float32]]]) -> list[Any]:
+        found = dict(map_in_processes(execute, [(data.suite, data, *chunk) for chunk in chunks], workers))
+        for result in found.values():
+            if isinstance(result, Exception):
+                raise result
+        return [found[number] for number in range(len(chunks))]
+
+    return ranking(policy, branches, executed, run.settings.label_rewards)
 
 
 @step("roll out")
@@ -96,9 +104,10 @@ def roll_out(run: StageRun, policy: Policy, checkpoint: Checkpoint) -> dict[str,
     metrics = closed_loop(run, policy, checkpoint.digest, store)
     every = run.settings.eval_libero.execute_steps
     states = run.settings.eval_libero.ranked_states
-    if states and has_simulator(run.settings.data.suite) and policy.model.shapes.value is not None:
-        metrics["ranking"] = rank(run, policy, states)
-        publish_numbers("ranking", metrics["ranking"], "scores of candidates beside what executing them returned")
+    plans = has_simulator(run.settings.data.suite) and policy.model.shapes.value is not None
+    if states and plans and (ranked := rank(run, policy, states)):
+        metrics["ranking"] = ranked
+        publish_numbers("ranking", ranked, "scores of candidates beside what executing them returned")
     metrics["use"] = noise_use(policy, held_out_histories(store, policy.data.views, every))
     write_json(run.path("reports/eval/metrics.json"), metrics)
     publish_numbers("use", metrics["use"], "share of the variance that each noise alone explains")
