@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from wav.data.episode import Episode
-from wav.data.windows import split_episodes
-from wav.evaluation.held_out import observed
+from wav.evaluation.held_out import held_out_episodes, observed
+from wav.evaluation.pictures import evenly
 from wav.planning.planner import Planner
 from wav.planning.types import Gaussian, RowKey, SeededNoise
 from wav.rewards.terms import episode_rewards
@@ -113,14 +113,12 @@ def held_out_histories(
         every: steps between two calls.
         states: wanted at most.
     """
-    held = [int(index) for index in split_episodes(store, "validation", 1e-9)]
     histories = []
-    for index in held:
+    for index in held_out_episodes(store):
         episode = store[index]
         seen = [observed(episode, step, views) for step in range(0, episode.length, every)]
         histories += [seen[: call + 1] for call in range(len(seen))]
-    chosen = np.unique(np.linspace(0, len(histories) - 1, states).round().astype(int))
-    return [histories[i] for i in chosen]
+    return [histories[i] for i in evenly(len(histories), states)]
 
 
 def realised_return(
