@@ -14,6 +14,7 @@ from wav.evaluation.evaluate import check_start, evaluate
 from wav.evaluation.intervals import wilson
 from wav.evaluation.protocol import build_episodes, versions
 from wav.evaluation.records import metrics_table, read_record
+from wav.planning.types import Levels
 from wav.sim.registry import select_tasks, task_specs
 
 
@@ -113,6 +114,19 @@ def test_only_a_changed_key_repeats_episodes(tmp_path):
     assert len(run(tmp_path, videos=0, episodes_per_task=3)[1].resets) == 6
     assert len(run(tmp_path, videos=0, checkpoint="other")[1].resets) == 26
     assert len(run(tmp_path, videos=0, seed=8)[1].resets) == 26
+
+
+def test_other_noise_levels_repeat_episodes(tmp_path, monkeypatch):
+    """The schedule of planning is no part of the weights, so their digest alone would keep stale records."""
+    run(tmp_path)
+    made = FakePolicy.__init__
+
+    def other(self, conventions=None):
+        made(self, conventions)
+        self.levels = Levels((1.0, 0.5))
+
+    monkeypatch.setattr(FakePolicy, "__init__", other)
+    assert len(run(tmp_path)[1].resets) == 26
 
 
 def test_changed_code_repeats_episodes(tmp_path, monkeypatch):

@@ -224,6 +224,7 @@ class _Session:
             conventions=self.conventions,
             planner=self.settings.planner,
             settings=self.settings.eval_libero,
+            levels=self.policy.levels,
             compiled=self.policy.compiled,
         )
 

@@ -12,8 +12,8 @@ import functools
 import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import wav
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
@@ -25,6 +25,9 @@ from wav.planning import Variant
 from wav.sim.env import TaskSpec
 from wav.sim.registry import select_tasks
 from wav.source_code import module_digests
+
+if TYPE_CHECKING:
+    from wav.planning.types import Levels
 
 #: Environment steps of every suite under ``budget: reference`` (its loop counts policy calls; spec section 7.9).
 REFERENCE_BUDGET = 1000
@@ -138,6 +141,7 @@ def episode_key(
     conventions: Mapping[str, Any],
     planner: PlannerSettings,
     settings: EvalLiberoSettings,
+    levels: Levels,
     compiled: bool = False,
 ) -> str:
     """Digest of everything that determines the episode's result; a finished record with this key is not repeated.
@@ -153,6 +157,7 @@ def episode_key(
             "batch": [settings.batch_size, spec.row % settings.batch_size],
             "planner": planner.model_dump(mode="json") if spec.variant != "unplanned" else planner.denoise_steps,
             "checkpoint": checkpoint,
+            "levels": asdict(levels),  # no part of the weights: the same training may be planned with others
             "statistics": statistics,
             "conventions": dict(conventions),
             "versions": versions(compiled),
