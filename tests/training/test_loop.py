@@ -160,8 +160,9 @@ def test_damaged_checkpoint_is_passed_over(spec_of, start) -> None:
     newest = spec.work / "checkpoints" / "step-00000006"
     (newest / "rank-00000.pt").write_bytes(b"damaged")
     shutil.rmtree(spec.paths.output)
+    open_store(spec.store).put_bytes(f"{spec.prefix}/checkpoints/{newest.name}/rank-00000.pt", b"damaged too")
     log = finish(start(spec))
-    assert "checkpoint ignored" in log
+    assert log.count("checkpoint ignored") == 2
     assert "resumed from the checkpoint of step 3" in log
     assert spec.paths.output.is_dir()
 

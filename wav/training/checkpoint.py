@@ -21,11 +21,12 @@ import torch.distributed as dist
 
 from wav.errors import CheckpointError, StorageError
 from wav.io.files import MANIFEST, require_free_space
-from wav.io.storage.base import ObjectStore, disk_errors
-from wav.io.storage.commit import Retention, commits, fetch, publish, read_manifest, retain, seal, verify
+from wav.io.storage.base import ObjectStore, disk_errors, patiently
+from wav.io.storage.commit import Retention, publish, read_manifest, retain, seal
 from wav.seeding import derive_seed
 from wav.training.ema import Ema
 from wav.training.engine import World
+from wav.training.resume import announce, local_checkpoints, newest_checkpoint, remove
 from wav.training.step import mean_row
 from wav.training.universal import Layout, convert, needs_conversion
 
@@ -93,10 +94,16 @@ class Uploader:
 
     def wait(self) -> None:
         """Wait until everything queued is up; raises the StorageError of the newest checkpoint's upload."""
-        while (thread := self._thread) is not None:
-            thread.join()
-        if self.error is not None:
-            raise self.error
+
+        def finish() -> None:
+            if self.error is not None and self._newest is not None:
+                self.submit(self._newest)
+            while (thread := self._thread) is not None:
+                thread.join()
+            if self.error is not None:
+                raise self.error
+
+        patiently(finish, LOG.warning)
 
     def holds(self, folder: Path) -> bool:
         """Whether ``folder`` is being uploaded or is next."""
@@ -117,6 +124,8 @@ class Uploader:
             error: StorageError | None = None
             try:
                 publish(self.store, folder, f"{self.prefix}/{folder.name}")
+                if folder == self._newest:
+                    announce(self.store, self.prefix, folder.name)
                 retain(self.store, self.prefix, self.keep)
             except StorageError as refused:  # training goes on; the next checkpoint tries again, the last one counts
                 error = refused
@@ -201,15 +210,16 @@ class Checkpoints:
             raise NotSavedError(problem)
 
     def find(self) -> Found | None:
-        """The newest complete checkpoint, local ones first, then the store's; None when there is none.
+        """The newest complete checkpoint, of this machine or the store (:mod:`.resume`); None when there is none.
 
         A collective. Where it was written by another layout, its universal form is made beside it.
 
         Raises:
             CheckpointError: it can neither be loaded nor converted.
+            StorageError: store or disk could not be read.
         """
         found = None
-        if self.world.is_main and (folder := self._find()) is not None:
+        if self.world.is_main and (folder := newest_checkpoint(self.folder, self.store, self.prefix)) is not None:
             saved, universal = Layout.of(read_manifest(folder).meta), None
             if needs_conversion(saved, self.layout, folder):
                 universal = self.folder / f".{folder.name}.universal"
@@ -243,37 +253,15 @@ class Checkpoints:
 
     def newest(self, step: int | None = None) -> Path | None:
         """The newest complete local checkpoint (of ``step`` or before), by name."""
-        complete = [p for p in self._local() if step is None or p.name <= f"step-{step:08d}"]
+        names = local_checkpoints(self.folder)
+        complete = [p for p in names if step is None or p.name <= f"step-{step:08d}"]
         return complete[-1] if complete else None
 
-    def _local(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("step-*") if (p / MANIFEST).is_file())
-
-    def _find(self) -> Path | None:
-        """Newest local checkpoint that verifies, else the newest of the store (downloaded)."""
-        for folder in reversed(self._local()):
-            try:
-                verify(folder)
-                return folder
-            except StorageError as error:
-                LOG.warning("checkpoint ignored: %s", error)
-                shutil.rmtree(folder)
-        for prefix in reversed(commits(self.store, self.prefix)):
-            folder = self.folder / prefix.rpartition("/")[2]
-            LOG.info("downloading checkpoint %s", self.store.uri(prefix))
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                fetch(self.store, prefix, folder)
-                return folder
-            except StorageError as error:
-                LOG.warning("checkpoint ignored: %s", error)
-        return None
-
     def _prune(self) -> None:
-        facts = {folder.name: read_manifest(folder).meta for folder in self._local()}
+        facts = {folder.name: read_manifest(folder).meta for folder in local_checkpoints(self.folder)}
         for name in self.keep.old(facts):
             if not self.uploader.holds(self.folder / name):
-                shutil.rmtree(self.folder / name)
+                remove(self.folder / name)
 
     def _barrier(self) -> None:
         if self.world.ranks > 1:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from wav.errors import StorageError
 from wav.io.files import disk_errors as full_disk_named
 
+T = TypeVar("T")
+PATIENCE_S = 600.0  #: how long :func:`patiently` asks again; a store that is restarted or overloaded is back by then
+
 
 class TransferError(StorageError):
-    """The network broke off: not the object's fault, so the same call may succeed later."""
+    """The network broke off or the server is in trouble: not the object's fault, the same call may succeed later."""
+
+
+class DamagedError(StorageError):
+    """The object itself is wrong or not there: asking again will not help, another one may."""
 
 
 @dataclass(frozen=True)
@@ -108,10 +116,30 @@ def check_roundtrip(store: ObjectStore) -> None:
     store.purge(key)
 
 
+def patiently(action: Callable[[], T], say: Callable[[str], None], seconds: float | None = None) -> T:
+    """What ``action`` gives, which is tried again, ever less often, while the network or the server is in trouble.
+
+    Args:
+        action: what to do; it may be done more than once.
+        say: gets a line before each wait.
+        seconds: the trouble is raised after this long; by default :data:`PATIENCE_S`.
+    """
+    end, pause = time.monotonic() + (PATIENCE_S if seconds is None else seconds), 1.0
+    while True:
+        try:
+            return action()
+        except TransferError as error:
+            if time.monotonic() + pause > end:
+                raise
+            say(f"{error}; trying again in {pause:.0f} s")
+        time.sleep(pause)
+        pause = min(2 * pause, 60.0)
+
+
 def verify_digest(where: str, found: str, expected: str) -> None:
-    """Raise StorageError unless two SHA-256 digests agree."""
+    """Raise DamagedError unless two SHA-256 digests agree."""
     if expected and found != expected:
-        raise StorageError(
+        raise DamagedError(
             f"{where}: content has SHA-256 {found[:12]}…, expected {expected[:12]}…; it is damaged, "
             "fetch it again or restore an older version"
         )

@@ -27,7 +27,7 @@ from wav.io.files import (
     manifest_data,
     manifest_files,
 )
-from wav.io.storage.base import ObjectStore, TransferError, disk_errors
+from wav.io.storage.base import DamagedError, ObjectStore, TransferError, disk_errors
 
 FORMAT, VERSION = "wav-commit", 2
 DOWNLOADS = 8  # files of a commit fetched side by side
@@ -54,12 +54,12 @@ class Manifest:
 
     @staticmethod
     def from_json(text: str, where: str) -> Manifest:
-        """Parse a manifest; StorageError when it is damaged or of another format."""
+        """Parse a manifest; DamagedError when it is damaged or of another format."""
         try:
-            raw = check_format(json.loads(text), FORMAT, VERSION, where, "use a commit of this version", StorageError)
+            raw = check_format(json.loads(text), FORMAT, VERSION, where, "use a commit of this version", DamagedError)
             return Manifest(manifest_files(raw), raw["meta"])
         except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(
+            raise DamagedError(
                 f"{where}: damaged manifest ({error}); delete this commit and use an older one"
             ) from None
 
@@ -79,14 +79,15 @@ def read_manifest(folder: Path) -> Manifest:
     """Manifest of a sealed folder."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise StorageError(f"{path}: missing, so {folder.name} is incomplete; delete the folder")
+        raise DamagedError(f"{path}: missing, so {folder.name} is incomplete; delete the folder")
     return Manifest.from_json(path.read_text(), str(path))
 
 
 def verify(folder: Path) -> Manifest:
-    """Compare a sealed folder with its manifest; StorageError names the first file that differs."""
+    """Compare a sealed folder with its manifest; DamagedError names the first file that differs."""
     manifest, remedy = read_manifest(folder), f"delete {folder} and use an older commit"
-    check_files(manifest.files, folder, remedy=remedy, digests=True, error=StorageError)
+    with disk_errors(folder):
+        check_files(manifest.files, folder, remedy=remedy, digests=True, error=DamagedError)
     return manifest
 
 
@@ -122,11 +123,12 @@ def fetch(store: ObjectStore, prefix: str, folder: Path) -> Manifest:
 
     Raises:
         TransferError: the connection broke; call again.
-        StorageError: there is no such commit, it is damaged, or the disk is full.
+        DamagedError: there is no such commit, or it is damaged.
+        StorageError: the store refused, or the disk is full.
     """
     manifest = remote_manifest(store, prefix)
     if manifest is None:
-        raise StorageError(f"{store.uri(prefix)}: no manifest, so no complete commit; choose another prefix")
+        raise DamagedError(f"{store.uri(prefix)}: no manifest, so no complete commit; choose another prefix")
     digest = hashlib.sha256(manifest.to_json().encode()).hexdigest()[:12]
     temporary = folder.with_name(f".{folder.name}.{digest}.part")
 
@@ -144,10 +146,13 @@ def fetch(store: ObjectStore, prefix: str, folder: Path) -> Manifest:
             list(pool.map(get, manifest.files))
         with disk_errors(folder):
             (temporary / MANIFEST).write_text(manifest.to_json())
+            old = folder.with_name(f".{folder.name}.old")  # a folder that is removed in place could be met half empty
+            shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
-                shutil.rmtree(folder)
+                folder.rename(old)
             temporary.rename(folder)
             fsync_path(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
     except TransferError:
         raise
     except StorageError:

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from wav.errors import StorageError
 from wav.io.files import atomic_file, file_digest
-from wav.io.storage.base import Infos, ObjectInfo, check_key, check_roundtrip, disk_errors, verify_digest
+from wav.io.storage.base import DamagedError, Infos, ObjectInfo, check_key, check_roundtrip, disk_errors, verify_digest
 
 
 class FileStore:
@@ -122,7 +121,7 @@ class FileStore:
     def _existing(self, key: str) -> Path:
         path = self._path(key)
         if not path.is_file():
-            raise StorageError(f"{path.as_uri()}: no such object; check the key or upload it first")
+            raise DamagedError(f"{path.as_uri()}: no such object; check the key or upload it first")
         return path
 
     def _info(self, key: str, path: Path, sha256: str = "") -> ObjectInfo:

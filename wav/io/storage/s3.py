@@ -30,6 +30,7 @@ from botocore.exceptions import (
 from wav.errors import ConfigError, StorageError
 from wav.io.files import atomic_file, file_digest
 from wav.io.storage.base import (
+    DamagedError,
     Infos,
     ObjectInfo,
     TransferError,
@@ -41,6 +42,7 @@ from wav.io.storage.base import (
 
 PART_BYTES = 64 << 20
 MISSING = {"404", "NoSuchKey", "NotFound", "NoSuchVersion"}
+TROUBLE = {"SlowDown", "RequestTimeout", "RequestLimitExceeded", "Throttling", "ThrottlingException"}
 LOST_RACE = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
 REFUSED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Forbidden", "ExpiredToken"}
 CREDENTIALS_REMEDY = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or an AWS profile) for this store"
@@ -125,7 +127,7 @@ class S3Store:
         """
         info = self._head(key, version)
         if info is None:
-            raise StorageError(f"{self.uri(key)}: no such object; check the key or upload it first")
+            raise DamagedError(f"{self.uri(key)}: no such object; check the key or upload it first")
         expected, extra = sha256 or info.sha256, {"VersionId": info.version} if info.version else {}
         with disk_errors(path), atomic_file(path, durable=True) as temporary:
             for _ in range(2):
@@ -265,26 +267,35 @@ class S3Store:
         try:
             yield
         except (EndpointConnectionError, ConnectTimeoutError):
-            raise StorageError(
+            raise TransferError(
                 f"{where}: no S3 server answers; start the local services with `make up` or set WAV_S3_ENDPOINT"
             ) from None
         except (NoCredentialsError, PartialCredentialsError):
             raise StorageError(f"{where}: S3 credentials are missing or incomplete; {CREDENTIALS_REMEDY}") from None
         except ClientError as error:
-            raise StorageError(f"{where}: {_cause(error, bool(key))}") from error
+            raise _kind(error, bool(key))(f"{where}: {_cause(error, bool(key))}") from error
         except (HTTPClientError, IncompleteReadError, RetriesExceededError) as error:
             text = " ".join(str(error).split())
             raise TransferError(f"{where}: {text}; check the network and try again") from error
         except S3UploadFailedError as error:
             cause = error.__context__
+            kind = _kind(cause, True) if isinstance(cause, ClientError) else TransferError
             text = _cause(cause, True) if isinstance(cause, ClientError) else f"upload failed ({error}); try again"
-            raise StorageError(f"{where}: {text}") from error
+            raise kind(f"{where}: {text}") from error
         except BotoCoreError as error:
             raise StorageError(f"{where}: {' '.join(str(error).split())}; check the network and try again") from error
 
 
 def _code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def _kind(error: ClientError, object_named: bool) -> type[StorageError]:
+    """Whether a refused request may succeed later, or its object is not there, or neither."""
+    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+    if status >= 500 or status == 429 or _code(error) in TROUBLE:
+        return TransferError
+    return DamagedError if object_named and _code(error) in MISSING else StorageError
 
 
 def _version(reply: dict[str, Any]) -> str:
