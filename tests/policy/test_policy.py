@@ -130,6 +130,8 @@ def test_shapes_and_units(make_policy: Any) -> None:
     assert output.value.tolist() == output.returns[:, 0].tolist()
     assert output.future.shape == (2, 2, CHANNELS, 2, 2, 2)
     assert output.plan.score.shape == output.plan.sigma_video.shape == (2, 2)
+    assert output.plan.candidates.shape == (2, 3)
+    np.testing.assert_allclose(output.plan.candidates.max(1), output.plan.score[:, -1], rtol=1e-6)
     assert (output.plan.sigma_video[:, 1] < 1).all()
     (plain,) = run(make_policy(), [0], 1, variant="unplanned")
     assert plain.returns is None
@@ -377,3 +379,28 @@ def test_a_policy_folder_acts_like_its_parts(make_policy: Any, codec: PCACodec, 
     write_json(tmp_path / "settings.json", {"data": settings["data"] | {"view": 3}, "planner": {}})
     with pytest.raises(CheckpointError, match=r"settings.json: not a policy's settings"):
         Policy.load(tmp_path)
+
+
+def test_a_call_that_fails_changes_nothing(make_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's memory holds a frame twice because another row of the same call could not be planned."""
+    policy, plain = make_policy(), make_policy()
+    for made in (policy, plain):
+        for row in (0, 1):
+            made.reset(row, f"episode-{row}", seed=5)
+        made.act([observe(0), observe(100)], [0, 1])
+    with monkeypatch.context() as patch:
+        patch.setattr("wav.policy.policy.Planner.plan", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            policy.act([observe(1), observe(101)], [0, 1])
+    made = [each.act([observe(1), observe(101)], [0, 1]) for each in (policy, plain)]
+    np.testing.assert_array_equal(made[0].actions, made[1].actions)
+
+
+def test_prompts_that_are_kept_are_bounded(make_policy: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wav.policy.policy.MAX_PROMPTS", 3)
+    text = TextEncoder.from_pretrained(build_small(tmp_path, TASKS, dim=WIDTH), 5)
+    policy = make_policy(text_encoder=text, prompts={})
+    policy.reset("r", "e", 0)
+    for number in range(6):
+        policy.act([observe(0, f"move {number} left")], ["r"], variant="unplanned")
+    assert set(policy._prompts) == {f"move {number} left" for number in (3, 4, 5)}

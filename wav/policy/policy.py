@@ -14,8 +14,8 @@ Shapes: n rows asked for, V views, C latent channels, h x w latent grid, Ff futu
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,8 @@ from wav.inference.threads import on_threads
 from wav.io.files import canonical_digest, file_digest, read_json
 from wav.planning import VARIANTS, Variant
 from wav.planning.planner import Planner
-from wav.planning.types import Iteration, Levels, Plan, RowKey, SeededNoise
+from wav.planning.types import Levels, RowKey, SeededNoise
+from wav.policy.output import PlanSummary, PolicyOutput, concatenate, host, summary
 from wav.policy.parts import check_observation, check_parts
 from wav.sim.env import Observation
 
@@ -45,32 +46,8 @@ if TYPE_CHECKING:
 __all__ = ["VARIANTS", "Observation", "PlanSummary", "Policy", "PolicyOutput"]
 
 Prompt = tuple[NDArray[np.float32], NDArray[np.bool_]]
-
-
-@dataclass(frozen=True)
-class PlanSummary:
-    """What the search did, (n, K) each: best score, root-mean-square sigma and mean of both noises per iteration."""
-
-    score: NDArray[np.float32]
-    sigma_video: NDArray[np.float32]
-    sigma_value: NDArray[np.float32]
-    shift_video: NDArray[np.float32]
-    shift_value: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class PolicyOutput:
-    """What the policy decided for n rows."""
-
-    actions: NDArray[np.float32]  #: (n, A, action_dim) in the environment's units
-    returns: NDArray[np.float32] | None  #: (n, A) predicted return at each step of the chunk, in reward units
-    future: NDArray[np.float32] | None  #: (n, V, C, Ff, h, w) predicted future latents
-    plan: PlanSummary
-
-    @property
-    def value(self) -> NDArray[np.float32] | None:
-        """(n,) predicted return from the current step on."""
-        return None if self.returns is None else self.returns[:, 0]
+MAX_PROMPTS = 256
+"""Embedded instructions that are kept: whoever calls a server may send a new one each time."""
 
 
 @dataclass
@@ -211,7 +188,7 @@ class Policy:
         with_future: bool = False,
         planner: PlannerSettings | None = None,
     ) -> PolicyOutput:
-        """Decide a chunk of actions for each row, and advance the rows' memories.
+        """Decide a chunk of actions for each row, and advance the rows' memories; a call that fails changes nothing.
 
         Args:
             observations: n current observations.
@@ -236,9 +213,14 @@ class Policy:
         states = [self._rows[row] for row in rows]
         groups = [slice(i, i + self.batch_size) for i in range(0, len(rows), self.batch_size)]
         options = (planner or self.planner, variant, with_value, with_future)
-        with torch.inference_mode(), on_threads(self.model) as model:
-            parts = [self._act(model, observations[g], states[g], prompts[g], *options) for g in groups]
-        return _concatenate(parts)
+        before = [replace(state, memory=state.memory.copy()) for state in states]
+        try:
+            with torch.inference_mode(), on_threads(self.model) as model:
+                parts = [self._act(model, observations[g], states[g], prompts[g], *options) for g in groups]
+        except BaseException:
+            self._rows.update(zip(rows, before, strict=True))
+            raise
+        return concatenate(parts)
 
     def context(self, histories: Sequence[Sequence[Observation]]) -> Any:
         """The model's handle of rows that have seen these observations at their policy calls, the newest last.
@@ -313,12 +295,12 @@ class Policy:
         result = planner.plan(context, noise, variant=variant, warm=warm, with_value=with_value)
         future = None
         if with_future:
-            future = _numpy(model.denoise_video(context, result.z_video, settings.denoise_steps), n)
+            future = host(model.denoise_video(context, result.z_video, settings.denoise_steps), n)
         for i, state in enumerate(states):
             state.call += 1
             state.means = None if result.means is None else (result.means[0][i].clone(), result.means[1][i].clone())
-        returns = None if result.values is None else _numpy(self.returns(result.values), n)
-        return PolicyOutput(self.actions(_numpy(result.actions, n)), returns, future, _summary(result, n))
+        returns = None if result.values is None else host(self.returns(result.values), n)
+        return PolicyOutput(self.actions(host(result.actions, n)), returns, future, summary(result, n, settings))
 
     def returns(self, values: Tensor) -> Tensor:
         """Returns (..., A) in reward units of normalised values (..., A, Cv)."""
@@ -368,39 +350,7 @@ class Policy:
                     "load it with its text encoder"
                 )
             embedding, mask = self.text_encoder.encode([instruction])
+            if len(self._prompts) >= MAX_PROMPTS:
+                del self._prompts[next(iter(self._prompts))]
             self._prompts[instruction] = embedding[0], mask[0]
         return self._prompts[instruction]
-
-
-def _numpy(tensor: Tensor, rows: int) -> NDArray[np.float32]:
-    """The first ``rows`` rows as float32 on the host."""
-    return tensor[:rows].float().cpu().numpy()
-
-
-def _summary(result: Plan, rows: int) -> PlanSummary:
-    """The search's progress, without padding; (n, 0) without planning."""
-    if not result.history:
-        return PlanSummary(*[np.zeros((rows, 0), np.float32)] * 5)
-
-    def sizes(part: Callable[[Iteration], Tensor]) -> NDArray[np.float32]:
-        """Root mean square per row and iteration (n, K)."""
-        return _numpy(torch.stack([part(step).flatten(1).square().mean(1).sqrt() for step in result.history], 1), rows)
-
-    return PlanSummary(
-        _numpy(torch.stack([step.scores.flatten(1).amax(1) for step in result.history], 1), rows),
-        sigma_video=sizes(lambda step: step.video.std),
-        sigma_value=sizes(lambda step: step.value.std),
-        shift_video=sizes(lambda step: step.video.mean),
-        shift_value=sizes(lambda step: step.value.mean),
-    )
-
-
-def _concatenate(parts: Sequence[PolicyOutput]) -> PolicyOutput:
-    """Outputs of consecutive groups of rows as one."""
-
-    def joined(arrays: Sequence[Any]) -> Any:
-        return None if arrays[0] is None else np.concatenate(arrays)
-
-    summary = PlanSummary(*(joined([getattr(part.plan, f.name) for part in parts]) for f in fields(PlanSummary)))
-    outputs = {name: joined([getattr(part, name) for part in parts]) for name in ("actions", "returns", "future")}
-    return PolicyOutput(plan=summary, **outputs)
