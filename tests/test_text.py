@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from wav.errors import ConfigError, DataError, ServiceError
 from wav.text import TextEncoder, build_small
@@ -104,3 +109,81 @@ def test_broken_folders(tmp_path: Path, folder: Path) -> None:
         TextEncoder.from_pretrained(tmp_path / "cut", 16).encode([RED])
     with pytest.raises(ConfigError, match="text_dim"):
         build_small(tmp_path / "odd", [RED], dim=30)
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+LOST = "encoder.block.0.layer.0.SelfAttention.q.weight"
+PARTIAL = {
+    r"1 missing \(encoder.block.0.layer.0.SelfAttention.q.weight\)": lambda t: {n: t[n] for n in t if n != LOST},
+    r"\d+ missing .* more\); 21 unexpected \(model\.": lambda t: {f"model.{name}": t[name] for name in t},
+    r"1 unexpected \(scale_weight\)": lambda t: {**t, "scale_weight": torch.ones(1)},
+    r"1 of another shape \(encoder.final_layer_norm.weight \(3,\) for \(64,\)\)": lambda t: {
+        **t, "encoder.final_layer_norm.weight": torch.ones(3)
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", PARTIAL)
+def test_an_encoder_is_loaded_whole_or_not_at_all(message: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "t5")
+    edit_weights(tmp_path / "t5", PARTIAL[message])
+    with pytest.raises(DataError, match=rf"t5: parameters {message}.*encode\.text"):
+        TextEncoder.from_pretrained(tmp_path / "t5", 16).encode([RED])
+
+
+def test_the_decoder_of_a_whole_t5_goes_unused(folder: Path, encoder: TextEncoder, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "t5")
+    more = {"decoder.final_layer_norm.weight": torch.ones(64), "lm_head.weight": torch.ones(9, 64)}
+    edit_weights(tmp_path / "t5", lambda tensors: {**tensors, **more})
+    np.testing.assert_array_equal(
+        TextEncoder.from_pretrained(tmp_path / "t5", 16).encode([RED])[0], encoder.encode([RED])[0]
+    )
+
+
+def test_a_folder_of_one_variant_is_read_and_copied(folder: Path, encoder: TextEncoder, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "t5")
+    (tmp_path / "t5" / "model.safetensors").unlink()
+    encoder._model.save_pretrained(tmp_path / "t5", variant="fp16", max_shard_size="60KB")
+    TextEncoder.from_pretrained(tmp_path / "t5", 16).save(tmp_path / "copy")
+    for name in ("t5", "copy"):
+        found = TextEncoder.from_pretrained(tmp_path / name, 16).encode([RED])[0]
+        np.testing.assert_array_equal(found, encoder.encode([RED])[0])
+
+
+PIPELINES = {
+    "lower case": {"normalizer": {"type": "Lowercase"}},
+    "spaces kept": {
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+    },
+    "no end of sentence": {"post_processor": None},
+}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_tokenizers_own_pipeline_is_used(name: str, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "t5")
+    file = tmp_path / "t5" / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **PIPELINES[name]}))
+    wanted, text = Tokenizer.from_file(str(file)), "Lift the  RED cube, then hold it"
+    encoder = TextEncoder.from_pretrained(tmp_path / "t5", 64)
+    assert encoder._tokenizer(text).input_ids == wanted.encode(text).ids
+    assert wanted.encode(text).ids != Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert int(encoder.encode([text])[1].sum()) == len(wanted.encode(text).ids)
+
+
+def test_what_a_tokenizer_would_cut_off_is_an_error_all_the_same(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "t5")
+    file = tmp_path / "t5" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(file))
+    assert len(Tokenizer.from_file(str(file)).encode(RED).ids) == 9
+    encoder = TextEncoder.from_pretrained(tmp_path / "t5", 5)
+    assert int(encoder.encode([RED])[1].sum()) == 5
+    with pytest.raises(DataError, match="6 tokens exceed"):
+        encoder.encode([RED + " up"])

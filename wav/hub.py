@@ -1,20 +1,24 @@
-"""Pretrained weights: a local folder, or a Hugging Face hub id that was fetched beforehand.
+"""Pretrained weights: a local folder, or a Hugging Face hub id that was fetched beforehand, loaded whole or not at all.
 
-Nothing here downloads: weights of many gigabytes arrive by a command the user runs, which the error names.
+Nothing here downloads: weights of many gigabytes arrive by a command the user runs, which the error names. And nothing
+is filled in: the libraries' own ``from_pretrained`` warns of missing tensors and goes on with chance numbers.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from wav.errors import DataError, ServiceError
+from wav.errors import DataError, ServiceError, WavError
 from wav.io.files import canonical_digest, file_digest, read_json, write_json
 
 REFERENCE_FILE = "reference.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
+#: a weight file of either library; its group is the variant
+_WEIGHTS = re.compile(r"(?:pytorch_|diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)\Z")
 
 
 def is_hub_id(source: str) -> bool:
@@ -37,12 +41,14 @@ def resolve(source: str, field: str, include: Iterable[str] = ()) -> Path:
     path = Path(source)
     if path.is_dir():
         return path
+    if path.is_file():
+        raise DataError(f"{field} = {source!r}: is a file; name the folder that holds it and its config.json")
     if not is_hub_id(source):
         raise DataError(f"{field} = {source!r}: no such folder, and not a hub id (owner/name); correct the path")
     from huggingface_hub import snapshot_download  # slow import
 
-    try:
-        return Path(snapshot_download(source, local_files_only=True))
+    try:  # with the patterns of the fetch: without them the hub's library takes a part of a repository for none
+        return Path(snapshot_download(source, local_files_only=True, allow_patterns=list(include) or None))
     except Exception as error:  # the hub's own error classes differ between versions
         raise ServiceError(
             f"{field} = {source!r}: not in the local hub cache; fetch it with `{fetch_command(source, include)}` "
@@ -55,13 +61,61 @@ def fetch_command(source: str, include: Iterable[str] = ()) -> str:
     return " ".join(["hf download", source, *(f'--include "{pattern}"' for pattern in include)])
 
 
+def load_whole(cls: Any, folder: Path, field: str, unused: Iterable[str] = (), **options: Any) -> Any:
+    """``cls.from_pretrained(folder)`` of transformers or diffusers, every tensor from the folder and none left over.
+
+    Args:
+        cls: a model class of either library.
+        folder: its configuration and weights; where it holds weights of one variant alone (fp16), those are read.
+        field: parameter the folder came from, for the message.
+        unused: prefixes of tensors that the folder may hold for parts of the model that are not wanted.
+        options: for ``from_pretrained``.
+
+    Raises:
+        DataError: it does not load, or names what is missing, unexpected or of another shape.
+    """
+    variants = {found[1] for file in folder.iterdir() if (found := _WEIGHTS.match(file.name))}
+    options |= {"variant": variants.pop() if len(variants) == 1 else None, "local_files_only": True}
+    try:
+        model, found = cls.from_pretrained(
+            str(folder), output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except Exception as error:
+        raise DataError(f"{folder}: {cls.__name__} does not load ({error}); fetch {field} again") from error
+    surplus = [name for name in found["unexpected_keys"] if not name.startswith(tuple(unused))]
+    wrong = [f"{name} {tuple(there)} for {tuple(here)}" for name, there, here in found["mismatched_keys"]]
+    refuse_partial(str(folder), found["missing_keys"], surplus, wrong, f"fetch {field} again, or name another")
+    return model
+
+
+def refuse_partial(
+    where: str,
+    missing: Collection[str],
+    unexpected: Collection[str],
+    misshapen: Collection[str],
+    remedy: str,
+    error: type[WavError] = DataError,
+) -> None:
+    """Raise ``error`` unless weights and model have the same tensors: no list may hold a name."""
+    kinds: Mapping[str, Collection[str]] = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "of another shape": misshapen,
+    }
+    problems = [listing(kind, sorted(names)) for kind, names in kinds.items() if names]
+    if problems:
+        raise error(f"{where}: parameters {'; '.join(problems)}; {remedy}")
+
+
+def listing(kind: str, names: Collection[str]) -> str:
+    """``5 missing (a, b, c, d and 1 more)``."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{len(names)} {kind} ({', '.join([*names][:4])}{more})"
+
+
 def content_digest(files: Iterable[Path]) -> str:
-    """Digest of files by name and content. Blobs of the hub cache are named by their SHA-256 already."""
-    records = []
-    for file in sorted(files, key=lambda f: f.name):
-        blob = file.resolve().name
-        records.append([file.name, blob if re.fullmatch(r"[0-9a-f]{64}", blob) else file_digest(file)])
-    return canonical_digest(records)
+    """Digest of files by name and content, the same however they were fetched."""
+    return canonical_digest([[file.name, file_digest(file)] for file in sorted(files, key=lambda f: f.name)])
 
 
 def write_reference(folder: Path, source: str, digest: str) -> None:

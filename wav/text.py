@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from wav.errors import ConfigError, DataError, ServiceError
-from wav.hub import content_digest, is_hub_id, read_reference, resolve, write_reference
+from wav.hub import content_digest, is_hub_id, load_whole, read_reference, resolve, write_reference
 from wav.io.files import read_json
 from wav.seeding import torch_generator
 
@@ -189,21 +189,20 @@ class TextEncoder:
         )
         if not weights:
             raise DataError(f"{self._model_folder}: holds no weights; fetch the encoder named by {FIELD} again")
-        indices = sorted(self._model_folder.glob(f"*{weights[0].suffix}.index.json"))
+        indices = sorted(self._model_folder.glob(f"*{weights[0].suffix}.index*.json"))
         tokenizer = [self._tokenizer_folder / name for name in _TOKENIZER_FILES]
         return [*weights, *indices, self._model_folder / "config.json", *(f for f in tokenizer if f.is_file())]
 
     @cached_property
     def _tokenizer(self) -> Any:
-        from transformers import T5Tokenizer
+        """Tokenizer of tokenizer.json as it stands, else of spiece.model.
 
+        transformers' ``T5Tokenizer`` takes only the vocabulary from tokenizer.json: a T5 that lower-cases would be
+        fed other ids than it was trained on.
+        """
         folder = self._tokenizer_folder
-        if not (folder / "tokenizer.json").is_file():
-            if not (folder / "spiece.model").is_file():
-                raise DataError(f"{folder}: holds neither tokenizer.json nor spiece.model; fetch {FIELD} again")
-            if importlib.util.find_spec("google.protobuf") is None:
-                raise ServiceError(f"{folder / 'spiece.model'}: reading it needs protobuf; run `pip install protobuf`")
-        tokenizer = T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
+        file = folder / "tokenizer.json"
+        tokenizer = _of_file(file) if file.is_file() else _of_sentencepiece(folder)
         # transformers 5 may build a vocabulary of four tokens from a file it did not understand, without a word.
         if not 16 < len(tokenizer) <= self._vocabulary:
             raise DataError(
@@ -215,13 +214,10 @@ class TextEncoder:
     def _model(self) -> Any:
         from transformers import T5EncoderModel
 
-        try:
-            with _quiet():
-                model = T5EncoderModel.from_pretrained(
-                    str(self._model_folder), dtype=getattr(torch, self.dtype), local_files_only=True
-                )
-        except Exception as error:
-            raise DataError(f"{self._model_folder}: T5 does not load ({error}); fetch {FIELD} again") from error
+        with _quiet():  # the decoder's half goes unused where the folder holds a whole T5
+            model = load_whole(
+                T5EncoderModel, self._model_folder, FIELD, ("decoder.", "lm_head."), dtype=getattr(torch, self.dtype)
+            )
         return model.eval().requires_grad_(False).to(self.device)
 
     def _one(self, instruction: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
@@ -239,9 +235,35 @@ class TextEncoder:
                 "raise data.text_tokens or shorten the instruction"
             )
         mask = np.arange(self.tokens) < len(ids)
-        padded = torch.full((1, self.tokens), int(self._tokenizer.pad_token_id))
+        padded = torch.zeros((1, self.tokens), dtype=torch.long)  # any token does, as the mask hides it
         padded[0, : len(ids)] = torch.tensor(ids)
         hidden = self._model(
             input_ids=padded.to(self.device), attention_mask=torch.from_numpy(mask)[None].to(self.device)
         ).last_hidden_state[0]
         return hidden.float().cpu().numpy() * mask[:, None].astype(np.float32), mask
+
+
+def _of_file(file: Path) -> Any:
+    """Tokenizer of a tokenizer.json, which is called as transformers' own are; it neither pads nor cuts."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises Exception itself
+        raise DataError(f"{file}: is no tokenizer ({error}); fetch {FIELD} again") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    unknown = "<unk>" if tokenizer.token_to_id("<unk>") is not None else None
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown)
+
+
+def _of_sentencepiece(folder: Path) -> Any:
+    """Tokenizer of a folder that holds spiece.model alone, as the older T5s on the hub do."""
+    if not (folder / "spiece.model").is_file():
+        raise DataError(f"{folder}: holds neither tokenizer.json nor spiece.model; fetch {FIELD} again")
+    if importlib.util.find_spec("google.protobuf") is None:
+        raise ServiceError(f"{folder / 'spiece.model'}: reading it needs protobuf; run `pip install protobuf`")
+    from transformers import T5Tokenizer
+
+    return T5Tokenizer.from_pretrained(str(folder), local_files_only=True)

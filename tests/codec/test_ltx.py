@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from wav.codec import Codec, load_codec
 from wav.codec.ltx import LTXCodec
@@ -94,3 +96,40 @@ def test_errors(tmp_path: Path, codec: LTXCodec) -> None:
         codec.encode_clips(clips()[:, :8])
     with pytest.raises(DataError, match="32 pixels"):
         codec.encode_frames(np.zeros((1, 40, 64, 3), np.uint8))
+
+
+CONVOLUTION = "encoder.conv_in.conv.weight"
+PARTIAL = {
+    r"1 missing \(encoder.conv_in.conv.weight\)": lambda t: {n: t[n] for n in t if n != CONVOLUTION},
+    r"2 missing \(latents_mean, latents_std\)": lambda t: {n: t[n] for n in t if not n.startswith("latents_")},
+    r"\d+ missing .* more\); \d+ unexpected \(vae\.": lambda t: {f"vae.{name}": t[name] for name in t},
+    r"1 of another shape \(latents_std \(3,\) for \(8,\)\)": lambda t: {**t, "latents_std": torch.ones(3)},
+}
+
+
+@pytest.mark.parametrize("message", PARTIAL)
+def test_a_vae_is_loaded_whole_or_not_at_all(message: str, folder: Path, tmp_path: Path) -> None:
+    """Diffusers fills missing tensors with whatever the memory held, and missing statistics with 0 and 1."""
+    shutil.copytree(folder, tmp_path / "ltx")
+    file = next((tmp_path / "ltx").rglob("*.safetensors"))
+    save_file(PARTIAL[message](load_file(file)), file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match=rf"vae: parameters {message}.*encode\.path"):
+        load_codec(tmp_path / "ltx")
+
+
+def test_a_decoder_that_knows_noise_levels_is_not_run_as_one_that_does_not(folder: Path, tmp_path: Path) -> None:
+    from diffusers import AutoencoderKLLTXVideo
+
+    config = AutoencoderKLLTXVideo.load_config(folder / "vae")
+    AutoencoderKLLTXVideo.from_config({**config, "timestep_conditioning": True}).save_pretrained(tmp_path)
+    shutil.copy(folder / "vae" / "config.json", tmp_path)
+    with pytest.raises(DataError, match=r"unexpected \(decoder.*timestep|unexpected \(decoder.*scale_shift"):
+        load_codec(tmp_path)
+
+
+def test_a_folder_of_one_variant_in_shards_is_read_and_copied(codec: LTXCodec, tmp_path: Path) -> None:
+    codec.vae.save_pretrained(tmp_path / "half", variant="fp16", max_shard_size="150KB")
+    loaded = load_codec(tmp_path / "half")
+    loaded.save(tmp_path / "copy")
+    for found in (loaded, load_codec(tmp_path / "copy")):
+        np.testing.assert_allclose(found.encode_frames(clips()[:, 0]), codec.encode_frames(clips()[:, 0]), atol=1e-5)

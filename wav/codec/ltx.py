@@ -15,7 +15,7 @@ import torch
 
 from wav.codec.base import CODEC_FILE, Images, Latents, check_clip_length, check_images, check_latents
 from wav.errors import DataError
-from wav.hub import content_digest, is_hub_id, resolve
+from wav.hub import content_digest, is_hub_id, load_whole, resolve
 from wav.io.files import read_json, write_json
 
 FIELD = "encode.path"
@@ -49,7 +49,7 @@ class LTXCodec:
 
         Raises:
             ServiceError: a hub id that was not fetched; the message holds the command.
-            DataError: the folder holds no LTX VAE.
+            DataError: the folder holds no LTX VAE, or not all of it.
         """
         from diffusers import AutoencoderKLLTXVideo  # slow import
 
@@ -59,13 +59,11 @@ class LTXCodec:
         config = read_json(folder / "config.json", f"set {FIELD} to a folder or hub id that holds the LTX VAE")
         if config.get("_class_name") != "AutoencoderKLLTXVideo":
             raise DataError(f"{folder}: holds {config.get('_class_name')!r}, not the LTX VAE; correct {FIELD}")
-        try:
-            vae = AutoencoderKLLTXVideo.from_pretrained(
-                str(folder), torch_dtype=getattr(torch, dtype), local_files_only=True, low_cpu_mem_usage=False
-            )
-        except Exception as error:
-            raise DataError(f"{folder}: the LTX VAE does not load ({error}); fetch {FIELD} again") from error
-        files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*.bin")), folder / "config.json"]
+        vae = load_whole(
+            AutoencoderKLLTXVideo, folder, FIELD, torch_dtype=getattr(torch, dtype), low_cpu_mem_usage=False
+        )
+        patterns = ("*.safetensors", "*.bin", "*.index*.json", "config.json")
+        files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
         return cls(vae.to(device), source, files, batch)
 
     @classmethod

@@ -23,6 +23,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor
 
 from wav.errors import CheckpointError
+from wav.hub import listing, refuse_partial
 from wav.model.transformer import WAVTransformer
 from wav.model.weights import FIELD, WEIGHTS, config_beside, locate, read_config, read_weights
 
@@ -67,11 +68,6 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(re.match(pattern, name) for pattern in patterns)
 
 
-def _listing(kind: str, names: Sequence[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{len(names)} {kind} ({', '.join(names[:4])}{more})"
-
-
 def load_state(
     model: WAVTransformer,
     source: Mapping[str, Tensor] | str | Path,
@@ -100,16 +96,14 @@ def load_state(
     extra = sorted(set(state) - set(own))
     common = sorted(set(own) & set(state))
     wrong = [f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}" for n in common if state[n].shape != own[n].shape]
-    refused = {
-        "missing": [name for name in missing if not _matches(name, expected_missing)],
-        "unexpected": [name for name in extra if not _matches(name, expected_extra)],
-        "of another shape": wrong,
-    }
-    problems = [_listing(kind, names) for kind, names in refused.items() if names]
-    if problems:
-        raise CheckpointError(
-            f"{where}: parameters {'; '.join(problems)}; use weights of this model's sizes or correct section model"
-        )
+    refuse_partial(
+        where,
+        [name for name in missing if not _matches(name, expected_missing)],
+        [name for name in extra if not _matches(name, expected_extra)],
+        wrong,
+        "use weights of this model's sizes or correct section model",
+        CheckpointError,
+    )
     model.load_state_dict({module_name(name): state[name] for name in common}, strict=False, assign=assign)
     return LoadReport(tuple(common), tuple(missing), tuple(extra))
 
@@ -245,5 +239,5 @@ def init_from(
                     parameter.zero_()
     logger.info("%s: %d parameters loaded, %d are new", path, len(report.loaded), len(report.missing))
     if report.extra:
-        logger.warning("%s: %s, which this model has no place for", path, _listing("unused", report.extra))
+        logger.warning("%s: %s, which this model has no place for", path, listing("unused", report.extra))
     return report
