@@ -17,10 +17,11 @@ from wav.data.store import EpisodeStore
 from wav.evaluation.evaluate import evaluate
 from wav.evaluation.held_out import held_out_values
 from wav.evaluation.instruments import held_out_histories, noise_use, ranking
-from wav.evaluation.records import metrics_table
 from wav.evaluation.report import build_report
 from wav.evaluation.start import check_all
+from wav.evaluation.tables import metrics_table
 from wav.evaluation.unsimulated import without_simulator
+from wav.evaluation.within import step_limits
 from wav.io.files import write_json
 from wav.policy.export import Checkpoint
 from wav.policy.policy import Policy
@@ -60,6 +61,7 @@ def closed_loop(run: StageRun, policy: Policy, digest: str, store: EpisodeStore 
             data_conventions=None if store is None else store.conventions,
             with_value=policy.model.shapes.value is not None,
             start=began.as_dict(),
+            limits=step_limits(store, settings, [task.name for task in select_tasks(data.suite, data.tasks)]),
             progress=lambda state: progress(
                 state.done,
                 state.total,

@@ -7,7 +7,7 @@ from prefect import flow
 from flows.artifacts import publish_markdown
 from flows.common import StageRun, finish, main, start, step
 from flows.policy import assemble
-from wav.evaluation.records import metrics_table
+from wav.evaluation.tables import metrics_table
 from wav.io.files import read_json
 from wav.planning import VARIANTS
 from wav.policy.export import export_policy, verify_export

@@ -24,7 +24,7 @@ from flows.provenance import PARENT_VARIABLE, locked_hashes, run_url
 from wav import promotion
 from wav.config import Runtime, Settings, load_settings
 from wav.errors import ConfigError, TrainingError, WavError
-from wav.evaluation.records import metrics_table
+from wav.evaluation.tables import metrics_table
 from wav.io.files import read_json
 from wav.io.storage import ObjectInfo, ObjectStore, open_store
 from wav.io.storage.commit import fetch, publish, remote_manifest, seal

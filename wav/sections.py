@@ -332,6 +332,12 @@ class EvalLiberoSettings(Section):
     execute_steps: int = Field(8, ge=1, description="actions executed per policy call")
     batch_size: int = Field(8, ge=1, description="the one padded batch shape the policy is called with")
     budget: Literal["protocol", "reference"] = "protocol"
+    within: float = Field(
+        1.5, ge=0, description="success is also reported within this many times the direct expert's steps; 0: not"
+    )
+    within_steps: int = Field(
+        0, ge=0, description="the same within this many steps, whoever demonstrated; 0: as the direct expert's"
+    )
     swapped_episodes: int = Field(
         10, ge=0, le=50, description="episodes per task with another task's instruction (0: none)"
     )

@@ -19,8 +19,8 @@ from wav.errors import ConfigError
 from wav.evaluation.act import act_episodes
 from wav.evaluation.evaluate import applicable, evaluate
 from wav.evaluation.held_out import held_out_values
-from wav.evaluation.records import metrics_table
 from wav.evaluation.report import build_report
+from wav.evaluation.tables import metrics_table
 from wav.planning import VARIANTS
 from wav.policy.export import Checkpoint, export_policy, load_export, policy_from_stages
 from wav.policy.policy import Policy

@@ -13,7 +13,8 @@ from wav.errors import CheckpointError, ConfigError, DataError, SimulationError
 from wav.evaluation.evaluate import check_start, evaluate
 from wav.evaluation.intervals import wilson
 from wav.evaluation.protocol import build_episodes, versions
-from wav.evaluation.records import metrics_table, read_record
+from wav.evaluation.records import read_record
+from wav.evaluation.tables import metrics_table
 from wav.planning.types import Levels
 from wav.sim.registry import select_tasks, task_specs
 
@@ -147,6 +148,7 @@ def test_code_digest_covers_what_decides_a_result():
         "wav/evaluation/report",
         "wav/evaluation/charts",
         "wav/evaluation/records",
+        "wav/evaluation/tables",
         "wav/training",
         "wav/promotion",
     )

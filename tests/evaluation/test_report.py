@@ -66,6 +66,9 @@ def store(path, episodes=6, length=20):
     return EpisodeStore.open(path)
 
 
+LIMITS = {"lift_red_cube": 12, "lift_green_cube": 8}
+
+
 class Rewards:
     def episode(self, index):
         return np.stack([np.zeros(20), np.arange(20) / 10], axis=1).astype(np.float32)
@@ -75,7 +78,7 @@ class Rewards:
 def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("workspace")
     out = folder / "reports" / "eval"
-    evaluate(settings(), FakePolicy(), out, pool=FakePool(3), checkpoint="abcdef0123456789")
+    evaluate(settings(), FakePolicy(), out, pool=FakePool(3), checkpoint="abcdef0123456789", limits=LIMITS)
     held_out_values(FakePolicy(), store(folder / "episodes"), Rewards(), settings(), out)
     metrics = folder / "models" / "joint" / "plots" / "metrics"
     (metrics / "validation").mkdir(parents=True)
@@ -103,7 +106,12 @@ def test_page_is_self_contained_and_complete(workspace):
             xml.etree.ElementTree.fromstring(base64.b64decode(source.split(",")[1]))
     metrics = json.loads((workspace / "reports" / "eval" / "metrics.json").read_text())
     rate = metrics["planned"]
-    assert f"{100 * rate['success_rate']:.0f}% of 6 [{100 * rate['wilson_low']:.0f}%" in text
+    assert (
+        f"{100 * rate['success_rate']:.0f}% of 6 [{100 * rate['wilson_low']:.0f}, {100 * rate['wilson_high']:.0f}]"
+        in text
+    )
+    assert "all, within 8 to 12 steps" in text
+    assert "within 8 to 12 steps planned \N{MINUS SIGN} unplanned" in text
     assert "2 min 5 s" in text
     assert "1.25 GiB" in text
     assert "0.01235" in text

@@ -10,8 +10,8 @@ import pytest
 from flows import eval_libero
 from tests.evaluation.fakes import DATA, settings
 from wav.errors import ConfigError
-from wav.evaluation.records import metrics_table
 from wav.evaluation.report import build_report
+from wav.evaluation.tables import metrics_table
 from wav.sim.registry import SUITES, has_simulator
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav.data.store import EpisodeStore
 from wav.errors import CheckpointError, DataError, StorageError, WavError
-from wav.evaluation.records import metrics_table
+from wav.evaluation.tables import metrics_table
 from wav.inference.cpu import kernels
 from wav.policy.export import export_policy, load_export, policy_from_stages, verify_export
 from wav.policy.policy import Observation

@@ -135,6 +135,7 @@ def evaluate(
     statistics_digest: str | None = None,
     with_value: bool = True,
     start: Mapping[str, Any] | None = None,
+    limits: Mapping[str, int] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> dict[str, Any]:
     """Run every episode that is not finished yet and write records, videos, pictures and ``metrics.json``.
@@ -150,6 +151,7 @@ def evaluate(
         with_value: whether the model has a value expert. Without one no values are asked for, and the variants that
             plan are left out; ``metrics.json`` names them under ``not_applicable`` with the reason.
         start: what :func:`wav.evaluation.start.check_all` found, kept in ``metrics.json``.
+        limits: steps by task within which success is reported too (:func:`wav.evaluation.within.step_limits`).
         progress: called after every episode.
 
     Returns:
@@ -167,7 +169,7 @@ def evaluate(
     session = _Session(settings, policy, Path(out), checkpoint, progress, variants)
     timing = session.run(pool, with_value)
     session.remove_stale()
-    metrics = summarise([session.records[spec] for spec in session.episodes], timing)
+    metrics = summarise([session.records[spec] for spec in session.episodes], timing, limits)
     metrics["not_applicable"], metrics["start"] = left_out, dict(start or {})
     write_json(session.out / "metrics.json", metrics)
     return metrics

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 from wav.errors import DataError
 from wav.evaluation.intervals import paired_difference, wilson
 from wav.evaluation.protocol import EpisodeSpec
 from wav.io.files import read_json, write_json
-from wav.planning import VARIANTS
 
 _REMEDY = "remove the file to run the episode again"
 #: Pairs of variants whose difference is reported.
@@ -115,19 +115,27 @@ def finished_record(path: Path, key: str) -> EpisodeRecord | None:
     return read_record(path) if isinstance(value, dict) and value.get("key") == key else None
 
 
-def _rates(
-    records: Sequence[EpisodeRecord], tasks: Sequence[str], counts: Callable[[EpisodeRecord], bool]
-) -> dict[str, Any]:
-    """A variant's entry in metrics.json; ``counts`` says what a success is."""
+Counts = Callable[[EpisodeRecord], bool]
 
-    def rate(chosen: Iterable[EpisodeRecord]) -> dict[str, Any]:
-        outcomes = [counts(record) for record in chosen]
-        return dict(wilson(sum(outcomes), len(outcomes)).as_dict())
 
-    by_task = {task: rate(r for r in records if r.task == task) for task in tasks}
+def _rates(records: Iterable[EpisodeRecord], tasks: Sequence[str], counts: Counts) -> dict[str, Any]:
+    """Success over all ``records`` and by task; ``counts`` says what a success is."""
+    outcomes = [(record.task, counts(record)) for record in records]
+
+    def rate(task: str | None = None) -> dict[str, Any]:
+        chosen = [solved for name, solved in outcomes if task in (None, name)]
+        return dict(wilson(sum(chosen), len(chosen)).as_dict())
+
+    return {**rate(), "tasks": {task: rate(task) for task in tasks}}
+
+
+def _steps(records: Iterable[EpisodeRecord], counts: Counts) -> dict[str, float | None]:
+    """Mean and median of the steps that successes took; None without any."""
     steps = [record.steps for record in records if counts(record)]
-    mean_steps = sum(steps) / len(steps) if steps else None
-    return {**rate(records), "tasks": by_task, "mean_steps_to_success": mean_steps}
+    return {
+        "mean_steps_to_success": fmean(steps) if steps else None,
+        "median_steps_to_success": median(steps) if steps else None,
+    }
 
 
 def _swapped(records: Sequence[EpisodeRecord]) -> dict[str, Any]:
@@ -146,11 +154,31 @@ def _swapped(records: Sequence[EpisodeRecord]) -> dict[str, Any]:
     }
 
 
-def summarise(records: Sequence[EpisodeRecord], timing: Mapping[str, float]) -> dict[str, Any]:
+def _paired(by_variant: Mapping[str, Mapping[Any, EpisodeRecord]], counts: Counts) -> dict[str, Any]:
+    """Differences of the pairs of variants over the episodes that both ran."""
+    paired = {}
+    for first, second in PAIRS:
+        if first in by_variant and second in by_variant:
+            a, b = by_variant[first], by_variant[second]
+            common = sorted(a.keys() & b.keys())
+            outcomes = [[counts(found[cell]) for cell in common] for found in (a, b)]
+            paired[f"{first}-{second}"] = paired_difference(*outcomes).as_dict()
+    return paired
+
+
+def summarise(
+    records: Sequence[EpisodeRecord], timing: Mapping[str, float], limits: Mapping[str, int] | None = None
+) -> dict[str, Any]:
     """The content of metrics.json: a section per variant, swapped probes, paired differences, timing.
 
     Everything is about success within the protocol's limits, whatever the budget, so that it compares; under
     ``budget: reference`` section ``reference`` holds in addition, per variant, success within the longer limit.
+
+    Args:
+        records: of all finished episodes.
+        timing: where the time went.
+        limits: steps by task (:func:`wav.evaluation.within.step_limits`). Where every task has one, each variant's
+            section holds ``within``, its success within those steps, and ``paired_within`` holds the differences.
 
     Raises:
         DataError: no records at all.
@@ -161,23 +189,30 @@ def summarise(records: Sequence[EpisodeRecord], timing: Mapping[str, float]) -> 
     tasks = list(dict.fromkeys(record.task for record in own))
     variants = list(dict.fromkeys(record.variant for record in own))
     by_variant = {c: {(r.task, r.init_index): r for r in own if r.variant == c} for c in variants}
+
+    def solved(record: EpisodeRecord) -> bool:
+        return record.solved
+
     metrics: dict[str, Any] = {"suite": records[0].suite, "seed": records[0].seed, "checkpoint": records[0].checkpoint}
-    metrics |= {c: _rates(list(found.values()), tasks, lambda r: r.solved) for c, found in by_variant.items()}
+    for variant, found in by_variant.items():
+        metrics[variant] = _rates(found.values(), tasks, solved) | _steps(found.values(), solved)
     if any(record.max_steps > record.protocol_steps for record in own):
-        longer = {c: _rates(list(found.values()), tasks, lambda r: r.success) for c, found in by_variant.items()}
+        longer = {c: _rates(found.values(), tasks, lambda r: r.success) for c, found in by_variant.items()}
         metrics["reference"] = {"max_steps": max(record.max_steps for record in own), **longer}
-    paired = {}
-    for first, second in PAIRS:
-        if first in by_variant and second in by_variant:
-            common = sorted(by_variant[first].keys() & by_variant[second].keys())
-            a = [by_variant[first][cell].solved for cell in common]
-            b = [by_variant[second][cell].solved for cell in common]
-            paired[f"{first}-{second}"] = paired_difference(a, b).as_dict()
+    metrics["paired"] = _paired(by_variant, solved)
+    if limits and all(task in limits for task in tasks):
+
+        def soon(record: EpisodeRecord) -> bool:
+            return record.success and record.steps <= limits[record.task]
+
+        metrics["within"] = {task: limits[task] for task in tasks}
+        metrics["paired_within"] = _paired(by_variant, soon)
+        for variant, found in by_variant.items():
+            metrics[variant]["within"] = _rates(found.values(), tasks, soon)
     probes = [record for record in records if record.swapped]
     swapped = {c: _swapped([r for r in probes if r.variant == c]) for c in dict.fromkeys(r.variant for r in probes)}
     conventions = records[0].conventions
     return metrics | {
-        "paired": paired,
         "swapped": swapped,
         "timing": dict(timing),
         "budget": records[0].budget,
@@ -186,51 +221,3 @@ def summarise(records: Sequence[EpisodeRecord], timing: Mapping[str, float]) -> 
         "render": records[0].render,
         "image_size": [conventions.get("image_height"), conventions.get("image_width")],
     }
-
-
-def columns(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Columns of every results table, (heading, rates) each: the variants, then those of the reference's budget."""
-    variants = [name for name in VARIANTS if name in metrics]
-    longer = metrics.get("reference")
-    if not longer:
-        return [(name, metrics[name]) for name in variants]
-    heading = f"reference's {longer['max_steps']} steps"
-    within = [(f"{name}, protocol's limit", metrics[name]) for name in variants]
-    return within + [(f"{name}, {heading}", longer[name]) for name in variants]
-
-
-def metrics_table(metrics: Mapping[str, Any]) -> str:
-    """Markdown table of success rates with 95% Wilson intervals; the suite stands in its heading row."""
-    shown = columns(metrics)
-    if not shown:
-        return "\n\n".join(f"{metrics['suite']}: {name}: {why}." for name, why in metrics["not_applicable"].items())
-    head = [f"{metrics['suite']} (success, 95% interval)", *(heading for heading, _ in shown)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-
-    def cell(rate: Mapping[str, Any]) -> str:
-        return (
-            f"{100 * rate['success_rate']:.0f}% of {rate['episodes']} "
-            f"[{100 * rate['wilson_low']:.0f}, {100 * rate['wilson_high']:.0f}]"
-        )
-
-    for task in shown[0][1]["tasks"]:
-        lines.append("| " + " | ".join([task, *(cell(rates["tasks"][task]) for _, rates in shown)]) + " |")
-    lines.append("| " + " | ".join(["**all**", *(f"**{cell(rates)}**" for _, rates in shown)]) + " |")
-    for variant, reason in metrics.get("not_applicable", {}).items():
-        lines.append(f"\n{variant}: {reason}.")
-    if ranked := metrics.get("ranking"):
-        lines.append(
-            f"\nScores beside realised returns, {ranked['candidates']} candidates of {ranked['states']} states: "
-            f"Spearman {ranked['spearman']:.2f} within a state, the chosen one above the median in "
-            f"{100 * ranked['beats_median']:.0f}%, regret {ranked['regret']:.3f} of a deviation of "
-            f"{ranked['deviation']:.3f}."
-        )
-    for what, shares in metrics.get("use", {}).items():
-        parts = ", ".join(f"{100 * share:.0f}% by the {noise} noise" for noise, share in shares.items())
-        lines.append(f"\nVariance of the {what} when one noise alone is drawn again: {parts}.")
-    for variant, probe in metrics.get("swapped", {}).items():
-        lines.append(
-            f"\nInstruction swapped ({variant}): went for the instructed object in {probe['instructed']} of "
-            f"{probe['episodes']} episodes, for the other one in {probe['original']}, neither in {probe['neither']}."
-        )
-    return "\n".join(lines)

@@ -16,7 +16,8 @@ from markupsafe import Markup
 
 from wav import plots
 from wav.evaluation import charts
-from wav.evaluation.records import EpisodeRecord, columns, read_record
+from wav.evaluation.records import EpisodeRecord, read_record
+from wav.evaluation.tables import columns, differences, findings, rows
 from wav.io.files import read_json, write_text
 from wav.planning import VARIANTS
 from wav.stages import STAGES, TRAINING
@@ -43,7 +44,10 @@ class Page:
     suite: str
     metrics: dict[str, Any] | None = None
     variants: list[str] = field(default_factory=list)
-    columns: list[tuple[str, Mapping[str, Any]]] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    rows: list[tuple[str, list[str]]] = field(default_factory=list)
+    differences: list[tuple[str, str, Mapping[str, Any]]] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
     success_chart: Item | None = None
     rollouts: list[Item] = field(default_factory=list)
     strips: list[Item] = field(default_factory=list)
@@ -97,12 +101,13 @@ def collect(workspace: Path, suite: str) -> Page:
         metrics = read_json(evaluation / "metrics.json", "run `dvc repro eval_libero`")
         page.suite = metrics["suite"]
         page.variants = [name for name in VARIANTS if name in metrics]
-        page.columns = columns(metrics)
         page.missing += [f"variant {name}: {why}" for name, why in metrics.get("not_applicable", {}).items()]
         records = _records(evaluation)
         _rollouts(page, evaluation, records)
         if page.variants:
             page.metrics = metrics
+            page.columns, page.rows = [heading for heading, _ in columns(metrics)], rows(metrics)
+            page.differences, page.findings = differences(metrics), list(findings(metrics))
             page.success_chart = _chart("success", charts.success_rates(metrics, page.variants))
             _planning(page, list(records.values()))
     else:

@@ -170,7 +170,7 @@ def export_policy(
         out: folder to write, replaced if it exists.
         settings: sections ``data``, ``model``, ``planner``, ``export``.
         metrics: content of ``reports/eval/metrics.json``, or None: the card then says that nothing was evaluated.
-        table: the metrics as the card shows them (:func:`wav.evaluation.records.metrics_table`).
+        table: the metrics as the card shows them (:func:`wav.evaluation.tables.metrics_table`).
 
     Raises:
         CheckpointError: the metrics are another checkpoint's.
