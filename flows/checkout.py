@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import yaml
 
 from wav.errors import ConfigError, ServiceError
+from wav.io.readers import read_yaml, understood
 from wav.processes import Group
 
 REMOTE = "local"  # name of the DVC remote in .dvc/config
@@ -127,11 +127,13 @@ class Checkout:
 
     def own_files(self) -> list[str]:
         """What a retrain may change and commit: ``dvc.lock`` and the outputs that DVC leaves to git."""
-        found = ["dvc.lock"]
-        for stage in yaml.safe_load((self.folder / "dvc.yaml").read_text())["stages"].values():
-            for item in [*stage.get("outs", []), *stage.get("metrics", [])]:
-                if isinstance(item, dict):
-                    found += [path for path, options in item.items() if (options or {}).get("cache") is False]
+        found, path = ["dvc.lock"], self.folder / "dvc.yaml"
+        remedy = "make it again (`python -m wav.stages > dvc.yaml`)"
+        with understood(path, remedy):
+            for stage in read_yaml(path, remedy)["stages"].values():
+                for item in [*stage.get("outs", []), *stage.get("metrics", [])]:
+                    if isinstance(item, dict):
+                        found += [path for path, options in item.items() if (options or {}).get("cache") is False]
         return found
 
     def dirt(self) -> list[str]:

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import yaml
-
 from flows.isolation import source_workspace
+from wav.io.readers import read_yaml, understood
 from wav.stages import STAGES
 
 #: set by retrain for the flows that ``dvc repro`` starts
@@ -48,8 +47,10 @@ def locked_hashes(workspace: Path) -> dict[str, str]:
     path = workspace / "dvc.lock"
     if not path.is_file():
         return {}
-    stages = (yaml.safe_load(path.read_text()) or {}).get("stages", {})
-    return {out["path"]: str(out.get("md5", "")) for stage in stages.values() for out in stage.get("outs", [])}
+    remedy = "restore it (`git checkout dvc.lock`)"
+    with understood(path, remedy):
+        stages = (read_yaml(path, remedy) or {}).get("stages", {})
+        return {out["path"]: str(out.get("md5", "")) for stage in stages.values() for out in stage.get("outs", [])}
 
 
 def hash_table(stage: str, folder: Path) -> list[dict[str, Any]]:

@@ -8,15 +8,17 @@ Run ``python -m wav.config params.yaml`` to check a file.
 
 from __future__ import annotations
 
+import json
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AliasChoices, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from ruamel.yaml import YAML
 
-from wav.errors import ConfigError, exit_status
+from wav.errors import ConfigError, cut, exit_status, shown
 from wav.local import PROJECT
 from wav.parameter_files import explain, preset_path, read_parameters
 from wav.sections import (
@@ -132,18 +134,37 @@ class _StageView:
 
 
 class Runtime(BaseSettings):
-    """Where and with what to run: never changes a result. Read from ``WAV_*`` environment variables."""
+    """Where and with what to run: never changes a result. Read from ``WAV_*`` environment variables; empty is unset.
 
-    model_config = SettingsConfigDict(env_prefix="WAV_", frozen=True, extra="ignore")
+    Raises:
+        ConfigError: a variable holds a bad value.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="WAV_", frozen=True, extra="ignore", env_ignore_empty=True, populate_by_name=True
+    )
 
     store: str = Field("s3://wav", description="checkpoints and metrics: s3://bucket[/prefix] or file:///folder")
     s3_endpoint: str = Field("", description="endpoint of the S3 server; empty: AWS")
-    s3_region: str = "us-east-1"
+    s3_region: str = Field(
+        "",
+        validation_alias=AliasChoices("WAV_S3_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
+        description="region of the S3 server; empty: the AWS profile's, else us-east-1",
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto: cuda where there is one")
     threads: int = Field(0, ge=0, description="torch threads of a single-process stage; 0: the machine's cores")
     workers: int = Field(0, ge=0, description="simulator processes; 0: the machine's cores")
     workspace: Path = Field(Path(), description="folder that holds params.yaml and the stages' outputs")
     launcher: str = Field("", description="several nodes: starts a module on all of them, as deepspeed and srun do")
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = f"WAV_{str(first['loc'][0]).removeprefix('WAV_').upper()}"
+            message = f"{name} = {shown(first['input'])}: {first['msg'][:1].lower() + first['msg'][1:]}"
+            raise ConfigError(f"{message}; correct or unset {name}") from None
 
 
 def load_settings(path: str | Path = "params.yaml") -> Settings:
@@ -162,15 +183,21 @@ def load_preset(name: str) -> Settings:
 
 def parse_settings(raw: dict[str, Any], source: str = "parameters") -> Settings:
     """Check a mapping of sections; raises ConfigError as :func:`load_settings` does."""
-    try:
-        return Settings.model_validate(raw)
+    try:  # as JSON, whose strict check takes lists for tuples and yet no "8" or true for a number
+        return Settings.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
         raise ConfigError(explain(error, Settings, source)) from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: no parameters ({cut(error)}); use texts, numbers, lists and sections") from None
 
 
 def parameter_text(settings: Settings) -> str:
-    """A whole parameter file that holds ``settings``."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    """A whole parameter file that holds ``settings``, in the dialect in which it is read again."""
+    yaml, text = YAML(typ="safe"), StringIO()
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(settings.model_dump(mode="json"), text)
+    return text.getvalue()
 
 
 def main() -> int:

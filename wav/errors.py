@@ -6,6 +6,9 @@ Everything the library raises on bad input derives from :class:`WavError`; entry
 
 from __future__ import annotations
 
+import io
+import os
+import reprlib
 import sys
 from collections.abc import Callable
 
@@ -42,19 +45,50 @@ class TrainingError(WavError, RuntimeError):
     """A training run diverged, or one of its processes ended before its time."""
 
 
+#: characters of a value in a message, and of a whole message
+VALUE_CHARACTERS, MESSAGE_CHARACTERS = 160, 2000
+
+
+def cut(value: object, limit: int = VALUE_CHARACTERS) -> str:
+    """A value's text on one line, of at most ``limit`` characters: files may hold values of any length."""
+    text = " ".join((value if isinstance(value, str) else str(value))[: 8 * limit].split())
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, the inside of long or deep ones left out."""
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = VALUE_CHARACTERS
+    return cut(brief.repr(value))
+
+
 def exit_status(run: Callable[[], int | None], prefix: str = "", interrupted: str = "interrupted") -> int:
-    """Exit status of an entry point: what ``run`` returns (None: 0), 1 after a :class:`WavError`, 130 after Ctrl-C.
+    """Exit status of an entry point: what ``run`` returns (None: 0), 1 after a foreseeable error, 130 after Ctrl-C.
+
+    Foreseeable are a :class:`WavError` and what the system says of files (a folder that may not be written, a name that
+    is too long): one line on stderr. Anything else is a fault of the code and keeps its traceback.
 
     Args:
         run: the entry point's work.
         prefix: goes before the line on stderr, such as ``"wav act: "``.
         interrupted: what to say after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text in the terminal's encoding
+            stream.reconfigure(errors="backslashreplace")
     try:
         return run() or 0
     except WavError as error:
-        sys.stderr.write(f"{prefix}{' '.join(str(error).split())}\n")
-        return 1
+        message = cut(error, MESSAGE_CHARACTERS)
     except KeyboardInterrupt:
         sys.stderr.write(f"{prefix}{interrupted}\n")
         return 130
+    except BrokenPipeError:  # the reader of our output has gone (`wav storage ls | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message = f"{cut(error.filename)}: {error.strerror or error}; check the path, its permissions and the disk"
+    sys.stderr.write(f"{prefix}{message}\n")
+    return 1

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from wav.errors import ConfigError
+from wav.errors import ConfigError, cut, shown
+from wav.io.readers import read_yaml
 
 PRESETS = "presets"
 
@@ -33,14 +33,9 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such parameter file; run inside the project folder or give its path") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())}); fix the file") from None
+    raw = read_yaml(path, "run inside the project folder or give the path of a parameter file", ConfigError)
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: must hold sections such as data: and model:, found {type(raw).__name__}")
+        raise ConfigError(f"{path}: must hold sections such as data: and model:, found {type(raw).__name__}; fix it")
     return raw
 
 
@@ -93,17 +88,19 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
     """
     first = error.errors()[0]
     location = tuple(first["loc"])
-    field = ".".join(str(part) for part in location)
+    field = cut(".".join(str(part) for part in location))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         try:
             names = _known_names(model, location[:-1])
         except (KeyError, AttributeError, TypeError):
             names = []
-        return f"{source}: {field}: unknown parameter{nearest(str(location[-1]), names)}{more}"
-    message = first["msg"].removeprefix("Value error, ")
+        return f"{source}: {field}: unknown parameter{nearest(str(location[-1])[:80], names)}{more}"
+    message, given = first["msg"].removeprefix("Value error, "), first["input"]
     if not field:
         return f"{source}: {message}{more}"
-    if isinstance(first["input"], dict):
+    if isinstance(given, dict):
         return f"{source}: {field}: {message}{more}"
-    return f"{source}: {field} = {first['input']!r}: {message[:1].lower() + message[1:]}{more}"
+    quoted = isinstance(given, (int, float)) and (first["type"] == "string_type" or f"'{given}'" in message)
+    hint = f"; put it in quotes: '{cut(given)}'" if quoted else ""
+    return f"{source}: {field} = {shown(given)}: {message[:1].lower() + message[1:]}{hint}{more}"

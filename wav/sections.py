@@ -9,16 +9,35 @@ from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing_extensions import Self
 
 from wav.data.sources import SOURCES
+from wav.errors import shown
 from wav.planning import VARIANTS, Variant
 from wav.planning.scores import SCORES
 
+LARGEST = 2**31 - 1
+#: part of a file's name
+Name = Annotated[str, Field(pattern=r"^\w[\w.:-]*$", max_length=100)]
+#: lists whose entries are names
+UNIQUE = ("tasks", "views", "variants")
+
 
 class Section(BaseModel):
-    """A frozen section of params.yaml that refuses unknown names."""
+    """A frozen section of params.yaml; refuses unknown names, infinities, NaN and numbers too large for an array."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        for name, value in self:
+            if isinstance(value, int) and abs(value) > LARGEST:
+                raise ValueError(f"{name} = {shown(value)}: whole numbers lie between -{LARGEST} and {LARGEST}")
+            if isinstance(value, str) and not value.isprintable():
+                raise ValueError(f"{name} = {shown(value)}: holds characters that cannot be printed; take them out")
+            if isinstance(value, tuple) and name in UNIQUE and len(set(value)) < len(value):
+                raise ValueError(f"{name} = {shown(list(value))}: names something twice; name each once")
+        return self
 
 
 class DataSettings(Section):
@@ -26,36 +45,36 @@ class DataSettings(Section):
 
     suite: str = Field("tabletop", description="task suite: tabletop, libero_spatial, libero_object, ...")
     tasks: tuple[str, ...] = Field(("lift_red_cube", "lift_green_cube"), description="tasks of the suite; empty: all")
-    views: tuple[str, ...] = Field(("agentview", "wrist"), min_length=1, max_length=3)
+    views: tuple[Name, ...] = Field(("agentview", "wrist"), min_length=1, max_length=3)
     image_height: int = Field(64, ge=16, le=512)
     image_width: int = Field(64, ge=16, le=512)
     render: Literal["fast", "full"] = Field(
         "fast", description="fast: decimated visual meshes, no reflections, no MSAA"
     )
-    state_dim: int = Field(8, ge=1)
-    action_dim: int = Field(7, ge=1)
-    control_hz: int = Field(20, ge=1)
-    memory_frames: int = Field(2, ge=1, description="memory frames, the current one included")
+    state_dim: int = Field(8, ge=1, le=1000)
+    action_dim: int = Field(7, ge=1, le=1000)
+    control_hz: int = Field(20, ge=1, le=10000)
+    memory_frames: int = Field(2, ge=1, le=1000, description="memory frames, the current one included")
     memory_horizon: int = Field(60, ge=1, description="training memories are drawn from the last this many steps")
-    future_frames: int = Field(5, ge=1, description="raw future frames: 1 + codec.temporal * k")
-    frame_stride: int = Field(3, ge=1, description="environment steps between future frames")
-    action_chunk: int = Field(15, ge=1, description="actions decoded per call")
-    text_tokens: int = Field(16, ge=4, description="instruction length in tokens, padded")
+    future_frames: int = Field(5, ge=1, le=1000, description="raw future frames: 1 + codec.temporal * k")
+    frame_stride: int = Field(3, ge=1, le=1000, description="environment steps between future frames")
+    action_chunk: int = Field(15, ge=1, le=10000, description="actions decoded per call")
+    text_tokens: int = Field(16, ge=4, le=10000, description="instruction length in tokens, padded")
 
 
 class ModelSettings(Section):
     """Sizes of the WAV transformer (spec: video DiT, value expert, action expert)."""
 
-    layers: int = Field(4, ge=1)
-    heads: int = Field(4, ge=1)
-    head_dim: int = Field(32, ge=2)
+    layers: int = Field(4, ge=1, le=1000)
+    heads: int = Field(4, ge=1, le=1000)
+    head_dim: int = Field(32, ge=2, le=4096)
     value_expert: bool = Field(True, description="false: the GE-ACT-like baseline without value and planning")
-    value_heads: int = Field(4, ge=1)
-    value_head_dim: int = Field(16, ge=2)
-    action_heads: int = Field(4, ge=1)
-    action_head_dim: int = Field(24, ge=2)
+    value_heads: int = Field(4, ge=1, le=1000)
+    value_head_dim: int = Field(16, ge=2, le=4096)
+    action_heads: int = Field(4, ge=1, le=1000)
+    action_head_dim: int = Field(24, ge=2, le=4096)
     action_kind: str = Field("paper", description="class of the action expert, a name in wav/model/experts.py")
-    max_views: int = Field(3, ge=1)
+    max_views: int = Field(3, ge=1, le=100)
     rope_scale: tuple[float, float, float] = Field(
         (8 / 30, 32.0, 32.0), description="RoPE position of one latent (frame seconds, pixels, pixels)"
     )
@@ -70,7 +89,7 @@ class DatasetOptions(Section):
     section: ClassVar[str] = ""
     cameras: dict[str, str] = Field({}, description="view -> camera of the dataset, where the usual names do not fit")
     drop_noops: bool = Field(False, description="drop steps that neither move nor change the gripper")
-    control_hz: int = Field(0, ge=0, description="true control rate, where the metadata is silent or wrong")
+    control_hz: int = Field(0, ge=0, le=10000, description="true control rate, where the metadata is silent or wrong")
     image_rotation: Literal["", "none", "180", "camera"] = Field(
         "", description="rotation of the stored frames: none (raw OpenGL), 180, camera; empty: recorded"
     )
@@ -140,13 +159,13 @@ class EncodeSettings(Section):
 
     codec: Literal["pca", "ltx"] = "pca"
     path: str = Field("", description="ltx: hub id or folder of the VAE")
-    patch: int = Field(16, ge=2, description="pca: pixels per latent cell (LTX: 32)")
-    temporal: int = Field(4, ge=1, description="pca: frames per latent frame (LTX: 8)")
-    channels: int = Field(48, ge=1, description="latent channels (LTX: 128)")
+    patch: int = Field(16, ge=2, le=1024, description="pca: pixels per latent cell (LTX: 32)")
+    temporal: int = Field(4, ge=1, le=1024, description="pca: frames per latent frame (LTX: 8)")
+    channels: int = Field(48, ge=1, le=100000, description="latent channels (LTX: 128)")
     fit_frames: int = Field(4000, ge=10, description="pca: frames the bases are fitted on")
     coordinates: bool = Field(True, description="pca: two of the channels carry the cell's position")
     text: str = Field("builtin-small", description="builtin-small, or hub id / folder of a T5 encoder")
-    text_dim: int = Field(64, ge=8, description="builtin-small: width of the embeddings (T5-XXL: 4096)")
+    text_dim: int = Field(64, ge=8, le=100000, description="builtin-small: width of the embeddings (T5-XXL: 4096)")
     seed: int = 0
 
 
@@ -155,7 +174,7 @@ class TrainSettings(Section):
 
     stage: ClassVar[str] = ""
     steps: int = Field(1000, ge=1)
-    batch_size: int = Field(32, ge=1, description="global batch: over all ranks and accumulation steps")
+    batch_size: int = Field(32, ge=1, le=100000, description="global batch: over all ranks and accumulation steps")
     micro_batch_size: int = Field(0, ge=0, description="samples per rank and forward; 0: batch_size / ranks")
     learning_rate: float = Field(1e-3, gt=0)
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -169,8 +188,8 @@ class TrainSettings(Section):
     memory_noise: float = Field(0.01, ge=0, le=1, description="memory frames: z <- (1-r) z + r noise, r ~ U[0, this]")
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
-    ranks: int = Field(1, ge=1, description="processes on this node (GPUs)")
-    nodes: int = Field(1, ge=1, description="machines (WAV_LAUNCHER)")
+    ranks: int = Field(1, ge=1, le=10000, description="processes on this node (GPUs)")
+    nodes: int = Field(1, ge=1, le=10000, description="machines (WAV_LAUNCHER)")
     gradient_checkpointing: bool | Literal["auto"] = Field(
         False, description="recompute blocks in the backward pass; auto: only as many as the free memory asks for"
     )
@@ -201,7 +220,7 @@ class TrainValueSettings(TrainSettings):
     """Stage 2: the value expert on frozen video features."""
 
     stage: ClassVar[str] = "train_value"
-    value_draws: int = Field(4, ge=1, description="independent (level, noise) draws per sample and video pass")
+    value_draws: int = Field(4, ge=1, le=1000, description="(level, noise) draws per sample and video pass")
 
 
 class TrainJointSettings(TrainSettings):
@@ -212,8 +231,8 @@ class TrainJointSettings(TrainSettings):
     weight_action: float = Field(1.0, ge=0)
     weight_value: float = Field(0.1, ge=0)
     weight_video: float = Field(0.1, ge=0)
-    action_draws: int = Field(4, ge=1, description="independent (level, noise) draws per action sample and video pass")
-    value_draws: int = Field(4, ge=1, description="independent (level, noise) draws per value sample and video pass")
+    action_draws: int = Field(4, ge=1, le=1000, description="(level, noise) draws per action sample and video pass")
+    value_draws: int = Field(4, ge=1, le=1000, description="(level, noise) draws per value sample and video pass")
 
 
 #: Noise level: 0 is clean, 1 is pure noise.
@@ -282,9 +301,9 @@ class CouplingSettings(Section):
 class PlannerSettings(Section):
     """Algorithm 1. ``alpha``/``beta`` follow the paper's formula: the share of the NEW elites' statistics."""
 
-    iterations: int = Field(3, ge=0, description="K; 0: no planning")
-    video_samples: int = Field(8, ge=1, description="M")
-    value_samples: int = Field(4, ge=1, description="N")
+    iterations: int = Field(3, ge=0, le=1000, description="K; 0: no planning")
+    video_samples: int = Field(8, ge=1, le=10000, description="M")
+    value_samples: int = Field(4, ge=1, le=10000, description="N")
     video_elites: int = Field(4, ge=1, description="K1")
     value_elites: int = Field(8, ge=1, description="K2")
     alpha: float = Field(0.5, ge=0, le=1)
@@ -294,7 +313,7 @@ class PlannerSettings(Section):
     score_penalty: float = Field(1.0, ge=0, description="standard deviations that lower_bound and ensemble take off")
     phi: Literal["max", "mean"] = Field("max", description="a candidate's score: the best or the mean of its N")
     epsilon: float = Field(1e-6, gt=0)
-    denoise_steps: int = Field(10, ge=1, description="Euler steps of value and action flows")
+    denoise_steps: int = Field(10, ge=1, le=10000, description="Euler steps of value and action flows")
     act_on: Literal["sample", "winner"] = Field(
         "sample", description="sample: noises of the refitted Gaussians (the paper's); winner: the best candidate's"
     )
@@ -328,9 +347,9 @@ class EvalLiberoSettings(Section):
     """Closed-loop evaluation (the suite evaluated is data.suite)."""
 
     episodes_per_task: int = Field(25, ge=1, le=50)
-    variants: tuple[Variant, ...] = VARIANTS
-    execute_steps: int = Field(8, ge=1, description="actions executed per policy call")
-    batch_size: int = Field(8, ge=1, description="the one padded batch shape the policy is called with")
+    variants: tuple[Variant, ...] = Field(VARIANTS, min_length=1)
+    execute_steps: int = Field(8, ge=1, le=10000, description="actions executed per policy call")
+    batch_size: int = Field(8, ge=1, le=100000, description="the one padded batch shape the policy is called with")
     budget: Literal["protocol", "reference"] = "protocol"
     within: float = Field(
         1.5, ge=0, description="success is also reported within this many times the direct expert's steps; 0: not"
@@ -345,7 +364,7 @@ class EvalLiberoSettings(Section):
         2, ge=0, le=50, description="initial states per task from which candidates are executed to rank scores; 0: none"
     )
     videos: int = Field(4, ge=0, description="episodes per variant written as mp4")
-    video_chunks: int = Field(2, ge=1, description="chunks rolled out by generate_video for the pictures")
+    video_chunks: int = Field(2, ge=1, le=1000, description="chunks rolled out by generate_video for the pictures")
     seed: int = 7
 
 

@@ -24,7 +24,8 @@ PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "prefect", "dvc",
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The option that switches this on."""
+    """The option that switches this on, and the seed of the generated cases that it records (tests/fuzz)."""
+    parser.addoption("--seed", type=int, default=0, help="seed of the cases that tests/fuzz generates")
     parser.addoption("--record", type=Path, help=f"JSON file that gets a row for every {MARK} test that ran")
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from wav.errors import DataError, StorageError, WavError
+from wav.io.readers import read_json as read_json  # the way back from write_json
 
 MANIFEST = "manifest.json"
 _RENAME_EXCHANGE = 2
@@ -234,20 +235,6 @@ def write_bytes(path: Path, data: bytes) -> None:
     with atomic_file(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
-
-
-def read_json(path: str | Path, remedy: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        DataError: it is missing or not JSON; the message ends in ``remedy``.
-    """
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing; {remedy}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); {remedy}") from None
 
 
 def file_records(
