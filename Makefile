@@ -101,7 +101,7 @@ down: ## stop them (data stays in .local)
 status: $(VENV)/.installed ## what runs
 	@python -m infra.local.services status
 
-ui: $(VENV)/.installed ## addresses of the UIs
+ui: $(VENV)/.installed ## open Prefect's UI and say how to sign in
 	@python -m infra.local.services ui
 
 deploy: $(VENV)/.installed ## work pool, queue, automation and deployments on the Prefect server (idempotent)

@@ -34,12 +34,13 @@ from prefect.settings import get_current_settings
 from flows.artifacts import publish_markdown, publish_numbers, publish_objects, publish_table
 from flows.memory import PeakMemory
 from flows.provenance import hash_table, parent_run, run_url
-from flows.server import answers, run_flow, show
+from flows.server import answers, any_answer, run_flow, show
 from wav.config import Runtime, Settings, load_settings
 from wav.errors import ServiceError, WavError, exit_status
 from wav.io.files import write_json
 from wav.io.storage import ObjectStore, open_store
 from wav.local import adopt_local_services
+from wav.prefect_api import server_version
 from wav.processes import WORKER_MARK, end_with_starter
 
 REMEDY = "run make up"
@@ -77,13 +78,15 @@ def require_services(runtime: Runtime) -> None:
     Raises:
         ServiceError: which server, its address, why, and the remedy.
     """
-    api = get_current_settings().api.url
+    settings = get_current_settings().api
+    api, string = settings.url, settings.auth_string.get_secret_value() if settings.auth_string else ""
     if not api:
         raise ServiceError(f"Prefect server: PREFECT_API_URL is not set and no local server was started; {REMEDY}")
-    if problem := answers(f"{api.rstrip('/')}/health", well=True):
-        raise ServiceError(f"Prefect server at {api}: not up ({problem}); {REMEDY}")
-    if runtime.store.startswith("s3://") and runtime.s3_endpoint and (problem := answers(runtime.s3_endpoint)):
-        raise ServiceError(f"S3 server at {runtime.s3_endpoint} (WAV_S3_ENDPOINT): not up ({problem}); {REMEDY}")
+    if problem := answers(lambda seconds: server_version(api, string, seconds)):
+        raise ServiceError(f"Prefect server at {api}: {problem}; {REMEDY}")
+    s3 = runtime.s3_endpoint if runtime.store.startswith("s3://") else ""
+    if s3 and (problem := answers(lambda seconds: any_answer(s3, seconds))):
+        raise ServiceError(f"S3 server at {s3} (WAV_S3_ENDPOINT): {problem}; {REMEDY}")
     if runtime.store.startswith("s3://") and not runtime.s3_endpoint and not os.environ.get("AWS_ACCESS_KEY_ID"):
         import boto3
 

@@ -5,6 +5,7 @@ A server that goes away costs a run its pictures and its last state, never its r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import sys
@@ -46,33 +47,37 @@ def show(what: str, action: Callable[[], Shown], retries: int = 2) -> Shown | No
         return None
 
 
-def answers(url: str, patience_s: float = 60.0, timeout_s: float = CALL_S, well: bool = False) -> str:
-    """Empty if a web server answers at ``url``, else why not.
+def answers(ask: Callable[[float], object], patience_s: float = 60.0, timeout_s: float = CALL_S) -> str:
+    """Empty if a server answers, else why not.
 
     One that is down refuses at once; one that takes the connection and says nothing is busy, and is asked for longer.
 
     Args:
-        url: asked.
+        ask: the question, given the seconds it may take; raises OSError where there is no answer, ServiceError where
+            the answer is not that of the server meant.
         patience_s: how long one that is busy is asked.
         timeout_s: of one attempt.
-        well: a status of 500 or more is no answer (a proxy's, while its server restarts); else any status is one.
     """
     began, asked = time.monotonic(), 0
     while True:
         asked += 1
         try:
-            with urllib.request.urlopen(url, timeout=timeout_s):
-                return ""
-        except urllib.error.HTTPError as error:
-            if not well or error.code < 500:
-                return ""
-            problem: object = error
-        except (urllib.error.URLError, OSError) as error:
-            problem = getattr(error, "reason", error)
+            ask(timeout_s)
+            return ""
+        except ServiceError as error:
+            return str(error)
+        except OSError as error:
+            problem: object = getattr(error, "reason", error)
         busy = isinstance(problem, TimeoutError) and time.monotonic() - began < patience_s
         if asked >= 2 and not busy:
-            return str(problem)
+            return f"not up ({problem})"
         time.sleep(0.5)
+
+
+def any_answer(url: str, timeout_s: float) -> None:
+    """Return where a web server answers at ``url``, whatever its status is; OSError where none does."""
+    with contextlib.suppress(urllib.error.HTTPError):
+        urllib.request.urlopen(url, timeout=timeout_s).close()
 
 
 def run_flow(flow: Flow[..., Any], **parameters: Any) -> None:

@@ -8,9 +8,11 @@ worker died (their heartbeats stop), and the deployments of ``prefect.yaml``.
 from __future__ import annotations
 
 import argparse
+import copy
 import subprocess
 import sys
 from datetime import timedelta
+from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
@@ -33,13 +35,28 @@ AUTOMATION = "wav: crash runs whose worker died"
 SILENT_SECONDS = 1800
 
 
+def base_job_template() -> dict[str, Any]:
+    """Prefect's template of a process pool without the command and the folder: no deployment or run may set them.
+
+    They are refused by name, at deploy and at run. This is no fence against whoever may talk to the server, who can
+    make a deployment of other code; the authentication string is.
+    """
+    template = copy.deepcopy(ProcessWorker.get_default_base_job_template())
+    for name in ("command", "working_dir"):
+        del template["variables"]["properties"][name]
+        del template["job_configuration"][name]
+    template["variables"]["additionalProperties"] = False
+    return template
+
+
 def make_pool(client: SyncPrefectClient) -> None:
     """The pool with one slot, and its queue."""
+    template = base_job_template()
     try:
         pool = client.read_work_pool(POOL)
         if pool.type != "process":
             raise ServiceError(f"work pool {POOL}: is of type {pool.type}, not process; delete it or rename it")
-        client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=1))
+        client.update_work_pool(POOL, WorkPoolUpdate(concurrency_limit=1, base_job_template=template))
     except ObjectNotFound:
         client.create_work_pool(
             WorkPoolCreate(
@@ -47,7 +64,7 @@ def make_pool(client: SyncPrefectClient) -> None:
                 type="process",
                 description="The GPU server: one flow at a time.",
                 concurrency_limit=1,
-                base_job_template=ProcessWorker.get_default_base_job_template(),
+                base_job_template=template,
             )
         )
     try:

@@ -12,12 +12,11 @@ from typing import Any
 
 import psutil
 import pytest
-from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.states import Cancelling
 
+from tests.helpers.local_services import prefect_client, variables
 from tests.test_retrain import PROJECT, Site, git, site  # noqa: F401 - a fixture
-from wav.local import read_env
 
 pytestmark = pytest.mark.long
 STARTED_WITHIN_S, GONE_WITHIN_S, SAID_WITHIN_S = 240.0, 5.0, 60.0
@@ -36,7 +35,7 @@ def worker(site: Site, tmp_path: Path) -> Iterator[dict[str, str]]:  # noqa: F81
     """Environment of a worker that runs this project's deployments on the sleeping pipeline."""
     (site.folder / "stage.py").write_text(SLEEPER)
     git(site.folder, "commit", "-qam", "a stage that sleeps")
-    environment = site.environment | read_env(Path(site.environment["WAV_LOCAL_DIR"]) / "env")
+    environment = site.environment | variables(site.environment)
     environment |= {"WAV_WORKSPACE": str(site.folder), "SLEEPER_PIDS": str(tmp_path / "pids")}
     subprocess.run([sys.executable, "-m", "infra.deploy"], cwd=PROJECT, env=environment, check=True)
     with (tmp_path / "worker.log").open("w") as log:
@@ -70,7 +69,7 @@ def test_cancelling_ends_every_process_within_five_seconds(
     worker: dict[str, str], record_property: Callable[[str, Any], None]
 ) -> None:
     pids = Path(worker["SLEEPER_PIDS"])
-    with SyncPrefectClient(worker["PREFECT_API_URL"]) as client:
+    with prefect_client(worker) as client:
         deployment = client.read_deployment_by_name("retrain/retrain")
         run: FlowRun = client.create_flow_run_from_deployment(deployment.id)
         until(lambda: pids.is_file() and len(pids.read_text().split()) == 2, STARTED_WITHIN_S)

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from prefect.client.orchestration import SyncPrefectClient
 
 from infra import deploy
 from tests.free_ports import find_free
-from wav.local import read_env
+from tests.helpers.local_services import prefect_client, variables
 
 PROJECT = Path(__file__).resolve().parents[1]
 SCHEDULED_WITHIN_S = 150.0
@@ -41,7 +40,7 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
 
     services("up")
     try:
-        yield found | read_env(tmp_path / "local" / "env")
+        yield found | variables(found)
     finally:
         services("down")
 
@@ -68,7 +67,7 @@ def test_deploy_twice_is_once_and_retrain_is_on_the_calendar(environment: dict[s
     for _ in range(2):
         subprocess.run([sys.executable, "-m", "infra.deploy"], cwd=PROJECT, env=environment, check=True)
     names = sorted(entry["name"] for entry in yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"])
-    with SyncPrefectClient(environment["PREFECT_API_URL"]) as client:
+    with prefect_client(environment) as client:
         pool = client.read_work_pool(deploy.POOL)
         assert (pool.type, pool.concurrency_limit) == ("process", 1)
         assert client.read_work_queue_by_name(deploy.QUEUE, work_pool_name=deploy.POOL).concurrency_limit == 1

@@ -16,7 +16,6 @@ from uuid import UUID
 import httpx
 import psutil
 import pytest
-from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
 from prefect.events.schemas.automations import EventTrigger
 from prefect.states import Running
@@ -25,10 +24,10 @@ from flows.retrain import retrain
 from flows.server import run_flow
 from infra import deploy
 from tests.helpers.kill_harness import Lab
+from tests.helpers.local_services import prefect_client, variables
 from tests.test_cancel import alive, until
 from tests.test_retrain import PROJECT, STAGE, Site, git, site  # noqa: F401 - a fixture
 from wav.errors import DataError, ServiceError
-from wav.local import read_env
 
 #: a stage that tells its process and ends when it may
 WAITER = """
@@ -123,7 +122,7 @@ def worker(site: Site, tmp_path: Path) -> Iterator[dict[str, str]]:  # noqa: F81
     """Environment of a worker; the worker outlives the test."""
     (site.folder / "stage.py").write_text(WAITER + STAGE)
     git(site.folder, "commit", "-qam", "a stage that waits", "--allow-empty")
-    environment = site.environment | read_env(Path(site.environment["WAV_LOCAL_DIR"]) / "env")
+    environment = site.environment | variables(site.environment)
     environment |= {
         "WAV_WORKSPACE": str(site.folder),
         "STAGE_PIDS": str(tmp_path / "pids"),
@@ -245,7 +244,7 @@ def test_a_worker_s_run_outlives_a_restart_of_the_server(
     """The same processes end the run, once, as Completed."""
     site.rate("11")  # else DVC would have the stage's output
     pids = Path(worker["STAGE_PIDS"])
-    with SyncPrefectClient(worker["PREFECT_API_URL"]) as client:
+    with prefect_client(worker) as client:
         run = client.create_flow_run_from_deployment(client.read_deployment_by_name("retrain/retrain").id)
 
         def names() -> list[str | None]:
@@ -273,8 +272,8 @@ def test_a_living_run_that_was_taken_for_dead_ends_well(
 ) -> None:
     """Away for longer than the automation allows: the server says Crashed, the run goes on and ends with status 0."""
     allowed_s = 20.0
-    environment = site.environment | read_env(Path(site.environment["WAV_LOCAL_DIR"]) / "env")
-    with SyncPrefectClient(environment["PREFECT_API_URL"]) as client:
+    environment = site.environment | variables(site.environment)
+    with prefect_client(environment) as client:
         wanted = deploy.automation()
         assert isinstance(wanted.trigger, EventTrigger)
         wanted.trigger.within = timedelta(seconds=allowed_s)
@@ -309,12 +308,12 @@ EventsWorker.instance().drain()
 @pytest.mark.long
 def test_a_run_that_dies_while_the_server_is_away_is_found(site: Site, server: Lab) -> None:  # noqa: F811
     """Also after Prefect's minute: else it would stay Running and keep the only slot of the pool for ever."""
-    environment = site.environment | read_env(Path(site.environment["WAV_LOCAL_DIR"]) / "env")
+    environment = site.environment | variables(site.environment)
     allowed_s, forgotten_after_s = 20.0, 60.0
     wanted = deploy.automation()
     assert isinstance(wanted.trigger, EventTrigger)
     wanted.trigger.within = timedelta(seconds=allowed_s)
-    with SyncPrefectClient(environment["PREFECT_API_URL"]) as client:
+    with prefect_client(environment) as client:
         deploy.make_automation(client, wanted)
         time.sleep(6)  # the server reads its automations every five seconds
         runs = [client.create_flow_run(retrain, state=Running()).id for _ in range(2)]

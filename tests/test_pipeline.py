@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import yaml
 
 from infra.local.workspace import make_workspace
 from tests.free_ports import find_free
+from tests.helpers.local_services import prefect_client
 from wav.config import Settings, load_preset, load_settings
 from wav.errors import ConfigError
 from wav.parameter_files import merge
@@ -261,13 +261,9 @@ def test_every_stage_ran(smoke: tuple[Path, dict[str, str], str]) -> None:
     assert sorted(ran) == sorted([CODE_STAGE, *STAGES])
     assert "skipping" not in text
     assert "is cached" not in text
-    local = Path(environment["WAV_LOCAL_DIR"])
-    url = dict(line.split("=", 1) for line in (local / "env").read_text().splitlines())["PREFECT_API_URL"]
-    request = urllib.request.Request(
-        f"{url}/flow_runs/filter", data=b'{"limit": 50}', headers={"content-type": "application/json"}
-    )
-    runs = json.load(urllib.request.urlopen(request, timeout=10))
-    assert {run["state_name"] for run in runs} == {"Completed"}
+    with prefect_client(environment) as client:
+        runs = client.read_flow_runs(limit=50)
+    assert {run.state_name for run in runs} == {"Completed"}
     assert len(runs) == len(STAGES)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from prefect.plugins import HookContext
+from prefect.plugins import HookContext, SetupResult
 
 from wav import prefect_plugin
 from wav.stages import STAGES
@@ -42,7 +42,7 @@ def test_only_that_command_line_is_recognised(line: str, place: int | None) -> N
     assert found == place
 
 
-def call(monkeypatch: pytest.MonkeyPatch, folder: Path, *argv: str) -> tuple[list[str], object]:
+def call(monkeypatch: pytest.MonkeyPatch, folder: Path, *argv: str) -> tuple[list[str], SetupResult | None]:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", list(argv))
     result = prefect_plugin.setup_environment(ctx=CONTEXT)
@@ -53,17 +53,22 @@ def test_a_known_bare_name_is_completed_and_the_local_server_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "env").write_text("PREFECT_API_URL=http://127.0.0.1:1/api\n")
+    (tmp_path / "credentials.env").write_text("AWS_SECRET_ACCESS_KEY=x\nPREFECT_API_AUTH_STRING=wav:x\n")
     monkeypatch.setenv("WAV_LOCAL_DIR", str(tmp_path))
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING"):
+        monkeypatch.delenv(name, raising=False)
     argv, result = call(monkeypatch, PROJECT, "prefect", "deployment", "run", "eval-libero", "--watch")
     assert argv == ["prefect", "deployment", "run", "eval-libero/eval-libero", "--watch"]
     assert result is not None
-    assert result.env == {"PREFECT_API_URL": "http://127.0.0.1:1/api"}
+    assert result.env == {"PREFECT_API_URL": "http://127.0.0.1:1/api", "PREFECT_API_AUTH_STRING": "wav:x"}
+    assert call(monkeypatch, PROJECT, "prefect", "flow-run", "ls")[1] == result, "every prefect command"
+    assert call(monkeypatch, PROJECT, "pytest", "deployment", "run", "eval-libero")[1] is None
     monkeypatch.setenv("PREFECT_API_URL", "http://elsewhere/api")
     assert call(monkeypatch, PROJECT, "prefect", "deployment", "run", "retrain/retrain")[1] is None
 
 
 def test_unknown_names_and_other_folders_stay_as_typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("WAV_LOCAL_DIR", str(tmp_path))
     typed = ["prefect", "deployment", "run", "nonsense"]
     assert call(monkeypatch, PROJECT, *typed) == (typed, None)
     typed[-1] = "eval-libero"

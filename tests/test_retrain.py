@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from prefect.client.schemas.sorting import ArtifactSort
 
 from tests.free_ports import find_free
+from tests.helpers.local_services import prefect_client
 from wav.config import load_preset, parameter_text
 from wav.io.storage import open_store
 from wav.local import read_env
@@ -110,7 +110,7 @@ class Site:
 
     def shown(self, name: str) -> str:
         """What the newest retrain shows in the UI under a name."""
-        with SyncPrefectClient(read_env(Path(self.environment["WAV_LOCAL_DIR"]) / "env")["PREFECT_API_URL"]) as client:
+        with prefect_client(self.environment) as client:
             key = ArtifactFilterKey(any_=[f"retrain-{name}"])
             found = client.read_artifacts(artifact_filter=ArtifactFilter(key=key), sort=ArtifactSort.CREATED_DESC)
         return str(found[0].data)

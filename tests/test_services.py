@@ -6,6 +6,7 @@ import json
 import os
 import re
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -13,15 +14,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
+import httpx
 import psutil
 import pytest
+from botocore.exceptions import ClientError
+from prefect.exceptions import PrefectHTTPStatusError
 
-from infra.local import ports, services, system, workspace
+from infra import deploy
+from infra.local import ports, secrets, services, system, workspace
 from infra.local.workspace import make_workspace
 from tests.free_ports import find_free
+from tests.helpers.local_services import prefect_client, variables
 from wav.errors import ConfigError, ServiceError
 from wav.local import adopt_local_services, read_env
+from wav.prefect_api import server_version
 from wav.sim.libero import assets as libero_assets
 
 pytestmark = pytest.mark.services
@@ -69,7 +75,64 @@ def test_only_this_machine_is_served_and_keys_are_private(server: tuple[Path, di
         listening = [c for c in psutil.Process(pid).net_connections("inet") if c.status == psutil.CONN_LISTEN]
         assert listening
         assert {c.laddr.ip for c in listening} == {"127.0.0.1"}
-    assert stat.S_IMODE((folder / "credentials.env").stat().st_mode) == 0o600
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for name in ("credentials.env", "env", "weed.key"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600, name
+
+
+def test_prefect_lets_in_who_has_the_string_and_no_page_of_another_origin(server: tuple[Path, dict[str, str]]) -> None:
+    _, environment = server
+    found = variables(environment)
+    url, string = found["PREFECT_API_URL"], found["PREFECT_API_AUTH_STRING"]
+    server_version(url, string)
+    for other, said in (("", "not set"), ("wav:other", "refuses PREFECT_API_AUTH_STRING")):
+        with pytest.raises(ServiceError, match=said):
+            server_version(url, other)
+    for origin, allowed in ((url.removesuffix("/api"), True), ("http://elsewhere.example", False), ("null", False)):
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        reply = httpx.options(f"{url}/flow_runs/filter", headers=asked)
+        assert (reply.headers.get("access-control-allow-origin") == origin) is allowed, origin
+    done = run(environment, "prefect", "work-pool", "ls")
+    assert done.returncode == 0, "the command finds address and string in the project folder: " + done.stderr
+
+
+def test_a_run_cannot_name_the_command_or_the_folder_of_its_process(server: tuple[Path, dict[str, str]]) -> None:
+    with prefect_client(server[1]) as client:
+        deploy.make_pool(client)
+        flow = client.create_flow_from_name("nothing")
+        made = client.create_deployment(flow, "nothing", work_pool_name=deploy.POOL)
+        for name in ("command", "working_dir"):
+            with pytest.raises(PrefectHTTPStatusError, match=name):
+                client.create_flow_run_from_deployment(made, job_variables={name: "/tmp"})
+        client.create_flow_run_from_deployment(made, job_variables={"env": {"CUDA_VISIBLE_DEVICES": "1"}})
+
+
+def answer(port: int, request: str, context: ssl.SSLContext | None = None) -> bytes:
+    """What a port says to a request by HTTP, or HTTPS with a context; empty where it breaks off."""
+    stream = socket.create_connection(("127.0.0.1", port), 5)
+    try:
+        stream = context.wrap_socket(stream, server_hostname="127.0.0.1") if context else stream
+        stream.sendall(f"{request} HTTP/1.0\r\n\r\n".encode())
+        return stream.recv(1000)
+    except (ssl.SSLError, ConnectionError):
+        return b""
+    finally:
+        stream.close()
+
+
+def test_no_port_of_the_store_but_s3_answers_who_has_no_certificate(server: tuple[Path, dict[str, str]]) -> None:
+    """The filer, the master and the volume server read and write the same objects as S3, and ask for no S3 keys."""
+    folder, _ = server
+    opened = json.loads((folder / "s3.json").read_text())["ports"]
+    context = ssl.create_default_context(cafile=str(folder / "weed.crt"))
+    for name, port in opened.items():
+        for path in ("/", "/buckets/wav/", "/dir/status", "/dir/assign", "/col/delete?collection=wav"):
+            for method in ("GET", "PUT", "POST", "DELETE"):
+                said = answer(port, f"{method} {path}")
+                assert re.match(rb"$|HTTP/1\.[01] 4\d\d ", said), f"{name}: {method} {path}: {said!r}"
+        assert answer(port, "GET /dir/status", context) == b"", name
+    context.load_cert_chain(folder / "weed.crt", folder / "weed.key")
+    assert b" 200 OK" in answer(opened["master"], "GET /dir/status", context)
 
 
 def test_the_bucket_keeps_versions_and_refuses_other_keys(server: tuple[Path, dict[str, str]]) -> None:
@@ -80,7 +143,7 @@ def test_the_bucket_keeps_versions_and_refuses_other_keys(server: tuple[Path, di
     assert len(versions) == 2
     assert client.list_object_versions(Bucket="wav-dvc").get("Versions", []) == []
     stranger = services._client(endpoint, {"AWS_ACCESS_KEY_ID": "other", "AWS_SECRET_ACCESS_KEY": "other"})
-    with pytest.raises(boto3.exceptions.botocore.exceptions.ClientError):
+    with pytest.raises(ClientError):
         stranger.put_object(Bucket="wav", Key="test/y", Body=b"")
 
 
@@ -113,12 +176,12 @@ def test_a_server_that_was_killed_comes_back_with_its_data(server: tuple[Path, d
 def test_down_stops_everything_and_a_flow_then_fails_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "local"
     environment = clean_environment(folder)
-    services._write_private(
+    secrets.write_private(
         folder / "env",
         f"PREFECT_API_URL=http://127.0.0.1:{environment['WAV_PREFECT_PORT']}/api\nPREFECT_HOME={folder}/prefect\n"
         f"WAV_S3_ENDPOINT=http://127.0.0.1:{environment['WAV_S3_PORT']}\n",
     )
-    services.credentials(folder)
+    secrets.credentials(folder)
     workspace = make_workspace("smoke", tmp_path / "workspace", tmp_path / "cache")
     began = time.monotonic()
     done = run(environment, "flows.label_rewards", cwd=workspace)

@@ -6,7 +6,8 @@ import socket
 import threading
 import time
 
-from flows.server import answers
+from flows.server import answers, any_answer
+from wav.prefect_api import server_version
 
 
 def test_a_server_that_is_down_is_said_at_once() -> None:
@@ -14,14 +15,14 @@ def test_a_server_that_is_down_is_said_at_once() -> None:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/"
         began = time.monotonic()
-        assert "refused" in answers(url)
+        assert "refused" in answers(lambda seconds: any_answer(url, seconds))
     assert time.monotonic() - began < 5
 
 
 def test_a_server_that_stays_silent_is_not_waited_for_without_end() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/"
-        assert "timed out" in answers(url, patience_s=0.5, timeout_s=0.2)
+        assert "timed out" in answers(lambda seconds: any_answer(url, seconds), patience_s=0.5, timeout_s=0.2)
 
 
 def test_a_busy_server_is_waited_for() -> None:
@@ -39,7 +40,7 @@ def test_a_busy_server_is_waited_for() -> None:
         thread = threading.Thread(target=answer_late, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/"
-        assert answers(url, patience_s=20.0, timeout_s=0.5) == ""
+        assert answers(lambda seconds: any_answer(url, seconds), patience_s=20.0, timeout_s=0.5) == ""
         thread.join(5)
 
 
@@ -57,6 +58,6 @@ def test_a_proxy_is_not_taken_for_the_server_behind_it() -> None:
         thread = threading.Thread(target=answer_all, daemon=True)
         thread.start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}/"
-        assert answers(url) == "", "any status will do for a store"
-        assert "503" in answers(url, well=True)
+        assert answers(lambda seconds: any_answer(url, seconds)) == "", "any status will do for a store"
+        assert "503" in answers(lambda seconds: server_version(url, "", seconds))
         thread.join(5)

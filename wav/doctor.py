@@ -16,7 +16,8 @@ import psutil
 import torch
 
 from wav.config import Runtime
-from wav.errors import WavError
+from wav.errors import ServiceError, WavError
+from wav.prefect_api import server_version
 
 #: Versions the simulators need exactly (newer ones break robosuite or change the pictures).
 REQUIRED = {"robosuite": "1.4.0", "mujoco": "3.3.2"}
@@ -104,10 +105,12 @@ def check_services(runtime: Runtime) -> Iterator[Check]:
     """Prefect and the object store."""
     api = os.environ.get("PREFECT_API_URL", "")
     if api:
-        complaint = _answers(f"{api.rstrip('/')}/health")
-        yield Check(
-            "prefect", not complaint, f"{api}" + (f" does not answer ({complaint}); make up" if complaint else "")
-        )
+        try:
+            text, good = f"{api}, version {server_version(api)}", True
+        except (ServiceError, OSError) as error:
+            told = str(error) if isinstance(error, ServiceError) else f"does not answer ({error})"
+            text, good = f"{api} {told}; make up", False
+        yield Check("prefect", good, text)
     else:
         yield Check("prefect", False, "PREFECT_API_URL is not set and no local server was started; make up")
     if runtime.store.startswith("file://"):

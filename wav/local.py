@@ -1,14 +1,17 @@
 """The services of this machine (``make up``): what an unconfigured process needs to find them.
 
-``make up`` leaves addresses in ``.local/env`` and generated keys in ``.local/credentials.env`` (mode 600, never
-committed). Entry points (flows, the console script) call :func:`adopt_local_services` first, so that plain
-``dvc repro`` works after ``make up`` without exporting anything. A variable that is set already always wins.
+``make up`` leaves addresses in ``.local/env`` and what it generated (S3 keys, Prefect's authentication string) in
+``.local/credentials.env`` (mode 600, never committed). Entry points (flows, the console script) call
+:func:`adopt_local_services` first, so that plain ``dvc repro`` works after ``make up`` without exporting anything; for
+the ``prefect`` command :mod:`wav.prefect_plugin` does. A variable that is set already always wins.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from wav.prefect_api import STRING, URL
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -29,20 +32,33 @@ def read_env(path: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if "=" in line and not line.startswith("#"))
 
 
+def local_prefect(folder: Path | None = None) -> dict[str, str]:
+    """Address and authentication string of the local Prefect server, together; empty where another one is meant."""
+    folder = folder or local_folder()
+    url = read_env(folder / "env").get(URL, "")
+    if not url or os.environ.get(URL, "") not in ("", url):
+        return {}
+    string = os.environ.get(STRING) or read_env(folder / "credentials.env").get(STRING, "")
+    return {URL: url} | ({STRING: string} if string else {})
+
+
 def adopt_local_services(folder: Path | None = None) -> bool:
     """Fill unset environment variables from ``.local/env``; true where ``make up`` has left one.
 
-    The local S3 server's address and keys come together: they are taken only where neither ``WAV_STORE`` nor
-    ``WAV_S3_ENDPOINT`` names another store, and then replace ``AWS_*`` keys of other accounts in this process.
+    The local Prefect server's address and authentication string come together, and so do the local S3 server's
+    address and keys: these are taken only where neither ``WAV_STORE`` nor ``WAV_S3_ENDPOINT`` names another store, and
+    then replace ``AWS_*`` keys of other accounts in this process.
     """
     folder = folder or local_folder()
-    values = read_env(folder / "env")
+    values, secrets = read_env(folder / "env"), read_env(folder / "credentials.env")
+    os.environ.update(local_prefect(folder))
     endpoint = values.pop("WAV_S3_ENDPOINT", "")
+    values.pop(URL, None)
     for name, value in values.items():
         os.environ.setdefault(name, value)
     chosen = [os.environ.get(name, "") for name in _STORE_CHOICE]
     if endpoint and (not any(chosen) or chosen[1] == endpoint):
         os.environ["WAV_S3_ENDPOINT"] = endpoint
-        os.environ.update(read_env(folder / "credentials.env"))
+        os.environ.update({name: value for name, value in secrets.items() if name.startswith("AWS_")})
         os.environ.pop("AWS_SESSION_TOKEN", None)
-    return bool(values)
+    return bool(values or endpoint)

@@ -1,14 +1,14 @@
-"""Prefect's plugin hook: ``prefect deployment run NAME`` in the project folder, where Prefect itself wants FLOW/NAME.
+"""Prefect's plugin hook: the ``prefect`` command in the project folder finds the server that ``make up`` started.
 
 Prefect calls :func:`setup_environment` at every ``import prefect`` where ``prefect.toml`` switches plugins on. The hook
-looks at the command line and does nothing unless it is ``prefect deployment run``; there it completes a bare name that
-the folder's ``prefect.yaml`` defines (each deployment here has the name of its flow) and, unless told otherwise, uses
-the server that ``make up`` started. Whatever goes wrong, the command line stays as it was typed.
+looks at the command line and does nothing unless it is the ``prefect`` command. That gets the address and the
+authentication string of the local server, unless the environment names another one. In ``prefect deployment run NAME``,
+where Prefect itself wants FLOW/NAME, a bare name is completed that the folder's ``prefect.yaml`` defines (each
+deployment here has the name of its flow). Whatever goes wrong, the command line stays as it was typed.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,12 +22,17 @@ _FLAGS = {"--watch", "--no-watch", "--help", "-h", "--prompt", "--no-prompt"}
 _FLAGS |= {"--empty-param", "--empty-job-variable", "--empty-tag"}
 
 
+def is_prefect(argv: Sequence[str]) -> bool:
+    """Whether ``argv`` is a ``prefect`` command line, the program first."""
+    return bool(argv) and (Path(argv[0]).name == "prefect" or Path(argv[0]).parts[-2:] == ("prefect", "__main__.py"))
+
+
 def name_place(argv: Sequence[str]) -> int | None:
     """Place in ``argv`` of the NAME of ``prefect [options] deployment run [options] NAME``; None: another command.
 
     ``argv`` is ``sys.argv``, the program first.
     """
-    if not argv or not (Path(argv[0]).name == "prefect" or argv[0].endswith(os.path.join("prefect", "__main__.py"))):
+    if not is_prefect(argv):
         return None
     words: list[int] = []
     place = 1
@@ -55,25 +60,20 @@ def deployment_names(folder: Path) -> set[str]:
 
 @register_hook
 def setup_environment(*, ctx: HookContext) -> SetupResult | None:  # pluggy refuses a positional ctx
-    """Complete a bare deployment name in ``sys.argv``; the environment for it, or None for every other command."""
+    """Complete a bare deployment name in ``sys.argv``; the local server's variables, or None for other commands."""
     try:
         argv = list(sys.argv)
         if argv[:1] == ["-m"]:  # `python -m MODULE`: its packages are imported before sys.argv names it
             argv[0] = sys.orig_argv[-len(argv)]
+        if not is_prefect(argv):
+            return None
         place = name_place(argv)
-        if place is None:
-            return None
-        name = sys.argv[place]
-        if name.rpartition("/")[2] not in deployment_names(Path.cwd()):
-            return None
-        if "/" not in name:
-            sys.argv[place] = f"{name}/{name}"
-        from wav.local import local_folder, read_env
+        if place is not None and "/" not in argv[place] and argv[place] in deployment_names(Path.cwd()):
+            sys.argv[place] = f"{argv[place]}/{argv[place]}"
+        from wav.local import local_prefect
 
-        url = read_env(local_folder() / "env").get("PREFECT_API_URL", "")
-        if not url or os.environ.get("PREFECT_API_URL"):
-            return None
-        return SetupResult(env={"PREFECT_API_URL": url}, note="local server of make up")
+        found = local_prefect()
+        return SetupResult(env=found, note="local server of make up") if found else None
     except Exception:  # a convenience must never stand in the way of the command itself
         ctx.logger_factory("wav.prefect_plugin").debug("deployment name left alone", exc_info=True)
         return None

@@ -3,29 +3,30 @@
 ``python -m infra.local.services up | down | status | ui | where FOLDER`` (``make up``, ``make down``, ...).
 
 State lies in ``.local/`` (``WAV_LOCAL_DIR``): ``prefect/`` and ``s3/`` hold the data, ``logs/`` what they said,
-``NAME.json`` the process, ``env`` the addresses and ``credentials.env`` the generated keys. Ports come from
-:data:`PORTS`' variables. ``up`` twice is ``up`` once.
+``NAME.json`` the process, ``env`` the addresses and ``credentials.env`` the generated keys (:mod:`.secrets`). Ports
+come from :data:`PORTS`' variables. ``up`` twice is ``up`` once.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
-import secrets
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
+import webbrowser
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from infra.local import ports
+from infra.local.secrets import credentials, private_folder, weed_tls, write_private
 from wav.errors import ServiceError, exit_status
 from wav.local import PROJECT, local_folder, read_env
+from wav.prefect_api import STRING, URL, server_version
 from wav.processes import ending, marked, stop
 
 HOST = "127.0.0.1"
@@ -50,6 +51,11 @@ class Service:
     ready: Callable[[], str]
     """Empty when it answers for real, else what it said."""
 
+    @property
+    def settings(self) -> str:
+        """Digest of how it is started: a server that an older version of this code started is started again."""
+        return hashlib.sha256(json.dumps([self.command, self.environment], sort_keys=True).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Running:
@@ -57,29 +63,7 @@ class Running:
 
     pid: int
     ports: dict[str, int]
-
-
-def _write_private(path: Path, text: str) -> None:
-    """Write atomically, readable by the owner only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as handle:
-        handle.write(text)
-    temporary.replace(path)
-
-
-def credentials(folder: Path) -> dict[str, str]:
-    """Access keys of the local S3 server, generated once."""
-    path = folder / "credentials.env"
-    values = read_env(path)
-    if set(values) != {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}:
-        values = {
-            "AWS_ACCESS_KEY_ID": "WAV" + secrets.token_hex(8).upper(),
-            "AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(30),
-        }
-        _write_private(path, "".join(f"{name}={value}\n" for name, value in values.items()))
-    return values
+    settings: str
 
 
 def _client(endpoint: str, keys: dict[str, str]) -> Any:
@@ -111,7 +95,7 @@ def _s3_ready(endpoint: str, keys: dict[str, str]) -> str:
                 client.create_bucket(Bucket=bucket)
         client.put_bucket_versioning(Bucket=BUCKETS[0], VersioningConfiguration={"Status": "Enabled"})
         # In the unversioned bucket: a probe must leave no versions behind.
-        body, key = secrets.token_bytes(32), ".ready"
+        body, key = os.urandom(32), ".ready"
         client.put_object(Bucket=BUCKETS[1], Key=key, Body=body)
         echo = client.get_object(Bucket=BUCKETS[1], Key=key)["Body"].read()
         client.delete_object(Bucket=BUCKETS[1], Key=key)
@@ -120,30 +104,34 @@ def _s3_ready(endpoint: str, keys: dict[str, str]) -> str:
     return "" if echo == body else "it returned other bytes than were put"
 
 
-def _prefect_ready(url: str) -> str:
+def _prefect_ready(url: str, string: str) -> str:
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
-            return "" if reply.read().strip() == b"true" else "its health check is not true"
-    except (urllib.error.URLError, OSError) as error:
+        server_version(url, string)
+    except (ServiceError, OSError) as error:
         return str(error)
+    return ""
 
 
 def _prefect(folder: Path, chosen: dict[str, int]) -> Service:
-    url = f"http://{HOST}:{chosen['prefect']}/api"
+    port, string = chosen["prefect"], credentials(folder)[STRING]
+    url = f"http://{HOST}:{port}/api"
     command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
-    command += ["--host", HOST, "--port", str(chosen["prefect"]), "--timeout-keep-alive", "5", "--log-level", "warning"]
+    command += ["--host", HOST, "--port", str(port), "--timeout-keep-alive", "5", "--log-level", "warning"]
     environment = {
         "PREFECT_HOME": str(folder / "prefect"),
         "PREFECT_API_URL": url,
         "PREFECT_UI_API_URL": url,
         "PREFECT_SERVER_API_HOST": HOST,
-        "PREFECT_SERVER_API_PORT": str(chosen["prefect"]),
+        "PREFECT_SERVER_API_PORT": str(port),
+        "PREFECT_SERVER_API_AUTH_STRING": string,
+        # Without spaces. A page of another origin could else talk to the server through the user's browser
+        "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": f"http://{HOST}:{port},http://localhost:{port}",
         "PREFECT_API_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{folder / 'prefect' / 'prefect.db'}",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER": AWAITED,
         "DO_NOT_TRACK": "1",
     }
-    return Service("prefect", {"prefect": chosen["prefect"]}, tuple(command), environment, lambda: _prefect_ready(url))
+    return Service("prefect", {"prefect": port}, tuple(command), environment, lambda: _prefect_ready(url, string))
 
 
 def _s3(folder: Path, chosen: dict[str, int]) -> Service:
@@ -158,7 +146,8 @@ def _s3(folder: Path, chosen: dict[str, int]) -> Service:
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-webdav=false"]
     command += ["-admin.ui=false", "-master.telemetry=false"]
     opened = own | {f"{name} (gRPC)": port + ports.GRPC_OFFSET for name, port in own.items()}
-    return Service("s3", opened, tuple(command), dict(keys), lambda: _s3_ready(endpoint, keys))
+    environment = {name: value for name, value in keys.items() if name.startswith("AWS_")} | weed_tls(folder)
+    return Service("s3", opened, tuple(command), environment, lambda: _s3_ready(endpoint, keys))
 
 
 def services(folder: Path, chosen: dict[str, int]) -> tuple[Service, ...]:
@@ -170,10 +159,11 @@ def _record(folder: Path, name: str) -> Running | None:
     """What was started here under ``name``, if it still runs: its processes carry this folder's mark."""
     found = marked(MARK, f"{folder}:{name}")
     try:
-        opened = dict(json.loads((folder / f"{name}.json").read_text())["ports"])
-    except (OSError, ValueError, KeyError, TypeError):
+        record = json.loads((folder / f"{name}.json").read_text())
+        opened, settings = dict(record["ports"]), str(record.get("settings"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return Running(found[0].pid, opened) if found else None
+    return Running(found[0].pid, opened, settings) if found else None
 
 
 def _stop(folder: Path, name: str) -> bool:
@@ -205,8 +195,8 @@ def _start(folder: Path, service: Service) -> Running:
             cwd=folder,
             env=os.environ | service.environment | {MARK: f"{folder}:{service.name}"},
         )
-    running = Running(process.pid, service.ports)
-    _write_private(folder / f"{service.name}.json", json.dumps(asdict(running)))
+    running = Running(process.pid, service.ports, service.settings)
+    write_private(folder / f"{service.name}.json", json.dumps(asdict(running)))
     began = spoke = time.monotonic()
     while problem := service.ready():
         now = time.monotonic()
@@ -235,10 +225,10 @@ def _write_env(folder: Path, recorded: dict[str, int], project: Path = PROJECT) 
         "DO_NOT_TRACK": "1",
         "WAV_S3_ENDPOINT": endpoint,
     }
-    _write_private(folder / "env", "".join(f"{name}={value}\n" for name, value in values.items()))
+    write_private(folder / "env", "".join(f"{name}={value}\n" for name, value in values.items()))
     if (project / ".dvc").is_dir() and folder == (project / ".local"):
         keys = credentials(folder)
-        _write_private(
+        write_private(
             project / ".dvc" / "config.local",
             "['remote \"local\"']\n"
             f"    endpointurl = {endpoint}\n"
@@ -253,7 +243,7 @@ def up(folder: Path) -> None:
     Raises:
         ServiceError: a port is taken (names port, holder and variable), or a server does not come up (names its log).
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    private_folder(folder)
     chosen = ports.from_environment()
     recorded: dict[str, int] = {}
     for service in services(folder, chosen):
@@ -261,8 +251,9 @@ def up(folder: Path) -> None:
         if running is not None:
             chosen |= {name: port for name, port in running.ports.items() if name in chosen}
             current = next(s for s in services(folder, chosen) if s.name == service.name)
-            if problem := _wait_ready(current):
-                sys.stdout.write(f"{service.name}: runs but does not answer ({problem}); starting it again\n")
+            problem = "was started with other settings" if running.settings != current.settings else ""
+            if problem := problem or _wait_ready(current):
+                sys.stdout.write(f"{service.name}: runs, but {problem}; starting it again\n")
                 running = None
         verb = "already up"
         if running is None:
@@ -285,7 +276,7 @@ def _wait_ready(service: Service, seconds: float = 10.0) -> str:
     deadline = time.monotonic() + seconds
     while (problem := service.ready()) and time.monotonic() < deadline:
         time.sleep(0.5)
-    return problem
+    return f"does not answer ({problem})" if problem else ""
 
 
 def down(folder: Path) -> None:
@@ -306,6 +297,16 @@ def status(folder: Path) -> bool:
     return all(alive)
 
 
+def ui(folder: Path) -> bool:
+    """Open Prefect's UI where there is a browser, and say what its sign-in asks for; true if the servers run."""
+    good, prefect = status(folder), _record(folder, "prefect")
+    if prefect is not None:
+        sys.stdout.write(f"Prefect's UI asks once in each browser for: {credentials(folder)[STRING]}\n")
+        if sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+            webbrowser.open(f"http://{HOST}:{prefect.ports['prefect']}")
+    return good
+
+
 def where(folder: Path, workspace: Path) -> None:
     """After a run: where its results are."""
     values = read_env(folder / "env")
@@ -313,7 +314,7 @@ def where(folder: Path, workspace: Path) -> None:
         ("report", str(workspace / "reports" / "index.html")),
         ("policy", f"{workspace / 'export'}   try: wav act {workspace / 'export'} --suite tabletop --episodes 2"),
         ("metrics", "dvc metrics show"),
-        ("flow runs", values.get("PREFECT_API_URL", "").removesuffix("/api")),
+        ("flow runs", f"{values.get(URL, '').removesuffix('/api')}   to sign in: make ui"),
         ("objects", f"{values.get('WAV_S3_ENDPOINT', '')}  bucket {BUCKETS[0]}; keys in {folder / 'credentials.env'}"),
     ]
     for name, text in lines:
@@ -329,7 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run() -> int:
         if chosen.command in ("status", "ui"):
-            return 0 if status(folder) else 1
+            return 0 if (ui if chosen.command == "ui" else status)(folder) else 1
         if chosen.command == "where":
             where(folder, chosen.workspace)
         else:
