@@ -167,7 +167,7 @@ def _write_dataset(
     """Read a dataset's jobs, continuing what an interrupted run left, and put them together in their order.
 
     Raises:
-        DataError: a task has no episode that is fit.
+        DataError: a task of data.tasks has no episode that is fit.
     """
     parts: list[Staged] = []
     for staged in collect(source.jobs(), source.conventions(), staging_folder(out), workers):
@@ -183,10 +183,10 @@ def _write_dataset(
         for rejection in staged.rejected:
             refused.setdefault(rejection.task, rejection)
             _quarantine(writer, rejection)
-    starved = next((r for task, r in refused.items() if task not in present), None)
-    if starved is not None:
-        raise DataError(
-            f"ingest: no episode of task {starved.task!r} is fit (first: {starved.episode}: {starved.reason}); "
-            "repair the dataset, or leave the task out of data.tasks"
-        )
+    for task, first in refused.items():
+        if task not in present:
+            sentence = f"ingest: no episode of task {task!r} is fit (first: {first.episode}: {first.reason})"
+            if task in source.data.tasks:
+                raise DataError(f"{sentence}; repair the dataset, or leave the task out of data.tasks")
+            _LOG.warning(sentence)
     writer.describe(source.describe())

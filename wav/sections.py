@@ -114,6 +114,12 @@ class LeRobotOptions(DatasetOptions):
     action: Literal["", "osc_pose_delta", "joint_absolute"] = Field(
         "", description="kind of action; empty: as recorded"
     )
+    unit: Literal["", "radian", "degree", "percent"] = Field(
+        "", description="of joints; degree, percent (-100 to 100) become radians; empty: radians, checked"
+    )
+    rotation: Literal["", "axis_angle", "quat_xyzw", "quat_wxyz", "euler_xyz"] = Field(
+        "", description="of an end-effector state; empty: as its names say"
+    )
 
 
 class IngestSettings(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import re
 import shutil
 import string
@@ -27,6 +28,9 @@ from wav.io.files import read_json
 from wav.seeding import torch_generator
 
 FIELD = "encode.text"
+UNKNOWN_SHARE = 0.2
+"""Share of an instruction's tokens that may be unknown: an odd sign in a sentence, not a sentence's object."""
+_LOG = logging.getLogger(__name__)
 _SPECIAL = ("<pad>", "</s>", "<unk>")
 # Words of tabletop instructions, known to the small tokenizer whatever the corpus.
 _LEXICON = """
@@ -39,7 +43,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 def _words(corpus: Sequence[str]) -> list[str]:
     """Distinct words, the corpus' first (sorted, so that the order of tasks does not matter)."""
-    known = sorted({word for line in corpus for word in re.findall(r"[a-z0-9]+", line.lower())})
+    known = sorted({word for line in corpus for word in re.findall(r"[^\W_]+", line.lower())})
     return known + [word for word in _LEXICON.split() if word not in known]
 
 
@@ -72,7 +76,9 @@ def build_small(folder: str | Path, corpus: Sequence[str], dim: int = 64, seed: 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     words = [("\u2581" + word, -1.0) for word in _words(corpus)]
-    characters = [(c, -20.0) for c in ("\u2581", *string.ascii_letters, *string.digits, *string.punctuation)]
+    usual = (*string.ascii_letters, *string.digits, *string.punctuation)
+    others = sorted({c for line in corpus for c in line if not c.isspace()} - set(usual))
+    characters = [(c, -20.0) for c in ("\u2581", *usual, *others)]
     vocabulary = [(piece, 0.0) for piece in _SPECIAL] + words + characters
     T5Tokenizer(vocab=vocabulary, extra_ids=0).save_pretrained(folder)
     config = T5Config(
@@ -226,6 +232,18 @@ class TextEncoder:
             self._memory[instruction] = self._compute(instruction)
         return self._memory[instruction]
 
+    def _check_known(self, instruction: str, ids: Sequence[int]) -> None:
+        """Refuse an instruction of which the tokenizer knows too little: others would have its embedding too."""
+        unknown = sum(token == self._tokenizer.unk_token_id for token in ids)
+        told = f"instruction {instruction!r}: the tokenizer of {self.source} does not know {unknown} of its parts"
+        if unknown > UNKNOWN_SHARE * (len(ids) - 1):  # the end is no part of it
+            raise DataError(
+                f"{told}, so the model could not read it; write it in the tokenizer's language or set {FIELD} to an "
+                "encoder that knows it"
+            )
+        if unknown:
+            _LOG.warning(told)
+
     @torch.no_grad()
     def _compute(self, instruction: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         ids = self._tokenizer(instruction).input_ids
@@ -234,6 +252,7 @@ class TextEncoder:
                 f"instruction {instruction!r}: {len(ids)} tokens exceed data.text_tokens = {self.tokens}; "
                 "raise data.text_tokens or shorten the instruction"
             )
+        self._check_known(instruction, ids)
         mask = np.arange(self.tokens) < len(ids)
         padded = torch.zeros((1, self.tokens), dtype=torch.long)  # any token does, as the mask hides it
         padded[0, : len(ids)] = torch.tensor(ids)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wav.data.names import is_plain
 from wav.errors import DataError
 
 
@@ -60,6 +61,11 @@ class Episode:
         Raises:
             DataError: names the episode, the field, what it is and what it should be.
         """
+        if not is_plain(self.task):
+            raise DataError(
+                f"episode {self.episode_id}: task {self.task!r} cannot name a file everywhere; name it by "
+                "wav.data.names.task_name"
+            )
         if not self.instruction.strip():
             raise DataError(f"episode {self.episode_id}: instruction is empty; give every episode its language command")
         if not self.images:

@@ -28,7 +28,9 @@ def scattered(root: Path, episodes: list[dict]) -> None:
         for key in keys:
             into = clips.setdefault((key, *video), [])
             row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"] = video
-            row[f"videos/{key}/from_timestamp"] = sum(len(clip) for clip in into) / FPS
+            start = sum(len(clip) for clip in into)
+            row[f"videos/{key}/from_timestamp"] = start / FPS
+            row[f"videos/{key}/to_timestamp"] = (start + len(episode["images"][key])) / FPS
             into.append(episode["images"][key])
     for place in sorted(set(data_at)):
         wanted = [row["episode_index"] for row, at in zip(meta, data_at, strict=True) if at == place]

@@ -256,11 +256,14 @@ def test_damaged_files_are_refused(data, libero, hdf5_settings, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_task_without_any_sound_episode_is_refused(data, libero, hdf5_settings, tmp_path):
+def test_a_task_without_any_sound_episode_is_refused_where_it_is_named(data, libero, hdf5_settings, tmp_path, caplog):
     for number in range(3):
         edit(libero / f"{TASKS[0]}_demo.hdf5", lambda g, n=number: g[f"demo_{n}/actions"].__setitem__((3, 2), np.nan))
-    with pytest.raises(DataError, match=rf"no episode of task '{TASKS[0]}' is fit \(first: .*NaN"):
-        run(data, hdf5_settings, tmp_path / "out")
+    store = run(data, hdf5_settings, tmp_path / "out")
+    assert ({info.task for info in store.episodes}, len(store.rejected)) == ({TASKS[1]}, 3)
+    assert f"no episode of task '{TASKS[0]}' is fit" in caplog.text
+    with pytest.raises(DataError, match=rf"no episode of task '{TASKS[0]}' is fit \(first: .*NaN.*data\.tasks"):
+        run(data.model_copy(update={"tasks": TASKS}), hdf5_settings, tmp_path / "two")
 
 
 def test_noops_are_dropped_on_request(data, tmp_path, hdf5_settings):

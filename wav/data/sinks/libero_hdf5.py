@@ -152,8 +152,6 @@ def _check_info(info: EpisodeInfo, instruction: str) -> None:
     where = f"episode {info.episode_id}"
     if not info.success:
         raise DataError(f"{where}: success = False: LIBERO's files hold successful demonstrations; leave it out")
-    if "/" in info.task or "\0" in info.task:
-        raise DataError(f"{where}: task = {info.task!r} is no file name; rename the task at the source")
     if info.instruction != info.instruction.strip().strip('"'):
         raise DataError(
             f"{where}: instruction = {info.instruction!r} begins or ends in spaces or quotes, which readers of "

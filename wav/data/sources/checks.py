@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from wav.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from wav.config import DatasetOptions
+    from wav.config import DatasetOptions, LeRobotOptions
 
 Floats = NDArray[np.floating]
 
@@ -31,6 +31,10 @@ GRIPPERS = {
 #: |a[:6]| below which a step with an unchanged gripper does nothing (OpenVLA's filter of LIBERO)
 NOOP_NORM = 1e-4
 MAX_FINGER = 0.2  # m from the middle
+RATE_TOLERANCE = 0.005  # share by which a recorded rate may miss data.control_hz: cameras of 29.97 frames run at 30
+#: option ``unit`` of a reader -> what makes radians of a joint's numbers; a gripper's 0 to 100 becomes 0 to 1
+UNITS = {"radian": 1.0, "degree": np.pi / 180, "percent": np.pi / 100}
+_FULL_TURN = 2 * np.pi + 0.5  # rad; joints that turn further are declared
 _MOTION = 0.01  # m of summed finger motion before the gripper's sign counts as seen
 _LAG = 4  # steps a gripper takes to follow visibly
 
@@ -130,15 +134,74 @@ def check_deltas(actions: Floats) -> None:
 
 
 def check_state_layout(state: Floats) -> None:
-    """Refuse states (T, 8) that cannot be end-effector position (m), axis-angle (rad), two finger positions (m)."""
+    """Refuse states (T, 8) that cannot be end-effector position (m), axis-angle (rad), two finger positions (m).
+
+    The two fingers move along one axis in opposite directions, so their signs differ.
+    """
     rotation = np.linalg.norm(state[:, 3:6], axis=1).max()
     fingers = np.abs(state[:, 6:8]).max()
     reach = np.abs(state[:, :3]).max()
+    means = "data.state_dim = 8 means eef_pos(3) axis_angle(3) gripper_qpos(2)"
     if reach > 5 or rotation > 2 * np.pi + 0.01 or fingers > MAX_FINGER:
         raise DataError(
-            f"state reaches {reach:.3g} m, {rotation:.3g} rad and fingers at {fingers:.3g} m; data.state_dim = 8 means "
-            "eef_pos(3) axis_angle(3) gripper_qpos(2), so convert the states at the source"
+            f"state reaches {reach:.3g} m, {rotation:.3g} rad and fingers at {fingers:.3g} m; {means}, so convert "
+            "millimetres, degrees, quaternions or normalised grippers at the source"
         )
+    length = np.linalg.norm(state[:, 3:7], axis=1)
+    if np.abs(length - 1).max() < 1e-3:
+        raise DataError(
+            f"columns 3 to 6 of the state have length 1 at every step, as a quaternion has; {means}, so name its "
+            "columns in the metadata, or convert it at the source"
+        )
+    if state[:, 6].min() < -0.01 or state[:, 7].max() > 0.01:
+        raise DataError(
+            f"the state's last two numbers reach {state[:, 6].min():.3g} and {state[:, 7].max():.3g}, where fingers "
+            f"(m) lie on either side of 0: first >= 0, second <= 0; {means}, so convert them at the source"
+        )
+
+
+def check_instructions(instructions: Iterable[str], tokens: int) -> None:
+    """Refuse instructions that no T5 fits into ``tokens`` (data.text_tokens): each word and the end is one or more.
+
+    Said before anything is read: ``encode``, which counts exactly, comes hours later.
+    """
+    for instruction in instructions:
+        least = len(instruction.split()) + 1
+        if least > tokens:
+            raise ConfigError(
+                f"data.text_tokens = {tokens}: instruction {instruction!r} has at least {least} tokens; "
+                f"set data.text_tokens to {-(-5 * least // 4)} or so, or shorten the instruction"
+            )
+
+
+def gripper_columns(names: tuple[str, ...], width: int) -> list[int]:
+    """Columns of joint states that are grippers: by name; of two arms without names the last of each seven."""
+    if len(names) == width:
+        return [column for column, name in enumerate(names) if "gripper" in name.lower()]
+    return [6, 13] if width == 14 else []
+
+
+def to_radians(rows: Floats, names: tuple[str, ...], options: LeRobotOptions, what: str) -> Floats:
+    """Joint states or targets (T, D) in radians.
+
+    Raises:
+        ConfigError: they turn further than joints do, and no unit is declared.
+    """
+    if options.unit:
+        factors = np.full(rows.shape[1], UNITS[options.unit])
+        if options.unit != "radian":
+            factors[gripper_columns(names, rows.shape[1])] = 0.01
+        converted: Floats = rows * factors
+        return converted
+    if len(rows) and np.abs(rows).max() > _FULL_TURN:
+        column = int(np.abs(rows).max(axis=0).argmax())
+        name = names[column] if len(names) == rows.shape[1] else str(column)
+        raise ConfigError(
+            f"{what} reaches {float(rows[np.abs(rows[:, column]).argmax(), column]):.4g} in column {name}, which is no "
+            f"angle in radians; declare {options.section}.unit: degree, percent (LeRobot's -100 to 100) or, if it is "
+            "right, radian"
+        )
+    return rows
 
 
 def check_control_hz(recorded: float, options: DatasetOptions, wanted: int, where: str) -> None:
@@ -157,12 +220,17 @@ def check_control_hz(recorded: float, options: DatasetOptions, wanted: int, wher
     rate = declared or recorded
     if not rate:
         raise ConfigError(f"{where}: the control rate is not recorded; declare {field} (LIBERO runs at 20)")
-    if rate != wanted:
-        hint = (
-            "" if declared else ", or, where the metadata is wrong (LeRobot forms of LIBERO declare 10 but ran at 20), "
+    if abs(rate - wanted) <= RATE_TOLERANCE * wanted:
+        return
+    ways = []
+    if abs(rate - round(rate)) <= RATE_TOLERANCE * round(rate):
+        ways.append(f"set data.control_hz: {round(rate)}")
+    if not declared:
+        ways.append(
+            "where the metadata is wrong (LeRobot forms of LIBERO declare 10 but ran at 20), or nearly right, declare "
+            f"{field}: {wanted}"
         )
-        hint += "" if declared else f"declare {field}: {wanted}"
-        raise ConfigError(f"{where} = {rate:g} where data.control_hz = {wanted}; set data.control_hz: {rate:g}{hint}")
+    raise ConfigError(f"{where} = {rate:g} where data.control_hz = {wanted}; {', or, '.join(ways)}")
 
 
 def declared_rotation(options: DatasetOptions, recorded: str, where: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from wav.errors import DataError
 
@@ -86,7 +86,7 @@ def decode_image(data: bytes | None, size: tuple[int, int] | None, where: str) -
             picture.load()
             if picture.mode != "RGB":
                 raise DataError(f"{where} has mode {picture.mode}; record RGB images of 8 bits")
-            frame = np.asarray(picture)
+            frame = np.asarray(ImageOps.exif_transpose(picture))  # as it is shown
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{where} is not a readable image ({error}); download the file again") from None
     check_frame(frame, size, where)

@@ -4,8 +4,9 @@ LeRobot's metadata does not tell how images are rotated, so ``image_rotation`` i
 ``lerobot/libero`` and the other LIBERO conversions (rotated already), "none" for a simulator's raw buffer, "camera" for
 real robots. The gripper's sign is measured on the fingers or declared in ``gripper``. Actions are absolute
 joint targets where action and state have the same named dimensions, OSC_POSE deltas for 7-D actions with the 8-D
-end-effector state; anything else is declared in ``action``. LIBERO conversions declare 10 fps but ran at 20:
-``control_hz``.
+end-effector state; anything else is declared in ``action``. What an end-effector state's columns are, their names tell
+(:mod:`wav.data.sources.state_names`); joints are radians or ``unit`` says what they are. LIBERO conversions declare
+10 fps but ran at 20: ``control_hz``.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from wav.data.conventions import ABSOLUTE_ACTIONS, DELTA_ACTIONS, Conventions
+from wav.data.names import is_plain, task_name
 from wav.data.sources import checks
 from wav.data.sources.frames import described
-from wav.data.sources.lerobot_episodes import Plan, gripper_samples, read_episodes
-from wav.data.sources.lerobot_meta import Dataset, Entry, Feature, open_dataset, parquet_columns
+from wav.data.sources.lerobot_entries import Entry, read_entries
+from wav.data.sources.lerobot_episodes import Plan, check_units, gripper_samples, read_episodes
+from wav.data.sources.lerobot_meta import Dataset, Feature, open_dataset, parquet_columns
 from wav.data.sources.staging import DatasetSource, Job, grouped
+from wav.data.sources.state_names import StateColumns, named_pose, state_columns
 from wav.data.state import STATE_LAYOUT
 from wav.errors import ConfigError, DataError
 
@@ -45,7 +49,7 @@ PREFIXES = ("observation.images.", "observation.image.", "")
 class LeRobotSource(DatasetSource):
     """Reads the LeRobot dataset at ``ingest.path``, limited to ``data.tasks`` where that names any.
 
-    Tasks are named by their instruction in lower case with underscores. Of each task the first
+    Tasks are named after their instruction (:mod:`wav.data.names`). Of each task the first
     ``ingest.episodes_per_task`` episodes are read.
 
     Raises:
@@ -56,15 +60,23 @@ class LeRobotSource(DatasetSource):
     def __init__(self, data: DataSettings, settings: IngestSettings) -> None:
         super().__init__(data, settings)
         self.dataset: Dataset = open_dataset(settings.path)
-        self.entries, self.names = _chosen(self.dataset, data, settings)
-        self.plan = _plan(self.dataset, self.entries, data, settings)
+        cameras = _cameras(str(self.dataset.where), self.dataset.features, data, settings.lerobot)
+        entries = read_entries(self.dataset, tuple(key for _, key in cameras))
+        self.entries, self.names = _chosen(self.dataset, entries, data, settings)
+        sound = tuple(entry for entry in self.entries if not entry.fault)
+        if not sound:
+            raise DataError(f"{self.dataset.root}: no episode can be read (first: {self.entries[0].fault})")
+        checks.check_instructions(dict.fromkeys(entry.instructions[0] for entry in sound), data.text_tokens)
+        self.plan = _plan(self.dataset, cameras, sound, data, settings)
 
     def conventions(self) -> Conventions:
         """Simulated frames end up rotated by 180 degrees, as the simulators here; a real camera's stay as they are."""
         plan, data = self.plan, self.data
         absolute = plan.kind == ABSOLUTE_ACTIONS
         names = self.dataset.features[plan.state].names
-        layout = "joints: " + " ".join(names if len(names) == data.state_dim else [f"{data.state_dim}"])
+        unit = self.settings.lerobot.unit
+        recorded = f" (rad, recorded in {unit})" if unit in ("degree", "percent") else ""
+        layout = f"joints{recorded}: " + " ".join(names if len(names) == data.state_dim else [f"{data.state_dim}"])
         return Conventions(
             suite=data.suite,
             views=tuple(data.views),
@@ -86,7 +98,6 @@ class LeRobotSource(DatasetSource):
         for part in grouped([entry.length * frame for entry in self.entries]):
             entries = self.entries[part.start : part.stop]
             names = self.names[part.start : part.stop]
-            wanted = {key for _, key in self.plan.cameras}
             jobs.append(
                 self.job(
                     read_episodes,
@@ -94,8 +105,10 @@ class LeRobotSource(DatasetSource):
                     sum(entry.length for entry in entries) * frame,
                     label=f"{self.dataset.root}: episodes {entries[0].index} to {entries[-1].index}",
                     episodes=len(entries),
-                    files=[p for e in entries for p in (e.data, *(v.path for v in e.videos if v.key in wanted))],
-                    identity=[[e.index, e.length, list(e.instructions), [v.start for v in e.videos]] for e in entries],
+                    files=[p for e in entries if not e.fault for p in (e.data, *(v.path for v in e.videos))],
+                    identity=[
+                        [e.index, e.length, list(e.instructions), [v.start for v in e.videos], e.fault] for e in entries
+                    ],
                 )
             )
         return jobs
@@ -115,23 +128,20 @@ class LeRobotSource(DatasetSource):
             "rotation_stored": plan.rotation,
             "gripper_stored": plan.gripper,
             "state": plan.state,
+            "state_stored": plan.columns.describe() if plan.columns else self.settings.lerobot.unit or "radian",
             "action": plan.action,
             "joints": plan.joints,
         }
 
 
-def slug(text: str) -> str:
-    """An instruction as a task's name: lower case, underscores."""
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
-
-
 def _chosen(
-    dataset: Dataset, data: DataSettings, settings: IngestSettings
+    dataset: Dataset, listed: tuple[Entry, ...], data: DataSettings, settings: IngestSettings
 ) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
-    """Entries of the wanted tasks, at most ``episodes_per_task`` of each, and their task names."""
+    """Entries of the wanted tasks, at most ``episodes_per_task`` sound ones of each, and their task names."""
     wanted: dict[str, str] = {}
     for task in data.tasks:
-        same = wanted.setdefault(slug(re.sub(r"^[A-Z_]*SCENE\d+_", "", task)), task)
+        key = task_name(re.sub(r"^[A-Z_]*SCENE\d+_", "", task))
+        same = wanted.setdefault(key, task)
         if same != task:
             raise ConfigError(
                 f"data.tasks: {same!r} and {task!r} have one instruction, by which alone LeRobot tells tasks apart; "
@@ -139,37 +149,41 @@ def _chosen(
             )
     counts: dict[str, int] = {}
     entries, names = [], []
-    for entry in dataset.entries:
-        key = slug(entry.instructions[0]) if entry.instructions else ""
-        if wanted and key not in wanted:
+    for entry in listed:
+        key = task_name(entry.instructions[0]) if len(entry.instructions) == 1 else ""
+        if wanted and key and key not in wanted:
             continue
-        counts[key] = counts.get(key, 0) + 1
-        if counts[key] <= settings.episodes_per_task:
+        counts[key] = counts.get(key, 0) + (not entry.fault)
+        if entry.fault or counts[key] <= settings.episodes_per_task:
             entries.append(entry)
-            names.append(wanted.get(key, key))
+            names.append(wanted[key] if is_plain(wanted.get(key, "")) else key)
     missing = [task for key, task in wanted.items() if key not in counts]
     if missing:
-        have = sorted({slug(text) for entry in dataset.entries for text in entry.instructions})
+        have = sorted({task_name(text) for entry in listed for text in entry.instructions})
         raise ConfigError(f"data.tasks: {missing[0]!r} is not in {dataset.root}; it holds {', '.join(have[:50])}")
     return tuple(entries), tuple(names)
 
 
-def _plan(dataset: Dataset, entries: tuple[Entry, ...], data: DataSettings, settings: IngestSettings) -> Plan:
-    """Find columns, cameras and conventions, or say what must be declared."""
+def _plan(
+    dataset: Dataset,
+    cameras: tuple[tuple[str, str], ...],
+    entries: tuple[Entry, ...],
+    data: DataSettings,
+    settings: IngestSettings,
+) -> Plan:
+    """Find columns and conventions, or say what must be declared."""
     options, features = settings.lerobot, dataset.features
-    where = f"{dataset.root / 'meta' / 'info.json'}"
+    where = str(dataset.where)
     state, action = _column(where, features, STATES), _column(where, features, ACTIONS)
-    for name, key, wanted in (("state_dim", state, data.state_dim), ("action_dim", action, data.action_dim)):
-        found = features[key]
-        if found.dtype not in ("float32", "float64"):
-            raise DataError(f"{where}: features.{key}.dtype = {found.dtype!r}; record float32")
-        if found.shape != (wanted,):
-            raise ConfigError(
-                f"data.{name} = {wanted}: feature {key!r} of {where} has shape {list(found.shape)}; "
-                f"set data.{name} to it"
-            )
+    for key in (state, action):
+        if features[key].dtype not in ("float32", "float64"):
+            raise DataError(f"{where}: features.{key}.dtype = {features[key].dtype!r}; record float32")
     checks.check_control_hz(dataset.fps, options, data.control_hz, f"{where}: fps")
-    kind = _kind(where, features[state], features[action], options.action)
+    _check_width("action_dim", data.action_dim, features[action].shape, f"feature {action!r} of {where}")
+    kind = _kind(where, features[state], features[action], options)
+    columns = _state_columns(where, state, features[state], options) if kind == DELTA_ACTIONS else None
+    width = (8,) if columns else features[state].shape
+    _check_width("state_dim", data.state_dim, width, f"feature {state!r} of {where}")
     if kind == ABSOLUTE_ACTIONS and options.drop_noops:
         raise ConfigError("ingest.lerobot.drop_noops = true: is defined for OSC_POSE deltas alone; set it to false")
     rotation = checks.declared_rotation(options, "", where)
@@ -181,17 +195,29 @@ def _plan(dataset: Dataset, entries: tuple[Entry, ...], data: DataSettings, sett
         state=state,
         action=action,
         joints=next((key for key in JOINTS if key in features and kind == DELTA_ACTIONS), ""),
-        cameras=_cameras(where, features, data, options),
+        cameras=cameras,
         kind=kind,
+        columns=columns,
         rotation=rotation,
         gripper="absolute",
         success="next.success" in parquet_columns(entries[0].data),
     )
     if kind == ABSOLUTE_ACTIONS:
+        check_units(plan, entries, options)
         return plan
     detected = checks.detect_gripper(gripper_samples(plan, entries))
     gripper = checks.resolve_gripper(options, detected, "", where)
     return replace(plan, gripper=gripper)
+
+
+def _check_width(name: str, wanted: int, shape: tuple[int, ...], what: str) -> None:
+    if shape != (wanted,):
+        raise ConfigError(f"data.{name} = {wanted}: {what} has shape {list(shape)}; set data.{name} to it")
+
+
+def _state_columns(where: str, key: str, state: Feature, options: LeRobotOptions) -> StateColumns:
+    field = f"{options.section}.rotation"
+    return state_columns(state.names, state.shape[0], options.rotation, field, f"{where}: features.{key}")
 
 
 def _column(where: str, features: Mapping[str, Feature], names: tuple[str, ...]) -> str:
@@ -204,22 +230,22 @@ def _column(where: str, features: Mapping[str, Feature], names: tuple[str, ...])
     return found
 
 
-def _kind(where: str, state: Feature, action: Feature, declared: str) -> str:
+def _kind(where: str, state: Feature, action: Feature, options: LeRobotOptions) -> str:
     """Kind of action from the metadata, or as declared."""
     found = ""
     if action.names and action.names == state.names and len(action.names) == action.shape[0]:
         found = ABSOLUTE_ACTIONS
-    elif action.shape == (7,) and state.shape == (8,):
+    elif action.shape == (7,) and (state.shape == (8,) or options.rotation or named_pose(state.names, state.shape)):
         found = DELTA_ACTIONS
-    kind = declared or found
+    kind = options.action or found
     if not kind:
         raise ConfigError(
             f"{where}: {state.shape[0]}-D states with {action.shape[0]}-D actions do not tell the kind of action; "
             f"declare ingest.lerobot.action: {ABSOLUTE_ACTIONS} (joint targets) or {DELTA_ACTIONS}"
         )
-    if kind == DELTA_ACTIONS and (action.shape, state.shape) != ((7,), (8,)):
+    if kind == DELTA_ACTIONS and action.shape != (7,):
         raise ConfigError(
-            f"ingest.lerobot.action = {kind!r}: needs 7-D actions with the 8-D end-effector state, {where} has "
+            f"ingest.lerobot.action = {kind!r}: needs 7-D actions with an end-effector state, {where} has "
             f"{action.shape[0]} and {state.shape[0]}; declare {ABSOLUTE_ACTIONS}, or convert the dataset"
         )
     return kind
@@ -229,12 +255,19 @@ def _cameras(
     where: str, features: Mapping[str, Feature], data: DataSettings, options: LeRobotOptions
 ) -> tuple[tuple[str, str], ...]:
     """The camera's key for every view."""
-    have = [key for key, feature in features.items() if feature.dtype in ("video", "image")]
+    cameras = {key: feature for key, feature in features.items() if feature.dtype in ("video", "image")}
+    have = [key for key, feature in cameras.items() if not feature.depth]
     result = []
     for view in data.views:
         usual = [prefix + name for name in (view, *CAMERAS.get(view, ())) for prefix in PREFIXES]
         names = [options.cameras[view]] if view in options.cameras else usual
         key = next((name for name in names if name in have), "")
+        grey = next((name for name in names if name in cameras), "") if not key else ""
+        if grey:
+            raise ConfigError(
+                f"{where}: camera {grey!r} for {view!r} of data.views has one channel (depth, or grey), and views are "
+                f"RGB; name one of {', '.join(have) or 'none'} in ingest.lerobot.cameras.{view}"
+            )
         if not key:
             raise ConfigError(
                 f"{where}: has no camera for {view!r} of data.views; it has {', '.join(have)}; "

@@ -14,17 +14,19 @@ from wav.data.conventions import ABSOLUTE_ACTIONS, DELTA_ACTIONS
 from wav.data.episode import Episode
 from wav.data.sources import checks
 from wav.data.sources.frames import decode_image, preparation
-from wav.data.sources.lerobot_meta import Entry, Feature
+from wav.data.sources.lerobot_entries import Entry
+from wav.data.sources.lerobot_meta import Feature
 from wav.data.sources.lerobot_rows import episode_rows
 from wav.data.sources.open_files import files_closed
+from wav.data.sources.state_names import StateColumns
 from wav.data.sources.videos import Clip, decode_video
 from wav.data.store import Rejection
-from wav.errors import DataError
+from wav.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from wav.config import DataSettings, IngestSettings
+    from wav.config import DataSettings, IngestSettings, LeRobotOptions
 
-_SAMPLES = 6  # episodes whose numbers decide the gripper
+_SAMPLES = 6  # episodes whose numbers decide the gripper, and whether joints are in radians
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Plan:
     """(view, key)."""
     kind: str
     """Kind of action, as in Conventions.action."""
+    columns: StateColumns | None
+    """Of the end-effector state; None: joints."""
     rotation: str
     gripper: str
     success: bool
@@ -54,22 +58,46 @@ def gripper_samples(plan: Plan, entries: tuple[Entry, ...]) -> Iterator[tuple[ch
     Raises:
         DataError: none of them is sound; what is wrong with the first.
     """
+    for state, command in _samples(plan, entries):
+        if len(command):
+            yield command[:, 6], state[:, 6] - state[:, 7]
+
+
+def check_units(plan: Plan, entries: tuple[Entry, ...], options: LeRobotOptions) -> None:
+    """Refuse joints that are no radians before anything is read; ConfigError as :func:`.checks.to_radians`."""
+    for state, action in _samples(plan, entries):
+        for key, rows in ((plan.state, state), (plan.action, action)):
+            checks.to_radians(rows, plan.features[key].names, options, f"feature {key!r}")
+
+
+def _samples(plan: Plan, entries: tuple[Entry, ...]) -> Iterator[tuple[checks.Floats, checks.Floats]]:
+    """(state, action) rows of a few episodes from all over the dataset."""
     refused: DataError | None = None
     sound = False
     with files_closed():
         for entry in entries[:: max(1, len(entries) // _SAMPLES)][:_SAMPLES]:
             try:
                 table = episode_rows(entry, [plan.state, plan.action])
-                state = _numbers(table, plan.state, 8)
-                command = _numbers(table, plan.action, 7)[:, 6]
+                state, action = _state(plan, table), _numbers(table, plan.action, plan.features[plan.action].shape[0])
             except DataError as error:
                 refused = refused or DataError(f"episode {entry.index}: {error}")
                 continue
-            if len(command):
-                sound = True
-                yield command, state[:, 6] - state[:, 7]
+            sound = True
+            yield state, action
     if refused is not None and not sound:
         raise refused
+
+
+def _state(plan: Plan, table: pa.Table) -> checks.Floats:
+    """States (T, D): end-effector poses in this library's layout, joints as recorded."""
+    rows = _numbers(table, plan.state, plan.features[plan.state].shape[0])
+    if plan.columns is None:
+        return rows
+    if not len(rows):
+        return np.zeros((0, 8))
+    state = plan.columns(rows)
+    checks.check_state_layout(state)
+    return state
 
 
 def read_episodes(
@@ -77,11 +105,13 @@ def read_episodes(
 ) -> Iterator[Episode | Rejection]:
     """Episodes one by one; one that is not sound comes as a Rejection with file, episode and field."""
     for entry, task in zip(entries, names, strict=True):
-        name = f"{data.suite}/{task}/episode_{entry.index:06d}"
+        name = f"{data.suite}/{task or 'no_task'}/episode_{entry.index:06d}"
         try:
+            if entry.fault:
+                raise DataError(entry.fault)
             episode = _read_episode(plan, entry, task, name, data, settings)
             episode.validate()
-        except (DataError, OSError, pa.ArrowException) as error:
+        except (ConfigError, DataError, OSError, pa.ArrowException) as error:
             yield Rejection(name, task, f"episode {entry.index}: {' '.join(str(error).split())}")
             continue
         yield episode
@@ -91,21 +121,20 @@ def _read_episode(
     plan: Plan, entry: Entry, task: str, name: str, data: DataSettings, settings: IngestSettings
 ) -> Episode:
     """One episode; DataError names file, field and remedy."""
-    if len(set(entry.instructions)) != 1:
-        raise DataError(
-            f"{entry.data}: has {len(entry.instructions)} tasks {list(entry.instructions)}; split it by task"
-        )
     columns = ["frame_index", "timestamp", "task_index", plan.state, plan.action]
     columns += [plan.joints] if plan.joints else []
     columns += ["next.success"] if plan.success else []
     table = episode_rows(entry, columns)
     _check_rows(plan, entry, table)
-    state, actions = _numbers(table, plan.state, data.state_dim), _numbers(table, plan.action, data.action_dim)
+    state, actions = _state(plan, table), _numbers(table, plan.action, data.action_dim)
     if plan.kind == DELTA_ACTIONS:
         checks.check_deltas(actions)
-        checks.check_state_layout(state)
         actions = np.array(actions)
         actions[:, 6] = checks.canonical_gripper(actions[:, 6], plan.gripper)
+    else:
+        names = {key: plan.features[key].names for key in (plan.state, plan.action)}
+        state = checks.to_radians(state, names[plan.state], settings.lerobot, plan.state)
+        actions = checks.to_radians(actions, names[plan.action], settings.lerobot, plan.action)
     if plan.success and not any(table["next.success"].to_pylist()):
         raise DataError(f"{entry.data}: next.success is never true: the demonstration failed; drop it at the source")
     keep = checks.keep_steps(actions) if settings.lerobot.drop_noops else np.ones(len(actions), bool)
@@ -133,10 +162,18 @@ def _check_rows(plan: Plan, entry: Entry, table: pa.Table) -> None:
     frames = table["frame_index"].to_numpy()
     if not entry.length:
         raise DataError(f"{entry.data}: the metadata says length = 0; drop the episode at the source")
-    if not np.array_equal(frames, np.arange(entry.length)):
+    if len(frames) != entry.length:
+        more = len(frames) > entry.length
         raise DataError(
-            f"{entry.data}: frame_index holds {len(frames)} frames where the metadata says 0 to {entry.length - 1}; "
-            "the file is truncated, download it again"
+            f"{entry.data}: holds {len(frames)} rows of the episode where the metadata says {entry.length}; "
+            + ("some are left from a recording that failed; drop the episode" if more else "download the file again")
+        )
+    frames = frames - frames[0]  # some count on from episode to episode
+    if not np.array_equal(frames, np.arange(entry.length)):
+        step = int(np.argmax(frames != np.arange(entry.length)))
+        raise DataError(
+            f"{entry.data}: frame_index does not count the frames: it goes from {frames[step - 1]} to {frames[step]} "
+            f"at row {step}; drop the episode"
         )
     times = table["timestamp"].to_numpy()
     late = np.abs(times - frames / plan.fps)

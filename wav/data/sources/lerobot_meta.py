@@ -1,8 +1,7 @@
-"""What a LeRobot dataset says about itself: versions 2.0, 2.1 and 3.0, as one table of episodes.
+"""What a LeRobot dataset says about itself: version, features and tasks of ``meta/``.
 
-v2.x: one parquet (and one mp4 per camera) for each episode, ``meta/episodes.jsonl``, ``meta/tasks.jsonl``.
-v3.0: many episodes in one parquet and one mp4, found through ``meta/episodes/chunk-*/file-*.parquet`` and
-``meta/tasks.parquet``. Only columns that are needed are read; statistics are our own.
+Only what is needed is read. ``meta/stats.json`` never is: its quantiles are means of the episodes' quantiles, so the
+statistics are our own.
 """
 
 from __future__ import annotations
@@ -18,34 +17,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from wav.data.sources.damage import unreadable
 from wav.errors import ConfigError, DataError
 from wav.io.files import read_json
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 DOWNLOAD = "download the dataset again"
-
-
-@dataclass(frozen=True)
-class Video:
-    """Where an episode's frames of one camera begin."""
-
-    key: str
-    path: Path
-    start: float
-    """Time (s) of the episode's first frame in the file."""
-    alone: bool
-    """The file is this episode's (v2.x). In v3.0 the metadata names a range of it; frames in no range are nobody's."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One episode of the dataset."""
-
-    index: int
-    length: int
-    instructions: tuple[str, ...]
-    data: Path
-    videos: tuple[Video, ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +32,8 @@ class Feature:
     dtype: str
     shape: tuple[int, ...]
     names: tuple[str, ...]
+    depth: bool = False
+    """A camera of one channel: depth, or grey."""
 
     @property
     def image_size(self) -> tuple[int, int] | None:
@@ -75,15 +54,21 @@ class Dataset:
     robot: str
     features: Mapping[str, Feature]
     tasks: Mapping[int, str]
-    entries: tuple[Entry, ...]
+    info: Mapping[str, Any]
+    """``meta/info.json``."""
+
+    @property
+    def where(self) -> Path:
+        """The file that ``info`` is of."""
+        return self.root / "meta" / "info.json"
 
 
 def open_dataset(path: str) -> Dataset:
-    """Read ``meta/`` of the dataset at ``path`` and check that every file it names is there.
+    """Read what ``meta/`` of the dataset at ``path`` says of all its episodes.
 
     Raises:
         ConfigError: no such folder.
-        DataError: an unknown version, or a missing, damaged or inconsistent file.
+        DataError: an unknown version, or a missing or damaged file.
     """
     root = Path(path).expanduser()
     if not path or not root.is_dir():
@@ -96,59 +81,36 @@ def open_dataset(path: str) -> Dataset:
             f"{where}: codebase_version = {version!r} is unknown; this reader knows {', '.join(VERSIONS)}, so convert "
             "the dataset with lerobot's own scripts"
         )
-    fps = _number(info, "fps", where)
-    raw = _part(info, "features", where)
+    fps = positive(info, "fps", where)
+    raw = part(info, "features", where)
     if not isinstance(raw, dict):
         raise DataError(f"{where}: features is {type(raw).__name__} where an object is expected; {DOWNLOAD}")
     features = {str(key): _feature(value, f"{where}: features.{key}") for key, value in raw.items()}
-    tasks = _tasks(root, version)
-    keys = tuple(key for key, feature in features.items() if feature.dtype == "video")
-    entries = (_entries_v3 if version == "v3.0" else _entries_v2)(root, info, keys, where)
-    if not entries:
-        raise DataError(f"{root}: lists no episode; {DOWNLOAD}")
-    _check_present(entries)
-    return Dataset(root, version, fps, str(info.get("robot_type")), features, tasks, entries)
+    return Dataset(root, version, fps, str(info.get("robot_type")), features, _tasks(root, version), info)
 
 
-def _check_present(entries: tuple[Entry, ...]) -> None:
-    """Refuse an incomplete download, naming the first missing file and their number."""
-    paths = {path for entry in entries for path in (entry.data, *(video.path for video in entry.videos))}
-    missing = sorted(path for path in paths if not path.is_file())
-    if missing:
-        raise DataError(f"{missing[0]}: missing ({len(missing)} of {len(paths)} files of the dataset are); {DOWNLOAD}")
-
-
-def _part(raw: Any, name: str, where: Path) -> Any:
+def part(raw: Any, name: str, where: Path) -> Any:
     """A required field of a mapping."""
     if not isinstance(raw, dict) or name not in raw:
         raise DataError(f"{where}: field {name!r} is missing; {DOWNLOAD}")
     return raw[name]
 
 
-def _number(raw: Any, name: str, where: Path) -> float:
-    value = _part(raw, name, where)
+def positive(raw: Any, name: str, where: Path) -> float:
+    """A required number above 0."""
+    value = part(raw, name, where)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise DataError(f"{where}: {name} = {value!r}: must be a positive number; correct it")
     return float(value)
 
 
-def _natural(raw: Any, name: str, where: Path) -> int:
-    """A required index or count."""
-    value = _part(raw, name, where)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+def natural(raw: Any, name: str, where: Path) -> int:
+    """A required index or count; tables that went through pandas hold whole numbers as 1.0."""
+    value = part(raw, name, where)
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole or value < 0:
         raise DataError(f"{where}: {name} = {value!r}: must be a number from 0 on; {DOWNLOAD}")
-    return value
-
-
-def _sentences(raw: Any, where: Path) -> tuple[str, ...]:
-    """An episode's field ``tasks``."""
-    value = _part(raw, "tasks", where)
-    if not isinstance(value, list) or not value or not all(isinstance(task, str) for task in value):
-        raise DataError(
-            f"{where}: tasks of episode {raw.get('episode_index')} = {value!r}: must be a list of instructions; "
-            f"{DOWNLOAD}"
-        )
-    return tuple(value)
+    return int(value)
 
 
 def _feature(raw: Any, where: str) -> Feature:
@@ -157,7 +119,11 @@ def _feature(raw: Any, where: str) -> Feature:
     shape = raw["shape"]
     if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
         raise DataError(f"{where}: shape = {shape!r}: must be a list of integers; {DOWNLOAD}")
-    return Feature(str(raw["dtype"]), tuple(shape), _names(raw.get("names")))
+    camera = raw["dtype"] in ("video", "image")
+    details = [raw, *(raw.get(name) for name in ("info", "video_info"))]
+    said = any(isinstance(d, dict) and (d.get("is_depth_map") or d.get("video.is_depth_map")) for d in details)
+    depth = camera and (bool(said) or len(shape) == 2 or (len(shape) == 3 and 1 in (shape[0], shape[2])))
+    return Feature(str(raw["dtype"]), tuple(shape), _names(raw.get("names")), depth)
 
 
 def _names(raw: Any) -> tuple[str, ...]:
@@ -169,14 +135,20 @@ def _names(raw: Any) -> tuple[str, ...]:
     return tuple(name for part in raw for name in _names(part)) if isinstance(raw, list) else ()
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file."""
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file, which need not keep to one a line; a byte order mark is no part of them."""
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing; {DOWNLOAD}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: truncated or damaged ({error}); {DOWNLOAD}") from None
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, "JSON-lines file", error) from None
+    rows, decoder = [], json.JSONDecoder()
+    while text:
+        try:
+            row, end = decoder.raw_decode(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise unreadable(path, "JSON-lines file", error) from None
+        rows.append(row)
+        text = text[end:].lstrip()
     return rows
 
 
@@ -185,10 +157,8 @@ def damage_named(path: Path) -> Iterator[None]:
     """Turn what goes wrong in reading a parquet file into a DataError that names it."""
     try:
         yield
-    except FileNotFoundError:
-        raise DataError(f"{path}: missing; {DOWNLOAD}") from None
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise DataError(f"{path}: truncated or damaged parquet ({' '.join(str(error).split())}); {DOWNLOAD}") from None
+        raise unreadable(path, "parquet file", error) from None
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
@@ -211,75 +181,11 @@ def _tasks(root: Path, version: str) -> dict[int, str]:
     """task_index -> instruction."""
     if version != "v3.0":
         path = root / "meta" / "tasks.jsonl"
-        return {_natural(row, "task_index", path): str(_part(row, "task", path)) for row in _lines(path)}
+        return {natural(row, "task_index", path): str(part(row, "task", path)) for row in lines(path)}
     path = root / "meta" / "tasks.parquet"
     names = parquet_columns(path) if path.is_file() else []
     text = next((name for name in ("task", "__index_level_0__") if name in names), "")
     if not text or "task_index" not in names:
         raise DataError(f"{path}: needs columns task_index and task, has {', '.join(names) or 'none'}; {DOWNLOAD}")
     rows = read_parquet(path, ["task_index", text]).to_pylist()
-    return {_natural(row, "task_index", path): str(row[text]) for row in rows}
-
-
-def _entries_v2(root: Path, info: dict[str, Any], keys: tuple[str, ...], where: Path) -> tuple[Entry, ...]:
-    """Episodes of meta/episodes.jsonl."""
-    chunk = int(_number(info, "chunks_size", where))
-    path = root / "meta" / "episodes.jsonl"
-    entries = []
-    for row in _lines(path):
-        index = _natural(row, "episode_index", path)
-        place = {"episode_chunk": index // chunk, "episode_index": index}
-        videos = tuple(
-            Video(key, root / _placed(info, "video_path", where, video_key=key, **place), 0.0, alone=True)
-            for key in keys
-        )
-        entries.append(
-            Entry(
-                index,
-                _natural(row, "length", path),
-                _sentences(row, path),
-                root / _placed(info, "data_path", where, **place),
-                videos,
-            )
-        )
-    return tuple(sorted(entries, key=lambda entry: entry.index))
-
-
-def _entries_v3(root: Path, info: dict[str, Any], keys: tuple[str, ...], where: Path) -> tuple[Entry, ...]:
-    """Episodes of meta/episodes/*.parquet."""
-    files = sorted((root / "meta" / "episodes").glob("chunk-*/file-*.parquet"))
-    if not files:
-        raise DataError(f"{root / 'meta' / 'episodes'}: holds no chunk-*/file-*.parquet; {DOWNLOAD}")
-    columns = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
-    columns += [f"videos/{key}/{part}" for key in keys for part in ("chunk_index", "file_index", "from_timestamp")]
-    entries = []
-    for path in files:
-        lacking = [name for name in columns if name not in parquet_columns(path)]
-        if lacking:
-            raise DataError(f"{path}: column {lacking[0]!r} is missing; {DOWNLOAD}")
-        for row in read_parquet(path, columns).to_pylist():
-            place = {"chunk_index": row["data/chunk_index"], "file_index": row["data/file_index"]}
-            data = root / _placed(info, "data_path", where, **place)
-            videos = tuple(_video_v3(root, info, key, row, path) for key in keys)
-            index, length = _natural(row, "episode_index", path), _natural(row, "length", path)
-            entries.append(Entry(index, length, _sentences(row, path), data, videos))
-    return tuple(sorted(entries, key=lambda entry: entry.index))
-
-
-def _video_v3(root: Path, info: dict[str, Any], key: str, row: dict[str, Any], where: Path) -> Video:
-    place = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
-    path = root / _placed(info, "video_path", root / "meta" / "info.json", video_key=key, **place)
-    start = row[f"videos/{key}/from_timestamp"]
-    if not isinstance(start, (int, float)) or not 0 <= start < math.inf:
-        name = f"videos/{key}/from_timestamp of episode {row['episode_index']}"
-        raise DataError(f"{where}: {name} = {start!r}: must be seconds from 0 on; {DOWNLOAD}")
-    return Video(key, path, float(start), alone=False)
-
-
-def _placed(info: dict[str, Any], name: str, where: Path, **values: Any) -> str:
-    """A path pattern of info.json filled in."""
-    pattern = str(_part(info, name, where))
-    try:
-        return pattern.format(**values)
-    except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise DataError(f"{where}: {name} = {pattern!r}: cannot be filled in ({error}); {DOWNLOAD}") from None
+    return {natural(row, "task_index", path): str(row[text]) for row in rows}

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from wav.data.sources.lerobot_meta import Entry, damage_named
+from wav.data.sources.lerobot_entries import Entry
+from wav.data.sources.lerobot_meta import damage_named
 from wav.data.sources.open_files import stays_open
 from wav.errors import DataError
 

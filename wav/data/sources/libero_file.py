@@ -17,7 +17,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from wav.data.names import is_plain
+from wav.data.names import task_name as plain_name
 from wav.data.sources import checks
+from wav.data.sources.damage import unreadable
 from wav.errors import ConfigError, DataError
 from wav.sim.registry import LIBERO_SUITES
 
@@ -75,7 +78,7 @@ def dataset_files(path: str, suite: str) -> list[Path]:
             f"ingest.path = {path!r}: holds {', '.join(others)} but no folder {suite!r}; set data.suite to one of "
             f"them, or add the files of {suite}"
         )
-    found = sorted(folder.rglob("*.hdf5"))
+    found = sorted(path for path in folder.rglob("*.hdf5") if not is_hidden(path, folder))
     if not found:
         raise ConfigError(
             f"ingest.path = {path!r}: holds no *.hdf5 file; give the folder of LIBERO's *_demo.hdf5 files"
@@ -83,9 +86,15 @@ def dataset_files(path: str, suite: str) -> list[Path]:
     return found
 
 
+def is_hidden(path: Path, root: Path) -> bool:
+    """Whether a file below ``root`` is hidden, or in a hidden folder: a Mac's "._" twin, a notebook's checkpoints."""
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
 def task_name(path: Path) -> str:
     """The task a file is named after."""
-    return path.stem.removesuffix("_demo")
+    name = path.stem.removesuffix("_demo")
+    return name if is_plain(name) else plain_name(name)
 
 
 def open_task_file(path: Path, data: DataSettings, settings: IngestSettings) -> TaskFile:
@@ -107,7 +116,7 @@ def open_task_file(path: Path, data: DataSettings, settings: IngestSettings) -> 
             names = names[: settings.episodes_per_task]
             return _describe(path, group, tuple(names), data, settings.libero_hdf5)
     except (OSError, RuntimeError, KeyError) as error:
-        raise DataError(f"{path}: truncated or damaged HDF5 file ({flat(error)}); download it again") from None
+        raise unreadable(path, "HDF5 file", error) from None
 
 
 def _describe(

@@ -68,6 +68,7 @@ class LiberoHdf5Source(DatasetSource):
                 "file for each task"
             )
         self.files = [open_task_file(path, data, settings) for _, path in chosen]
+        checks.check_instructions((file.instruction for file in self.files), data.text_tokens)
         differing = next((f for f in self.files if (f.render, f.simulator) != self._made()), None)
         if differing is not None:
             raise DataError(

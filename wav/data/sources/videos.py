@@ -1,7 +1,8 @@
 """Videos of datasets: the frames of one episode at a time, decoded in the order they lie in, each file opened once.
 
 A file stays open from one episode to the next (:mod:`wav.data.sources.open_files`), and an episode that begins where
-the last one ended is decoded on from there; any other is sought.
+the last one ended is decoded on from there; any other is sought. Frames are turned and mirrored as the container says
+that they are shown. Colours follow the stream's tags, BT.601 where there are none; PyAV does so since 17, not before.
 """
 
 from __future__ import annotations
@@ -16,12 +17,18 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
+from wav.data.sources.damage import unreadable
 from wav.data.sources.frames import Images, Preparation, check_frame
 from wav.data.sources.open_files import close_files, stays_open
 from wav.errors import DataError
 
 MAX_OFFSET = 0.25
 """Share of a frame's time by which a video's time stamps may miss the metadata's: at a half, which frame is a guess."""
+
+
+Orientation = tuple[bool, bool, bool]
+"""Whether rows and columns change places, then whether rows and whether columns are reversed."""
+UPRIGHT: Orientation = (False, False, False)
 
 
 @dataclass(frozen=True)
@@ -70,15 +77,14 @@ class VideoFile:
         self._frames: Iterator[av.VideoFrame] = self._container.decode(self._stream)
         self._next: av.VideoFrame | None = None
         self._begun = False
+        self._orientation: Orientation | None = None
         self.ended = False
         """All frames were read."""
 
     def frames(self, clip: Clip) -> Iterator[tuple[float, av.VideoFrame]]:
         """(time in s, frame) from at or before the clip's first frame on; the one stopped at comes again next time."""
         waiting = self._next is not None and abs(clip.place(self._next.time)) <= MAX_OFFSET
-        first = [self._next] if waiting else []
-        if not waiting:
-            self._seek(clip.start)
+        first = [self._next] if waiting else self._sought(clip)
         self._begun = True
         for frame in chain(first, self._frames):
             if frame.time is not None:
@@ -88,7 +94,28 @@ class VideoFile:
 
     def pixels(self, frame: av.VideoFrame) -> Images:
         """(H, W, 3) RGB, through one converter for all frames: making one costs more than a small frame's decoding."""
-        return np.asarray(self._converter.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
+        picture = np.asarray(self._converter.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
+        if self._orientation is None:  # side data costs time as well, and a stream has one matrix
+            self._orientation = orientation(frame, self.path)
+        turned, rows, columns = self._orientation
+        picture = picture.swapaxes(0, 1) if turned else picture
+        return picture[:: -1 if rows else 1, :: -1 if columns else 1]
+
+    def _sought(self, clip: Clip) -> list[av.VideoFrame]:
+        """The first frame after a seek, which is at or before the clip's.
+
+        A key frame may come before frames that are shown earlier (open GOP, and B-frames without an edit list), so a
+        seek may land behind the frame it was for: then again, further back.
+        """
+        back = 0.0
+        while True:
+            start = max(0.0, clip.start - back)
+            self._seek(start)
+            self._begun = True
+            frame = next((frame for frame in self._frames if frame.time is not None), None)
+            if start == 0.0 or frame is None or clip.place(frame.time) <= MAX_OFFSET:
+                return [] if frame is None else [frame]
+            back = 2 * back or 1.0
 
     def _seek(self, start: float) -> None:
         """To a key frame at or before ``start`` (s); the beginning is read from a file opened anew, as any other is."""
@@ -97,6 +124,27 @@ class VideoFile:
         if start > 0 and self._stream.time_base is not None:
             self._container.seek(int(start / self._stream.time_base), stream=self._stream, backward=True)
             self._frames = self._container.decode(self._stream)
+
+
+def orientation(frame: av.VideoFrame, path: Path) -> Orientation:
+    """How the container says that a frame is shown: its display matrix, where it has one.
+
+    ``frame.rotation`` would not do: it is -180 for a picture mirrored left to right, and 0 for one upside down.
+
+    Raises:
+        DataError: the matrix does more than quarter turns and mirroring.
+    """
+    found = frame.side_data.get("DISPLAYMATRIX")
+    if found is None:
+        return UPRIGHT
+    a, b, _, c, d = np.sign(np.frombuffer(bytes(found), np.int32)[:5]).tolist()  # (x, y) is shown at (ax+cy, bx+dy)
+    if a and d and not b and not c:
+        return False, d < 0, a < 0
+    if b and c and not a and not d:
+        return True, b < 0, c < 0
+    raise DataError(
+        f"{path}: its display matrix turns the picture by other than quarter turns; re-encode it as it is shown"
+    )
 
 
 open_video = stays_open(VideoFile)
@@ -113,14 +161,12 @@ def decode_video(clip: Clip, prepare: Preparation) -> Images:
     """
     try:
         result, seen, found = _decode(open_video(clip.path), clip, prepare)
-    except FileNotFoundError:
-        raise DataError(f"{clip.path}: missing; download the dataset again") from None
     except DataError:
         close_files()
         raise
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OSError) as error:
         close_files()
-        raise DataError(f"{clip.path}: damaged or truncated video ({error}); download the file again") from None
+        raise unreadable(clip.path, "video", error) from None
     if not seen.all():
         lost = int(np.flatnonzero(~seen)[0])
         raise DataError(
