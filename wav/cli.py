@@ -1,9 +1,9 @@
 """The one console script ``wav``: thin commands, each of which calls its room.
 
-``wav act EXPORT`` runs an exported policy in a simulator, ``wav doctor`` checks the machine, ``wav config check``
-checks a parameter file, ``wav summary`` says what one costs, ``wav export-hdf5`` writes demonstrations as LIBERO's
-files, ``wav storage`` lists, fetches, verifies and thins out checkpoints. Errors that are the input's fault are one
-line on stderr and exit status 1.
+``wav act EXPORT`` runs an exported policy in a simulator, ``wav serve EXPORT`` behind a port, ``wav doctor`` checks the
+machine, ``wav config check`` checks a parameter file, ``wav summary`` says what one costs, ``wav export-hdf5`` writes
+demonstrations as LIBERO's files, ``wav storage`` lists, fetches, verifies and thins out checkpoints. Errors that are
+the input's fault are one line on stderr and exit status 1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from wav.config import DataSettings, Runtime, load_settings
-from wav.errors import SimulationError, exit_status
+from wav.errors import ConfigError, SimulationError, exit_status
 from wav.local import adopt_local_services
 from wav.planning import VARIANTS
 
@@ -78,6 +78,39 @@ def _act_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--workers", type=_positive, help="simulator processes (default: WAV_WORKERS or the cores)")
     command.add_argument("--videos", type=Path, help="folder for one mp4 per episode")
     command.set_defaults(run=act)
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """``wav serve``: an exported policy behind a port, until SIGINT or SIGTERM."""
+    from wav.serving.server import Options
+    from wav.serving.server import serve as run
+
+    key = os.environ.get(arguments.api_key_env or "WAV_API_KEY", "")
+    if arguments.api_key_env and not key:
+        raise ConfigError(f"--api-key-env {arguments.api_key_env}: that variable is empty; put the key into it")
+    options = Options(api_key=key, **{name: getattr(arguments, name) for name in SERVE_OPTIONS})
+    run(arguments.export, options, batch_size=arguments.batch_size, device=Runtime().device, say=_say)
+    return 0
+
+
+SERVE_OPTIONS = ("host", "port", "variant", "seed", "execute_steps", "deadline", "sessions", "keep_memory")
+
+
+def _serve_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Options of ``wav serve``."""
+    command = commands.add_parser("serve", help="an exported policy behind a port (openpi's protocol)")
+    command.add_argument("export", type=Path, help="folder that the export stage wrote")
+    command.add_argument("--host", default="127.0.0.1", help="beyond 127.0.0.1 a key is needed")
+    command.add_argument("--port", type=int, default=8000, help="0: any (default: 8000)")
+    command.add_argument("--api-key-env", metavar="NAME", help="variable with the key that clients must send")
+    command.add_argument("--variant", choices=VARIANTS, default="planned")
+    command.add_argument("--seed", type=int, default=7, help="seed of the policy's noise (default: 7)")
+    command.add_argument("--execute-steps", type=_positive, default=8, help="advised to clients (default: 8)")
+    command.add_argument("--batch-size", type=_positive, default=8, help="requests planned together (default: 8)")
+    command.add_argument("--deadline", type=float, default=30.0, help="seconds from a request to its reply")
+    command.add_argument("--sessions", type=_positive, default=64, help="connections at a time (default: 64)")
+    command.add_argument("--keep-memory", action="store_true", help="a new prompt does not begin an episode")
+    command.set_defaults(run=serve)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -362,6 +395,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="wav", description="World-Value-Action policies: run, check, inspect")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _act_parser(commands)
+    _serve_parser(commands)
     _eval_parser(commands)
     _libero_table_parser(commands)
     _doctor_parser(commands)
