@@ -6,54 +6,33 @@ next retrain goes on from what is finished. A retrain with nothing changed ends 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
 from prefect import flow, get_run_logger
 from prefect.settings import get_current_settings
 
-from flows.artifacts import Progress, publish_markdown, publish_numbers, publish_objects, publish_table
+from flows.artifacts import Progress, publish_markdown, publish_numbers, publish_objects
+from flows.challenge import Retrain, challenge, meet, tell_stages
 from flows.checkout import Checkout, Finished
 from flows.common import begin_deployed, by_hand, step
-from flows.provenance import PARENT_VARIABLE, locked_hashes, run_url
-from wav import promotion
-from wav.config import Runtime, Settings, load_settings
-from wav.errors import ConfigError, TrainingError, WavError
-from wav.evaluation.tables import metrics_table
-from wav.io.files import read_json
-from wav.io.storage import ObjectInfo, ObjectStore, open_store
+from flows.housekeeping import old_runs, tell_stale
+from flows.provenance import PARENT_VARIABLE, run_url
+from wav.config import load_settings
+from wav.errors import TrainingError, WavError
+from wav.io.storage import open_store
 from wav.io.storage.commit import fetch, publish, remote_manifest, seal
-from wav.promotion import Champion, Outcomes, Verdict
+from wav.promotion import Rules
 from wav.stages import CODE_STAGE, STAGES
 
 FAILED = re.compile(r"failed to reproduce '([\w@.-]+)'")
 STARTED = re.compile(r"Running stage '([\w@.-]+)'")
 #: where the store keeps dvc.lock and metrics of the last retrain, by the champion's name
 RESULTS = "retrains/{}/results"
-
-
-@dataclass
-class Retrain:
-    """One retrain: where it works, where it reports, whom it challenges."""
-
-    checkout: Checkout
-    store: ObjectStore
-    runtime: Runtime
-    folder: Path
-    flow_run: str
-    name: str
-    current: tuple[Champion, ObjectInfo] | None = None
-    ran: list[str] = field(default_factory=list)
-
-    @property
-    def champion_name(self) -> str:
-        """How messages call the champion."""
-        return f"champion {self.name} ({self.current[0].policy[:12]})" if self.current else "no champion yet"
 
 
 @step("check out")
@@ -163,127 +142,11 @@ def push(run: Retrain, branch: str, remote: str, push_to: str) -> str:
     return commit
 
 
-@step("evaluation identity")
-def identity(run: Retrain) -> str:
-    """Of the checkout's code and parameters, asked from its own code."""
-    done = run.checkout.python("evaluation identity", "-m", "wav.promotion")
-    if done.status != 0:
-        raise ConfigError(f"retrain: {done.tail}")
-    return str(json.loads(done.lines[-1])["evaluation"])
-
-
-@step("evaluate champion")
-def champion_outcomes(run: Retrain, settings: Settings, evaluation: str, variant: str) -> Outcomes | None:
-    """The champion's outcomes under ``evaluation``: those it has, or new ones where the evaluation changed.
-
-    Raises:
-        TrainingError: it cannot be evaluated any more.
-    """
-    if run.current is None:
-        return None
-    champion = run.current[0]
-    if champion.evaluation == evaluation:
-        return champion.outcomes
-    get_run_logger().info("the evaluation changed since %s: evaluating it again", run.champion_name)
-    export = promotion.download_policy(run.store, champion, run.folder / "champion" / "export")
-    out = run.folder / "champion" / "evaluation"
-    arguments = ["--checkpoint", str(export), "--out", str(out), "--variant", variant]
-    for name in settings.data.tasks:
-        arguments += ["--task", name]
-    done = run.checkout.python("evaluate champion", "-m", "flows.eval_run", *arguments)
-    if done.status != 0:
-        raise TrainingError(
-            f"retrain: the champion could not be evaluated again: {done.tail}; it stays; if it can never run again, "
-            f"delete {run.store.uri(promotion.pointer_key(run.name))} and the next policy becomes champion"
-        )
-    outcomes = promotion.read_outcomes(out / "reports/eval", variant)
-    shutil.rmtree(export)  # it is in the store, and of gigabytes
-    renewed = replace(champion, evaluation=evaluation, outcomes=outcomes)
-    if (written := promotion.promote(run.store, run.name, renewed, run.current[1])) is not None:
-        run.current = renewed, written  # the next retrain need not evaluate it again, whoever wins this one
-    return outcomes
-
-
-@step("promote")
-def promote(run: Retrain, candidate: Champion, verdict: Verdict, export: Path, lock: Path) -> Verdict:
-    """Upload the policy and write the pointer, if the verdict says so and nobody was first."""
-    if not verdict.promote:
-        return verdict
-    prefix = f"policies/{candidate.policy}"
-    files = promotion.upload_policy(run.store, export, f"{prefix}/export")
-    kept = run.store.put_file(lock, f"{prefix}/dvc.lock") if lock.is_file() else None
-    champion = Champion(**{**candidate.__dict__, "files": files, "lock": kept.key if kept else ""})
-    written = promotion.promote(run.store, run.name, champion, run.current[1] if run.current else None)
-    if written is None:
-        return Verdict(
-            False,
-            "another retrain changed the champion meanwhile; start retrain again to compare with the new one",
-            verdict.difference,
-        )
-    get_run_logger().info("champion %s is now %s (version %s)", run.name, champion.policy[:12], written.version or "-")
-    objects = [(run.store.uri(written.key), written.version, written.size)]
-    objects += [(run.store.uri(entry.key), entry.version, entry.size) for entry in files]
-    publish_objects("champion", objects, run.runtime, f"champion {run.name}: the pointer and the policy's files")
-    return verdict
-
-
-def _tell(run: Retrain, verdict: Verdict, candidate: Champion, metrics: Path) -> None:
-    """The verdict, the results table, the DVC hashes and the flow runs of the stages."""
-    title = "promoted" if verdict.promote else "not promoted"
-    url = run.store.uri(promotion.pointer_key(run.name))
-    text = f"**{title}**: {verdict.reason}\n\nchampion pointer: `{url}`\n\n"
-    publish_markdown("verdict", text + metrics_table(read_json(metrics, "run dvc repro eval_libero")), "promotion")
-    rows = [{"name": "candidate", "policy": candidate.policy, "success": round(candidate.rate, 4)}]
-    if run.current:
-        rows += [{"name": "champion", "policy": run.current[0].policy, "success": round(run.current[0].rate, 4)}]
-    publish_table("policies", rows, "candidate and champion")
-    if verdict.difference:
-        publish_table("comparison", [asdict(verdict.difference)], "candidate minus champion, same episodes")
-    locked = locked_hashes(run.checkout.folder)
-    publish_table("dvc", [{"path": path, "dvc": value} for path, value in locked.items()], "what dvc.lock names")
-    _tell_stages(run)
-
-
-def _tell_stages(run: Retrain) -> None:
-    """A link to the flow run of each stage that ran."""
-    rows = []
-    for stage in run.ran:
-        path = run.checkout.folder / "reports" / "stages" / f"{stage}.json"
-        if path.is_file():
-            child = str(read_json(path, "run the stage again").get("flow_run", ""))
-            rows.append(f"- {stage}: [{child}]({run_url(child, get_current_settings().api.url)})")
-    if rows:
-        publish_markdown("stages", "\n".join(rows), "flow runs of the stages")
-
-
-def challenge(run: Retrain, margin: float, commit: str) -> Verdict:
-    """Compare what the checkout holds with the champion and act on the verdict."""
-    workspace = run.checkout.folder
-    settings = load_settings(workspace / "params.yaml")
-    variant = promotion.judged_variant(settings)
-    export = workspace / "export"
-    candidate = Champion(
-        policy=promotion.policy_identity(export),
-        checkpoint=str(read_json(export / "manifest.json", "run dvc repro export")["checkpoint"]["digest"]),
-        evaluation=identity(run),
-        outcomes=promotion.read_outcomes(workspace / "reports/eval", variant),
-        files=(),
-        commit=commit or run.checkout.git("rev-parse", "HEAD"),
-        run=run.flow_run,
-        promoted=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        previous=run.current[0].policy if run.current else "",
-    )
-    if run.current and run.current[0].policy == candidate.policy:
-        candidate = replace(candidate, previous=run.current[0].previous)
-        unchanged = run.current[0].evaluation == candidate.evaluation
-        told = f"nothing changed: {run.champion_name} is what the pipeline makes"
-        verdict = Verdict(not unchanged, told if unchanged else "the champion itself, under a new evaluation")
-    else:
-        outcomes = champion_outcomes(run, settings, candidate.evaluation, variant)
-        verdict = promotion.judge(candidate.outcomes, outcomes, margin)
-    verdict = promote(run, candidate, verdict, export, workspace / "dvc.lock")
-    _tell(run, verdict, candidate, workspace / "reports/eval/metrics.json")
-    return verdict
+@step("clean up")
+def clean_up(run: Retrain, days: int) -> None:
+    """Remove the runs of old, here and in the store."""
+    for line in old_runs(run.folder.parent, run.store, days):
+        get_run_logger().info("%s", line)
 
 
 @flow(name="retrain")
@@ -291,9 +154,14 @@ def retrain(
     base: str = "HEAD",
     checkout: str = "",
     margin: float = 0.1,
+    total: float = 0.1,
+    floor: float = 0.05,
+    harder_evaluation: bool = False,
     remote: str = "",
     push_to: str = "",
     champion: str = "",
+    stale_days: int = 28,
+    keep_days: int = 90,
 ) -> str:
     """Retrain, compare, promote; returns the verdict in one sentence.
 
@@ -301,22 +169,26 @@ def retrain(
         base: commit, branch or tag of the project that is retrained.
         checkout: folder of the dedicated checkout; empty: ``.wav/retrain`` in the project.
         margin: success rate that a new policy may lose against the champion, interval included.
+        total: success rate that it may lose against the best champion so far.
+        floor: success rate that it must reach for certain (lower end of Wilson's interval).
+        harder_evaluation: the evaluation was made harder on purpose, so that the champion may score less under it.
         remote: DVC remote; empty: the default one.
         push_to: git remote or URL that the branch is pushed to; empty: it stays in the checkout.
         champion: name of the champion; empty: the suite's.
+        stale_days: a champion that is older when a candidate is refused is told about (docs/operations.md).
+        keep_days: older folders of ``runs/`` are removed, here and in the store; 0: none.
     """
     runtime, project, folder = begin_deployed()
-    if not 0 <= margin <= 1:
-        raise ConfigError(f"margin = {margin}: must lie in [0, 1]")
-    logger = get_run_logger()
+    rules, logger = Rules(margin, total, floor), get_run_logger()
     store = open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region)
     folder.mkdir(parents=True, exist_ok=True)
     name = champion or load_settings(project / "params.yaml").data.suite
     place = Path(checkout or os.environ.get("WAV_RETRAIN_CHECKOUT") or project / ".wav" / "retrain")
     environment = {**os.environ, PARENT_VARIABLE: folder.name, "WAV_STORE": runtime.store, "WAV_WORKSPACE": "."}
     clone = Checkout(project, place, environment, logger.info)
-    run = Retrain(clone, store, runtime, folder, folder.name, name, promotion.read_champion(store, name))
-    used = {"base": base, "checkout": place, "margin": margin, "remote": remote or "the default one"}
+    run = Retrain(clone, store, runtime, folder, folder.name, name, rules, harder_evaluation)
+    meet(run)
+    used = {"base": base, "checkout": place, **asdict(rules), "remote": remote or "the default one"}
     used |= {"push_to": push_to or "nowhere", "champion": run.champion_name}
     publish_numbers("parameters", used, "what this retrain works with")
     with clone.locked():
@@ -324,13 +196,16 @@ def retrain(
         pull(run, remote)
         try:
             reproduce(run)
+            commit = push(run, branch, remote, push_to)
+            verdict = challenge(run, commit)
         except WavError as error:
-            _tell_stages(run)
+            tell_stages(run)
             publish_markdown("verdict", f"**failed**: {error}", "promotion")
             raise
-        commit = push(run, branch, remote, push_to)
-        verdict = challenge(run, margin, commit)
     logger.info("%s: %s", "promoted" if verdict.promote else "not promoted", verdict.reason)
+    if run.current and verdict.kind == "refused":
+        tell_stale(run.name, run.current[0].promoted, stale_days, verdict.reason)
+    clean_up(run, keep_days)
     return verdict.reason
 
 

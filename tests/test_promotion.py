@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.retrain import record
 from tests.helpers.stage_folders import SETTINGS
 from wav import promotion
-from wav.errors import CheckpointError, DataError, StorageError
+from wav.errors import CheckpointError, ConfigError, DataError, StorageError
+from wav.evaluation.records import write_record
 from wav.io.storage import ObjectInfo, open_store
 from wav.io.storage.file import FileStore
-from wav.promotion import Champion, Outcomes
+from wav.promotion import Champion, Outcomes, Rules
 
 
 def outcomes(*values: int) -> Outcomes:
@@ -23,8 +25,10 @@ def outcomes(*values: int) -> Outcomes:
 CHAMPION = Champion("p1", "c1", "e1", outcomes(1, 0), (), "abc", "run", "2026-01-01T00:00:00+00:00")
 
 
-def test_the_first_policy_becomes_champion() -> None:
-    assert promotion.judge(outcomes(0, 0), None, 0.1).promote
+def test_the_first_policy_becomes_champion_if_it_has_skill() -> None:
+    assert promotion.judge(outcomes(*[1] * 6, *[0] * 44), None, Rules()).promote
+    assert not promotion.judge(outcomes(*[1] * 5, *[0] * 45), None, Rules()).promote
+    assert promotion.judge(outcomes(0, 0), None, Rules(floor=0)).promote, "a floor of 0 lets everything pass"
 
 
 @pytest.mark.parametrize(
@@ -38,10 +42,53 @@ def test_the_first_policy_becomes_champion() -> None:
     ],
 )
 def test_the_interval_decides(candidate: list[int], champion: list[int], margin: float, promote: bool) -> None:
-    verdict = promotion.judge(outcomes(*candidate), outcomes(*champion), margin)
+    current = promotion.champion_after(replace(CHAMPION, outcomes=outcomes(*champion)), None)
+    verdict = promotion.judge(outcomes(*candidate), current, Rules(margin, total=1, floor=0))
     assert verdict.promote is promote, verdict.reason
     assert verdict.difference is not None
     assert verdict.difference.episodes == 20
+
+
+def test_a_loss_against_the_best_so_far_is_bounded() -> None:
+    """Not worse than the champion, which is itself below the best: no further."""
+    current = replace(CHAMPION, outcomes=outcomes(*[1] * 17, *[0] * 3), best=0.95, best_policy="p0")
+    rules = Rules(margin=0.3, total=0.1, floor=0)
+    assert promotion.judge(outcomes(*[1] * 17, *[0] * 3), current, rules).promote
+    verdict = promotion.judge(outcomes(*[1] * 16, *[0] * 4), current, rules)
+    assert verdict.reason == "too far below the best champion so far: 0.800 where p0 reached 0.950, total 0.1"
+    after = promotion.champion_after(replace(CHAMPION, policy="p2"), replace(current, refused=("p7",)), {"p9"})
+    assert (after.best, after.best_policy, after.previous) == (0.95, "p0", "p1")
+    assert after.refused == ("p7", "p9")
+
+
+@pytest.mark.parametrize("name", ["margin", "total", "floor"])
+def test_rules_are_rates(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} = 1.5: must lie in \[0, 1\]"):
+        Rules(**{name: 1.5})
+
+
+def test_an_old_pointer_is_read_and_evaluated_again() -> None:
+    """Its outcomes were taken from records without asking whose they were."""
+    raw = json.loads(CHAMPION.to_json())
+    for name in ("reached", "best", "best_policy", "refused"):
+        del raw[name]
+    read = Champion.from_json(json.dumps({**raw, "format": 1}).encode(), "x")
+    assert (read.evaluation, read.reached, read.best, read.best_policy) == ("", 0.5, 0.5, "p1")
+    with pytest.raises(StorageError, match="x: not a champion pointer"):
+        Champion.from_json(json.dumps({**raw, "format": 1, "promoted": "yesterday"}).encode(), "x")
+
+
+def test_success_after_the_protocol_s_limit_is_none(tmp_path: Path) -> None:
+    for index, steps in enumerate((5, 6)):
+        path = tmp_path / "episodes" / "planned" / f"lift-{index:03d}.json"
+        write_record(
+            path, record(task="lift", init_index=index, success=True, steps=steps, protocol_steps=5, checkpoint="c")
+        )
+    assert promotion.read_outcomes(tmp_path, "planned", "c") == outcomes(1, 0)
+    with pytest.raises(DataError, match=r"lift-000.json: of checkpoint c, not d; remove the file and evaluate again"):
+        promotion.read_outcomes(tmp_path, "planned", "d")
+    with pytest.raises(DataError, match="no unplanned episodes"):
+        promotion.read_outcomes(tmp_path, "unplanned", "c")
 
 
 def test_other_episodes_are_not_compared() -> None:

@@ -2,7 +2,8 @@
 
 The champion is one JSON object, ``champions/NAME.json``. It names the policy's files with their versions and holds the
 outcome of every evaluated episode, and it changes only by conditional write: of two retrains that both compared
-themselves with the same champion, one wins and the other is told so.
+themselves with the same champion, one wins and the other is told so. What became of every candidate stays below
+``verdicts/NAME/``: a pointer that was put back or removed by hand is known by what these say was promoted.
 
 ``python -m wav.promotion`` prints the evaluation identity of the current folder's code and parameters.
 """
@@ -11,21 +12,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from wav.config import Settings, load_settings
-from wav.errors import CheckpointError, DataError, StorageError, WavError
-from wav.evaluation.intervals import Difference, paired_difference
+from wav.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingError, WavError
+from wav.evaluation.intervals import Difference, paired_difference, wilson
 from wav.evaluation.records import read_record
 from wav.io.files import canonical_digest, read_json
 from wav.io.storage import ObjectInfo, ObjectStore
 
-FORMAT = 1
+FORMAT = 2
 #: success of one episode by ``task/initial state``
 Outcomes = dict[str, bool]
+ROUNDING = 1e-9  #: of rates that are compared
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,9 @@ class Champion:
     """The pointer's content.
 
     ``policy`` and ``evaluation`` are identities (:func:`policy_identity`, :func:`evaluation_identity`); ``outcomes``
-    are those of that evaluation; ``commit`` and ``run`` say which code and which flow run made it.
+    are those of that evaluation; ``commit`` and ``run`` say which code and which flow run made it. ``reached`` is the
+    highest success rate of this policy under the evaluations that were accepted, ``best`` that of all champions so far
+    (``best_policy`` was it); ``refused`` are policies that somebody took back.
     """
 
     policy: str
@@ -58,6 +63,10 @@ class Champion:
     previous: str = ""
     lock: str = ""
     """Key of the ``dvc.lock`` it was made with."""
+    reached: float = 0.0
+    best: float = 0.0
+    best_policy: str = ""
+    refused: tuple[str, ...] = ()
 
     @property
     def rate(self) -> float:
@@ -70,27 +79,62 @@ class Champion:
 
     @staticmethod
     def from_json(data: bytes, where: str) -> Champion:
-        """Parse a pointer.
+        """Parse a pointer; one of format 1, whose outcomes nobody had checked, is to be evaluated again.
 
         Raises:
             StorageError: it is damaged or of another format.
         """
         try:
             raw = json.loads(data)
-            if raw.pop("format") != FORMAT:
+            version = raw.pop("format")
+            if version not in (1, FORMAT):
                 raise ValueError(f"format is not {FORMAT}")
-            return Champion(**{**raw, "files": tuple(StoredFile(**entry) for entry in raw["files"])})
+            raw |= {"files": tuple(StoredFile(**entry) for entry in raw["files"])}
+            raw |= {"refused": tuple(raw.get("refused", ()))}
+            found = Champion(**raw)
+            _stamp(found.promoted)
+            if version == 1:
+                rate, policy = found.rate, found.policy
+                found = replace(found, evaluation="", reached=rate, best=rate, best_policy=policy)
+            return found
         except (ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{where}: not a champion pointer ({error}); restore an older version of it") from None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What becomes of a candidate, and why in one sentence; ``difference`` is candidate minus champion."""
+    """What becomes of a candidate (unchanged: it is the champion itself), and why in one sentence.
 
-    promote: bool
+    ``difference`` is candidate minus champion.
+    """
+
+    kind: Literal["promoted", "refused", "unchanged"]
     reason: str
     difference: Difference | None = None
+
+    @property
+    def promote(self) -> bool:
+        """Whether the candidate becomes champion."""
+        return self.kind == "promoted"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a candidate may lose and must reach; success rates in [0, 1].
+
+    ``margin``: against the champion, the interval of the difference included. ``total``: against the best champion so
+    far, so that many small losses cannot add up; the champion's own weights may lose no more by a change of the code.
+    ``floor``: the lower end of the candidate's Wilson interval; 0 lets a policy without a success pass.
+    """
+
+    margin: float = 0.1
+    total: float = 0.1
+    floor: float = 0.05
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{name} = {value}: must lie in [0, 1]")
 
 
 def policy_identity(export: Path) -> str:
@@ -132,16 +176,29 @@ def evaluation_identity(settings: Settings, code: str, versions: Mapping[str, st
     return canonical_digest({"code": code, "versions": dict(versions), "scene": scene, "protocol": chosen})
 
 
-def read_outcomes(folder: Path, variant: str = "planned") -> Outcomes:
-    """Success by episode from the records of an evaluation folder (``reports/eval``).
+def read_outcomes(folder: Path, variant: str, checkpoint: str) -> Outcomes:
+    """Success, within the protocol's limit, by episode from the records of an evaluation folder (``reports/eval``).
+
+    Args:
+        folder: of the evaluation.
+        variant: whose episodes count.
+        checkpoint: digest of the weights that were evaluated.
 
     Raises:
-        DataError: no records of that variant, or a damaged one.
+        DataError: no records of that variant, a damaged one, or one of other weights.
     """
-    records = [read_record(path) for path in sorted((folder / "episodes" / variant).glob("*.json"))]
-    if not records:
+    outcomes: Outcomes = {}
+    for path in sorted((folder / "episodes" / variant).glob("*.json")):
+        record = read_record(path)
+        if record.checkpoint != checkpoint:
+            raise DataError(
+                f"{path}: of checkpoint {record.checkpoint[:12]}, not {checkpoint[:12]}; remove the file and evaluate "
+                "again"
+            )
+        outcomes[f"{record.task}/{record.init_index:03d}"] = record.solved
+    if not outcomes:
         raise DataError(f"{folder}: no {variant} episodes; add the variant to eval_libero.variants and evaluate")
-    return {f"{record.task}/{record.init_index:03d}": record.success for record in records}
+    return outcomes
 
 
 def compare(candidate: Outcomes, champion: Outcomes) -> Difference:
@@ -157,26 +214,107 @@ def compare(candidate: Outcomes, champion: Outcomes) -> Difference:
     return paired_difference([candidate[name] for name in names], [champion[name] for name in names])
 
 
-def judge(candidate: Outcomes, champion: Outcomes | None, margin: float) -> Verdict:
-    """Promote unless the interval of the difference reaches below ``-margin`` (non-inferiority).
+def judge(candidate: Outcomes, champion: Champion | None, rules: Rules) -> Verdict:
+    """What becomes of a candidate: above the floor, not worse than the champion, not far below the best one so far.
+
+    Not worse: the interval of the paired difference does not reach below ``-rules.margin`` (non-inferiority; with few
+    episodes the interval alone is wider).
 
     Args:
         candidate: outcomes of the new policy.
-        champion: those of the current one under the same evaluation; None: there is none.
-        margin: success rate, in [0, 1], that a new policy may lose; with few episodes the interval alone is wider.
+        champion: the current one, under the same evaluation; None: there is none.
+        rules: what may be lost.
     """
+    rate = wilson(sum(candidate.values()), len(candidate))
+    if rate.wilson_low < rules.floor:
+        return Verdict(
+            "refused",
+            f"too little skill: {sum(candidate.values())} of {rate.episodes} episodes solved, at least "
+            f"{rate.wilson_low:.3f} for certain, below the floor {rules.floor:g}",
+        )
     if champion is None:
-        return Verdict(True, "there was no champion")
-    difference = compare(candidate, champion)
+        return Verdict("promoted", "there was no champion")
+    difference = compare(candidate, champion.outcomes)
     told = f"difference {difference.difference:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-    told += f" over {difference.episodes} episodes, margin {margin:g}"
-    promote = difference.low >= -margin
-    return Verdict(promote, f"{'not worse' if promote else 'may be worse'} than the champion: {told}", difference)
+    told += f" over {difference.episodes} episodes, margin {rules.margin:g}"
+    if difference.low < -rules.margin:
+        return Verdict("refused", f"may be worse than the champion: {told}", difference)
+    if champion.best - rate.success_rate > rules.total + ROUNDING:
+        told = f"{rate.success_rate:.3f} where {champion.best_policy[:12]} reached {champion.best:.3f}"
+        return Verdict("refused", f"too far below the best champion so far: {told}, total {rules.total:g}", difference)
+    return Verdict("promoted", f"not worse than the champion: {told}", difference)
+
+
+def champion_after(candidate: Champion, over: Champion | None, took_back: Iterable[str] = ()) -> Champion:
+    """The candidate as the champion after ``over``: with the best rate so far and what was taken back."""
+    found = replace(candidate, reached=candidate.rate, best=candidate.rate, best_policy=candidate.policy)
+    if over is None:
+        return found
+    refused = tuple(sorted({*over.refused, *took_back}))
+    found = replace(found, previous=over.policy, refused=refused)
+    return found if found.rate >= over.best else replace(found, best=over.best, best_policy=over.best_policy)
+
+
+def renewed(champion: Champion, evaluation: str, outcomes: Outcomes, rules: Rules, harder: bool) -> Champion:
+    """The champion with its outcomes under another evaluation.
+
+    Args:
+        champion: whose weights were evaluated again.
+        evaluation: identity of the new evaluation.
+        outcomes: under it.
+        rules: how much the same weights may lose.
+        harder: the evaluation was made harder on purpose: the best rate so far is what the champion has now.
+
+    Raises:
+        TrainingError: the same weights reach much less than they did.
+    """
+    found = replace(champion, evaluation=evaluation, outcomes=outcomes)
+    rate, reached = found.rate, champion.reached
+    if harder:
+        return replace(found, reached=rate, best=rate, best_policy=champion.policy)
+    if reached - rate > rules.total + ROUNDING:
+        raise TrainingError(
+            f"the code or the evaluation made the champion worse: the same weights ({champion.policy[:12]}) reach "
+            f"{rate:.3f} where they reached {reached:.3f}; mend it, or start retrain with harder_evaluation=true "
+            "where the evaluation was made harder on purpose"
+        )
+    found = replace(found, reached=max(reached, rate))
+    return found if rate < champion.best else replace(found, best=rate, best_policy=champion.policy)
 
 
 def pointer_key(name: str) -> str:
     """Object of the champion called ``name``."""
     return f"champions/{name}.json"
+
+
+def verdicts_prefix(name: str) -> str:
+    """Where the verdicts on all candidates of the champion called ``name`` are kept."""
+    return f"verdicts/{name}"
+
+
+def keep_verdict(store: ObjectStore, name: str, candidate: Champion, verdict: Verdict) -> None:
+    """Write down what became of a candidate."""
+    key = f"{verdicts_prefix(name)}/{_stamp(candidate.promoted)}-{verdict.kind}-{candidate.policy}.json"
+    facts = {name: getattr(candidate, name) for name in ("policy", "checkpoint", "evaluation", "commit", "run", "rate")}
+    content = {**facts, "verdict": verdict.kind, "reason": verdict.reason, "episodes": len(candidate.outcomes)}
+    if verdict.difference is not None:
+        content["difference"] = verdict.difference.as_dict()
+    store.put_if_absent(key, json.dumps(content, indent=1, sort_keys=True).encode())
+
+
+def promotions(store: ObjectStore, name: str, after: str = "") -> dict[str, str]:
+    """Policy -> time of promotion, of those that the verdicts say were promoted later than ``after`` (ISO 8601)."""
+    names = (info.key.rpartition("/")[2] for info in store.list(f"{verdicts_prefix(name)}/"))
+    found = {}
+    for stamp, kind, policy in (entry.removesuffix(".json").split("-", 2) for entry in names if entry.count("-") >= 2):
+        if kind == "promoted" and (not after or stamp > _stamp(after)):
+            found[policy] = stamp
+    return found
+
+
+def _stamp(time: str) -> str:
+    """A time of ISO 8601 as it stands in a key."""
+    return datetime.fromisoformat(time).strftime("%Y%m%dT%H%M%S")
 
 
 def read_champion(store: ObjectStore, name: str) -> tuple[Champion, ObjectInfo] | None:

@@ -235,7 +235,14 @@ class _Session:
         return self.out / "videos" / f"{spec.suite}-{spec.group}-{spec.name}.mp4"
 
     def resume(self) -> list[EpisodeSpec]:
-        """Take over finished records of the same key; the episodes that are left."""
+        """Take over finished records of the same key; the episodes that are left.
+
+        Records of other episodes, which an earlier protocol left, go: what lies in the folder is its result.
+        """
+        paths = {record_path(self.out, spec) for spec in self.episodes}
+        for folder in {path.parent for path in paths}:
+            for path in set(folder.glob("*.json")) - paths:
+                path.unlink()
         for spec in self.episodes:
             record = finished_record(record_path(self.out, spec), self.key(spec))
             if record is not None and not (spec.record and not self.video_path(spec).exists()):
