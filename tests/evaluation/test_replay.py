@@ -17,7 +17,7 @@ from wav.evaluation.first_frames import check_first_frames, rendered_frames
 from wav.evaluation.verdict import refuse_failed, report_path
 from wav.sim.demonstrations import record_demonstration
 from wav.sim.env import Observation
-from wav.sim.replay import ReplayStart, body_poses, replay_episode, state_errors
+from wav.sim.replay import ReplayStart, replay_episode, state_errors
 from wav.sim.workers import SimReply
 
 pytestmark = pytest.mark.simulator
@@ -109,15 +109,6 @@ def test_state_errors_see_through_the_antipode():
     np.testing.assert_allclose(position, [0, 0.005], atol=1e-7)
     np.testing.assert_allclose(rotation, 0, atol=1e-3)
     np.testing.assert_allclose(gripper, [0, 0.02], atol=1e-7)
-
-
-def test_body_poses_are_read_from_a_model():
-    xml = '<mujoco><worldbody><body name="a" pos="1 2 3"><body name="b" quat="0 1 0 0"/></body></worldbody></mujoco>'
-    poses = body_poses(xml)
-    np.testing.assert_array_equal(poses["a"][0], (1, 2, 3))
-    np.testing.assert_array_equal(poses["b"][1], (0, 1, 0, 0))
-    with pytest.raises(DataError, match="not XML"):
-        body_poses("<mujoco>")
 
 
 class FakePool:

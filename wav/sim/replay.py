@@ -6,10 +6,9 @@ expert's detour are a pure function of the seed) and for LIBERO's HDF5 files (th
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +21,6 @@ from wav.sim.registry import LIBERO_SUITES
 
 if TYPE_CHECKING:
     from wav.config import DataSettings
-
-Pose = tuple[NDArray[np.float64], NDArray[np.float64]]
-_SEARCHED = 60
-"""Recorded simulator states among which a demonstration's first frame is looked for."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +72,11 @@ def replay_episode(
         DataError: the beginning cannot be restored; names the episode and the remedy.
     """
     env = kept_env(data.suite, smallest_pictures(data))
-    recorded = bool(start.file)
-    observation = _begin_recorded(env, start, states[0]) if recorded else begin_scripted(env, data.suite, start)
-    seen, success = [observation.state], env.successes()[start.task]
+    if start.file:
+        first = _begin_recorded(env, start, states[0], actions[0])
+    else:
+        first = begin_scripted(env, data.suite, start).state
+    seen, success = [first], env.successes()[start.task]
     for action in actions:
         following = env.step(action)
         assert following is not None
@@ -108,61 +105,17 @@ def begin_scripted(env: SimEnv, suite: str, start: ReplayStart) -> Observation:
     return begin(env, suite, start.task, start.index, start.detour, rng)[1]
 
 
-def _begin_recorded(env: SimEnv, start: ReplayStart, first: NDArray[np.float32]) -> Observation:
-    """The simulator state recorded with the demonstration, and its fixtures' poses."""
+def _begin_recorded(
+    env: SimEnv, start: ReplayStart, first: NDArray[np.float32], action: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """The simulator state recorded with the demonstration, its fixtures' poses and what the state does not hold."""
     from wav.sim.libero.env import LiberoEnv
+    from wav.sim.recorded import begin_recorded, read_recorded
 
     if not isinstance(env, LiberoEnv):
         raise DataError(f"{start.episode_id}: comes from LIBERO's HDF5; data.suite must be one of {LIBERO_SUITES}")
-    states, fixtures = read_recorded(Path(start.file), start.demo)
-    index = max(start.index, 0)  # draws the fixtures where no model was recorded
-    # Frames may have been dropped or paired with the next action: the first frame tells where the episode begins.
-    seen = [env.reset_to(start.task, state, index, settle=False, fixtures=fixtures) for state in states[:1]]
-    if np.abs(seen[0].state[:3] - first[:3]).max() > 1e-4:
-        seen += [env.reset_to(start.task, s, index, settle=False, fixtures=fixtures) for s in states[1:_SEARCHED]]
-    distances = [float(np.abs(o.state - first)[[0, 1, 2, 6, 7]].max()) for o in seen]
-    best = int(np.argmin(distances))
-    return env.reset_to(start.task, states[best], index, settle=False, fixtures=fixtures)
-
-
-def read_recorded(path: Path, demo: str) -> tuple[NDArray[np.float64], dict[str, Pose]]:
-    """Simulator states (T, width) of one HDF5 demonstration, and body name -> (position, quaternion) of its model.
-
-    Raises:
-        DataError: the file, the demonstration or its states are missing.
-    """
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            group = file["data"][demo]
-            states = np.asarray(group["states"][()], dtype=np.float64)
-            model = group.attrs.get("model_file", "")
-    except (OSError, KeyError) as error:
-        raise DataError(
-            f"{path}: {demo}: simulator states cannot be read ({error}); replay needs the original file at "
-            "ingest.path with its dataset 'states'"
-        ) from None
-    return states, body_poses(model.decode() if isinstance(model, bytes) else str(model))
-
-
-def body_poses(model: str) -> dict[str, Pose]:
-    """Body name -> (position 3, quaternion 4 as w, x, y, z) of a MuJoCo XML; empty for an empty text."""
-    if not model:
-        return {}
-    try:
-        root = ElementTree.fromstring(model)
-    except ElementTree.ParseError as error:
-        raise DataError(f"model_file: is not XML ({error}); record the demonstration again") from None
-    return {
-        body.attrib["name"]: (_numbers(body, "pos", "0 0 0"), _numbers(body, "quat", "1 0 0 0"))
-        for body in root.iter("body")
-        if "name" in body.attrib
-    }
-
-
-def _numbers(element: Any, name: str, default: str) -> NDArray[np.float64]:
-    return np.array([float(word) for word in element.get(name, default).split()])
+    recorded = read_recorded(Path(start.file), start.demo)
+    return begin_recorded(env, start.task, max(start.index, 0), recorded, first, action)
 
 
 def state_errors(

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.helpers.libero import INSTALLED, KIT, needs_assets, needs_libero
+from tests.helpers.libero import KIT, needs_assets, needs_libero
 from wav.config import DataSettings
 from wav.errors import ConfigError, DataError, ServiceError
 from wav.sim.libero import assets as libero_assets
@@ -24,6 +24,7 @@ from wav.sim.registry import LIBERO_SUITES, select_tasks, task_specs
 from wav.sim.workers import SimPool
 
 ROOT = Path(__file__).parents[3]
+FIXTURES = ("wooden_cabinet", "flat_stove")
 SPATIAL = DataSettings(suite="libero_spatial", tasks=(), image_height=64, image_width=64)
 
 
@@ -225,18 +226,6 @@ def test_the_import_asks_nothing_and_needs_no_torch(tmp_path):
 # ---- the simulator ----
 
 
-@pytest.fixture(scope="module")
-def env():
-    if not (INSTALLED and KIT.is_dir()):
-        pytest.skip(f"{KIT}: no LIBERO assets here; set WAV_LIBERO_ASSETS (and make libero)")
-    os.environ["WAV_LIBERO_ASSETS"] = str(KIT)
-    from wav.sim.libero.env import LiberoEnv
-
-    environment = LiberoEnv(SPATIAL)
-    yield environment
-    environment.close()
-
-
 def _tasks() -> list[str]:
     return list(task_specs("libero_spatial"))
 
@@ -354,6 +343,22 @@ def test_results_do_not_depend_on_workers_and_survive_a_kill():
 
 
 @needs_assets
+@pytest.mark.parametrize("number", [3, *(pytest.param(n, marks=pytest.mark.long) for n in (4, 6, 7, 9))])
+def test_an_object_drawn_on_a_fixture_stands_there_whatever_was_reset_before(env, number):
+    task, states = _tasks()[number], []
+    for index in (1000, 1005, 0, 1000):
+        env.reset(task, index)
+        scene, sim = env.scene, env.scene.sim
+        start = next(s for s in scene.parsed_problem["initial_state"] if s[0] == "on" and s[2].startswith(FIXTURES))
+        there = sim.data.body_xpos[scene.obj_body_id[start[1]]]
+        region = sim.data.site_xpos[sim.model.site_name2id(start[2])]
+        assert np.linalg.norm((there - region)[:2]) < 0.06
+        states.append([sim.get_state().flatten(), sim.model.body_pos.copy(), sim.model.body_quat.copy()])
+    for first, again in zip(states[0], states[-1], strict=True):
+        np.testing.assert_array_equal(first, again)
+
+
+@needs_assets
 @pytest.mark.long
 @pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10"])
 def test_every_task_loads_and_renders(suite):
@@ -365,32 +370,3 @@ def test_every_task_loads_and_renders(suite):
         assert all(image.std() > 5 for image in observation.images.values()), task
         assert not environment.success(task)
     environment.close()
-
-
-@needs_assets
-def test_a_recorded_demonstration_is_replayed_from_its_simulator_states(env, tmp_path):
-    """LIBERO's HDF5 layout: states and model_file say where it began, fixtures included; dropped frames are found."""
-    import h5py
-
-    from wav.sim.replay import ReplayStart, replay_episode
-
-    task, rng = _tasks()[0], np.random.default_rng(5)
-    seen, actions, states = [env.reset(task, 1003)], [], []
-    for _ in range(6):
-        actions.append(np.append(rng.uniform(-1, 1, 6), -1).astype(np.float32))
-        states.append(env.scene.sim.get_state().flatten())
-        seen.append(env.step(actions[-1]))
-    with h5py.File(tmp_path / "demo.hdf5", "w") as file:
-        demo = file.create_group("data/demo_0")
-        demo["states"] = np.stack(states)
-        demo.attrs["model_file"] = env.scene.sim.model.get_xml()
-    start = ReplayStart("one", task, -1, -1, 0.0, 0, str(tmp_path / "demo.hdf5"), "demo_0")
-    for first in (0, 2):
-        executed = np.stack(actions[first:])
-        outcome = replay_episode(SPATIAL, start, executed, np.stack([o.state for o in seen[first:-1]]))
-        assert outcome.steps == 6 - first
-        assert outcome.position_error < 3e-3  # observations are sampled within a step
-    with h5py.File(tmp_path / "demo.hdf5", "a") as file:
-        del file["data/demo_0/states"]
-    with pytest.raises(DataError, match="states"):
-        replay_episode(SPATIAL, start, executed, np.stack([o.state for o in seen[2:]]))

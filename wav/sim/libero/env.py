@@ -3,8 +3,10 @@
 An episode is a pure function of (suite, task, index). Indices 0-49 are LIBERO's fixed initial states; 1000 and up are
 drawn from the task's own placement regions, as LIBERO's demonstrations were. Non-obvious: a LIBERO state does not hold
 the poses of fixtures (cabinet, stove), which every reset draws from numpy's global generator. Left alone, they depend
-on what ran before; here the generator is seeded by (suite, task, index) for the length of the reset. And LIBERO's
-observations are not those of a step's end: robosuite samples them at the 24th of a step's 25 substeps, which is kept.
+on what ran before; here the generator is seeded by (suite, task, index) for the length of the reset. The draw of an
+object's place on or in a fixture reads where the fixture is before it is moved and adds where it is moved to, so the
+model's own poses are put back first. And LIBERO's observations are not those of a step's end: robosuite samples them
+at the 24th of a step's 25 substeps, which is kept.
 """
 
 from __future__ import annotations
@@ -150,8 +152,16 @@ class LiberoEnv(RobosuiteEnv):
 
             def _initialize_sim(self, xml_string: str | None = None) -> None:
                 super()._initialize_sim(xml_string)
+                model = self.sim.model._model
+                self.compiled = model.body_pos.copy(), model.body_quat.copy()
                 if fast:
-                    simplify_model(self.sim.model._model, FAST_MAX_FACES)
+                    simplify_model(model, FAST_MAX_FACES)
+
+            def _reset_internal(self) -> None:
+                """With the fixtures where the model has them, as after LIBERO's own slower reset that compiles anew."""
+                model = self.sim.model._model
+                model.body_pos[:], model.body_quat[:] = self.compiled
+                super()._reset_internal()
 
             def _setup_observables(self) -> dict[str, Any]:
                 @sensor(modality="image")
