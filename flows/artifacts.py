@@ -26,8 +26,12 @@ from flows.provenance import object_url
 from flows.server import show
 from wav import plots
 from wav.config import Runtime
+from wav.data.store import EpisodeStore
 from wav.io.files import read_json
 
+_LOG = logging.getLogger(__name__)
+#: tasks of which a stage draws a picture: each takes half a second, and a dataset may have thousands
+PICTURED_TASKS = 40
 #: seconds between updates of a progress artefact and between log lines
 UPDATE_SECONDS, LOG_SECONDS = 2.0, 10.0
 #: how long a server that could not be reached is left alone
@@ -105,6 +109,18 @@ def publish_values(folder: Path) -> None:
     if columns:
         picture = plots.curves(columns, found["steps"], title=str(found["episode"]), ylabel="return")
         publish_images("values", {str(found["episode"]): picture}, "predicted and real value")
+
+
+def pictured(episodes: EpisodeStore) -> dict[str, int]:
+    """The first episode of each task; of many tasks only of :data:`PICTURED_TASKS` at even distances, and says so."""
+    first: dict[str, int] = {}
+    for index, info in enumerate(episodes.episodes):
+        first.setdefault(info.task, index)
+    names = sorted(first)
+    chosen = names[:: -(-len(names) // PICTURED_TASKS) or 1]
+    if len(chosen) < len(names):
+        _LOG.info("pictures of %d of %d tasks", len(chosen), len(names))
+    return {name: first[name] for name in chosen}
 
 
 class Progress:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 from prefect import flow
 
-from flows.artifacts import Progress, publish_images, publish_numbers, publish_table
+from flows.artifacts import Progress, pictured, publish_images, publish_numbers, publish_table
 from flows.common import StageRun, finish, main, start, step
 from wav import plots
 from wav.data.store import EpisodeStore
@@ -36,7 +36,7 @@ def collect(run: StageRun) -> None:
 
 @step("describe episodes")
 def describe(run: StageRun) -> None:
-    """Numbers, the quarantine list and one strip of frames per task."""
+    """Numbers, the quarantine list and one strip of frames for each of the tasks, up to a limit."""
     store, folder = EpisodeStore.open(run.path("data/episodes")), run.path("reports/ingest")
     metrics = {
         "episodes": len(store.episodes),
@@ -46,8 +46,7 @@ def describe(run: StageRun) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
-    for task_name in sorted({info.task for info in store.episodes}):
-        index = next(i for i, info in enumerate(store.episodes) if info.task == task_name)
+    for task_name, index in pictured(store).items():
         episode = store[index]
         steps = np.linspace(0, episode.length - 1, STRIP_FRAMES).round().astype(int)
         rows = [[images[step] for step in steps] for images in episode.images.values()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from prefect import flow
 
-from flows.artifacts import Progress, publish_images, publish_numbers
+from flows.artifacts import Progress, pictured, publish_images, publish_numbers
 from flows.common import StageRun, finish, main, start, step
 from wav import plots
 from wav.data.reward_store import RewardStore
@@ -33,8 +33,7 @@ def plot(run: StageRun) -> None:
     rewards = RewardStore.open(run.path("data/rewards"), episodes)
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
-    for task_name in sorted({info.task for info in episodes.episodes}):
-        index = next(i for i, info in enumerate(episodes.episodes) if info.task == task_name)
+    for task_name, index in pictured(episodes).items():
         terms = episode_rewards(episodes[index], run.settings.label_rewards, run.settings.data.views)
         pictures[f"terms-{task_name}"] = plots.reward_terms(terms, f"weighted reward terms: {task_name}")
     shown = range(min(PLOTTED_RETURNS, len(episodes.episodes)))

@@ -24,7 +24,7 @@ from wav.config import Settings, load_preset, load_settings
 from wav.errors import ConfigError
 from wav.parameter_files import merge
 from wav.source_code import code_digest, stage_modules
-from wav.stages import CODE_STAGE, STAGES, TRAINING, dvc_yaml
+from wav.stages import CODE_STAGE, STAGES, TRAINING, dvc_yaml, write_code
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -158,6 +158,19 @@ def test_code_runs_again_what_it_decides(copy: Path, module: str) -> None:
         assert stale(copy) == DECIDES[module]
     finally:
         (copy / module).write_text(before)
+
+
+def test_files_that_parameters_name_are_looked_at(tmp_path: Path) -> None:
+    """A dataset that has grown is ingested again; DVC, which runs ``code`` every time, knows by the file it writes."""
+    (tmp_path / "set" / ".cache").mkdir(parents=True)
+    (tmp_path / "set" / "episode_0.hdf5").touch()
+    (tmp_path / "params.yaml").write_text("ingest: {path: set}\nencode: {text: builtin-small}\n")
+    assert {line.partition(":")[0] for line in write_code(tmp_path)} == set(STAGES)
+    (tmp_path / "set" / ".cache" / "lock").touch()
+    assert not list(write_code(tmp_path))
+    (tmp_path / "set" / "episode_1.hdf5").touch()
+    assert [line.partition(":")[0] for line in write_code(tmp_path)] == ["ingest"]
+    assert yaml.safe_load(dvc_yaml())["stages"][CODE_STAGE]["always_changed"]
 
 
 PRESETS = sorted(path.stem for path in PROJECT.glob("presets/*.yaml"))

@@ -43,6 +43,20 @@ def test_two_instructions_are_clearly_different(encoder: TextEncoder) -> None:
     assert 0.5 < embedding[mask].std() < 2
 
 
+def test_instructions_of_any_script_have_their_own_embedding(tmp_path: Path) -> None:
+    one, other = "把红色方块放进盒子", "把绿色方块放进盒子"
+    encoder = TextEncoder.from_pretrained(build_small(tmp_path / "t5", [one, other], dim=64), tokens=16)
+    embedding, _ = encoder.encode([one, other])
+    assert np.abs(embedding[0] - embedding[1]).max() > 0.1
+
+
+def test_what_the_tokenizer_does_not_know_is_counted(encoder: TextEncoder, caplog: pytest.LogCaptureFixture) -> None:
+    encoder.encode(["lift the red cube and the green cube \u2603"])
+    assert "does not know 1 of its parts" in caplog.text
+    with pytest.raises(DataError, match=r"instruction '把红色.*does not know .*, so the model could not read it"):
+        encoder.encode([RED, "把红色方块放进盒子"])
+
+
 def test_shapes_padding_and_the_empty_instruction(encoder: TextEncoder) -> None:
     embedding, mask = encoder.encode(["", RED])
     assert embedding.shape == (2, 16, 64)

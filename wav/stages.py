@@ -6,12 +6,17 @@ stage ``code`` (``python -m wav.stages code``) writes their digests, without com
 and each stage depends on its own file there. So an edit that changes no stage's code runs nothing but ``code`` again.
 (``dvc status`` and ``dvc repro --dry`` know what an edit means once ``code`` has run: first ``dvc repro code``.)
 
+``code`` runs every time, in a second, because it looks at what DVC does not know about as well: folders and files that
+parameters name (a dataset, weights). What it finds there, names, sizes and times, goes into the same files, so that a
+dataset that has grown is ingested again.
+
 To add a stage: a row here, a section in :mod:`wav.config` and params.yaml, a flow ``flows/NAME.py``.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -51,6 +56,7 @@ class Stage:
     metrics: str = ""
     modules: tuple[str, ...] = ()  #: that run in processes of their own, which no import names
     unused: tuple[str, ...] = ()  #: modules or packages that the code names but that never run in this stage
+    outside: tuple[str, ...] = ()  #: parameters that name files outside DVC's care, such as ``ingest.path``
     training: Training | None = None
 
     @property
@@ -109,6 +115,7 @@ def _training(name: str, makes: str, training: Training, unused: tuple[str, ...]
         modules=("wav.training.loop",),
         unused=("wav.codec", "wav.text", *unused),  # encoders of the latents, which are not loaded
         training=training,
+        outside=() if start else ("model.init_from",),
     )
 
 
@@ -121,6 +128,7 @@ _TABLE = (
         outputs=("data/episodes", "reports/ingest/pictures"),
         metrics="reports/ingest/metrics.json",
         modules=("wav.sim.worker",),
+        outside=("ingest.path",),
     ),
     Stage(
         "label_rewards",
@@ -137,6 +145,7 @@ _TABLE = (
         inputs=("data/episodes",),
         outputs=("data/latents", "reports/encode/pictures"),
         metrics="reports/encode/metrics.json",
+        outside=("encode.path", "encode.text"),
     ),
     _training(
         "pretrain_video",
@@ -197,6 +206,7 @@ def dvc_stages() -> dict[str, Any]:
             "cmd": f"python -m wav.stages {CODE_STAGE}",
             "deps": ["flows", "wav"],
             "outs": [{row.code: uncached} for row in STAGES.values()],
+            "always_changed": True,
         }
     }
     for row in STAGES.values():
@@ -214,8 +224,9 @@ def dvc_stages() -> dict[str, Any]:
 
 _HEADER = """\
 # The pipeline: eight stages, each a Prefect flow of the same name, and before them `code`, which writes down which
-# modules decide each stage's result and what is in them, comments left out. This file is what the table in
-# wav/stages.py means: change it there, then `python -m wav.stages > dvc.yaml`.
+# modules decide each stage's result and what is in them, comments left out, and what lies in the dataset and weights
+# that parameters name. This file is what the table in wav/stages.py means: change it there, then
+# `python -m wav.stages > dvc.yaml`.
 """
 
 
@@ -245,16 +256,41 @@ def dvc_yaml() -> str:
 
 
 def write_code(workspace: Path) -> Iterator[str]:
-    """Write each stage's ``reports/code/STAGE.json`` in ``workspace``; yields a line per stage whose code changed."""
+    """Write each stage's ``reports/code/STAGE.json`` in ``workspace``; yields a line per stage for which it changed."""
+    from wav.parameter_files import read_parameters
     from wav.source_code import digests, stage_modules
 
+    parameters = workspace / "params.yaml"
+    given = read_parameters(parameters) if parameters.is_file() else {}
     for row in STAGES.values():
         path, found = workspace / row.code, digests(stage_modules(row.name))
+        for name in row.outside:
+            section, _, field = name.partition(".")
+            value = (given.get(section) or {}).get(field)
+            if value and (listed := listing(workspace / Path(str(value)).expanduser())):
+                found[name] = listed
         text = json.dumps(found, indent=1) + "\n"
         if not path.is_file() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-            yield f"{row.name}: {len(found)} modules decide its result"
+            yield f"{row.name}: {len(found)} modules, and files that parameters name, decide its result"
+
+
+def listing(path: Path) -> str:
+    """How many files lie at a path, and a digest of their names, sizes and times; empty where nothing does.
+
+    Hidden files are nobody's. Contents are not read: a dataset may have a terabyte.
+    """
+    found = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+    digest, count = hashlib.sha256(), 0
+    for file in found:
+        name = file.relative_to(path)
+        if any(part.startswith(".") for part in name.parts) or not file.is_file():
+            continue
+        status = file.stat()
+        digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        count += 1
+    return f"{count} files, {digest.hexdigest()[:16]}" if count else ""
 
 
 def main(arguments: list[str] | None = None) -> int:

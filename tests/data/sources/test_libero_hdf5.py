@@ -10,6 +10,7 @@ import pytest
 
 from tests.data.sources.datasets import TASKS, changed, libero_file, motion
 from wav.data.sources import open_source
+from wav.data.sources.damage import unreadable
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError
 from wav.ingest import ingest
@@ -235,6 +236,19 @@ def test_files_with_and_without_joints_are_not_mixed(data, libero, hdf5_settings
     alone = run(data.model_copy(update={"tasks": TASKS[:1]}), hdf5_settings, tmp_path / "o", alignment="after_action")
     assert len(alone) == 3
     assert alone[0].joints is None
+
+
+def test_hidden_files_are_nobodys(data, libero, hdf5_settings, tmp_path):
+    """A Mac's "._" twin of a file, and a notebook's checkpoint of it."""
+    for twin in (libero / f"._{TASKS[0]}_demo.hdf5", libero / ".ipynb_checkpoints" / f"{TASKS[1]}_demo.hdf5"):
+        twin.parent.mkdir(exist_ok=True)
+        twin.write_bytes(b"\x00\x05\x16\x07")
+    assert len(run(data, hdf5_settings, tmp_path / "out")) == 6
+
+
+def test_a_file_that_another_program_writes_is_told(libero):
+    said = OSError("Unable to synchronously open file (unable to lock file, errno = 11)")
+    assert "is open for writing in another program" in str(unreadable(libero / f"{TASKS[0]}_demo.hdf5", "HDF5", said))
 
 
 def test_damaged_files_are_refused(data, libero, hdf5_settings, tmp_path):
