@@ -182,7 +182,11 @@ class TrainSettings(Section):
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(32, ge=1, le=100000, description="global batch: over all ranks and accumulation steps")
     micro_batch_size: int = Field(0, ge=0, description="samples per rank and forward; 0: batch_size / ranks")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: on the blocks' matrices, AdamW on the rest (zero_stage 0, fp32)"
+    )
     learning_rate: float = Field(1e-3, gt=0)
+    muon_learning_rate: float = Field(0.02, gt=0, description="muon: of the matrices; learning_rate is the rest's")
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = Field(100, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -212,6 +216,15 @@ class TrainSettings(Section):
         10.0, ge=0, description="stop where a recorded loss is this many times the recent rows' median; 0: never"
     )
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> TrainSettings:
+        if self.optimizer == "muon" and (self.zero_stage or self.precision != "fp32"):
+            raise ValueError(
+                f"optimizer = muon with zero_stage = {self.zero_stage} and precision = {self.precision}: a partition "
+                "holds no whole matrix; use adamw, or zero_stage 0 with fp32"
+            )
+        return self
 
 
 class PretrainVideoSettings(TrainSettings):

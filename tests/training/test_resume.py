@@ -18,15 +18,16 @@ from wav.training.spec import TrainSpec
 N = 2
 STEPS = {"steps": 2 * N, "checkpoint_every": N, "log_every": 1, "warmup_steps": 1, "validate_every": 2 * N}
 SHARDED = pytest.mark.parametrize(
-    ("ranks", "zero"),
+    ("ranks", "zero", "optimizer"),
     [
-        (2, 0),
-        (2, 2),
-        pytest.param(1, 2, marks=pytest.mark.long),
-        pytest.param(1, 1, marks=pytest.mark.long),
-        pytest.param(1, 3, marks=pytest.mark.long),
-        pytest.param(2, 1, marks=pytest.mark.long),
-        pytest.param(2, 3, marks=pytest.mark.long),
+        (2, 0, "muon"),
+        (2, 2, "adamw"),
+        pytest.param(2, 0, "adamw", marks=pytest.mark.long),
+        pytest.param(1, 2, "adamw", marks=pytest.mark.long),
+        pytest.param(1, 1, "adamw", marks=pytest.mark.long),
+        pytest.param(1, 3, "adamw", marks=pytest.mark.long),
+        pytest.param(2, 1, "adamw", marks=pytest.mark.long),
+        pytest.param(2, 3, "adamw", marks=pytest.mark.long),
     ],
 )
 
@@ -104,9 +105,9 @@ def with_layout(spec: TrainSpec, ranks: int, zero: int) -> TrainSpec:
 
 
 @SHARDED
-def test_kill_and_resume_is_bit_equal(ranks: int, zero: int, spec_of, start) -> None:
+def test_kill_and_resume_is_bit_equal(ranks: int, zero: int, optimizer: str, spec_of, start) -> None:
     """2N steps equal N steps, kill -9, resume, N steps: every file of the last checkpoint, the weights, the metrics."""
-    whole, killed = run_of(spec_of, "whole", ranks, zero), run_of(spec_of, "killed", ranks, zero)
+    whole, killed = (run_of(spec_of, name, ranks, zero, optimizer=optimizer) for name in ("whole", "killed"))
     log = finish(start(whole))
     assert whole.paths.output.is_dir(), log
     process = start(killed)

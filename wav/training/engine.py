@@ -1,7 +1,7 @@
 """DeepSpeed: process group and engine.
 
-On a CPU nothing is compiled: the shared-memory collective's C++ extension is switched off and torch's own fused
-AdamW is the optimiser. Ranks of one machine need no port that other machines can reach.
+On a CPU nothing is compiled: the shared-memory collective's C++ extension is switched off and the
+optimisers are torch's own. Ranks of one machine need no port that other machines can reach.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import FileStore, HashStore
 
 from wav.errors import ConfigError
 from wav.training.launch import RENDEZVOUS
+from wav.training.optimizer import build_optimizer
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -190,7 +191,7 @@ def deepspeed_config(settings: TrainSettings, plan: BatchPlan, device_type: str)
 def init_engine(
     module: nn.Module, settings: TrainSettings, plan: BatchPlan, world: World, universal: bool = False
 ) -> DeepSpeedEngine:
-    """Wrap ``module`` for training: AdamW on what requires a gradient, ZeRO, clipping, precision from settings.
+    """Wrap ``module`` for training: an optimiser of what requires a gradient, ZeRO, clipping, precision from settings.
 
     ``universal``: the checkpoint that will be loaded is in DeepSpeed's universal layout (:mod:`.universal`).
     """
@@ -202,13 +203,7 @@ def init_engine(
     logger.setLevel(logging.WARNING)
     if world.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its build needs a compiler and 85 s
-    optimizer = torch.optim.AdamW(
-        [p for p in module.parameters() if p.requires_grad],
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    optimizer = build_optimizer(module, settings)
     config = deepspeed_config(settings, plan, world.device.type)
     if universal:
         config["checkpoint"] = {"load_universal": True}

@@ -20,13 +20,13 @@ Row = dict[str, float]
 def update(
     engine: DeepSpeedEngine, ema: Ema, settings: TrainSettings, step: int, inputs: list[StepInputs], want_norm: bool
 ) -> tuple[Row, float | None]:
-    """Optimiser step ``step`` (from 1) over its micro-batches: forward, backward, AdamW, average.
+    """Optimiser step ``step`` (from 1) over its micro-batches: forward, backward, optimiser, average.
 
     Returns:
         The mean losses, and the gradient norm before clipping where it is wanted and known.
     """
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate(settings, step - 1)
+        group["lr"] = learning_rate(settings, step - 1) * group.get("scale", 1.0)
     passes = LossMean()
     norm: float | None = None
     for index, micro in enumerate(inputs):
