@@ -203,6 +203,9 @@ class TrainSettings(Section):
     gradient_checkpointing: bool | Literal["auto"] = Field(
         False, description="recompute blocks in the backward pass; auto: only as many as the free memory asks for"
     )
+    compile: bool | Literal["auto"] = Field(
+        "auto", description="blocks by torch.compile; auto: on a GPU (on a CPU it was measured not to pay)"
+    )
     checkpoint_every: int = Field(500, ge=1)
     keep_last: int = Field(2, ge=1, description="checkpoints kept: the newest this many,")
     keep_best: int = Field(0, ge=0, description="and the best this many by validation loss,")

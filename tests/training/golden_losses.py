@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from tests.training.conftest import episode
-from wav.config import Settings, load_settings
+from wav.config import CouplingSettings, Settings, load_settings
 from wav.data.conventions import Conventions
 from wav.data.statistics import Statistics, compute_statistics
 from wav.data.store import EpisodeStore
@@ -75,10 +75,11 @@ class Rewards:
 
 
 def settings_of_the_smoke_run() -> Settings:
-    """``presets/smoke.yaml`` with ten steps of training, all of them recorded."""
+    """``presets/smoke.yaml`` in the paper's published form: no coupling, AdamW; ten steps, all of them recorded."""
     found = load_settings(ROOT / "presets" / "smoke.yaml")
-    changes = {"steps": STEPS, "log_every": 1, "checkpoint_every": STEPS, "validate_every": STEPS}
-    return found.model_copy(update={name: getattr(found, name).model_copy(update=changes) for name in STAGES})
+    changes = {"steps": STEPS, "log_every": 1, "checkpoint_every": STEPS, "validate_every": STEPS, "optimizer": "adamw"}
+    published = {name: getattr(found, name).model_copy(update=changes) for name in STAGES}
+    return found.model_copy(update={**published, "coupling": CouplingSettings()})
 
 
 def plant_inputs(folder: Path, settings: Settings) -> None:

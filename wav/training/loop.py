@@ -60,6 +60,8 @@ class Trainer:
         if self.settings.gradient_checkpointing == "auto":
             self.model.recomputed_layers = layers_to_recompute(spec, inputs, self.objective, self.plan.micro, world)
             self._say(f"{spec.stage}: {self.model.recomputed_layers} of {spec.model.layers} layers are recomputed")
+        if self.settings.compile is True or (self.settings.compile == "auto" and world.device.type == "cuda"):
+            self.model.compile_blocks()
         layout = Layout(world.ranks, self.settings.zero_stage, self.settings.precision)
         if world.is_main:
             preflight(spec, self.objective, layout, world.device, BYTES_PER_PARAMETER)
