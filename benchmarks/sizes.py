@@ -1,7 +1,7 @@
 """Sizes that the benchmarks run, as plain data: a machine with torch, diffusers, safetensors and numpy needs no more.
 
 ``default`` is params.yaml, ``medium`` the size at which training is compared besides, ``full`` presets/libero.yaml
-(2.3 billion parameters), ``tiny`` a trial; a test compares default and full with the files. Attributes carry the
+(2.3 billion parameters) planning as the paper does, ``tiny`` a trial; a test compares them with the files. Attributes carry the
 names of the parameter files' sections, which is all that :mod:`wav` reads of them.
 """
 
@@ -110,7 +110,7 @@ class Sizes:
         return self.action_dim + self.state_dim
 
 
-_SMALL_PLANNER = Planner(2, 6, 4, 3, 8)
+_SMALL_PLANNER = Planner(2, 8, 4, 3, 6, alpha=1.0, beta=1.0, sigma_decay=1.0, score="mean")
 _DEFAULT = Sizes(
     name="default",
     model=Model(4, 4, 32, 4, 16, 4, 24),
