@@ -1,8 +1,8 @@
 """Sizes that the benchmarks run, as plain data: a machine with torch, diffusers, safetensors and numpy needs no more.
 
 ``default`` is params.yaml, ``medium`` the size at which training is compared besides, ``full`` presets/libero.yaml
-(2.3 billion parameters) planning as the paper does, ``tiny`` a trial; a test compares them with the files. Attributes carry the
-names of the parameter files' sections, which is all that :mod:`wav` reads of them.
+(2.3 billion parameters) planning as the paper does, ``tiny`` a trial; a test compares them with the files.
+Attributes carry the names of the parameter files' sections, which is all that :mod:`wav` reads of them.
 """
 
 from __future__ import annotations
