@@ -28,7 +28,7 @@ from wav.training.ema import Ema
 from wav.training.engine import World
 from wav.training.resume import announce, local_checkpoints, newest_checkpoint, remove
 from wav.training.step import mean_row
-from wav.training.universal import Layout, convert, needs_conversion
+from wav.training.universal import Layout, convert, needs_conversion, plain_values_only
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -231,12 +231,13 @@ class Checkpoints:
         """Load what :meth:`find` found (every rank calls it).
 
         Raises:
-            CheckpointError: DeepSpeed does not find its files in it.
+            CheckpointError: DeepSpeed does not find its files in it, or one holds more than plain values.
         """
-        loaded, _ = engine.load_checkpoint(str(found.universal or found.folder), tag=TAG)
+        with plain_values_only(found.folder):
+            loaded, _ = engine.load_checkpoint(str(found.universal or found.folder), tag=TAG)
+            files = [_rank_file(found.folder, rank) for rank in range(found.layout.ranks)]
         if loaded is None:
             raise CheckpointError(f"{found.folder}: holds no engine state; delete the folder and run again")
-        files = [_rank_file(found.folder, rank) for rank in range(found.layout.ranks)]
         ema.load([file["ema"] for file in files])
         saved = files[self.world.rank % len(files)]
         state = RunState(**saved["run"])

@@ -11,15 +11,22 @@ import argparse
 import contextlib
 import io
 import logging
+import os
+import pickle
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from wav.errors import CheckpointError
 from wav.io.storage.base import disk_errors
 
 LOG = logging.getLogger("wav.training")
+_FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch reads it at every load; it wins over the argument
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,43 @@ def needs_conversion(saved: Layout, wanted: Layout, folder: Path) -> bool:
     )
 
 
+@contextlib.contextmanager
+def plain_values_only(folder: Path) -> Iterator[None]:
+    """Keep DeepSpeed from running what a checkpoint's files say: they may have come from a store others write to.
+
+    It opens them with ``torch.load(weights_only=False)``, which calls any function that a file names. Within this
+    context torch reads tensors, plain values and the three classes of plain values that DeepSpeed puts there.
+
+    Raises:
+        CheckpointError: a file holds something else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(_FORCE)
+    os.environ[_FORCE] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"calls {named[1]}" if named else "cannot be read without running code"
+        raise CheckpointError(
+            f"{folder}: a file of it {what}, which no checkpoint of a training does; find out who wrote it, here or in "
+            "the store, then delete it"
+        ) from None
+    finally:
+        del os.environ[_FORCE]
+        if before is not None:
+            os.environ[_FORCE] = before
+
+
 def convert(source: Path, target: Path) -> None:
     """Write the universal form of the engine state in ``source`` to ``target`` (replaced if it is there).
 
     Raises:
-        CheckpointError: the converter fails; holds what it says.
+        CheckpointError: the converter fails (holds what it says), or a file holds more than plain values.
         StorageError: the disk is full.
     """
     from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
@@ -95,8 +134,16 @@ def convert(source: Path, target: Path) -> None:
     )
     said = io.StringIO()
     try:
-        with disk_errors(target), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with (
+            plain_values_only(source),
+            disk_errors(target),
+            contextlib.redirect_stdout(said),
+            contextlib.redirect_stderr(said),
+        ):
             ds_to_universal(options)
+    except CheckpointError:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
     except (RuntimeError, AssertionError, ValueError, KeyError, NotImplementedError) as error:
         shutil.rmtree(target, ignore_errors=True)
         raise CheckpointError(
