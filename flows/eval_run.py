@@ -21,7 +21,7 @@ from flows.provenance import dvc_hash
 from wav.config import load_settings, parse_settings
 from wav.errors import CheckpointError, ConfigError
 from wav.evaluation.start import own_store
-from wav.io.files import read_json
+from wav.io.files import atomic_folder, inside, read_json
 from wav.io.storage import ObjectStore, open_store
 from wav.policy.export import load_export, verify_export
 from wav.policy.policy import Policy
@@ -49,15 +49,16 @@ def find_checkpoint(text: str, workspace: Path, store: ObjectStore) -> Path:
         found = read_champion(store, name)
         if found is None:
             raise CheckpointError(f"checkpoint = {text!r}: {store.url} has no champion {name!r}; run retrain first")
-        return download_policy(store, found[0], kept / found[0].policy)
+        return download_policy(store, found[0], inside(kept, found[0].policy))
     if "://" in text:
         prefix = text.rstrip("/").removeprefix(store.url.rstrip("/") + "/")
         objects = [] if "://" in prefix else store.list(prefix + "/")
         if not objects:
             raise CheckpointError(f"checkpoint = {text!r}: no such export in {store.url}; give one of its addresses")
         folder = kept / hashlib.sha256(text.encode()).hexdigest()[:32]
-        for info in objects:
-            store.get_file(info.key, folder / info.key[len(prefix) + 1 :])
+        with atomic_folder(folder) as fresh:
+            for info in objects:
+                store.get_file(info.key, inside(fresh, info.key[len(prefix) + 1 :]))
         return folder
     folder = (workspace / text).resolve()
     if not (folder / "settings.json").is_file() and not (folder / "checkpoint.json").is_file():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wav.errors import DataError, ServiceError, WavError
-from wav.io.files import canonical_digest, file_digest, read_json, write_json
+from wav.io.files import canonical_digest, file_digest, inside, read_json, write_json
 
 REFERENCE_FILE = "reference.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
@@ -61,6 +61,22 @@ def fetch_command(source: str, include: Iterable[str] = ()) -> str:
     return " ".join(["hf download", source, *(f'--include "{pattern}"' for pattern in include)])
 
 
+def weight_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name, of an index file beside the shards it names.
+
+    Raises:
+        DataError: it is no index, or names a file that is not beside it, which a library would read nevertheless.
+    """
+    raw = read_json(path, "fetch it again")
+    if not isinstance(raw, dict) or not isinstance(raw.get("weight_map"), dict):
+        raise DataError(f"{path}: has no weight_map; fetch it again")
+    found = {str(name): str(file) for name, file in raw["weight_map"].items()}
+    for file in set(found.values()):
+        if "/" in file or inside(path.parent, file).suffix not in (".safetensors", ".bin"):
+            raise DataError(f"{path}: names {file!r:.200}, which is no weight file beside it; fetch it again")
+    return found
+
+
 def load_whole(cls: Any, folder: Path, field: str, unused: Iterable[str] = (), **options: Any) -> Any:
     """``cls.from_pretrained(folder)`` of transformers or diffusers, every tensor from the folder and none left over.
 
@@ -72,8 +88,10 @@ def load_whole(cls: Any, folder: Path, field: str, unused: Iterable[str] = (), *
         options: for ``from_pretrained``.
 
     Raises:
-        DataError: it does not load, or names what is missing, unexpected or of another shape.
+        DataError: it does not load, or names what is missing, unexpected or of another shape, or a file elsewhere.
     """
+    for index in folder.glob("*.index.json"):
+        weight_index(index)
     variants = {found[1] for file in folder.iterdir() if (found := _WEIGHTS.match(file.name))}
     options |= {"variant": variants.pop() if len(variants) == 1 else None, "local_files_only": True}
     try:

@@ -22,7 +22,7 @@ from wav.config import Settings, load_settings
 from wav.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingError, WavError
 from wav.evaluation.intervals import Difference, paired_difference, wilson
 from wav.evaluation.records import read_record
-from wav.io.files import canonical_digest, read_json
+from wav.io.files import canonical_digest, inside, read_json
 from wav.io.storage import ObjectInfo, ObjectStore
 
 FORMAT = 2
@@ -40,6 +40,9 @@ class StoredFile:
     version: str
     size: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        inside(".", self.path)
 
 
 @dataclass(frozen=True)

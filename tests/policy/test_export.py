@@ -163,6 +163,31 @@ def test_an_altered_part_is_named(copy):
         load_export(copy, device="cpu")
 
 
+@pytest.mark.parametrize(
+    "name", ["model/x.safetensors.index.json", "text_encoder/reference.json", "text_encoder/text_encoder/config.json"]
+)
+def test_a_file_that_the_manifest_does_not_list_is_refused(copy, name):
+    (copy / ".gitattributes").write_text("what a hub puts there")
+    (copy / ".cache" / "huggingface").mkdir(parents=True)
+    (copy / ".cache" / "huggingface" / "x").write_text("")
+    verify_export(copy)
+    (copy / name).parent.mkdir(exist_ok=True)
+    (copy / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"{name}: is not in the manifest.*remove it"):
+        load_export(copy, device="cpu")
+
+
+def test_a_link_to_a_folder_is_no_part_of_an_export(copy, tmp_path):
+    (copy / "model").rename(tmp_path / "elsewhere")
+    (copy / "model").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="model: is not in the manifest"):
+        verify_export(copy)
+    (tmp_path / "link").symlink_to(copy)  # the export itself may lie behind one
+    (copy / "model").unlink()
+    (tmp_path / "elsewhere").rename(copy / "model")
+    verify_export(tmp_path / "link")
+
+
 def test_what_is_no_export_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no such folder"):
         load_export(tmp_path / "nothing")

@@ -33,6 +33,17 @@ _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
+def inside(folder: str | Path, name: str) -> Path:
+    """``folder / name``, where ``name`` is what somebody wrote down: a manifest, an index, a key of a store.
+
+    Raises:
+        DataError: it is absolute, or has a part that is empty, ``.`` or ``..``, and so may mean a file elsewhere.
+    """
+    if not isinstance(name, str) or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
+        raise DataError(f"{name!r:.200}: is no path of a file below {folder}; find out who wrote it there")
+    return Path(folder) / name
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """One file of a folder: path relative to the folder (POSIX), size in bytes, SHA-256 in hexadecimal."""
@@ -42,6 +53,9 @@ class FileRecord:
     sha256: str
     version: str = ""
     """Version id in an object store; empty on disk."""
+
+    def __post_init__(self) -> None:
+        inside(".", self.path)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for a manifest."""
@@ -256,14 +270,20 @@ def check_files(
     *,
     remedy: str,
     digests: bool = False,
+    closed: bool = False,
     error: type[WavError] = DataError,
 ) -> None:
     """Compare the files of ``folder`` with a manifest's records: sizes always, contents with ``digests``.
 
+    ``closed``: there may be no other file. Hidden ones (``.gitattributes``) are nobody's, and nothing reads them.
+
     Raises:
-        DataError (or ``error``): a file is missing, truncated or (with ``digests``) changed; names it and ends in
-            ``remedy``.
+        DataError (or ``error``): a file is missing, truncated or (with ``digests``) changed, or is one too many; names
+            it and ends in ``remedy``.
     """
+    records = tuple(records)
+    if closed and (odd := _unlisted(Path(folder), {MANIFEST, *(record.path for record in records)})):
+        raise error(f"{odd}: is not in the manifest, so it is no part of this folder; remove it, or {remedy}")
     for record in records:
         path = Path(folder) / record.path
         if not path.is_file():
@@ -274,6 +294,19 @@ def check_files(
             raise error(f"{path}: {kind}, {size} bytes where the manifest says {record.bytes}; {remedy}")
         if digests and file_digest(path) != record.sha256:
             raise error(f"{path}: content does not match the manifest's SHA-256 {record.sha256[:12]}; {remedy}")
+
+
+def _unlisted(folder: Path, listed: set[str]) -> Path | None:
+    """A file that is not listed, or a link to a folder, which might hold any; hidden names are passed over."""
+    for root, folders, files in os.walk(folder):
+        place = Path(root)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        links = [name for name in folders if (place / name).is_symlink()]
+        for name in [*links, *sorted(files)]:
+            path = place / name
+            if not name.startswith(".") and path.relative_to(folder).as_posix() not in listed:
+                return path
+    return None
 
 
 def manifest_files(manifest: Mapping[str, Any]) -> tuple[FileRecord, ...]:

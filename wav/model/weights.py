@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wav.errors import CheckpointError, ServiceError, WavError
-from wav.hub import content_digest, fetch_command, is_hub_id, resolve
+from wav.errors import CheckpointError, DataError, ServiceError, WavError
+from wav.hub import content_digest, fetch_command, is_hub_id, resolve, weight_index
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FIELD = "model.init_from"
@@ -114,10 +114,10 @@ def _weight_index(folder: Path) -> dict[str, str] | None:
     found = sorted(folder.glob("*.safetensors.index.json"))
     if not found:
         return None
-    raw = _read_json(found[0], "give the whole folder")
-    if not isinstance(raw, dict) or not isinstance(raw.get("weight_map"), dict):
-        raise CheckpointError(f"{found[0]}: has no weight_map; fetch it again")
-    return {str(name): str(file) for name, file in raw["weight_map"].items()}
+    try:
+        return weight_index(found[0])
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def weight_files(path: str | Path) -> list[Path]:

@@ -240,15 +240,15 @@ def model_card(
 
 
 def verify_export(folder: str | Path) -> dict[str, Any]:
-    """Check an export's manifest and every file's digest; returns the manifest.
+    """Check an export's manifest and every file's digest, and that it holds nothing else; returns the manifest.
 
     Raises:
-        CheckpointError: names the missing, truncated or altered file.
+        CheckpointError: names the missing, truncated, altered or foreign file.
     """
     remedy = "export the policy again (`dvc repro export`)"
     try:
         manifest = read_manifest(folder, FORMAT, VERSION, remedy=remedy)
-        check_files(manifest_files(manifest), folder, remedy=remedy, digests=True)
+        check_files(manifest_files(manifest), folder, remedy=remedy, digests=True, closed=True)
     except DataError as error:
         raise CheckpointError(str(error)) from None
     return manifest

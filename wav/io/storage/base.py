@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from wav.errors import StorageError
+from wav.errors import DataError, StorageError
 from wav.io.files import disk_errors as full_disk_named
+from wav.io.files import inside
 
 T = TypeVar("T")
 PATIENCE_S = 600.0  #: how long :func:`patiently` asks again; a store that is restarted or overloaded is back by then
@@ -101,9 +102,13 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def check_key(key: str) -> str:
-    """``key`` itself; StorageError when it would leave the store."""
-    if not key or key.startswith("/") or ".." in key.split("/"):
-        raise StorageError(f"object key {key!r}: must be a relative path without '..'; this is a bug in the caller")
+    """``key`` itself (a prefix may end in ``/``); StorageError when it would leave the store."""
+    try:
+        inside(".", key.removesuffix("/"))
+    except DataError:
+        raise StorageError(
+            f"object key {key!r:.200}: must be a relative path without '..' and '//'; correct what names it"
+        ) from None
     return key
 
 
