@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from wav import code_cache
 from wav.inference.cpu import kernels
 from wav.inference.cpu.kernels import CpuOperations
 from wav.inference.fused import Operations
@@ -129,6 +131,61 @@ def test_wrong_results_are_refused(
     with caplog.at_level(logging.WARNING):
         assert not kernels.available()
     assert "attend: " in caplog.text
+
+
+def test_a_library_that_is_torn_or_of_another_origin_is_compiled_again(
+    again: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A power cut leaves it short; loaded, it would end the process at every start without a word."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if not kernels.available():
+        pytest.skip("no C compiler, or WAV_NATIVE=0")
+    (kept,) = (tmp_path / "wav").iterdir()
+    whole = kept.read_bytes()
+    for damage in (whole[:1000], b"", None):
+        kept.unlink()  # the one that is loaded must stay whole
+        if damage is None:
+            kept.symlink_to(tmp_path / "elsewhere")
+            (tmp_path / "elsewhere").write_bytes(whole)
+        else:
+            kept.write_bytes(damage)
+        kernels._library.cache_clear()
+        caplog.clear()
+        assert kernels.available()
+        assert "compiled again" in caplog.text
+        (kept,) = (tmp_path / "wav").iterdir()
+        assert not kept.is_symlink()
+        assert kept.stat().st_size == len(whole)
+
+
+@pytest.mark.parametrize("kind", ["mode", "link", "file"])
+def test_a_place_where_others_may_write_keeps_no_code(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(code_cache.INDUCTOR, raising=False)
+    place = tmp_path / "wav"
+    if kind == "mode":
+        place.mkdir()
+        place.chmod(0o777)
+    elif kind == "link":
+        (tmp_path / "other").mkdir(mode=0o700)
+        place.symlink_to(tmp_path / "other")
+    else:
+        place.write_text("")
+    assert code_cache.code_cache() is None
+    assert str(place) in caplog.text
+    code_cache.keep_inductor_private()
+    inductor = Path(os.environ[code_cache.INDUCTOR])
+    assert not inductor.is_relative_to(tmp_path)
+    assert inductor.stat().st_mode & 0o077 == 0
+    inductor.rmdir()
+    place.rmdir() if kind == "mode" else place.unlink()
+    monkeypatch.delenv(code_cache.INDUCTOR)
+    code_cache.keep_inductor_private()
+    assert os.environ[code_cache.INDUCTOR] == str(place / "inductor")
+    assert code_cache.code_cache() == place
+    assert place.stat().st_mode & 0o777 == 0o700
 
 
 def test_can_be_turned_off(again: None, monkeypatch: pytest.MonkeyPatch) -> None:

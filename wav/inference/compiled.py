@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from wav.code_cache import keep_inductor_private
 from wav.errors import ConfigError
 from wav.inference.fused import Block, FusedContext, FusedPlannerModel, Modulation
 from wav.inference.torch import Features
@@ -41,6 +42,7 @@ def _compiled(function: Call, backend: str) -> Call:
     config: Any = torch._dynamo.config
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # until torch 2.6
     setattr(config, name, max(getattr(config, name), RECOMPILATIONS))
+    keep_inductor_private()
     make: Call = torch.compile
     return cast(Call, make(function, backend=backend, fullgraph=True, dynamic=False))
 

@@ -8,6 +8,7 @@ bit for bit, so rows may be dealt out to threads (:mod:`wav.inference.threads`);
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wav.code_cache import code_cache
 from wav.inference.fused import FusedPlannerModel, Operations, Product
 from wav.model.rope import Rope, token_rope
 from wav.planning.types import NoiseShapes
@@ -200,29 +202,29 @@ def _library() -> ctypes.CDLL | None:
         log.info("%s=0: planning on a CPU runs on torch's operations", VARIABLE)
         return None
     try:
-        library = ctypes.CDLL(str(_compiled()))
+        with contextlib.ExitStack() as stack:  # a library that is loaded stays so without its file
+            place = code_cache() or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wav-kernels-")))
+            library = ctypes.CDLL(str(_compiled(place)))
         if (found := library.wav_lanes()) < LEAST_LANES:
             raise RuntimeError(f"the processor's vectors hold {found} floats, fewer than {LEAST_LANES}")
         _check(CpuOperations(library))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
         reason = " ".join(str(error).split())[:300]
         log.warning("CPU kernels: not used (%s); planning runs on torch's operations, slower", reason)
         return None
     return library
 
 
-def _compiled() -> Path:
-    """The shared library of the source, compiled if it is not there."""
+def _compiled(folder: Path) -> Path:
+    """The shared library of the source in ``folder``, compiled if it is not there; its name ends in its digest."""
     compiler = os.environ.get("CC", "cc")
     parts = (SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _processor())
-    name = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wav"
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="wav-kernels-"))
-    if (folder / name).is_file():
-        return folder / name
+    name = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+    for found in folder.glob(f"{name}-*.so"):
+        if found.is_file() and not found.is_symlink() and found.name == f"{name}-{_digest(found)}.so":
+            return found
+        log.warning("%s: is damaged or not ours; compiled again", found)
+        found.unlink()
     began = time.perf_counter()
     handle, built = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
@@ -231,11 +233,18 @@ def _compiled() -> Path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise RuntimeError(f"{compiler} ended with {done.returncode}: {done.stderr}")
-        os.replace(built, folder / name)  # several processes may compile at once: each leaves a whole file
+        with open(built, "rb") as file:
+            os.fsync(file.fileno())  # after a power cut the name must not stand for an emptied file
+        kept = folder / f"{name}-{_digest(Path(built))}.so"
+        os.replace(built, kept)  # several processes may compile at once: each leaves a whole file
     finally:
         Path(built).unlink(missing_ok=True)
-    log.info("CPU kernels: compiled in %.1f s, kept at %s", time.perf_counter() - began, folder / name)
-    return folder / name
+    log.info("CPU kernels: compiled in %.1f s, kept at %s", time.perf_counter() - began, kept)
+    return kept
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()[:16]
 
 
 def _processor() -> str:
