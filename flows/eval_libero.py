@@ -12,11 +12,18 @@ from prefect import flow
 from flows.artifacts import Progress, publish_images, publish_markdown, publish_numbers, publish_values
 from flows.common import StageRun, finish, main, start, step
 from flows.policy import assemble
+from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
 from wav.evaluation.evaluate import evaluate
 from wav.evaluation.held_out import held_out_values
-from wav.evaluation.instruments import held_out_histories, noise_use, ranking
+from wav.evaluation.instruments import INSTRUMENTS
+from wav.evaluation.instruments.futures import futures_apart
+from wav.evaluation.instruments.oracle import held_out_windows, oracle
+from wav.evaluation.instruments.ranking import ranking
+from wav.evaluation.instruments.swap import swaps
+from wav.evaluation.instruments.use import held_out_histories, noise_use
+from wav.evaluation.protocol import other_instructions
 from wav.evaluation.report import build_report
 from wav.evaluation.start import check_all
 from wav.evaluation.tables import metrics_table
@@ -29,7 +36,7 @@ from wav.sim.futures import Branch, branch_points, execute
 from wav.sim.registry import has_simulator, select_tasks
 from wav.sim.workers import SimPool, map_in_processes
 
-POINTS = 2  #: states of an expert's episode whose candidates are ranked
+POINTS = 4  #: states of an expert's episode that instruments look at
 
 
 @step("load policy")
@@ -71,48 +78,75 @@ def closed_loop(run: StageRun, policy: Policy, digest: str, store: EpisodeStore 
         )
 
 
-def rank(run: StageRun, policy: Policy, states: int) -> dict[str, Any]:
-    """Scores beside realised returns, from points of the expert's episodes of evaluation's initial states.
+def branches(run: StageRun) -> list[Branch]:
+    """States of the scripted expert's episodes from evaluation's initial states, which no demonstration began from.
 
-    Empty, and the log says why, where the scripted expert solves no episode of the suite's tasks.
+    None, and the log says why, where the expert solves no episode of the suite's tasks.
     """
-    data, every, workers = run.settings.data, run.settings.eval_libero.execute_steps, run.runtime.workers
-    tasks = [task.name for task in select_tasks(data.suite, tuple(data.tasks))]
-    jobs = [(data.suite, data, task, index, POINTS, every) for task in tasks for index in range(states)]
-    branches: list[Branch] = []
-    for number, found in sorted(map_in_processes(branch_points, jobs, workers), key=lambda result: result[0]):
-        if isinstance(found, Exception):  # a goal that the expert does not know
-            run.logger.warning("ranking: %s, initial state %d: left out: %s", *jobs[number][2:4], found)
+    data, settings, workers = run.settings.data, run.settings.eval_libero, run.runtime.workers
+    tasks, states = [task.name for task in select_tasks(data.suite, data.tasks)], range(settings.ranked_states)
+    jobs = [(data.suite, data, task, index, POINTS, settings.execute_steps) for task in tasks for index in states]
+    found: list[Branch] = []
+    for number, result in sorted(map_in_processes(branch_points, jobs, workers), key=lambda each: each[0]):
+        if isinstance(result, Exception):  # a goal that the expert does not know
+            run.logger.warning("instruments: %s, initial state %d: left out: %s", *jobs[number][2:4], result)
         else:
-            branches += found
-    if not branches:
-        run.logger.warning("ranking: the scripted expert solved no episode of %s; nothing is ranked", ", ".join(tasks))
-        return {}
+            found += result
+    if jobs and not found:
+        run.logger.warning("instruments: the scripted expert solved no episode of %s: no ranking", ", ".join(tasks))
+    return found
+
+
+def rank(run: StageRun, policy: Policy, states: Sequence[Branch]) -> dict[str, Any]:
+    """Scores beside realised returns from half of the states: executing candidates is what takes long."""
 
     def executed(chunks: Sequence[tuple[Branch, NDArray[np.float32]]]) -> list[Any]:
-        found = dict(map_in_processes(execute, [(data.suite, data, *chunk) for chunk in chunks], workers))
+        jobs = [(run.settings.data.suite, run.settings.data, *chunk) for chunk in chunks]
+        found = dict(map_in_processes(execute, jobs, run.runtime.workers))
         for result in found.values():
             if isinstance(result, Exception):
                 raise result
         return [found[number] for number in range(len(chunks))]
 
-    return ranking(policy, branches, executed, run.settings.label_rewards)
+    count = run.settings.eval_libero.ranked_candidates
+    return ranking(policy, states[::2], executed, run.settings.label_rewards, count)
+
+
+def instruments(run: StageRun, policy: Policy, metrics: dict[str, Any], store: EpisodeStore | None) -> None:
+    """Look inside (:mod:`wav.evaluation.instruments`), add what is found to ``metrics``, and publish it.
+
+    Where neither a simulator nor demonstrations are at hand there is nothing to look at.
+    """
+    data, simulated = run.settings.data, has_simulator(run.settings.data.suite)
+    states = branches(run) if simulated else []
+    histories = [state.seen for state in states]
+    if store is not None and not histories:
+        histories = held_out_histories(store, data.views, run.settings.eval_libero.execute_steps)
+    if histories:
+        metrics["use"] = noise_use(policy, histories)
+        metrics["swap"] = swaps(policy, histories, other_instructions(data) if simulated else {})
+    if states and policy.model.shapes.value is not None:
+        metrics["ranking"] = rank(run, policy, states)
+    if store is not None and (run.workspace / "data/latents").is_dir():
+        latents = LatentStore.open(run.path("data/latents"), store)
+        rewards = RewardStore.open(run.path("data/rewards"), store) if run.settings.model.value_expert else None
+        metrics["oracle"] = oracle(policy, held_out_windows(store, latents, rewards, policy))
+        metrics["futures"] = futures_apart(store, latents) | {"read_at": policy.levels.video[-1]}
+    write_json(run.path("reports/eval/metrics.json"), metrics)
+    found = {name: metrics[name] for name in INSTRUMENTS if name in metrics}
+    publish_numbers("instruments", found, "what the noises decide, and whether scores are right")
 
 
 @step("roll out")
 def roll_out(run: StageRun, policy: Policy, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The joint model in closed loop, and what its noises decide."""
-    store = EpisodeStore.open(run.path("data/episodes"))
-    metrics = closed_loop(run, policy, checkpoint.digest, store)
-    every = run.settings.eval_libero.execute_steps
-    states = run.settings.eval_libero.ranked_states
-    plans = has_simulator(run.settings.data.suite) and policy.model.shapes.value is not None
-    if states and plans and (ranked := rank(run, policy, states)):
-        metrics["ranking"] = ranked
-        publish_numbers("ranking", ranked, "scores of candidates beside what executing them returned")
-    metrics["use"] = noise_use(policy, held_out_histories(store, policy.data.views, every))
-    write_json(run.path("reports/eval/metrics.json"), metrics)
-    publish_numbers("use", metrics["use"], "share of the variance that each noise alone explains")
+    """The joint model in closed loop."""
+    return closed_loop(run, policy, checkpoint.digest, EpisodeStore.open(run.path("data/episodes")))
+
+
+@step("look inside")
+def look_inside(run: StageRun, policy: Policy, metrics: dict[str, Any]) -> dict[str, Any]:
+    """What the policy's noises decide, beside its success."""
+    instruments(run, policy, metrics, EpisodeStore.open(run.path("data/episodes")))
     return metrics
 
 
@@ -141,7 +175,7 @@ def eval_libero(workspace: str = ".") -> None:
     """Make ``reports/eval/`` and ``reports/index.html``."""
     run = start("eval_libero", workspace)
     policy, checkpoint = load(run)
-    metrics = roll_out(run, policy, checkpoint)
+    metrics = look_inside(run, policy, roll_out(run, policy, checkpoint))
     picture(run, policy)
     report(run, metrics)
     finish(

@@ -109,7 +109,8 @@ def prepare_export(export: Path, workspace: Path, folder: Path, changes: Changes
     if asked and asked != own["data"]["suite"]:
         raise ConfigError(f"suite = {asked!r}: {export} was trained on {own['data']['suite']!r}; leave suite out")
     raw = {name: dict(own[name]) for name in ("data", "model", "planner")}
-    raw["eval_libero"] = load_settings(workspace / "params.yaml").eval_libero.model_dump(mode="json")
+    here = load_settings(workspace / "params.yaml")
+    raw |= {name: getattr(here, name).model_dump(mode="json") for name in ("eval_libero", "label_rewards")}
     for section, values in changes.items():
         raw[section] |= values
     prepare("eval_libero", workspace, folder, parse_settings(raw, f"settings of {export} with the run's parameters"))
@@ -119,7 +120,9 @@ def prepare_export(export: Path, workspace: Path, folder: Path, changes: Changes
 def roll_out(run: StageRun, policy: Policy, digest: str) -> dict[str, Any]:
     """An exported policy in closed loop, beside the workspace's demonstrations where it was trained on them."""
     store = own_store(policy, source_workspace(run.workspace) / "data" / "episodes")
-    return stage.closed_loop(run, policy, digest, store)
+    metrics = stage.closed_loop(run, policy, digest, store)
+    stage.instruments(run, policy, metrics, store)
+    return metrics
 
 
 def evaluate_export(export: Path, folder: Path) -> None:

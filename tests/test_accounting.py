@@ -21,6 +21,7 @@ from wav.accounting import (
 from wav.config import PlannerSettings, Settings, load_settings
 from wav.model.build import build_from_settings, value_channels
 from wav.model.video import VideoBlock
+from wav.planning.types import Levels
 from wav.training.activations import SAVED_PER_TOKEN, Sizes
 
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
@@ -78,6 +79,19 @@ def test_a_plan_grows_with_its_search() -> None:
     assert none.act == one.act
     assert plan_cost(FEW, planner.model_copy(update={"iterations": 3})).search == 3 * one.search
     assert plan_cost(FEW, planner.model_copy(update={"score_steps": 2})).search < one.search
+
+
+def test_every_level_of_the_video_is_a_pass() -> None:
+    """Features of pure noise take one; each further level one with the head, and values that are read their steps."""
+    planner = SMALL.planner.model_copy(update={"iterations": 1})
+    one, two, three = (plan_cost(FEW, planner, Levels(tuple(1 - i / 4 for i in range(n)))) for n in (1, 2, 3))
+    assert one == plan_cost(FEW, planner)
+    assert three.search - two.search == pytest.approx(two.search - one.search)
+    assert two.search > one.search
+    assert two.act - one.act == pytest.approx((two.search - one.search) / planner.video_samples, rel=0.05)
+    read = plan_cost(FEW, planner, Levels(value=0.5))
+    assert read.search == one.search
+    assert read.act > one.act
 
 
 def test_parameters_of_the_paper() -> None:

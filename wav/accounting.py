@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wav.model import WAVTransformer
 from wav.model.build import build_from_settings
 from wav.model.video import JOINT_EVERY
+from wav.planning.types import PAPER, Levels
 from wav.training.activations import Sizes, activation_bytes
 
 if TYPE_CHECKING:
@@ -169,19 +170,20 @@ class PlanCost:
         return self.search + self.act
 
 
-def plan_cost(sizes: Sizes, planner: PlannerSettings) -> PlanCost:
+def plan_cost(sizes: Sizes, planner: PlannerSettings, levels: Levels = PAPER) -> PlanCost:
     """A call as the readable backend computes it: keys and values once per candidate, no candidate tiled.
 
-    The experts read pure noise, the paper's form; other levels of section ``coupling`` add passes.
-
-    ``planner.iterations`` 0, or a model without value expert, leaves the decoding alone.
+    Args:
+        sizes: of the model and what it looks at.
+        planner: section ``planner``. ``iterations`` 0, or a model without value expert, leaves the decoding alone.
+        levels: what the experts read: a video pass for each level, and values before actions where those are read.
     """
-    parts = functools.cache(lambda few: _plan(few, planner))
+    parts = functools.cache(lambda few: _plan(few, planner, levels))
     search, act = (of_layers(lambda few, i=i: parts(few)[i], sizes) for i in (0, 1))  # type: ignore[misc]
     return PlanCost(search * planner.iterations, act)
 
 
-def _plan(sizes: Sizes, planner: PlannerSettings) -> tuple[float, float]:
+def _plan(sizes: Sizes, planner: PlannerSettings, levels: Levels) -> tuple[float, float]:
     """Operations of one iteration of the search, and of acting."""
     from wav.inference.backends import noise_shapes  # slow imports
     from wav.inference.torch import TorchPlannerModel
@@ -195,16 +197,18 @@ def _plan(sizes: Sizes, planner: PlannerSettings) -> tuple[float, float]:
 
     def act(steps: int) -> None:
         context = model.begin(memory, text, None, history)
-        features = model.video_features(context, empty(1, 1, *shapes.video), (1.0,))
+        features = model.video_features(context, empty(1, 1, *shapes.video), levels.video)
         value = None if shapes.value is None else empty(1, *shapes.value)
-        model.denoise_action(context, features, value, empty(1, *shapes.action), steps)
+        if value is not None and levels.value < 1:
+            model.denoise_value(features, value[:, None, None], steps)
+        model.denoise_action(context, features, value, empty(1, *shapes.action), steps, levels.value)
 
     acting = grown(lambda steps: count(lambda: act(steps)), planner.denoise_steps)
     if not planner.iterations or shapes.value is None:
         return 0.0, acting
     context, found = model.begin(memory, text, None, history), []
     candidates, values = empty(1, M, *shapes.video), empty(1, M, N, *shapes.value)
-    search = count(lambda: found.append(model.video_features(context, candidates, (1.0,))))
+    search = count(lambda: found.append(model.video_features(context, candidates, levels.video)))
     step = count(lambda: model.denoise_value(found[0], values, 1))
     return search + (planner.score_steps or planner.denoise_steps) * step, acting
 

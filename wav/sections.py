@@ -385,6 +385,7 @@ class EvalLiberoSettings(Section):
     ranked_states: int = Field(
         2, ge=0, le=50, description="initial states per task from which candidates are executed to rank scores; 0: none"
     )
+    ranked_candidates: int = Field(32, ge=2, description="candidates executed from each of these episodes' states")
     videos: int = Field(4, ge=0, description="episodes per variant written as mp4")
     video_chunks: int = Field(2, ge=1, le=1000, description="chunks rolled out by generate_video for the pictures")
     seed: int = 7

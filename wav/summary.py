@@ -17,14 +17,17 @@ from wav.accounting import (
     trained_parameters,
     training_cost,
 )
-from wav.config import Settings, TrainSettings
+from wav.config import PlannerSettings, Settings, TrainSettings
 from wav.errors import ConfigError
+from wav.planning.types import Levels
 from wav.stages import TRAINING
 from wav.training.activations import Sizes
 
 ZERO_STAGES = (1, 2, 3)
 #: the reference's released schedule: K, M, N, Euler steps
 REFERENCE = (5, 30, 5, 10)
+#: a search on coupled experts, fewer video passes than the reference's: the planner's changes and the levels read
+COUPLED = ({"iterations": 2, "video_samples": 8, "value_samples": 4}, Levels((1.0, 0.5), 0.1))
 _SCHEDULE = ("iterations", "video_samples", "value_samples", "denoise_steps")
 #: units, largest first; a table uses the first that its largest number reaches
 FLOP_UNITS = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9))
@@ -62,7 +65,7 @@ def summarise(settings: Settings, gpus: int = 8) -> dict[str, Any]:
                 for memory in [memory_per_gpu(sizes, split, train, stage, gpus, micro)]
             },
         }
-    plan = plan_cost(sizes, settings.planner)
+    plan = plan_cost(sizes, settings.planner, Levels.of(settings.coupling))
     result = {
         "sizes": {**asdict(sizes), "frames": sizes.frames, "tokens": sizes.tokens},
         "parameters": split,
@@ -76,6 +79,9 @@ def summarise(settings: Settings, gpus: int = 8) -> dict[str, Any]:
             "search_as_the_reference": reference_search(sizes, *REFERENCE),
             "search_as_built": plan_cost(sizes, same).search,
         }
+        changes, levels = COUPLED
+        coupled = plan_cost(sizes, settings.planner.model_copy(update=changes), levels)
+        result["coupled_plan"] = {**asdict(coupled), "total": coupled.total}
     return result
 
 
@@ -143,18 +149,29 @@ def _training_lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _plan_lines(settings: Settings, found: dict[str, Any]) -> Iterator[str]:
-    planner, plan = settings.planner, found["plan"]
-    unit, size = _unit([plan["total"]], FLOP_UNITS)
+    unit, size = _unit([found["plan"]["total"]], FLOP_UNITS)
+
+    def line(name: str, operations: float) -> str:
+        return f"  {name:<48}{_short(operations / size):>10}"
+
+    def call(planner: PlannerSettings, levels: Levels, cost: dict[str, float]) -> Iterator[str]:
+        M, passes = planner.video_samples, len(levels.video)
+        search = f"search, K={planner.iterations} M={M} N={planner.value_samples}"
+        yield line(f"{search}, {planner.iterations * M * passes} video passes", cost["search"])
+        yield line("actions" if passes == 1 else f"actions, {passes} video passes", cost["act"])
+        yield line("total", cost["total"])
+
     yield f"one policy call, {unit}"
-    schedule = f"K={planner.iterations} M={planner.video_samples} N={planner.value_samples}"
-    for name, value in ((f"search, {schedule}", plan["search"]), ("actions", plan["act"]), ("total", plan["total"])):
-        yield f"  {name:<40}{_short(value / size):>10}"
+    yield from call(settings.planner, Levels.of(settings.coupling), found["plan"])
     if "reference_plan" in found:
         K, M, N, steps = REFERENCE
         other = found["reference_plan"]
-        yield f"  for comparison, K={K} M={M} N={N} with {steps} steps:"
-        yield f"    {'search as the reference computes it':<38}{_short(other['search_as_the_reference'] / size):>10}"
-        yield f"    {'search as built here':<38}{_short(other['search_as_built'] / size):>10}"
+        yield f"one call of the reference, K={K} M={M} N={N} with {steps} steps, {unit}"
+        yield line(f"search as the reference computes it, {K * M} passes", other["search_as_the_reference"])
+        yield line("search as built here", other["search_as_built"])
+        changes, levels = COUPLED
+        yield f"one call on coupled experts (section coupling), {unit}"
+        yield from call(settings.planner.model_copy(update=changes), levels, found["coupled_plan"])
 
 
 def _memory_lines(found: dict[str, Any]) -> Iterator[str]:

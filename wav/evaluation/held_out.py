@@ -117,14 +117,15 @@ def _imagine(policy: Policy, settings: EvaluationSettings, episode: Episode, out
     pictures.write_png(path, pictures.prediction_grid(real, imagined), 96 * 2 * len(data.views))
 
 
-def held_out_episodes(store: EpisodeStore) -> list[int]:
-    """Indices of the episodes that any validation share above 0 holds out."""
-    return [int(index) for index in split_episodes(store, "validation", 1e-9)]
+def held_out_share(store: EpisodeStore) -> float:
+    """The validation share that holds out one episode of each task, as any training does that holds out as many."""
+    tasks = len({info.task for info in store.episodes})
+    return min(tasks, len(store) - 1) / len(store)
 
 
 def held_out_index(store: EpisodeStore) -> int:
     """The first successful episode among those that any validation share above 0 holds out, else the first of them."""
-    held = held_out_episodes(store)
+    held = [int(index) for index in split_episodes(store, "validation", 1e-9)]
     return next((i for i in held if store.episodes[i].success), held[0])
 
 

@@ -88,6 +88,13 @@ def _other_task(name: str, names: Sequence[str], specs: Mapping[str, TaskSpec]) 
     return scene[(scene.index(name) + 1) % len(scene)] if len(scene) > 1 else None
 
 
+def other_instructions(data: DataSettings) -> dict[str, str]:
+    """Instruction of each evaluated task -> that of another one of the same scene, for tasks that share theirs."""
+    specs = {spec.name: spec for spec in select_tasks(data.suite, data.tasks)}
+    pairs = ((name, _other_task(name, list(specs), specs)) for name in specs)
+    return {specs[name].instruction: specs[other].instruction for name, other in pairs if other is not None}
+
+
 def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[EpisodeSpec, ...]:
     """All episodes in the order they run: variant by variant, initial state by initial state, task by task.
 

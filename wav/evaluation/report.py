@@ -101,13 +101,14 @@ def collect(workspace: Path, suite: str) -> Page:
         metrics = read_json(evaluation / "metrics.json", "run `dvc repro eval_libero`")
         page.suite = metrics["suite"]
         page.variants = [name for name in VARIANTS if name in metrics]
+        page.findings = list(findings(metrics))
         page.missing += [f"variant {name}: {why}" for name, why in metrics.get("not_applicable", {}).items()]
         records = _records(evaluation)
         _rollouts(page, evaluation, records)
         if page.variants:
             page.metrics = metrics
             page.columns, page.rows = [heading for heading, _ in columns(metrics)], rows(metrics)
-            page.differences, page.findings = differences(metrics), list(findings(metrics))
+            page.differences = differences(metrics)
             page.success_chart = _chart("success", charts.success_rates(metrics, page.variants))
             _planning(page, list(records.values()))
     else:

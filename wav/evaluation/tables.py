@@ -42,7 +42,8 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
     """Markdown of all that was found; success rates with 95% Wilson intervals, the suite in the heading row."""
     shown = columns(metrics)
     if not shown:
-        return "\n\n".join(f"{metrics['suite']}: {name}: {why}." for name, why in metrics["not_applicable"].items())
+        reasons = [f"{metrics['suite']}: {name}: {why}." for name, why in metrics["not_applicable"].items()]
+        return "\n\n".join([*reasons, *findings(metrics)])
     head = [f"{metrics['suite']} (success, 95% interval)", *(heading for heading, _ in shown)]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for heading, cells in rows(metrics):
@@ -68,7 +69,18 @@ def metrics_table(metrics: Mapping[str, Any]) -> str:
 
 
 def findings(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """A sentence for every instrument's numbers (:mod:`wav.evaluation.instruments`)."""
+    """Sentences for the instruments' numbers (:mod:`wav.evaluation.instruments`)."""
+    if (apart := metrics.get("futures")) and "distance" in apart:
+        yield _apart(apart)
+    for what, shares in metrics.get("use", {}).items():
+        parts = ", ".join(f"{100 * share:.0f}% by the {noise} noise" for noise, share in shares.items())
+        yield f"Variance of the {what} when one noise alone is drawn again: {parts}."
+    for whose, shares in metrics.get("swap", {}).items():
+        parts = ", ".join(f"{100 * share:.0f}% on its {_GIVEN[what]}" for what, share in shares.items())
+        yield f"Share of the way to another {whose}'s action when decoded on what is imagined for that: {parts}."
+    if found := metrics.get("oracle"):
+        parts = ", ".join(f"{error:.3f} {_ERRORS[name]}" for name, error in found.items())
+        yield f"Error of the action against held-out demonstrations (root mean square, normalised): {parts}."
     if ranked := metrics.get("ranking"):
         yield (
             f"Scores beside realised returns, {ranked['candidates']} candidates of {ranked['states']} states: "
@@ -76,9 +88,39 @@ def findings(metrics: Mapping[str, Any]) -> Iterator[str]:
             f"{100 * ranked['beats_median']:.0f}%, regret {ranked['regret']:.3f} of a deviation of "
             f"{ranked['deviation']:.3f}."
         )
-    for what, shares in metrics.get("use", {}).items():
-        parts = ", ".join(f"{100 * share:.0f}% by the {noise} noise" for noise, share in shares.items())
-        yield f"Variance of the {what} when one noise alone is drawn again: {parts}."
+        parts = ", ".join(
+            f"{search['gain']:+.3f} ({100 * search['false_choices']:.0f}%) with M={search['M']} N={search['N']}"
+            for search in ranked["searches"]
+        )
+        yield f"Realised return of the chosen candidate over the mean one (how often it is below): {parts}."
+
+
+_GIVEN = {"future": "future", "values": "values", "both": "future and values"}
+_ERRORS = {
+    "truth": "on the true future and values",
+    "future": "on the true future",
+    "values": "on the true values",
+    "imagined": "as imagined",
+    "none": "on pure noise",
+}
+
+
+def _apart(found: Mapping[str, float]) -> str:
+    """Whether there is anything to choose."""
+    pairs = (
+        "of other styles lie, beyond those of the same one," if "other" in found else "of no known style lie at most"
+    )
+    text = (
+        f"Futures of like states {pairs} D = {found['distance']:.1f} apart in latents: they can be told apart at noise "
+        f"levels below D/(D+2) = {found['level']:.2f}, and planning reads them at {found['read_at']:.2f}."
+    )
+    if found["distance"] < _LITTLE:
+        return f"{text} They are so close that there is little to choose."
+    return text if found["read_at"] < found["level"] else f"{text} What it reads of a future tells nothing."
+
+
+#: distance of futures below which even half noise hides the difference
+_LITTLE = 2.0
 
 
 def _rate(rate: Mapping[str, Any]) -> str:

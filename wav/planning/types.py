@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from wav.seeding import torch_generator
+
+if TYPE_CHECKING:
+    from wav.config import CouplingSettings
 
 #: (..., A, Cv) normalised value trajectories -> (..., A) returns in reward units.
 Returns = Callable[[Tensor], Tensor]
@@ -26,6 +29,11 @@ class Levels:
 
     video: tuple[float, ...] = (1.0,)  #: Euler steps of the future; features are those of a pass at the last level
     value: float = 1.0  #: of the value tokens that the action is decoded on; 1 is pure noise, the paper's form
+
+    @classmethod
+    def of(cls, coupling: CouplingSettings) -> Levels:
+        """The levels that section ``coupling`` means."""
+        return cls(tuple(coupling.video_schedule), coupling.value_level if coupling.value else 1.0)
 
 
 PAPER = Levels()

@@ -104,7 +104,7 @@ class Policy:
         self.codec, self.text_encoder, self.statistics = codec, text_encoder, statistics
         self.conventions, self.data, self.planner, self.batch_size = conventions, data, planner, batch_size
         self.digest, self.coupling = digest, coupling or CouplingSettings()
-        self.levels = Levels(self.coupling.video_schedule, self.coupling.value_level if self.coupling.value else 1.0)
+        self.levels = Levels.of(self.coupling)
         check_parts(model, codec, statistics, conventions, data)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
