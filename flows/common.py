@@ -34,13 +34,14 @@ from prefect.settings import get_current_settings
 from flows.artifacts import publish_markdown, publish_numbers, publish_objects, publish_table
 from flows.memory import PeakMemory
 from flows.provenance import hash_table, parent_run, run_url
-from flows.server import answers, any_answer, run_flow, show
+from flows.server import run_flow, show
 from wav.config import Runtime, Settings, load_settings
 from wav.errors import ServiceError, WavError, exit_status
 from wav.io.files import write_json
 from wav.io.storage import ObjectStore, open_store
 from wav.local import adopt_local_services
 from wav.prefect_api import server_version
+from wav.probes import answers
 from wav.processes import WORKER_MARK, end_with_starter
 
 REMEDY = "run make up"
@@ -76,25 +77,15 @@ def require_services(runtime: Runtime) -> None:
     """Fail within seconds where Prefect or the object store does not answer (never start an ephemeral server).
 
     Raises:
-        ServiceError: which server, its address, why, and the remedy.
+        ServiceError, StorageError: which server, its address, why, and the remedy.
     """
     settings = get_current_settings().api
     api, string = settings.url, settings.auth_string.get_secret_value() if settings.auth_string else ""
     if not api:
         raise ServiceError(f"Prefect server: PREFECT_API_URL is not set and no local server was started; {REMEDY}")
     if problem := answers(lambda seconds: server_version(api, string, seconds)):
-        raise ServiceError(f"Prefect server at {api}: {problem}; {REMEDY}")
-    s3 = runtime.s3_endpoint if runtime.store.startswith("s3://") else ""
-    if s3 and (problem := answers(lambda seconds: any_answer(s3, seconds))):
-        raise ServiceError(f"S3 server at {s3} (WAV_S3_ENDPOINT): {problem}; {REMEDY}")
-    if runtime.store.startswith("s3://") and not runtime.s3_endpoint and not os.environ.get("AWS_ACCESS_KEY_ID"):
-        import boto3
-
-        if boto3.Session().get_credentials() is None:
-            raise ServiceError(
-                f"object store {runtime.store} (WAV_STORE): no WAV_S3_ENDPOINT and no AWS credentials; {REMEDY}, "
-                "or set AWS credentials"
-            )
+        raise ServiceError(f"Prefect server at {api} (PREFECT_API_URL): {problem}; {REMEDY}")
+    open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region).reach()
 
 
 def start(stage: str, workspace: str) -> StageRun:

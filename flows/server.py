@@ -5,13 +5,9 @@ A server that goes away costs a run its pictures and its last state, never its r
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -45,39 +41,6 @@ def show(what: str, action: Callable[[], Shown], retries: int = 2) -> Shown | No
     except Exception as error:  # whatever it is, it is not the stage's
         LOGGER.warning("%s: not shown in Prefect (%s); the work goes on", what, " ".join(repr(error).split()))
         return None
-
-
-def answers(ask: Callable[[float], object], patience_s: float = 60.0, timeout_s: float = CALL_S) -> str:
-    """Empty if a server answers, else why not.
-
-    One that is down refuses at once; one that takes the connection and says nothing is busy, and is asked for longer.
-
-    Args:
-        ask: the question, given the seconds it may take; raises OSError where there is no answer, ServiceError where
-            the answer is not that of the server meant.
-        patience_s: how long one that is busy is asked.
-        timeout_s: of one attempt.
-    """
-    began, asked = time.monotonic(), 0
-    while True:
-        asked += 1
-        try:
-            ask(timeout_s)
-            return ""
-        except ServiceError as error:
-            return str(error)
-        except OSError as error:
-            problem: object = getattr(error, "reason", error)
-        busy = isinstance(problem, TimeoutError) and time.monotonic() - began < patience_s
-        if asked >= 2 and not busy:
-            return f"not up ({problem})"
-        time.sleep(0.5)
-
-
-def any_answer(url: str, timeout_s: float) -> None:
-    """Return where a web server answers at ``url``, whatever its status is; OSError where none does."""
-    with contextlib.suppress(urllib.error.HTTPError):
-        urllib.request.urlopen(url, timeout=timeout_s).close()
 
 
 def run_flow(flow: Flow[..., Any], **parameters: Any) -> None:

@@ -177,8 +177,7 @@ def test_doctor_names_what_to_fix(monkeypatch, tmp_path, capsys):
 
 
 def test_doctor_passes_a_ready_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "_answers", lambda url: "")
-    monkeypatch.setattr(doctor, "server_version", lambda api: "3.8.8")
+    monkeypatch.setattr(doctor, "answers", lambda ask: "")
     monkeypatch.setattr(doctor, "check_renderer", lambda: iter([doctor.Check("renderer", True, "egl")]))
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
     found = []

@@ -254,6 +254,7 @@ def storage(arguments: argparse.Namespace) -> int:
 
     runtime = Runtime()
     store = open_store(arguments.store or runtime.store, runtime.s3_endpoint, runtime.s3_region)
+    store.reach()
     bad = False
     if arguments.action == "get":
         _say(commands.get(store, arguments.prefix, arguments.folder))
@@ -412,8 +413,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    adopt_local_services()
-    return exit_status(lambda: int(arguments.run(arguments)), f"wav {arguments.command}: ", "stopped")
+
+    def run() -> int:
+        adopt_local_services()
+        return int(arguments.run(arguments))
+
+    return exit_status(run, f"wav {arguments.command}: ", "stopped")
 
 
 if __name__ == "__main__":

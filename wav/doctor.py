@@ -6,8 +6,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,14 @@ import psutil
 import torch
 
 from wav.config import Runtime
-from wav.errors import ServiceError, WavError
+from wav.errors import MESSAGE_CHARACTERS, WavError, cut
+from wav.io.storage import open_store
 from wav.prefect_api import server_version
+from wav.probes import answers
 
 #: Versions the simulators need exactly (newer ones break robosuite or change the pictures).
 REQUIRED = {"robosuite": "1.4.0", "mujoco": "3.3.2"}
 MIN_DISK_GIB, MIN_MEMORY_GIB = 5.0, 6.0
-_TIMEOUT = 3.0
 _PROBE_SECONDS = 20.0  # two backends may be tried: all checks together take less than a minute
 
 
@@ -90,40 +89,19 @@ def check_gpu() -> Iterator[Check]:
     yield Check("gpu", count > 0, names or "none; the embedded default runs on the CPU", needed=False)
 
 
-def _answers(url: str) -> str:
-    """Empty if anything answers HTTP at ``url``, else what went wrong."""
-    try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT):
-            return ""
-    except urllib.error.HTTPError:
-        return ""  # an S3 server refuses anonymous requests: it is up
-    except (OSError, ValueError) as error:
-        return str(getattr(error, "reason", error))
-
-
 def check_services(runtime: Runtime) -> Iterator[Check]:
-    """Prefect and the object store."""
+    """Prefect and the object store, asked as a stage asks them."""
     api = os.environ.get("PREFECT_API_URL", "")
     if api:
-        try:
-            text, good = f"{api}, version {server_version(api)}", True
-        except (ServiceError, OSError) as error:
-            told = str(error) if isinstance(error, ServiceError) else f"does not answer ({error})"
-            text, good = f"{api} {told}; make up", False
-        yield Check("prefect", good, text)
+        problem = answers(lambda seconds: server_version(api, timeout_s=seconds))
     else:
-        yield Check("prefect", False, "PREFECT_API_URL is not set and no local server was started; make up")
-    if runtime.store.startswith("file://"):
-        folder = Path(runtime.store.removeprefix("file://"))
-        good = os.access(folder if folder.exists() else folder.parent, os.W_OK)
-        yield Check("store", good, runtime.store + ("" if good else " is not writable; choose another WAV_STORE"))
-    elif runtime.s3_endpoint:
-        complaint = _answers(runtime.s3_endpoint)
-        text = f"{runtime.store} at {runtime.s3_endpoint}"
-        yield Check("store", not complaint, text + (f" does not answer ({complaint}); make up" if complaint else ""))
-    else:
-        text = f"{runtime.store} on AWS is assumed, as WAV_S3_ENDPOINT is not set; make up starts a local server"
-        yield Check("store", False, text, needed=False)
+        problem = "PREFECT_API_URL is not set and no local server was started; run make up"
+    yield Check("prefect", not problem, ": ".join(filter(None, (api, problem))))
+    try:
+        open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region).check()
+        yield Check("store", True, " at ".join(filter(None, (runtime.store, runtime.s3_endpoint))))
+    except WavError as error:
+        yield Check("store", False, cut(error, MESSAGE_CHARACTERS))
 
 
 def check_room(folder: Path) -> Iterator[Check]:

@@ -9,9 +9,10 @@ the ``prefect`` command :mod:`wav.prefect_plugin` does. A variable that is set a
 from __future__ import annotations
 
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
 
-from wav.prefect_api import STRING, URL
+from wav.prefect_api import LOOPBACK, STRING, URL
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -42,6 +43,21 @@ def local_prefect(folder: Path | None = None) -> dict[str, str]:
     return {URL: url} | ({STRING: string} if string else {})
 
 
+def bypass_proxies(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Let no library ask a proxy for this machine's own addresses, in this process and in those that it starts."""
+    known = environment.get("no_proxy") or environment.get("NO_PROXY") or ""
+    names = [name for name in known.split(",") if name]
+    for variable in ("no_proxy", "NO_PROXY"):
+        environment[variable] = ",".join(dict.fromkeys([*names, *LOOPBACK]))
+
+
+def drop_empty_variables(environment: MutableMapping[str, str] = os.environ) -> None:
+    """A variable of ours, AWS or Prefect that is set and empty, as env files leave them, is one that is not set."""
+    for name in [name for name, value in environment.items() if not value.strip()]:
+        if name.startswith(("WAV_", "AWS_", "PREFECT_")):
+            del environment[name]
+
+
 def adopt_local_services(folder: Path | None = None) -> bool:
     """Fill unset environment variables from ``.local/env``; true where ``make up`` has left one.
 
@@ -49,6 +65,8 @@ def adopt_local_services(folder: Path | None = None) -> bool:
     address and keys: these are taken only where neither ``WAV_STORE`` nor ``WAV_S3_ENDPOINT`` names another store, and
     then replace ``AWS_*`` keys of other accounts in this process.
     """
+    drop_empty_variables()
+    bypass_proxies()
     folder = folder or local_folder()
     values, secrets = read_env(folder / "env"), read_env(folder / "credentials.env")
     os.environ.update(local_prefect(folder))
@@ -60,5 +78,6 @@ def adopt_local_services(folder: Path | None = None) -> bool:
     if endpoint and (not any(chosen) or chosen[1] == endpoint):
         os.environ["WAV_S3_ENDPOINT"] = endpoint
         os.environ.update({name: value for name, value in secrets.items() if name.startswith("AWS_")})
-        os.environ.pop("AWS_SESSION_TOKEN", None)
+        for name in ("AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_PROFILE"):  # they go with other keys
+            os.environ.pop(name, None)
     return bool(values or endpoint)

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 from wav.errors import ServiceError
 
 URL, STRING = "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+#: names of this machine, for which no proxy is asked
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def server_version(api: str, string: str | None = None, timeout_s: float = 5.0) -> str:
@@ -36,7 +37,7 @@ def server_version(api: str, string: str | None = None, timeout_s: float = 5.0) 
     headers = {"Authorization": f"Basic {base64.b64encode(string.encode()).decode()}"} if string else {}
     try:
         request = urllib.request.Request(f"{api.rstrip('/')}/admin/version", headers=headers)
-        local = urlsplit(api).hostname in _LOOPBACK  # a local address is never asked through a proxy
+        local = urlsplit(api).hostname in LOOPBACK  # a local address is never asked through a proxy
         opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] if local else [])
         with opener.open(request, timeout=timeout_s) as reply:
             found = json.loads(reply.read(100))

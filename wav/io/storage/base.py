@@ -46,6 +46,9 @@ class ObjectStore(Protocol):
 
     url: str
 
+    def reach(self) -> None:
+        """Ask whether the store is there; raises with the remedy within half a minute when it is not."""
+
     def check(self) -> None:
         """Write, read and remove a small object; raises with the remedy when the store cannot be used."""
 

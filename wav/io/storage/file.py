@@ -23,6 +23,9 @@ class FileStore:
         """file:// address of ``key``."""
         return self._path(key).as_uri()
 
+    def reach(self) -> None:
+        """A folder is there, or is made by the first write."""
+
     def check(self) -> None:
         """Write, read and remove a small object."""
         check_roundtrip(self)

@@ -6,28 +6,22 @@ request that the server verifies; the whole file's SHA-256 travels as object met
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import uuid
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import boto3
-from boto3.exceptions import RetriesExceededError, S3UploadFailedError
+from boto3.exceptions import S3UploadFailedError
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectTimeoutError,
-    EndpointConnectionError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    PartialCredentialsError,
-)
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 
-from wav.errors import ConfigError, StorageError
+from wav.errors import ConfigError, StorageError, WavError, cut
 from wav.io.files import atomic_file, file_digest
 from wav.io.storage.base import (
     DamagedError,
@@ -39,56 +33,123 @@ from wav.io.storage.base import (
     disk_errors,
     verify_digest,
 )
+from wav.io.storage.s3_errors import (
+    CREDENTIALS_REMEDY,
+    LOST_RACE,
+    MISSING,
+    NOT_THERE,
+    REFUSED,
+    code,
+    explained,
+    no_checksums,
+    not_s3,
+    retry_429,
+)
+from wav.probes import within
 
+_LOG = logging.getLogger(__name__)
 PART_BYTES = 64 << 20
-MISSING = {"404", "NoSuchKey", "NotFound", "NoSuchVersion"}
-TROUBLE = {"SlowDown", "RequestTimeout", "RequestLimitExceeded", "Throttling", "ThrottlingException"}
-LOST_RACE = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
-REFUSED = {"401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "Forbidden", "ExpiredToken"}
-CREDENTIALS_REMEDY = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or an AWS profile) for this store"
+#: what a server may be silent for when it is asked whether it is there, and the whole of that question
+REACH_READ_S, REACH_S = 8, 25.0
 
 
 Versions = list[tuple[ObjectInfo, bool]]
+Result = TypeVar("Result")
 
 
 class S3Store:
     """A bucket, or the part of it below ``prefix``."""
 
     def __init__(
-        self, bucket: str, prefix: str = "", *, endpoint: str = "", region: str = "us-east-1", attempts: int = 6
+        self, bucket: str, prefix: str = "", *, endpoint: str = "", region: str = "", attempts: int = 6
     ) -> None:
         self.bucket, self.prefix, self.endpoint = bucket, prefix, endpoint
         self.url = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
-        self._session, self._region = boto3.session.Session(), region
-        if self._session.get_credentials() is None:
-            raise StorageError(f"{self._where()}: no S3 credentials found; {CREDENTIALS_REMEDY}")
-        self._client = self._connect(attempts)
+        self._attempts, self._checksums = attempts, True  # until a server shows that it knows none
+        self._conditions: bool | None = None  # not asked yet
         self._transfer = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
+        with self._explained(""):
+            try:
+                self._session = boto3.session.Session()
+                self._region = region or self._session.region_name or "us-east-1"
+                found = self._session.get_credentials()
+                self._client = self._connect(attempts)
+            except (BotoCoreError, WavError):
+                raise
+            except (OSError, ValueError, LookupError, TypeError) as error:  # of the AWS_* variables and files
+                raise ConfigError(f"{self._where()}: {cut(error)}; correct the AWS_* variables and files") from None
+        if found is None:
+            raise StorageError(f"{self._where()}: no S3 credentials found; {CREDENTIALS_REMEDY}")
 
-    def _connect(self, attempts: int) -> Any:
+    def _connect(self, attempts: int, read_s: int = 60) -> Any:
         config = Config(
             region_name=self._region,
             signature_version="s3v4",
             s3={"addressing_style": "path"},
             retries={"mode": "standard", "total_max_attempts": attempts},
+            request_checksum_calculation="when_supported" if self._checksums else "when_required",
             response_checksum_validation="when_required",  # the whole file's own digest is compared
             connect_timeout=5,
-            read_timeout=60,
+            read_timeout=read_s,
         )
         try:
-            return self._session.client("s3", endpoint_url=self.endpoint or None, config=config)
+            client = self._session.client("s3", endpoint_url=self.endpoint or None, config=config)
         except ValueError as error:
-            raise ConfigError(f"WAV_S3_ENDPOINT = {self.endpoint!r}: {error}; use http://host:port") from None
+            name = f"WAV_S3_ENDPOINT = {self.endpoint!r}" if self.endpoint else f"{self.url} at AWS"
+            raise ConfigError(f"{name}: {cut(error)}; use http://host:port") from None
+        client.meta.events.register("needs-retry.s3", retry_429(attempts))
+        return client
 
     def uri(self, key: str) -> str:
         """s3:// address of ``key``."""
         return f"s3://{self.bucket}/{self._key(key)}"
 
-    def check(self) -> None:
-        """Ask for the bucket, then write, read and remove a small object."""
+    def reach(self) -> None:
+        """Ask for the bucket: a server that is down, silent or no S3 server is said within half a minute."""
+        impatient = self._connect(attempts=2, read_s=REACH_READ_S)
+
+        def ask() -> None:
+            try:
+                impatient.head_bucket(Bucket=self.bucket)
+            except ClientError as error:
+                if code(error) in REFUSED:  # these keys may not list; what they may do is seen when it is done
+                    return
+                if code(error) not in MISSING:
+                    impatient.list_objects_v2(Bucket=self.bucket, MaxKeys=1)  # HEAD has no body that tells why
+                raise
+
         with self._explained(""):
-            self._connect(attempts=2).head_bucket(Bucket=self.bucket)  # a server that is down is said at once
-        check_roundtrip(self)
+            within(REACH_S, ask, self._where())
+
+    def check(self) -> None:
+        """Ask for the bucket, then write, read and remove a small object; learns what the server does not know."""
+        self.reach()
+        impatient = copy.copy(self)
+        impatient._client = self._connect(attempts=3, read_s=REACH_READ_S)
+
+        def learn() -> None:
+            check_roundtrip(impatient)
+            self._conditions = impatient.conditions()
+
+        with self._explained(""):
+            within(2 * REACH_S, learn, self._where())
+        if not impatient._checksums:
+            self._checksums, self._client = False, self._connect(self._attempts)
+        if not self._conditions:
+            _LOG.warning("%s: the server ignores conditions on writes: no champion can be promoted there", self.url)
+
+    def conditions(self) -> bool:
+        """Whether conditional writes are kept, tried on an object of our own: some servers ignore the condition."""
+        key = f".check/{uuid.uuid4().hex}"
+        self._put(key, b"1")
+        try:
+            return self._put(key, b"2", IfNoneMatch="*") is None and self._put(key, b"2", IfMatch=f'"{key}"') is None
+        except TransferError:
+            raise
+        except StorageError:
+            return False
+        finally:
+            self.purge(key)
 
     def ensure_bucket(self, versioned: bool = True) -> None:
         """Create the bucket where it is missing and switch versioning on; does nothing the second time."""
@@ -96,7 +157,7 @@ class S3Store:
             try:
                 self._client.head_bucket(Bucket=self.bucket)
             except ClientError as error:
-                if _code(error) not in MISSING | {"NoSuchBucket"}:
+                if code(error) not in MISSING | {"NoSuchBucket"}:
                     raise
                 self._client.create_bucket(Bucket=self.bucket)
             if versioned:
@@ -105,13 +166,44 @@ class S3Store:
     def put_file(self, path: Path, key: str) -> ObjectInfo:
         """Upload a file in parts, each with a SHA-256 that the server compares."""
         digest = file_digest(path)
-        extra = {"ChecksumAlgorithm": "SHA256", "Metadata": {"sha256": digest}}
         with disk_errors(path), self._explained(key):
-            self._client.upload_file(str(path), self.bucket, self._key(key), ExtraArgs=extra, Config=self._transfer)
+            self._checksummed(lambda extra: self._upload(path, key, {"Metadata": {"sha256": digest}, **extra}))
         info = self.head(key)
         if info is None or info.size != path.stat().st_size or info.sha256 != digest:
             raise StorageError(f"{self.uri(key)}: the uploaded object is not the file {path}; upload it again")
+        if not self._checksums:
+            self._read_back(key, digest)
         return info
+
+    def _upload(self, path: Path, key: str, extra: dict[str, Any]) -> None:
+        self._client.upload_file(str(path), self.bucket, self._key(key), ExtraArgs=extra, Config=self._transfer)
+
+    def _checksummed(self, write: Callable[[dict[str, str]], Result]) -> Result:
+        """A write whose bytes the server compares with a SHA-256, where it knows how to."""
+        if self._checksums:
+            try:
+                return write({"ChecksumAlgorithm": "SHA256"})
+            except (ClientError, S3UploadFailedError) as error:
+                refused = error if isinstance(error, ClientError) else error.__context__
+                if not isinstance(refused, ClientError) or not no_checksums(refused):
+                    raise
+                self._without_checksums()
+        return write({})
+
+    def _without_checksums(self) -> None:
+        """From now on write without checksums, and read every object back."""
+        _LOG.warning("%s: the server knows no request checksums; every upload is read back", self._where())
+        self._checksums = False
+        self._client = self._connect(self._attempts)
+
+    def _read_back(self, key: str, digest: str) -> None:
+        """Compare what the server holds with what was sent."""
+        with self._explained(key):
+            body = self._client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"]
+            found = hashlib.sha256()
+            for chunk in body.iter_chunks(1 << 20):
+                found.update(chunk)
+        verify_digest(self.uri(key), found.hexdigest(), digest)
 
     def put_bytes(self, key: str, data: bytes) -> ObjectInfo:
         """Upload a small object in one request."""
@@ -141,12 +233,21 @@ class S3Store:
         return info
 
     def get_bytes(self, key: str, version: str = "") -> bytes:
-        """Content of a small object."""
+        """Content of a small object, asked for again where it broke off or arrived damaged."""
         extra = {"VersionId": version} if version else {}
-        with self._explained(key):
-            reply = self._client.get_object(Bucket=self.bucket, Key=self._key(key), **extra)
-            data: bytes = reply["Body"].read()
-        verify_digest(self.uri(key), hashlib.sha256(data).hexdigest(), reply.get("Metadata", {}).get("sha256", ""))
+        for last in (False, False, True):
+            with self._explained(key):
+                reply = self._client.get_object(Bucket=self.bucket, Key=self._key(key), **extra)
+                try:
+                    data: bytes = reply["Body"].read()
+                except (HTTPClientError, IncompleteReadError):
+                    if last:
+                        raise
+                    continue
+            found, expected = hashlib.sha256(data).hexdigest(), reply.get("Metadata", {}).get("sha256", "")
+            if last or not expected or found == expected:
+                break
+        verify_digest(self.uri(key), found, expected)
         return data
 
     def head(self, key: str) -> ObjectInfo | None:
@@ -159,17 +260,29 @@ class S3Store:
         start = self._key(prefix) if prefix else self._root()
         with self._explained(prefix):
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start):
+                if "IsTruncated" not in page:
+                    raise not_s3(self._where(), "no listing")
                 for item in page.get("Contents", []):
                     found.append(self._listed(item))
         return found
 
     def put_if_absent(self, key: str, data: bytes) -> ObjectInfo | None:
         """Create ``key`` with ``If-None-Match: *``; None when it exists."""
-        return self._put(key, data, IfNoneMatch="*")
+        return self._put_if(key, data, IfNoneMatch="*")
 
     def put_if_match(self, key: str, data: bytes, etag: str) -> ObjectInfo | None:
         """Replace ``key`` with ``If-Match``; None when another writer was first."""
-        return self._put(key, data, IfMatch=etag)
+        return self._put_if(key, data, IfMatch=etag)
+
+    def _put_if(self, key: str, data: bytes, **condition: str) -> ObjectInfo | None:
+        if self._conditions is None:
+            self._conditions = self.conditions()
+        if not self._conditions:
+            raise StorageError(
+                f"{self._where()}: the server ignores conditions on writes (If-None-Match), so that two writers could "
+                "both win; promote to another store (WAV_STORE), such as AWS, MinIO, Ceph or SeaweedFS"
+            )
+        return self._put(key, data, **condition)
 
     def delete(self, key: str) -> None:
         """Hide the object behind a delete marker (remove it where the bucket keeps no versions)."""
@@ -183,8 +296,9 @@ class S3Store:
     def purge(self, key: str) -> None:
         """Delete every version and every delete marker of ``key``."""
         for info, _ in self._all_versions(key):
-            with self._explained(key):
-                self._client.delete_object(Bucket=self.bucket, Key=self._key(key), VersionId=info.version)
+            if info.version:
+                with self._explained(key):
+                    self._client.delete_object(Bucket=self.bucket, Key=self._key(key), VersionId=info.version)
         if self.head(key) is not None:
             self.delete(key)
 
@@ -205,28 +319,30 @@ class S3Store:
         full, found = self._key(key), []
         with self._explained(key):
             pages = self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=full)
-            for page in pages:
-                for kind, marker in (("Versions", False), ("DeleteMarkers", True)):
-                    found += [(self._listed(item), marker) for item in page.get(kind, []) if item["Key"] == full]
+            try:
+                for page in pages:
+                    for kind, marker in (("Versions", False), ("DeleteMarkers", True)):
+                        found += [(self._listed(item), marker) for item in page.get(kind, []) if item["Key"] == full]
+            except ClientError as error:
+                if code(error) not in NOT_THERE:
+                    raise
+                info = self.head(key)  # a server that keeps no versions: the one there is
+                return [(info, False)] if info else []
         return sorted(found, key=lambda pair: pair[0].modified, reverse=True)
 
     def _put(self, key: str, data: bytes, **condition: str) -> ObjectInfo | None:
         digest = hashlib.sha256(data).hexdigest()
+        place = {"Bucket": self.bucket, "Key": self._key(key), "Body": data, "Metadata": {"sha256": digest}}
         with self._explained(key):
             try:
-                reply = self._client.put_object(
-                    Bucket=self.bucket,
-                    Key=self._key(key),
-                    Body=data,
-                    Metadata={"sha256": digest},
-                    ChecksumAlgorithm="SHA256",
-                    **condition,
-                )
+                reply = self._checksummed(lambda extra: self._client.put_object(**place, **extra, **condition))
             except ClientError as error:
-                if condition and _code(error) in LOST_RACE | MISSING:
+                if condition and code(error) in LOST_RACE | MISSING:
                     return None
                 raise
-        return ObjectInfo(key, len(data), reply.get("VersionId", ""), reply.get("ETag", ""), digest, 0.0)
+        if not self._checksums and not condition:
+            self._read_back(key, digest)
+        return ObjectInfo(key, len(data), _version(reply), reply.get("ETag", ""), digest, 0.0)
 
     def _head(self, key: str, version: str) -> ObjectInfo | None:
         extra = {"VersionId": version} if version else {}
@@ -234,17 +350,12 @@ class S3Store:
             try:
                 reply = self._client.head_object(Bucket=self.bucket, Key=self._key(key), **extra)
             except ClientError as error:
-                if _code(error) in MISSING:
+                if code(error) in MISSING:
                     return None
                 raise
-        return ObjectInfo(
-            key,
-            reply["ContentLength"],
-            _version(reply),
-            reply.get("ETag", ""),
-            reply.get("Metadata", {}).get("sha256", ""),
-            reply["LastModified"].timestamp(),
-        )
+            modified = reply["LastModified"].timestamp() if "LastModified" in reply else 0.0
+            size, digest = reply["ContentLength"], reply.get("Metadata", {}).get("sha256", "")
+        return ObjectInfo(key, size, _version(reply), reply.get("ETag", ""), digest, modified)
 
     def _listed(self, item: dict[str, Any]) -> ObjectInfo:
         key = item["Key"][len(self._root()) :]
@@ -260,60 +371,11 @@ class S3Store:
     def _where(self) -> str:
         return f"{self.url} at {self.endpoint or 'AWS'}"
 
-    @contextmanager
-    def _explained(self, key: str) -> Iterator[None]:
-        """Turn boto3's failures into a StorageError with the place, the cause and the remedy."""
-        where = f"{self.uri(key)} at {self.endpoint or 'AWS'}" if key else self._where()
-        try:
-            yield
-        except (EndpointConnectionError, ConnectTimeoutError):
-            raise TransferError(
-                f"{where}: no S3 server answers; start the local services with `make up` or set WAV_S3_ENDPOINT"
-            ) from None
-        except (NoCredentialsError, PartialCredentialsError):
-            raise StorageError(f"{where}: S3 credentials are missing or incomplete; {CREDENTIALS_REMEDY}") from None
-        except ClientError as error:
-            raise _kind(error, bool(key))(f"{where}: {_cause(error, bool(key))}") from error
-        except (HTTPClientError, IncompleteReadError, RetriesExceededError) as error:
-            text = " ".join(str(error).split())
-            raise TransferError(f"{where}: {text}; check the network and try again") from error
-        except S3UploadFailedError as error:
-            cause = error.__context__
-            kind = _kind(cause, True) if isinstance(cause, ClientError) else TransferError
-            text = _cause(cause, True) if isinstance(cause, ClientError) else f"upload failed ({error}); try again"
-            raise kind(f"{where}: {text}") from error
-        except BotoCoreError as error:
-            raise StorageError(f"{where}: {' '.join(str(error).split())}; check the network and try again") from error
-
-
-def _code(error: ClientError) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _kind(error: ClientError, object_named: bool) -> type[StorageError]:
-    """Whether a refused request may succeed later, or its object is not there, or neither."""
-    status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
-    if status >= 500 or status == 429 or _code(error) in TROUBLE:
-        return TransferError
-    return DamagedError if object_named and _code(error) in MISSING else StorageError
+    def _explained(self, key: str) -> AbstractContextManager[None]:
+        return explained(f"{self.uri(key)} at {self.endpoint or 'AWS'}" if key else self._where(), bool(key))
 
 
 def _version(reply: dict[str, Any]) -> str:
     """Version id; a bucket without versioning reports none or ``null``."""
     version = str(reply.get("VersionId") or "")
     return "" if version == "null" else version
-
-
-def _cause(error: ClientError, object_named: bool) -> str:
-    """Cause and remedy of a refused request."""
-    code = _code(error)
-    message = " ".join(str(error.response.get("Error", {}).get("Message", "")).split())
-    if code == "NoSuchBucket" or (code in MISSING and not object_named):
-        return "the bucket does not exist; create it (`make up` does for the local server) or correct WAV_STORE"
-    if code in MISSING:
-        return "no such object; check the key or upload it first"
-    if code in REFUSED:
-        return f"the server refused the credentials ({code}); {CREDENTIALS_REMEDY}"
-    if code == "RequestTimeTooSkewed":
-        return "this machine's clock differs too much from the server's; set the clock (NTP)"
-    return f"the server answered {code} {message}".rstrip() + "; try again, then look at the server's log"
