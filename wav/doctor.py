@@ -94,6 +94,7 @@ def check_services(runtime: Runtime) -> Iterator[Check]:
     api = os.environ.get("PREFECT_API_URL", "")
     if api:
         problem = answers(lambda seconds: server_version(api, timeout_s=seconds))
+        problem = f"{problem}; correct PREFECT_API_URL or run make up" if problem else ""
     else:
         problem = "PREFECT_API_URL is not set and no local server was started; run make up"
     yield Check("prefect", not problem, ": ".join(filter(None, (api, problem))))

@@ -79,7 +79,7 @@ class S3Store:
             except (OSError, ValueError, LookupError, TypeError) as error:  # of the AWS_* variables and files
                 raise ConfigError(f"{self._where()}: {cut(error)}; correct the AWS_* variables and files") from None
         if found is None:
-            raise StorageError(f"{self._where()}: no S3 credentials found; {CREDENTIALS_REMEDY}")
+            raise StorageError(f"{self._where()}: no S3 credentials found; {CREDENTIALS_REMEDY}, or run make up")
 
     def _connect(self, attempts: int, read_s: int = 60) -> Any:
         config = Config(
