@@ -29,7 +29,7 @@ PAGES = sorted(
 #: what speaks of things as they are: a changelog names what is gone, the walks name the files that they make
 CURRENT = [page for page in PAGES if page != "CHANGELOG.md" and not page.startswith("docs/extending/")]
 #: first folders of paths that are in the tree (others, such as data/ and reports/, are what a pipeline makes)
-ROOMS = ("wav", "flows", "tests", "docs", "infra", "benchmarks", "presets", "examples", "clients")
+ROOMS = ("wav", "findings", "flows", "tests", "docs", "infra", "benchmarks", "presets", "examples", "clients")
 
 
 def read(page: str) -> str:
@@ -172,3 +172,29 @@ def test_the_workflow_runs_what_the_project_runs() -> None:
     assert (PROJECT / ".ci" / "run").is_file()
     for package in missing_packages("egl", loads=lambda library: False):
         assert package in steps[0], f"ci.yaml does not install {package}, which infra/local/system.py asks for"
+
+
+FACTS = re.findall(r"^\|.*\| `(tests/[\w/]+\.py)(?:::(\w+))?` \|$", read("docs/facts.md"), flags=re.M)
+
+
+def test_every_fact_is_held_by_a_test_that_exists() -> None:
+    rows = [line for line in read("docs/facts.md").splitlines() if re.match(r"\| (?!program)\w", line)]
+    assert len(rows) == len(FACTS) > 0
+    for file, name in FACTS:
+        assert not name or f"def {name}(" in read(file), f"docs/facts.md: {file} has no test {name}"
+
+
+@pytest.mark.parametrize("script", sorted((PROJECT / "findings").glob("*.sh")), ids=lambda script: script.stem)
+def test_a_finding_states_what_it_shows_and_runs_without_our_code(script: Path) -> None:
+    text = script.read_text()
+    head = text.split("\nset -euo pipefail\n")[0]
+    assert re.match(r"#!/usr/bin/env bash\n# .*\d+\.\d+", head), "the second line names program and version"
+    for word in ("Guess", "Seen", "Met by"):
+        assert f"\n# {word}: " in head, word
+    packages = [word for line in re.findall(r"pip\" install -q (.*)", text) for word in line.split()]
+    assert packages
+    assert all("==" in word for word in packages), packages
+    assert not re.search(r"\b(?:import|from) (?:wav|flows|tests)\b", text)
+    assert "assert " in text
+    assert f"findings/{script.name}" in read("docs/facts.md")
+    assert script.stat().st_mode & 0o111
