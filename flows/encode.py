@@ -25,6 +25,7 @@ def encode_all(run: StageRun) -> None:
     """Fit or load the codec and the text encoder, then encode the whole store, with progress."""
     data, settings = run.settings.data, run.settings.encode
     episodes = EpisodeStore.open(run.path("data/episodes"))
+    episodes.verify()
     run.logger.info("codec %s: fitting or loading", settings.codec)
     codec = fit_codec(episodes, data, settings)
     with tempfile.TemporaryDirectory(dir=run.scratch("text")) as folder, Progress("latents", run.logger) as progress:

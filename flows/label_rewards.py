@@ -23,6 +23,7 @@ def label(run: StageRun) -> None:
     data, settings = run.settings.data, run.settings.label_rewards
     with Progress("reward labels", run.logger) as progress:
         episodes = EpisodeStore.open(run.path("data/episodes"))
+        episodes.verify()
         label_store(episodes, settings, data.action_chunk, run.path("data/rewards"), progress=progress)
 
 

@@ -108,7 +108,7 @@ def check_services(runtime: Runtime) -> Iterator[Check]:
 def check_room(folder: Path) -> Iterator[Check]:
     """Disk and memory."""
     free = shutil.disk_usage(folder).free / 2**30
-    remedy = "" if free >= MIN_DISK_GIB else f"; at least {MIN_DISK_GIB:.0f} GiB are needed: free some, or `dvc gc -w`"
+    remedy = "" if free >= MIN_DISK_GIB else f"; at least {MIN_DISK_GIB:.0f} GiB are needed: free some"
     yield Check("disk", free >= MIN_DISK_GIB, f"{free:.1f} GiB free in {folder}{remedy}")
     memory = psutil.virtual_memory().available / 2**30
     remedy = "" if memory >= MIN_MEMORY_GIB else f"; about {MIN_MEMORY_GIB:.0f} GiB are needed: stop other programs"

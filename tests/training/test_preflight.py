@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +16,18 @@ import torch
 from torch import nn
 
 from tests.training.test_loop import finish
-from wav.errors import StorageError, TrainingError
+from wav.data.latents import LatentStore
+from wav.data.reward_store import RewardStore
+from wav.data.store import EpisodeStore
+from wav.errors import StorageError, TrainingError, WavError
+from wav.io.files import write_json
 from wav.io.storage.commit import commits
 from wav.training.activations import activation_bytes
 from wav.training.engine import World
 from wav.training.inputs import initial_model, open_inputs
 from wav.training.objectives import build_objective
-from wav.training.preflight import layers_to_recompute, preflight, sizes_of, state_bytes
+from wav.training.output import model_digest
+from wav.training.preflight import layers_to_recompute, preflight, sizes_of, state_bytes, verify_inputs
 from wav.training.record import Recorder
 from wav.training.throughput import peak_operations
 from wav.training.universal import Layout
@@ -177,3 +185,36 @@ def test_training_goes_on_while_the_store_fails(spec_of, start, s3_server, tmp_p
         assert all(line.startswith("good ") for line in verify(store, name))
     for path in spec.work.rglob("*"):
         assert not path.is_file() or s3_server.secret_key.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        ("latents/image.npy", "latents/image.npy: content does not match .*remove .*latents, then encode"),
+        ("rewards/values.npy", "rewards/values.npy: content does not match .*remove .*rewards, then label"),
+        ("episodes/shard-00000/actions.npy", "actions.npy: content does not match .*remove .*episodes, then make"),
+        ("init/model/weights", "init/model: its files have digest .*remove .*init/model, then train"),
+    ],
+)
+def test_one_flipped_bit_is_not_trained_on(path: str, named: str, workspace: Path, spec_of, tmp_path: Path) -> None:
+    """With the file's time and size as they were, which is all that DVC looks at."""
+    for name in ("episodes", "latents", "rewards"):
+        shutil.copytree(workspace / name, tmp_path / name)
+    init = tmp_path / "init"
+    (init / "model").mkdir(parents=True)
+    (init / "model" / "weights").write_bytes(b"weights")
+    write_json(init / "checkpoint.json", {"model_digest": model_digest(init / "model")})
+    spec = spec_of("train_value", init)
+    paths = {name: tmp_path / name for name in ("episodes", "latents", "rewards")}
+    spec = replace(spec, paths=replace(spec.paths, **paths))
+    episodes = EpisodeStore.open(tmp_path / "episodes")
+    latents, rewards = LatentStore.open(tmp_path / "latents"), RewardStore.open(tmp_path / "rewards")
+    inputs = SimpleNamespace(episodes=episodes, latents=latents, rewards=rewards)
+    verify_inputs(spec, inputs)
+    damaged, times = tmp_path / path, (tmp_path / path).stat()
+    content = bytearray(damaged.read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(content)
+    os.utime(damaged, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(WavError, match=named):
+        verify_inputs(spec, inputs)

@@ -70,4 +70,5 @@ class RewardStore:
 
     def verify(self) -> None:
         """Compare every file's content with the manifest's SHA-256; DataError names the first that differs."""
-        check_files(manifest_files(self._manifest), self.path, remedy=REMEDY, digests=True)
+        remedy = f"remove {self.path}, then {REMEDY}"  # DVC takes the folder for unchanged
+        check_files(manifest_files(self._manifest), self.path, remedy=remedy, digests=True)

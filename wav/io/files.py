@@ -87,8 +87,8 @@ def disk_errors(path: str | Path) -> Iterator[None]:
             raise
         free = _free_bytes(Path(path))
         raise StorageError(
-            f"{path}: the disk is full ({free / 2**20:.0f} MiB free); free some space "
-            "(`dvc gc --workspace` removes unused cache) and run again; nothing was left half-written"
+            f"{path}: the disk is full ({free / 2**20:.0f} MiB free); free some space and run again; nothing was left "
+            "half-written"
         ) from error
 
 
@@ -110,7 +110,7 @@ def require_free_space(path: str | Path, needed: int) -> None:
     if free < needed:
         raise StorageError(
             f"{path}: needs {needed / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free; "
-            "free some space (`dvc gc --workspace` removes unused cache) and run again"
+            "free some space and run again"
         )
 
 

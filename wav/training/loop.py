@@ -35,7 +35,7 @@ from wav.training.launch import ERROR_MARK
 from wav.training.objectives import build_objective
 from wav.training.output import Metrics, collect_state, publish_model, save_model, write_output
 from wav.training.prefetch import Prefetcher, Source, validation_inputs
-from wav.training.preflight import count_parameters, layers_to_recompute, preflight
+from wav.training.preflight import count_parameters, layers_to_recompute, preflight, verify_inputs
 from wav.training.record import Progress, Recorder
 from wav.training.spec import TrainSpec, code_digest
 from wav.training.step import LossMean, evaluate, learning_rate, update
@@ -251,6 +251,8 @@ def run(spec: TrainSpec) -> None:
             shutil.rmtree(folder)
     world = init_world(spec.device)
     inputs = open_inputs(spec)
+    if world.is_main:
+        verify_inputs(spec, inputs)
     if passes_through(spec):
         if world.is_main:
             pass_through(spec, inputs, store)

@@ -1,4 +1,4 @@
-"""Whether a run fits this machine, found out before it starts: room on the disk, and memory for its state."""
+"""What is found out before a run starts: whether it fits this machine, and whether its inputs are what was made."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import psutil
 import torch
 from torch import nn
 
-from wav.errors import TrainingError
+from wav.errors import CheckpointError, TrainingError
 from wav.io.files import require_free_space
 from wav.io.storage.commit import Retention
 from wav.training.activations import Sizes, activation_bytes
+from wav.training.output import model_digest
+from wav.training.spec import read_checkpoint_file
 from wav.training.universal import Layout
 
 if TYPE_CHECKING:
@@ -22,6 +24,28 @@ if TYPE_CHECKING:
     from wav.training.inputs import Inputs
     from wav.training.objectives.base import Objective
     from wav.training.spec import TrainSpec
+
+
+def verify_inputs(spec: TrainSpec, inputs: Inputs) -> None:
+    """Compare what the run reads with the digests that its makers wrote down.
+
+    A disk or a cable that flips a bit says nothing, and DVC goes by a file's time and size. The pages are read anyway.
+
+    Raises:
+        DataError, CheckpointError: a file changed since it was made; names it and the remedy.
+    """
+    inputs.latents.verify()
+    inputs.episodes.verify(images=False)
+    if inputs.rewards is not None:
+        inputs.rewards.verify()
+    if spec.paths.init is None:
+        return
+    folder, made = spec.paths.init / "model", read_checkpoint_file(spec.paths.init)["model_digest"]
+    if (found := model_digest(folder)) != made:
+        raise CheckpointError(
+            f"{folder}: its files have digest {found[:12]}, checkpoint.json says {made[:12]}; remove {folder}, then "
+            "train the previous stage again (`dvc repro` does)"
+        )
 
 
 def preflight(spec: TrainSpec, module: nn.Module, layout: Layout, device: torch.device, checkpoint_bytes: int) -> None:
