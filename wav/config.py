@@ -22,6 +22,7 @@ from wav.errors import ConfigError, cut, exit_status, shown
 from wav.local import PROJECT
 from wav.parameter_files import explain, preset_path, read_parameters
 from wav.sections import (
+    AlohaHdf5Options,
     CouplingSettings,
     DatasetOptions,
     DataSettings,
@@ -35,6 +36,7 @@ from wav.sections import (
     ModelSettings,
     PlannerSettings,
     PretrainVideoSettings,
+    RobomimicHdf5Options,
     Section,
     TrainJointSettings,
     TrainSettings,
@@ -43,6 +45,7 @@ from wav.sections import (
 from wav.stages import stage as find_stage
 
 __all__ = [
+    "AlohaHdf5Options",
     "CouplingSettings",
     "DataSettings",
     "DatasetOptions",
@@ -56,6 +59,7 @@ __all__ = [
     "ModelSettings",
     "PlannerSettings",
     "PretrainVideoSettings",
+    "RobomimicHdf5Options",
     "Runtime",
     "Section",
     "Settings",

@@ -122,11 +122,32 @@ class LeRobotOptions(DatasetOptions):
     )
 
 
+class RobomimicHdf5Options(DatasetOptions):
+    """Options of the reader of robomimic's HDF5 files."""
+
+    section: ClassVar[str] = "ingest.robomimic_hdf5"
+    instructions: dict[str, str] = Field({}, description="environment (env_name) -> its command, not in the files")
+    mask: str = Field("", description="demonstrations to read: a name below mask/, such as train; empty: all")
+
+
+class AlohaHdf5Options(Section):
+    """Options of the reader of ALOHA-style HDF5 files, which tell little about themselves."""
+
+    section: ClassVar[str] = "ingest.aloha_hdf5"
+    cameras: dict[str, str] = Field({}, description="view -> camera of the dataset, where the usual names do not fit")
+    control_hz: int = Field(0, ge=0, description="rate of the recording: 50 by act's recorders, 30 by AgileX'")
+    instructions: dict[str, str] = Field({}, description="folder of episodes, . for ingest.path -> its command")
+    channels: Literal["", "rgb", "bgr"] = Field("", description="of the decoded pictures; has to be said for JPEGs")
+    shift: int = Field(0, ge=0, description="frame t is paired with the action stored this many rows later")
+    raw_grippers: bool = Field(False, description="grippers are neither metres nor a share of their way")
+    base: Literal["", "ignore", "append"] = Field("", description="base_action of a mobile robot that moves")
+
+
 class IngestSettings(Section):
     """Where demonstrations come from."""
 
     source: str = Field("scripted", description=", ".join(SOURCES))
-    path: str = Field("", description="folder of the dataset (libero_hdf5, lerobot)")
+    path: str = Field("", description="folder of the dataset (all but scripted)")
     episodes_per_task: int = Field(60, ge=1)
     first_index: int = Field(1000, ge=1000, description="first demonstration's initial state; 0-49 are evaluation's")
     noise: float = Field(
@@ -142,6 +163,8 @@ class IngestSettings(Section):
     seed: int = 0
     libero_hdf5: LiberoHdf5Options = LiberoHdf5Options()
     lerobot: LeRobotOptions = LeRobotOptions()
+    robomimic_hdf5: RobomimicHdf5Options = RobomimicHdf5Options()
+    aloha_hdf5: AlohaHdf5Options = AlohaHdf5Options()
 
     @model_validator(mode="after")
     def _known_source(self) -> IngestSettings:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:  # the parameter file's check reads the names alone
@@ -22,6 +23,8 @@ SOURCES = {
     "scripted": "wav.data.sources.scripted:ScriptedSource",
     "libero_hdf5": "wav.data.sources.libero_hdf5:LiberoHdf5Source",
     "lerobot": "wav.data.sources.lerobot:LeRobotSource",
+    "robomimic_hdf5": "wav.data.sources.robomimic_hdf5:RobomimicHdf5Source",
+    "aloha_hdf5": "wav.data.sources.aloha_hdf5:AlohaHdf5Source",
 }
 
 
@@ -42,6 +45,14 @@ class Source(Protocol):
 
 
 def open_source(data: DataSettings, settings: IngestSettings) -> Source | DatasetSource:
-    """The source that ``settings.source`` names."""
+    """The source that ``settings.source`` names.
+
+    Raises:
+        ConfigError: what lies at ``settings.path`` is known to be of another kind.
+    """
+    if settings.source != "scripted" and settings.path:
+        from wav.data.sources.recognise import check_source
+
+        check_source(Path(settings.path).expanduser(), settings.source)
     module, _, name = SOURCES[settings.source].partition(":")
     return cast("Source | DatasetSource", getattr(import_module(module), name)(data, settings))

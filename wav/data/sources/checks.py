@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from wav.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from wav.config import DatasetOptions, LeRobotOptions
+    from wav.config import AlohaHdf5Options, DatasetOptions, LeRobotOptions
 
 Floats = NDArray[np.floating]
 
@@ -204,7 +204,7 @@ def to_radians(rows: Floats, names: tuple[str, ...], options: LeRobotOptions, wh
     return rows
 
 
-def check_control_hz(recorded: float, options: DatasetOptions, wanted: int, where: str) -> None:
+def check_control_hz(recorded: float, options: DatasetOptions | AlohaHdf5Options, wanted: int, where: str) -> None:
     """Compare the recording's rate with data.control_hz.
 
     Args:

@@ -25,7 +25,7 @@ from wav.errors import ConfigError, DataError
 from wav.sim.registry import LIBERO_SUITES
 
 if TYPE_CHECKING:
-    from wav.config import DataSettings, IngestSettings, LiberoHdf5Options
+    from wav.config import DatasetOptions, DataSettings, IngestSettings, LiberoHdf5Options
 
 #: view -> names of its dataset under obs/, in order of preference
 CAMERAS = {
@@ -60,6 +60,9 @@ class TaskFile:
     gripper: str
     render: str
     simulator: tuple[tuple[str, str], ...]
+    drop_noops: bool
+    success: str = "dones"
+    """Dataset that is above 0 somewhere if the demonstration succeeded; empty where nothing tells."""
 
 
 def dataset_files(path: str, suite: str) -> list[Path]:
@@ -124,21 +127,21 @@ def _describe(
 ) -> TaskFile:
     """A TaskFile from an open ``data`` group."""
     where, attributes = str(path), group.attrs
-    recorded = _text(attributes.get("macros_image_convention"))
+    recorded = attribute_text(attributes.get("macros_image_convention"))
     if recorded and recorded not in IMAGE_CONVENTIONS:
         raise DataError(f"{where}: macros_image_convention = {recorded!r} is unknown; expected opengl or opencv")
     rotation = checks.declared_rotation(options, "none" if recorded else "", where)
-    arguments = _json(attributes.get("env_args"), f"{where}: env_args")
-    rate = _rate(arguments, where)
+    arguments = attribute_json(attributes.get("env_args"), f"{where}: env_args")
+    rate = control_rate(arguments, where)
     checks.check_control_hz(rate, options, data.control_hz, f"{where}: env_args.env_kwargs.control_freq")
-    cameras = _cameras(where, group, demos, data, options)
-    lengths = tuple(_length(group[demo]) for demo in demos)
+    cameras = find_cameras(where, group, demos, data, options)
+    lengths = tuple(claimed_length(group[demo]) for demo in demos)
     joints = any(has_joints(group[demo]) for demo in demos)
     samples = _samples(group, demos)
-    after = _alignment(where, samples, options.alignment, _text(attributes.get("alignment")))
+    after = _alignment(where, samples, options.alignment, attribute_text(attributes.get("alignment")))
     pairs = [(checks.shifted_actions(s.actions) if after else s.actions)[:, 6] for s in samples]
     detected = checks.detect_gripper((command, s.opening) for command, s in zip(pairs, samples, strict=True))
-    simulator = _json(attributes.get("simulator_versions"), f"{where}: simulator_versions")
+    simulator = attribute_json(attributes.get("simulator_versions"), f"{where}: simulator_versions")
     return TaskFile(
         path=path,
         task=task_name(path),
@@ -151,14 +154,15 @@ def _describe(
         after=after,
         joints=joints,
         gripper=checks.resolve_gripper(options, detected, checks.CANONICAL_GRIPPER, where),
-        render=_text(attributes.get("render")) or "full",
+        render=attribute_text(attributes.get("render")) or "full",
         simulator=tuple(sorted((str(k), str(v)) for k, v in simulator.items())),
+        drop_noops=options.drop_noops,
     )
 
 
 def _instruction(where: str, attributes: Any, task: str) -> str:
     """The language command of problem_info, or LIBERO's rule for file names (no scene, spaces) where it is missing."""
-    info = _json(attributes.get("problem_info"), f"{where}: problem_info")
+    info = attribute_json(attributes.get("problem_info"), f"{where}: problem_info")
     raw = info.get("language_instruction", "")
     text = ("".join(map(str, raw)) if isinstance(raw, list) else str(raw)).strip().strip('"')
     if not text:
@@ -167,8 +171,8 @@ def _instruction(where: str, attributes: Any, task: str) -> str:
     return text
 
 
-def _cameras(
-    where: str, group: Any, demos: tuple[str, ...], data: DataSettings, options: LiberoHdf5Options
+def find_cameras(
+    where: str, group: Any, demos: tuple[str, ...], data: DataSettings, options: DatasetOptions
 ) -> tuple[tuple[str, str, tuple[int, int]], ...]:
     """(view, dataset, (H, W)) of every view, as most of the demonstrations that have all cameras hold it."""
     found = [_recorded(group[demo], data, options) for demo in demos]
@@ -181,11 +185,11 @@ def _cameras(
     have = sorted(observations(group[demos[0]]))
     raise ConfigError(
         f"{where}: no demonstration has camera {lacking!r} of data.views; obs/ holds {', '.join(have)}; "
-        f"name the right one in ingest.libero_hdf5.cameras.{lacking}"
+        f"name the right one in {options.section}.cameras.{lacking}"
     )
 
 
-def _recorded(demo: Any, data: DataSettings, options: LiberoHdf5Options) -> dict[str, tuple[str, tuple[int, int]]]:
+def _recorded(demo: Any, data: DataSettings, options: DatasetOptions) -> dict[str, tuple[str, tuple[int, int]]]:
     """(dataset, (H, W)) of the views that a demonstration holds."""
     observed, found = observations(demo), {}
     for view in data.views:
@@ -203,7 +207,7 @@ def _usual(cameras: list[tuple[str, tuple[int, int]]], size: tuple[int, int]) ->
     return max(counts, key=lambda camera: (counts[camera], camera[1] == size))
 
 
-def _length(demo: Any) -> int:
+def claimed_length(demo: Any) -> int:
     """Number of steps a demonstration claims."""
     actions = demo["actions"] if isinstance(demo, h5py.Group) and "actions" in demo else None
     return int(actions.shape[0]) if isinstance(actions, h5py.Dataset) and actions.shape else 0
@@ -217,10 +221,10 @@ def observations(demo: Any) -> Any:
 
 def has_joints(demo: Any) -> bool:
     """Whether a demonstration holds joint angles."""
-    return any(name in observations(demo) for name in ("joints", "joint_states"))
+    return any(name in observations(demo) for name in ("joints", "joint_states", "robot0_joint_pos"))
 
 
-def _rate(arguments: dict[str, Any], where: str) -> float:
+def control_rate(arguments: dict[str, Any], where: str) -> float:
     """The control rate (Hz) of env_args; 0 where it tells none."""
     kwargs = arguments.get("env_kwargs") or {}
     rate = kwargs.get("control_freq") or 0 if isinstance(kwargs, dict) else kwargs
@@ -300,15 +304,16 @@ def _alignment(where: str, samples: list[_Sample], declared: str, recorded: str 
     return (shown or declared) == AFTER
 
 
-def _text(value: Any) -> str:
+def attribute_text(value: Any) -> str:
+    """A text attribute, bytes or str; empty where it is missing."""
     if isinstance(value, bytes):
         return value.decode(errors="replace")
     return "" if value is None or isinstance(value, h5py.Empty) else str(value)
 
 
-def _json(value: Any, where: str) -> dict[str, Any]:
+def attribute_json(value: Any, where: str) -> dict[str, Any]:
     """A JSON attribute; {} where it is missing."""
-    text = _text(value)
+    text = attribute_text(value)
     if not text:
         return {}
     try:

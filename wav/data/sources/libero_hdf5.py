@@ -15,7 +15,7 @@ attributes ``init_index``, ``seed`` and ``success``, datasets ``demo_i/expert_ac
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -28,7 +28,7 @@ from wav.data.sources import checks
 from wav.data.sources.frames import Preparation, described, preparation
 from wav.data.sources.libero_file import TaskFile, dataset_files, flat, observations, open_task_file, task_name
 from wav.data.sources.staging import DatasetSource, Job, grouped
-from wav.data.state import STATE_LAYOUT
+from wav.data.state import STATE_LAYOUT, encode_state
 from wav.data.store import Rejection
 from wav.errors import ConfigError, DataError
 
@@ -105,24 +105,7 @@ class LiberoHdf5Source(DatasetSource):
 
     def jobs(self) -> list[Job]:
         """A few demonstrations of one file each."""
-        data, frame = self.data, len(self.data.views) * self.data.image_height * self.data.image_width * 3
-        jobs = []
-        for file in self.files:
-            for part in grouped([length * frame for length in file.lengths]):
-                demos = file.demos[part.start : part.stop]
-                size = sum(file.lengths[part.start : part.stop]) * frame
-                jobs.append(
-                    self.job(
-                        read_demos,
-                        (file, demos, data, self.settings),
-                        size,
-                        label=f"{file.path}: {demos[0]} to {demos[-1]}",
-                        episodes=len(demos),
-                        files=[file.path],
-                        identity=[file.task, list(demos)],
-                    )
-                )
-        return jobs
+        return demo_jobs(self, self.files)
 
     def describe(self) -> dict[str, Any]:
         """Per file what was detected, and how images were changed."""
@@ -146,6 +129,29 @@ class LiberoHdf5Source(DatasetSource):
         }
 
 
+def demo_jobs(source: DatasetSource, files: Sequence[TaskFile]) -> list[Job]:
+    """Jobs of a few demonstrations of one file each."""
+    data = source.data
+    frame = len(data.views) * data.image_height * data.image_width * 3
+    jobs = []
+    for file in files:
+        for part in grouped([length * frame for length in file.lengths]):
+            demos = file.demos[part.start : part.stop]
+            size = sum(file.lengths[part.start : part.stop]) * frame
+            jobs.append(
+                source.job(
+                    read_demos,
+                    (file, demos, data, source.settings),
+                    size,
+                    label=f"{file.path}: {demos[0]} to {demos[-1]}",
+                    episodes=len(demos),
+                    files=[file.path],
+                    identity=[file.task, list(demos)],
+                )
+            )
+    return jobs
+
+
 def read_demos(
     file: TaskFile, demos: tuple[str, ...], data: DataSettings, settings: IngestSettings
 ) -> Iterator[Episode | Rejection]:
@@ -156,9 +162,9 @@ def read_demos(
         for demo in demos:
             name = f"{data.suite}/{file.task}/{demo}"
             try:
-                group = opened["data"][demo]
+                group = opened["data"].get(demo)
                 if not isinstance(group, h5py.Group):
-                    raise DataError("is no group; record it again or drop it")
+                    raise DataError(f"is {'missing' if group is None else 'no group'}; record it again or drop it")
                 episode = _read_demo(group, file, name, prepare, settings)
                 episode.validate()
             except (DataError, OSError, RuntimeError, KeyError) as error:
@@ -170,19 +176,21 @@ def read_demos(
 
 def _read_demo(demo: Any, file: TaskFile, name: str, prepare: Preparation, settings: IngestSettings) -> Episode:
     """One demonstration; DataError names the field and the remedy."""
-    actions = _numbers(demo, "actions", 7)
+    actions = numbers(demo, "actions", 7)
     steps = len(actions)
+    if _integer(demo, "num_samples", steps) != steps:
+        raise DataError(f"actions has {steps} steps where attribute num_samples says {demo.attrs['num_samples']}")
     if steps < 2:
         raise DataError(f"actions has {steps} steps; record whole demonstrations")
     state = _state(demo, steps)
     checks.check_deltas(actions)
     checks.check_state_layout(state)
-    expert = _numbers(demo, "expert_actions", 7, steps) if "expert_actions" in demo else None
+    expert = numbers(demo, "expert_actions", 7, steps) if "expert_actions" in demo else None
     actions = _executed(actions, file)
     expert = None if expert is None else _executed(expert, file)
-    if not _integer(demo, "success", int(_done(demo))):
-        raise DataError("dones never becomes 1: the demonstration failed; drop it at the source")
-    keep = checks.keep_steps(actions) if settings.libero_hdf5.drop_noops else np.ones(steps, bool)
+    if not _integer(demo, "success", int(_succeeded(demo, file.success))):
+        raise DataError(f"{file.success} never becomes 1: the demonstration failed; drop it at the source")
+    keep = checks.keep_steps(actions) if file.drop_noops else np.ones(steps, bool)
     if keep.sum() < settings.min_length:
         raise DataError(f"{int(keep.sum())} steps, fewer than ingest.min_length = {settings.min_length}")
     joints = _joints(demo, steps)
@@ -203,7 +211,7 @@ def _read_demo(demo: Any, file: TaskFile, name: str, prepare: Preparation, setti
         success=True,
         init_index=_integer(demo, "init_index", -1),
         seed=_integer(demo, "seed", -1),
-        source=f"libero_hdf5:{file.path.name}#{name.rpartition('/')[2]}",
+        source=f"{settings.source}:{file.path.name}#{name.rpartition('/')[2]}",
     )
 
 
@@ -214,14 +222,14 @@ def _executed(actions: NDArray[np.floating], file: TaskFile) -> NDArray[np.float
     return checks.shifted_actions(result) if file.after else result
 
 
-def _done(demo: Any) -> bool:
-    """Whether ``dones`` says that the demonstration succeeded; True where it says nothing."""
-    if "dones" not in demo:
+def _succeeded(demo: Any, name: str) -> bool:
+    """Whether the dataset ``name`` says that the demonstration succeeded; True where it says nothing."""
+    if not name or name not in demo:
         return True
-    dones = demo["dones"]
-    if not isinstance(dones, h5py.Dataset) or dones.dtype.kind not in "biuf":
-        raise DataError("dones holds no numbers; record 1 where the demonstration succeeds, 0 elsewhere")
-    return bool(np.any(dones))
+    told = demo[name]
+    if not isinstance(told, h5py.Dataset) or told.dtype.kind not in "biuf":
+        raise DataError(f"{name} holds no numbers; record 1 where the demonstration succeeds, 0 elsewhere")
+    return bool(np.any(np.asarray(told) > 0))
 
 
 def _integer(demo: Any, name: str, missing: int) -> int:
@@ -234,25 +242,30 @@ def _integer(demo: Any, name: str, missing: int) -> int:
 
 def _state(demo: Any, steps: int) -> NDArray[np.floating]:
     """(T, 8) end-effector position, axis-angle, finger positions."""
+    if "robot0_eef_quat" in observations(demo):
+        parts = (("robot0_eef_pos", 3), ("robot0_eef_quat", 4), ("robot0_gripper_qpos", 2))
+        return encode_state(*(numbers(demo, f"obs/{name}", width, steps) for name, width in parts))
     if "ee_states" in observations(demo):
-        pose = _numbers(demo, "obs/ee_states", 6, steps)
+        pose = numbers(demo, "obs/ee_states", 6, steps)
     else:
-        pose = np.concatenate([_numbers(demo, "obs/ee_pos", 3, steps), _numbers(demo, "obs/ee_ori", 3, steps)], axis=1)
-    return np.concatenate([pose, _numbers(demo, "obs/gripper_states", 2, steps)], axis=1)
+        pose = np.concatenate([numbers(demo, "obs/ee_pos", 3, steps), numbers(demo, "obs/ee_ori", 3, steps)], axis=1)
+    return np.concatenate([pose, numbers(demo, "obs/gripper_states", 2, steps)], axis=1)
 
 
 def _joints(demo: Any, steps: int) -> NDArray[np.floating] | None:
     """(T, 8) joint angles (rad) and gripper opening (m), where recorded."""
     obs = observations(demo)
     if "joints" in obs:
-        return _numbers(demo, "obs/joints", 8, steps)
-    if "joint_states" not in obs:
-        return None
-    fingers = _numbers(demo, "obs/gripper_states", 2, steps)
-    return np.concatenate([_numbers(demo, "obs/joint_states", 7, steps), fingers[:, :1] - fingers[:, 1:]], axis=1)
+        return numbers(demo, "obs/joints", 8, steps)
+    for name, fingers in (("joint_states", "gripper_states"), ("robot0_joint_pos", "robot0_gripper_qpos")):
+        if name in obs:
+            opening = numbers(demo, f"obs/{fingers}", 2, steps)
+            angles = numbers(demo, f"obs/{name}", 7, steps)
+            return np.concatenate([angles, opening[:, :1] - opening[:, 1:]], axis=1)
+    return None
 
 
-def _numbers(demo: Any, name: str, width: int, steps: int | None = None) -> NDArray[np.floating]:
+def numbers(demo: Any, name: str, width: int, steps: int | None = None) -> NDArray[np.floating]:
     """A finite floating-point dataset (T, width)."""
     if name not in demo:
         raise DataError(f"{name} is missing; record it or drop the demonstration")
