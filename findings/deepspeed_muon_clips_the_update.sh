@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# DeepSpeed 0.19.8 on torch 2.13.0, CPU, one process: Muon with gradient clipping.
+#
+# Guess: the ZeRO stage decides where state lies and not what a step is, so one configuration (Muon, lr 0.02,
+# gradient_clipping 1.0) makes the same first step at ZeRO 0 and at ZeRO 1.
+# Seen: at ZeRO 0 the gradient is clipped and then orthogonalised: the step of a 64 x 64 matrix whose gradient has rank
+# 8 has norm 0.0546, whatever the clipping is. At ZeRO 1 the orthogonalised update is what is clipped: norm 0.0200, which
+# is lr times the clipping norm, however many matrices there are. Without clipping both are 0.0546. A recipe found on one
+# card (ZeRO 0) trains slower by that factor, the root of the matrices' summed ranks, when it is sharded.
+set -euo pipefail
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+python3 -m venv "$folder/venv"
+"$folder/venv/bin/pip" install -q torch==2.13.0 deepspeed==0.19.8 numpy
+cat > "$folder/step.py" <<'PY'
+import os
+import sys
+
+stage, clip = int(sys.argv[1]), float(sys.argv[2])
+os.environ.update(
+    RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[3],
+    DS_ACCELERATOR="cpu", TORCHDYNAMO_DISABLE="1",
+)
+import torch
+import deepspeed
+import deepspeed.ops
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # nothing is to be built
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False))
+before = model[0].weight.detach().clone()
+config = {
+    "train_batch_size": 8,
+    "gradient_clipping": clip,
+    "zero_optimization": {"stage": stage},
+    "zero_force_ds_cpu_optimizer": False,
+    "optimizer": {"type": "Muon", "params": {"lr": 0.02, "weight_decay": 0.0}},
+}
+engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=model.parameters())
+engine.backward(engine(torch.randn(8, 64)).square().mean())
+engine.step()
+print(f"step {float((engine.module[0].weight.detach() - before).norm()):.4f}")
+PY
+step() { "$folder/venv/bin/python" "$folder/step.py" "$1" "$2" "$((29600 + $1))" 2>/dev/null | sed -n 's/^step //p'; }
+found="ZeRO 0, clipped: $(step 0 1.0); ZeRO 1, clipped: $(step 1 1.0); ZeRO 0, free: $(step 0 0); ZeRO 1, free: $(step 1 0)"
+expected="ZeRO 0, clipped: 0.0546; ZeRO 1, clipped: 0.0200; ZeRO 0, free: 0.0546; ZeRO 1, free: 0.0546"
+echo "$found"
+test "$found" = "$expected" || { echo "changed; expected: $expected" >&2; exit 1; }
