@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# DeepSpeed 0.19.8 on torch 2.13.0, CPU, one process: Muon with gradient clipping.
+# DeepSpeed 0.19.8 (torch 2.13.0): sharded, Muon's orthogonalised update is clipped; unsharded, its gradient is.
 #
 # Guess: the ZeRO stage decides where state lies and not what a step is, so one configuration (Muon, lr 0.02,
-# gradient_clipping 1.0) makes the same first step at ZeRO 0 and at ZeRO 1.
-# Seen: at ZeRO 0 the gradient is clipped and then orthogonalised: the step of a 64 x 64 matrix whose gradient has rank
-# 8 has norm 0.0546, whatever the clipping is. At ZeRO 1 the orthogonalised update is what is clipped: norm 0.0200, which
-# is lr times the clipping norm, however many matrices there are. Without clipping both are 0.0546. A recipe found on one
-# card (ZeRO 0) trains slower by that factor, the root of the matrices' summed ranks, when it is sharded.
+#   gradient_clipping 1.0) makes the same first step at ZeRO 0 and at ZeRO 1.
+# Seen: the first step of a 64 x 64 matrix whose gradient has rank 8 has norm 0.0546 at ZeRO 0, whatever the clipping is,
+#   and 0.0200 at ZeRO 1, which is lr times the clipping norm, however many matrices there are. Without clipping both are
+#   0.0546.
+# Met by: who finds a recipe on one card and shards it: it learns slower by the root of the matrices' summed ranks.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
