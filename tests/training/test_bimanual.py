@@ -6,10 +6,11 @@ import json
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
-from wav.config import DataSettings, Settings, load_preset, parse_settings
+from wav.config import AlohaHdf5Options, DataSettings, IngestSettings, Settings, load_preset, parse_settings
 from wav.data.encode import build_text_encoder, encode_store, fit_codec
 from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
@@ -103,6 +104,32 @@ def test_episodes_hold_what_the_robot_recorded(stages):
     assert (conventions.action, conventions.gripper, conventions.control_hz) == ("joint_absolute", "absolute", 30)
     described = json.loads((folder / "episodes" / "source.json").read_text())
     assert described["cameras"]["top"]["camera"] == "observation.images.cam_high"
+
+
+def test_the_same_motion_in_alohas_files_is_the_same_store(stages, tmp_path):
+    """So what trains on the one trains on the other."""
+    folder, settings = stages
+    store, names = EpisodeStore.open(folder / "episodes"), {}
+    for number, info in enumerate(store.episodes):
+        path, episode = tmp_path / "aloha" / info.task / f"episode_{number}.hdf5", store[number]
+        names[info.task] = info.instruction
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with h5py.File(path, "w") as file:
+            file["action"], file["observations/qpos"] = episode.actions, episode.state
+            for view, camera in zip(settings.data.views, bimanual_data.SIZES, strict=True):
+                file[f"observations/images/{camera}"] = episode.images[view]
+    options = AlohaHdf5Options(control_hz=30, instructions=names)
+    source = IngestSettings(source="aloha_hdf5", path=str(tmp_path / "aloha"), aloha_hdf5=options)
+    ingest(settings.data, source, tmp_path / "episodes", workers=1)
+    again = EpisodeStore.open(tmp_path / "episodes")
+    assert again.conventions.difference(store.conventions) == [
+        f"state_layout: 'joints: 14' against {store.conventions.state_layout!r}"
+    ]
+    for wanted in (store[number] for number in range(4)):
+        found = next(e for e in map(again.__getitem__, range(4)) if np.array_equal(e.state, wanted.state))
+        np.testing.assert_array_equal(found.actions, wanted.actions)
+        assert all(np.array_equal(found.images[view], wanted.images[view]) for view in settings.data.views)
+        assert found.task == wanted.task
 
 
 def test_sixteen_terms_and_the_return_with_the_papers_weights(stages):
