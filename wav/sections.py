@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from wav.data.sources import SOURCES
@@ -96,6 +96,12 @@ class DatasetOptions(Section):
     gripper: Literal["", "-1 open, +1 close", "+1 open, -1 close", "0 open, 1 close", "1 open, 0 close"] = Field(
         "", description="gripper convention; empty: as recorded or as the fingers move"
     )
+
+    @field_validator("image_rotation", mode="before")
+    @classmethod
+    def _degrees(cls, value: object) -> object:
+        """YAML, and ``dvc exp run -S``, read 180 as a number."""
+        return "180" if type(value) is int and value == 180 else value
 
 
 class LiberoHdf5Options(DatasetOptions):

@@ -306,3 +306,9 @@ def test_a_camera_of_one_channel_is_no_view(data, root, read):
     features(root, **{CAMERA: {"shape": [32, 32, 1], "info": {"is_depth_map": True}}})
     with pytest.raises(ConfigError, match=rf"{CAMERA}' for 'agentview' .* has one channel .*image2 in ingest\.lerobot"):
         read()
+
+
+def test_yaml_reads_a_rotation_as_a_number():
+    assert LeRobotOptions(image_rotation=180).image_rotation == "180"
+    with pytest.raises(ValueError, match="image_rotation"):
+        LeRobotOptions(image_rotation=90)

@@ -14,7 +14,7 @@ from tests.data.sources.test_aloha_hdf5 import write as aloha
 from tests.data.sources.test_robomimic_hdf5 import write as robomimic
 from wav.config import IngestSettings
 from wav.data.sources import open_source
-from wav.data.sources.recognise import recognise
+from wav.data.sources.recognise import check_source, recognise
 from wav.errors import ConfigError
 
 
@@ -101,3 +101,4 @@ def test_another_kind_is_refused_by_name(data, tmp_path):
     KINDS["RLDS"](tmp_path)
     with pytest.raises(ConfigError, match=r"holds an RLDS \(TFDS\) dataset, .* convert it to LeRobot v3\.0"):
         open_source(data, IngestSettings(source="lerobot", path=str(tmp_path)))
+    check_source(tmp_path, "a reader of one's own")

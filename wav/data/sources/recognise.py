@@ -78,10 +78,12 @@ def recognise(path: Path) -> Format | None:
 def check_source(path: Path, source: str) -> None:
     """Refuse data that the reader ``ingest.source`` does not take, by name and with what to do.
 
+    A reader that somebody has added may take anything.
+
     Raises:
         ConfigError: it is of another kind.
     """
-    found = recognise(path)
+    found = recognise(path) if source in {known.reader for known in (LEROBOT, LIBERO, ROBOMIMIC, ALOHA)} else None
     if found is None or found.reader == source:
         return
     remedy = f"set ingest.source: {found.reader}" if found.reader else found.remedy
