@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,8 +15,10 @@ import pytest
 import yaml
 
 from infra.deepspeed.__main__ import configuration
+from infra.docker import s3
 from infra.local.ports import PORTS
 from infra.local.services import AWAITED, BUCKETS
+from infra.worker import GRACE_S
 from wav.config import Runtime
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -113,10 +116,37 @@ def test_compose_is_consistent_with_itself_and_the_code() -> None:
     assert services["prefect"]["ports"] == [f"127.0.0.1:{PORTS['prefect'][1]}:{PORTS['prefect'][1]}"]
     assert services["s3"]["ports"] == [f"127.0.0.1:{PORTS['s3'][1]}:{PORTS['s3'][1]}"]
     assert services["prefect"]["environment"]["PREFECT_SERVER_EVENTS_EXPIRED_BUCKET_BUFFER"] == AWAITED
-    assert f"-s3.port={PORTS['s3'][1]}" in services["s3"]["command"]
+    assert services["s3"]["command"] == ["python", "-m", "infra.docker.s3"]
     assert f'("{BUCKETS[0]}", True), ("{BUCKETS[1]}", False)' in (INFRA / "docker/make_buckets.py").read_text()
     asked = set(re.findall(r"\$\{(\w+)", (INFRA / "docker/compose.yaml").read_text()))
-    assert asked - {"PREFECT_UI_API_URL"} <= example_names()
+    assert asked - {"PREFECT_UI_ORIGIN"} <= example_names()
+
+
+def test_compose_lets_nobody_in_and_runs_nothing_as_root() -> None:
+    services = compose()["services"]
+    prefect = services["prefect"]["environment"]
+    assert prefect["PREFECT_SERVER_API_AUTH_STRING"].startswith("${PREFECT_API_AUTH_STRING:?")
+    assert "*" not in prefect["PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS"]
+    for name in ("deploy", "worker"):
+        assert services[name]["environment"]["PREFECT_API_AUTH_STRING"] == "${PREFECT_API_AUTH_STRING}"
+    for name, service in services.items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert service.get("user") == "postgres" or service["image"] == "wav-worker:latest", name
+    last = [line for line in (INFRA / "docker/Dockerfile").read_text().splitlines() if line.startswith("USER")][-1]
+    assert last == "USER wav"
+    assert int(services["worker"]["stop_grace_period"].removesuffix("s")) > GRACE_S
+
+
+def test_the_store_of_compose_asks_for_the_certificate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr(s3, "FOLDER", tmp_path)
+    monkeypatch.setattr(os, "execve", lambda *given: started.append(given))
+    s3.main()
+    ((_, command, environment),) = started
+    assert f"-s3.port={PORTS['s3'][1]}" in command
+    for name in ("WEED_HTTPS_FILER_CA", "WEED_HTTPS_MASTER_CA", "WEED_HTTPS_VOLUME_CA", "WEED_GRPC_CA"):
+        assert Path(environment[name]).read_text().startswith("-----BEGIN CERTIFICATE")
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
 
 
 def test_nothing_in_infra_holds_a_secret_and_none_goes_into_the_image() -> None:
@@ -126,7 +156,7 @@ def test_nothing_in_infra_holds_a_secret_and_none_goes_into_the_image() -> None:
             assert value == "", f"example.env: {name} has a value"
     for service in compose()["services"].values():
         for name, value in service.get("environment", {}).items():
-            if re.search("KEY|PASSWORD|SECRET|TOKEN", name):
+            if re.search("KEY|PASSWORD|SECRET|TOKEN|AUTH_STRING", name):
                 assert re.fullmatch(r"\$\{\w+(:\?[^}]*)?\}", value), f"compose.yaml: {name} has a value"
     ignored = (PROJECT / ".dockerignore").read_text().splitlines()
     assert {".local/", ".dvc/config.local", ".venv/"} <= set(ignored)
@@ -140,7 +170,7 @@ def test_the_image_installs_what_make_install_does() -> None:
     assert set(torch) == set(re.findall(r"torch==[\d.]+", makefile))
     assert "-c constraints.txt" in text
     for line in re.findall(r"^COPY (.+) \S+$", text, flags=re.MULTILINE):
-        for name in line.split():
+        for name in (word for word in line.split() if not word.startswith("--")):
             assert (PROJECT / name).exists(), f"Dockerfile copies {name}, which is not there"
 
 

@@ -134,20 +134,26 @@ def _prefect(folder: Path, chosen: dict[str, int]) -> Service:
     return Service("prefect", {"prefect": port}, tuple(command), environment, lambda: _prefect_ready(url, string))
 
 
-def _s3(folder: Path, chosen: dict[str, int]) -> Service:
-    keys, endpoint = credentials(folder), f"http://{HOST}:{chosen['s3']}"
-    own = {name: port for name, port in chosen.items() if name != "prefect"}
+def weed_command(folder: Path, chosen: dict[str, int], bind: str = HOST) -> list[str]:
+    """How SeaweedFS is started on ``folder``: its parts dial each other on 127.0.0.1 and listen on ``bind``."""
     weed = Path(sys.executable).with_name("weed")
     if not weed.exists():
         raise ServiceError(f"{weed}: the S3 server is not installed; run make install")
-    command = [str(weed), "mini", f"-dir={folder / 's3'}", f"-ip={HOST}", f"-ip.bind={HOST}"]
-    for name, port in own.items():
-        command += [f"-{name}.port={port}", f"-{name}.port.grpc={port + ports.GRPC_OFFSET}"]
+    command = [str(weed), "mini", f"-dir={folder}", f"-ip={HOST}", f"-ip.bind={bind}"]
+    for name, port in chosen.items():
+        if name != "prefect":
+            command += [f"-{name}.port={port}", f"-{name}.port.grpc={port + ports.GRPC_OFFSET}"]
     command += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false", "-webdav=false"]
-    command += ["-admin.ui=false", "-master.telemetry=false"]
+    return [*command, "-admin.ui=false", "-master.telemetry=false"]
+
+
+def _s3(folder: Path, chosen: dict[str, int]) -> Service:
+    keys, endpoint = credentials(folder), f"http://{HOST}:{chosen['s3']}"
+    own = {name: port for name, port in chosen.items() if name != "prefect"}
     opened = own | {f"{name} (gRPC)": port + ports.GRPC_OFFSET for name, port in own.items()}
     environment = {name: value for name, value in keys.items() if name.startswith("AWS_")} | weed_tls(folder)
-    return Service("s3", opened, tuple(command), environment, lambda: _s3_ready(endpoint, keys))
+    command = tuple(weed_command(folder / "s3", chosen))
+    return Service("s3", opened, command, environment, lambda: _s3_ready(endpoint, keys))
 
 
 def services(folder: Path, chosen: dict[str, int]) -> tuple[Service, ...]:
