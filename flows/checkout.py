@@ -15,8 +15,10 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import psutil
+from pydantic import Field
 
 from wav.errors import ConfigError, ServiceError
 from wav.io.readers import read_yaml, understood
@@ -24,6 +26,20 @@ from wav.processes import Group
 
 REMOTE = "local"  # name of the DVC remote in .dvc/config
 LAST_LINES = 12
+#: addresses of git that hold no password or token; a user alone, as in ssh://git@host, is none
+NO_SECRET = r"^(?!https?://[^/]*@)(?!\w+://[^/@]*:[^/@]*@)"
+#: a parameter that is such an address: Prefect's server refuses another one before it is written down anywhere
+GitAddress = Annotated[str, Field(json_schema_extra={"pattern": NO_SECRET})]
+
+
+def without_secret(address: str, field: str) -> None:
+    """Refuse an address that holds a password or token: it would stand in a database, a log and an artefact.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if not re.match(NO_SECRET, address):
+        raise ConfigError(f"{field}: holds a password or token; keep it in git's credential store, or push by ssh")
 
 
 @dataclass(frozen=True)
@@ -103,8 +119,9 @@ class Checkout:
             check=False,
         )
         if done.returncode != 0:
-            said = " ".join((done.stderr or done.stdout).split())
-            raise ServiceError(f"git {' '.join(arguments[:3])} in {folder or self.folder}: {said}; look there by hand")
+            text = f"git {' '.join(arguments[:3])} in {folder or self.folder}: {done.stderr or done.stdout}"
+            text = re.sub(r"://[^/\s@]*@", "://***@", text)  # a remote of the checkout may hold what no log should
+            raise ServiceError(f"{' '.join(text.split())}; look there by hand")
         return done.stdout.rstrip()
 
     def run(self, name: str, *command: str) -> Finished:
@@ -153,9 +170,11 @@ class Checkout:
             The branch's name.
 
         Raises:
-            ConfigError: the checkout holds changes that no retrain made.
+            ConfigError: the checkout is the project itself, or holds changes that no retrain made.
             ServiceError: git refused.
         """
+        if self.folder == self.source:
+            raise ConfigError(f"checkout = {self.folder}: is the project, whose branch stays; give a folder of its own")
         if not (self.folder / ".git").exists():
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             self.git("clone", "--quiet", str(self.source), str(self.folder), folder=self.folder.parent)

@@ -18,7 +18,7 @@ from prefect.settings import get_current_settings
 
 from flows.artifacts import Progress, publish_markdown, publish_numbers, publish_objects
 from flows.challenge import Retrain, challenge, meet, tell_stages
-from flows.checkout import Checkout, Finished
+from flows.checkout import Checkout, Finished, GitAddress, without_secret
 from flows.common import begin_deployed, by_hand, step
 from flows.housekeeping import old_runs, tell_stale
 from flows.provenance import PARENT_VARIABLE, run_url
@@ -158,7 +158,7 @@ def retrain(
     floor: float = 0.05,
     harder_evaluation: bool = False,
     remote: str = "",
-    push_to: str = "",
+    push_to: GitAddress = "",
     champion: str = "",
     stale_days: int = 28,
     keep_days: int = 90,
@@ -173,11 +173,12 @@ def retrain(
         floor: success rate that it must reach for certain (lower end of Wilson's interval).
         harder_evaluation: the evaluation was made harder on purpose, so that the champion may score less under it.
         remote: DVC remote; empty: the default one.
-        push_to: git remote or URL that the branch is pushed to; empty: it stays in the checkout.
+        push_to: git remote or URL, without a password or token, that the branch is pushed to; empty: to none.
         champion: name of the champion; empty: the suite's.
         stale_days: a champion that is older when a candidate is refused is told about (docs/operations.md).
         keep_days: older folders of ``runs/`` are removed, here and in the store; 0: none.
     """
+    without_secret(push_to, "push_to")
     runtime, project, folder = begin_deployed()
     rules, logger = Rules(margin, total, floor), get_run_logger()
     store = open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.checkout import Checkout
+from flows.checkout import NO_SECRET, Checkout, without_secret
+from flows.retrain import retrain
 from wav.errors import ConfigError, ServiceError
 from wav.stages import STAGES
 
@@ -165,3 +167,42 @@ def test_the_lock_of_a_killed_dvc_is_removed_although_its_pid_lives_on(checkout:
             with checkout.locked():
                 assert path.exists() == kept
             process.kill()
+
+
+@pytest.mark.parametrize(
+    ("address", "taken"),
+    [
+        ("", True),
+        ("origin", True),
+        ("https://host/a/b.git", True),
+        ("git@host:a/b.git", True),
+        ("ssh://git@host:22/a", True),
+        ("/srv/a@b:c/d.git", True),
+        ("https://user:secret@host/a", False),
+        ("https://secret@host/a", False),
+        ("ssh://git:secret@host/a", False),
+    ],
+)
+def test_an_address_with_a_password_is_refused_and_not_repeated(address: str, taken: bool) -> None:
+    """By Prefect's server too, before a run with it is in the database."""
+    assert retrain.parameters.properties["push_to"]["pattern"] == NO_SECRET
+    assert bool(re.search(NO_SECRET, address)) is taken
+    if taken:
+        without_secret(address, "push_to")
+        return
+    with pytest.raises(ConfigError, match="push_to: holds a password") as found:
+        without_secret(address, "push_to")
+    assert "secret" not in str(found.value)
+
+
+def test_what_git_says_of_a_remote_hides_its_password(checkout: Checkout, project: Path) -> None:
+    checkout.prepare("HEAD", "2026-01-01")
+    with pytest.raises(ServiceError, match=r"https://\*\*\*@") as found:
+        checkout.git("push", "--quiet", "https://user:secret@127.0.0.1:9/x", "main")
+    assert "secret" not in str(found.value)
+
+
+def test_the_project_itself_is_no_checkout(project: Path) -> None:
+    with pytest.raises(ConfigError, match="is the project"):
+        Checkout(project, project, dict(os.environ), lambda line: None).prepare("HEAD", "2026-01-01")
+    assert git(project, "branch", "--show-current") == "main"
