@@ -19,9 +19,10 @@ from typing import Any
 
 import yaml
 
-from wav.config import STAGE_SECTIONS, load_settings
+from wav.config import load_settings
 from wav.data.store import EpisodeStore
 from wav.sim.registry import LIBERO_SUITES
+from wav.stages import STAGES
 
 #: what a preset's numbers are and are not, so that nobody quotes them for something else
 NOTES = {
@@ -70,7 +71,7 @@ def simulator(workspace: Path) -> dict[str, Any]:
 def stage_times(workspace: Path) -> dict[str, Any]:
     """Seconds and peak memory of every stage that has run."""
     times = {}
-    for stage in STAGE_SECTIONS:
+    for stage in STAGES:
         path = workspace / "reports" / "stages" / f"{stage}.json"
         if path.is_file():
             record = json.loads(path.read_text())

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from prefect import flow
 
 from flows.artifacts import Progress, publish_images, publish_markdown, publish_numbers, publish_values
@@ -32,9 +31,9 @@ from wav.evaluation.within import step_limits
 from wav.io.files import write_json
 from wav.policy.export import Checkpoint
 from wav.policy.policy import Policy
-from wav.sim.futures import Branch, branch_points, execute
+from wav.sim.futures import Branch, branches, execute_all
 from wav.sim.registry import has_simulator, select_tasks
-from wav.sim.workers import SimPool, map_in_processes
+from wav.sim.workers import SimPool
 
 POINTS = 4  #: states of an expert's episode that instruments look at
 
@@ -78,37 +77,22 @@ def closed_loop(run: StageRun, policy: Policy, digest: str, store: EpisodeStore 
         )
 
 
-def branches(run: StageRun) -> list[Branch]:
+def expert_states(run: StageRun) -> list[Branch]:
     """States of the scripted expert's episodes from evaluation's initial states, which no demonstration began from.
 
     None, and the log says why, where the expert solves no episode of the suite's tasks.
     """
     data, settings, workers = run.settings.data, run.settings.eval_libero, run.runtime.workers
-    tasks, states = [task.name for task in select_tasks(data.suite, data.tasks)], range(settings.ranked_states)
-    jobs = [(data.suite, data, task, index, POINTS, settings.execute_steps) for task in tasks for index in states]
-    found: list[Branch] = []
-    for number, result in sorted(map_in_processes(branch_points, jobs, workers), key=lambda each: each[0]):
-        if isinstance(result, Exception):  # a goal that the expert does not know
-            run.logger.warning("instruments: %s, initial state %d: left out: %s", *jobs[number][2:4], result)
-        else:
-            found += result
-    if jobs and not found:
-        run.logger.warning("instruments: the scripted expert solved no episode of %s: no ranking", ", ".join(tasks))
+    found = branches(data, range(settings.ranked_states), POINTS, settings.execute_steps, workers)
+    if settings.ranked_states and not found:
+        run.logger.warning("instruments: the scripted expert solved no episode of %s: no ranking", data.suite)
     return found
 
 
 def rank(run: StageRun, policy: Policy, states: Sequence[Branch]) -> dict[str, Any]:
     """Scores beside realised returns from half of the states: executing candidates is what takes long."""
-
-    def executed(chunks: Sequence[tuple[Branch, NDArray[np.float32]]]) -> list[Any]:
-        jobs = [(run.settings.data.suite, run.settings.data, *chunk) for chunk in chunks]
-        found = dict(map_in_processes(execute, jobs, run.runtime.workers))
-        for result in found.values():
-            if isinstance(result, Exception):
-                raise result
-        return [found[number] for number in range(len(chunks))]
-
-    count = run.settings.eval_libero.ranked_candidates
+    data, count, workers = run.settings.data, run.settings.eval_libero.ranked_candidates, run.runtime.workers
+    executed = functools.partial(execute_all, data, workers=workers)
     return ranking(policy, states[::2], executed, run.settings.label_rewards, count)
 
 
@@ -118,7 +102,7 @@ def instruments(run: StageRun, policy: Policy, metrics: dict[str, Any], store: E
     Where neither a simulator nor demonstrations are at hand there is nothing to look at.
     """
     data, simulated = run.settings.data, has_simulator(run.settings.data.suite)
-    states = branches(run) if simulated else []
+    states = expert_states(run) if simulated else []
     histories = [state.seen for state in states]
     if store is not None and not histories:
         histories = held_out_histories(store, data.views, run.settings.eval_libero.execute_steps)

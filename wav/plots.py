@@ -24,8 +24,8 @@ _DPI = 110
 _MAX_STRIP = 12
 
 
-def _png(figure: Figure) -> bytes:
-    """Render a figure."""
+def png(figure: Figure) -> bytes:
+    """A figure as PNG bytes; equal figures give equal bytes."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": ""})  # no version: equal pictures, equal bytes
     return buffer.getvalue()
@@ -84,7 +84,7 @@ def curves(
     axes.grid(alpha=0.3)
     if len(columns) > 1 or not ylabel:
         axes.legend(fontsize=8, ncols=1 + len(columns) // 8)
-    return _png(figure)
+    return png(figure)
 
 
 def image_strip(
@@ -118,7 +118,7 @@ def image_strip(
             axes.imshow(np.asarray(image), interpolation="nearest")
     for axes, text in zip(grid[-1], labels, strict=False):
         axes.set_xlabel(text, fontsize=8)
-    return _png(figure)
+    return png(figure)
 
 
 def reward_terms(terms: RewardTerms, title: str = "") -> bytes:
@@ -133,7 +133,7 @@ def reward_terms(terms: RewardTerms, title: str = "") -> bytes:
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, ncols=2)
-    return _png(figure)
+    return png(figure)
 
 
 def spearman(values: ArrayLike) -> float:
@@ -158,7 +158,7 @@ def returns_over_time(returns: Sequence[ArrayLike], title: str = "") -> bytes:
         axes.plot(np.linspace(0, 1, len(y)), y, linewidth=1, alpha=0.6)
     axes.set(xlabel="share of the episode", ylabel="return")
     axes.grid(alpha=0.3)
-    return _png(figure)
+    return png(figure)
 
 
 def reconstruction(images: NDArray[np.uint8], decoded: NDArray[np.uint8], title: str = "") -> bytes:

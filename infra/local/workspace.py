@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from wav.config import load_preset, load_settings, parameter_text
+from wav.config import Settings, load_preset, load_settings, parameter_text
 from wav.errors import exit_status
 from wav.local import PROJECT
 from wav.sim.registry import LIBERO_SUITES
@@ -40,10 +40,14 @@ def make_workspace(preset: str, folder: Path | None = None, cache: Path | None =
     Raises:
         ConfigError: no such preset, or it holds bad parameters.
     """
-    settings = load_preset(preset)
-    folder = (folder or PROJECT / "workspaces" / preset).absolute()
-    (folder / ".dvc").mkdir(parents=True, exist_ok=True)
     note = f"# params.yaml with presets/{preset}.yaml over it, by make repro PRESET={preset}: edit those.\n"
+    return fill_workspace(folder or PROJECT / "workspaces" / preset, load_preset(preset), note, cache)
+
+
+def fill_workspace(folder: Path, settings: Settings, note: str, cache: Path | None = None) -> Path:
+    """Create or refresh ``folder`` as a workspace of ``settings``; ``note`` heads its params.yaml. The whole path."""
+    folder = folder.absolute()
+    (folder / ".dvc").mkdir(parents=True, exist_ok=True)
     _write_if_changed(folder / "params.yaml", note + parameter_text(settings))
     for name in COPIED:
         _write_if_changed(folder / name, (PROJECT / name).read_text())

@@ -2,14 +2,17 @@
 
 :func:`branch_points` runs the scripted expert on an initial state that no demonstration began from and keeps the
 simulator's state on the way; :func:`execute` puts a simulator into one of them again and again and executes chunks of
-actions from there. Both run in simulator processes (no torch)::
+actions from there. Both run in simulator processes (no torch); :func:`branches` and :func:`execute_all` run many of
+them::
 
-    for branch in branch_points("tabletop", data, "lift_red_cube", 3, count=4, every=5):
-        segments = execute("tabletop", data, branch, chunks)     # (M, A, 7)
+    found = branches(data, range(4), count=2, every=5, workers=2)
+    segments = execute_all(data, [(branch, chunks) for branch in found], workers=2)     # chunks (M, A, 7)
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,11 +21,15 @@ from numpy.typing import NDArray
 
 from wav.sim.demonstrations import kept_env, run_expert
 from wav.sim.env import Observation
+from wav.sim.registry import select_tasks
 from wav.sim.restore import SceneState, restore, save
+from wav.sim.workers import map_in_processes
 
 if TYPE_CHECKING:
     from wav.config import DataSettings
     from wav.sim.arm import Action
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,3 +106,34 @@ def execute(suite: str, data: DataSettings, branch: Branch, chunks: NDArray[np.f
             solved = solved or env.successes()[branch.task]
         segments.append(Segment(tuple(seen), solved))
     return segments
+
+
+def branches(data: DataSettings, indices: Iterable[int], count: int, every: int, workers: int) -> list[Branch]:
+    """:func:`branch_points` of every task of ``data`` and initial state of ``indices``, in ``workers`` processes.
+
+    Where the expert cannot do a task, it is left out and the log says why.
+    """
+    tasks = [task.name for task in select_tasks(data.suite, data.tasks)]
+    jobs = [(data.suite, data, task, index, count, every) for index in indices for task in tasks]
+    found: list[Branch] = []
+    for number, result in sorted(map_in_processes(branch_points, jobs, workers), key=lambda item: item[0]):
+        if isinstance(result, Exception):  # a goal that the expert does not know
+            log.warning("%s, initial state %d: left out: %s", *jobs[number][2:4], result)
+        else:
+            found += result
+    return found
+
+
+def execute_all(
+    data: DataSettings, chunks: Sequence[tuple[Branch, NDArray[np.float32]]], workers: int
+) -> list[list[Segment]]:
+    """:func:`execute` for each of ``chunks``, in their order, in ``workers`` processes.
+
+    Raises:
+        SimulationError: a simulator kept dying.
+    """
+    found = dict(map_in_processes(execute, [(data.suite, data, *chunk) for chunk in chunks], workers))
+    for result in found.values():
+        if isinstance(result, Exception):
+            raise result
+    return [found[number] for number in range(len(chunks))]

@@ -1,0 +1,84 @@
+"""Which of several real futures of one state each score prefers: the scripted expert at full speed, slow and hesitant.
+
+No model takes part: the returns are those of Table 2 along the expert's own episodes, as labels for the value expert,
+over the first action chunk. A score that ranks futures rightly prefers the direct one::
+
+    python -m benchmarks.studies.speed benchmarks/results/speed.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.collect import commit, machine
+from wav.config import Settings, load_settings
+from wav.data.episode import Episode
+from wav.io.files import write_json
+from wav.local import PROJECT
+from wav.planning.scores import SCORES
+from wav.rewards.label import value_channels
+from wav.rewards.terms import episode_rewards
+from wav.sim.demonstrations import record_demonstration
+from wav.sim.registry import select_tasks, simulator_versions
+from wav.sim.workers import map_in_processes
+
+SPEEDS = ("direct", "slow", "hesitant")
+
+
+def scored(episode: Episode, settings: Settings) -> dict[str, float]:
+    """Every score of an episode's real returns over its first chunk; ``ensemble`` of one sample is the mean."""
+    data = settings.data
+    terms = episode_rewards(episode, settings.label_rewards, data.views)
+    returns = value_channels(terms, settings.label_rewards, data.action_chunk)[: data.action_chunk, -1]
+    row = torch.from_numpy(np.ascontiguousarray(returns, np.float32))[None, None, None]
+    return {name: score(row, settings.planner).item() for name, score in SCORES.items()} | {"steps": episode.length}
+
+
+def main() -> None:
+    """Run the expert, score, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("json", type=Path, help="file to write")
+    parser.add_argument("--states", type=int, default=3, help="initial states of each task")
+    parser.add_argument("--workers", type=int, default=0, help="simulator processes; 0: the machine's cores")
+    chosen = parser.parse_args()
+    settings = load_settings(PROJECT / "params.yaml")
+    data = settings.data
+    tasks = [task.name for task in select_tasks(data.suite, data.tasks)]
+    states = [(task, index) for task in tasks for index in range(chosen.states)]
+    jobs = [(data.suite, task, index, data, 0.0, 0.0, 0, style) for task, index in states for style in SPEEDS]
+    episodes = dict(map_in_processes(record_demonstration, jobs, chosen.workers))
+    rows: list[dict[str, Any]] = []
+    for number, (_, task, index, *_, style) in enumerate(jobs):
+        if isinstance(episodes[number], Exception):
+            raise episodes[number]
+        rows.append({"task": task, "index": index, "style": style} | scored(episodes[number], settings))
+    means = {
+        style: {name: float(np.mean([r[name] for r in rows if r["style"] == style])) for name in (*SCORES, "steps")}
+        for style in SPEEDS
+    }
+    direct = {(r["task"], r["index"]): r for r in rows if r["style"] == "direct"}
+    slower = [row for row in rows if row["style"] != "direct"]
+    ahead = {
+        name: sum(direct[row["task"], row["index"]][name] > row[name] for row in slower) / len(slower)
+        for name in SCORES
+    }
+    result = {
+        "command": "python -m benchmarks.studies.speed",
+        "commit": commit(),
+        "machine": machine(),
+        "simulator": simulator_versions(data.suite),
+        "planner": settings.planner.model_dump(mode="json"),
+        "means": means,
+        "direct_ahead": ahead,
+        "rows": rows,
+    }
+    write_json(chosen.json, result)
+
+
+if __name__ == "__main__":
+    main()
