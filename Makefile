@@ -1,7 +1,7 @@
 # make repro: install, start the local services, run the whole pipeline, say where to look.   make help: the rest.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install check-system repro libero libero-table test quick check-long check-gpu lint format up down status ui deploy worker clean-workspace
+.PHONY: help install check-system repro study libero libero-table test quick check-long check-gpu lint format up down status ui deploy worker clean-workspace
 
 PRESET ?=
 VENV := .venv
@@ -53,6 +53,10 @@ else
 	@$(BEAT) 'dvc repro' -- python -m infra.local.workspace $(PRESET)
 	@python -m infra.local.services where workspaces/$(PRESET)
 endif
+
+# ARGS="--dry", "workspaces/NAME --axes score K --episodes 25", ...: docs/planning.md
+study: install up ## the planning study of a trained workspace: resumable, states its hours; ARGS=--dry: the cells
+	@python -m benchmarks.studies.planning $(ARGS)
 
 # hf-libero without its dependencies: they would replace torch by a CUDA build whose torchvision does not import here.
 $(VENV)/.installed-libero: $(VENV)/.installed

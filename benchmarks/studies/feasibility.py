@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from benchmarks.collect import commit, machine
+from benchmarks.counting import machine
 from wav.config import PlannerSettings, Runtime
 from wav.data.store import EpisodeStore
 from wav.data.windows import split_episodes
@@ -193,9 +193,8 @@ def draw(result: dict[str, Any]) -> bytes:
         panels[0].plot(range(1, len(mass) + 1), mass, label=name)
     panels[0].set(yscale="log", ylim=(1e-12, 2), title="corridor: feasible mass", xlabel="horizon, steps")
     for name, found in result["search"].items():
-        panels[1].plot(
-            [int(h) for h in found], [v["found"] for v in found.values()], marker="o", label=f"K x M = {name}"
-        )
+        rates = [found[str(h)]["found"] for h in HORIZONS]
+        panels[1].plot(HORIZONS, rates, marker="o", label=f"K x M = {name}")
     panels[1].set(xscale="log", title="search: near-optimal candidate found", xlabel="horizon, dimensions")
     for name, found in result.get("simulated", {}).get("samplers", {}).items():
         rates = [share["success_rate"] for share in found["feasible"]]
@@ -219,8 +218,7 @@ def main() -> None:
     )
     parser.add_argument("--plot", type=Path, help="picture to write, instead of one beside the JSON")
     chosen = parser.parse_args()
-    result: dict[str, Any] = {"command": "python -m benchmarks.studies.feasibility", "commit": commit()}
-    result |= {"machine": machine()} | declared()
+    result: dict[str, Any] = {"command": "python -m benchmarks.studies.feasibility", "machine": machine()} | declared()
     if chosen.workspace:
         result["simulated"] = simulated(chosen.workspace, chosen.states)
     write_json(chosen.json, result)

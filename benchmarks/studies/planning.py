@@ -1,16 +1,17 @@
 """The planning study: closed-loop success of a trained workspace over the planner's settings and over coupling.
 
-A cell is one setting, everything else as in the workspace: paired episodes planned, unplanned and with the temperature
-alone, what a call costs, and where the setting decides it, use of the noises and ranking. A cell's JSON is written when
-it ends and a later run skips it; within a cell finished episodes are kept, so that it may be killed at any time. The
-coupling axis trains a workspace of its own for every other mode (`dvc repro train_joint` there; stages that do not
-change come from DVC's run cache). The hours are said before anything runs:
+A cell (``cells.py``) is one setting, everything else as in the workspace: paired episodes planned, unplanned and with
+the temperature alone, what a call costs, and where the setting decides it, use of the noises and ranking. A cell's JSON
+is written when it ends and a later run skips it; within a cell finished episodes are kept, so that it may be killed at
+any time. The coupling axis trains a workspace of its own for every other mode (`dvc repro train_joint` there, for which
+`make up` must have run; stages that do not change come from DVC's run cache). The hours are said before anything runs::
 
-    make study ARGS=--dry                          # the cells and the hours, from calls measured here
+    make study ARGS=--dry                          # the cells, and the hours they will take
     make study                                     # all that is missing, then tables and plots
-    python -m benchmarks.studies.planning workspaces/libero-cpu --axes base score K --episodes 25
+    python -m benchmarks.studies.planning workspaces/libero-cpu --axes score K --episodes 25
 
-Everything lies in ``WORKSPACE/reports/study``: ``cells/``, ``episodes/``, ``plots/``, ``study.json``, ``summary.md``.
+Everything lies in WORKSPACE/reports/study: ``cells/``, ``episodes/``, ``truth/``, ``plots/``, ``study.json``,
+``summary.md``.
 """
 
 from __future__ import annotations
@@ -25,134 +26,63 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.collect import commit, machine
+from benchmarks.studies.cells import AXES, Cell, build_cells
 from benchmarks.studies.imagined import chosen_and_rejected, truth
 from benchmarks.studies.show import write_summary
 from infra.local.workspace import fill_workspace
-from wav.config import PlannerSettings, Runtime, Settings, load_settings
+from wav.config import EvalLiberoSettings, Runtime, Settings, load_settings
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
 from wav.evaluation.evaluate import evaluate
-from wav.evaluation.held_out import held_out_episodes, observed
 from wav.evaluation.instruments.ranking import ranking
 from wav.evaluation.instruments.use import held_out_histories, noise_use
-from wav.evaluation.intervals import paired_difference, wilson
+from wav.evaluation.intervals import paired_difference
 from wav.evaluation.protocol import code_digest
-from wav.evaluation.records import EpisodeRecord, read_record
+from wav.evaluation.records import EpisodeRecord, read_record, summarise
+from wav.evaluation.within import step_limits
 from wav.io.files import canonical_digest, read_json, write_json
 from wav.local import PROJECT
 from wav.planning import VARIANTS
-from wav.planning.scores import SCORES
 from wav.planning.types import Levels
 from wav.policy.export import policy_from_stages
 from wav.policy.policy import Policy
 from wav.sim.env import Observation
 from wav.sim.futures import Branch, branches, execute_all
+from wav.sim.registry import select_tasks
 from wav.sim.workers import SimPool
 
-MODES = ("none", "future", "value", "both")
-AXES = ("base", "coupling", "score", "passes", "act_on", "phi", "gate", "K", "M", "N", "budget")
-AXES = (*AXES, "alpha", "beta", "K1", "K2")
-#: Time limits: these multiples of the direct demonstrations' median length, besides the protocol's limit.
+#: Success is reported within these multiples of the direct expert's steps, besides ``eval_libero.within`` and at all.
 WITHIN = (1.0, 1.25, 1.5, 2.0)
+#: Axes whose cells differ in what scores are worth, and in what the noises decide.
 RANKED, USED = ("base", "coupling", "score", "passes"), ("base", "coupling", "passes")
+CANDIDATES, BASE_CANDIDATES = 16, 32
 TRAINED = ("train_value", "train_joint")
-CANDIDATES = 16
-#: Seconds of a core per environment step, rendering included (benchmarks/results/evaluate-cpu.json), and how full the
-#: batches of an evaluation are (benchmarks/results/tabletop-default.json): for the hours alone.
-STEP_SECONDS, FILLED = 0.0125, 0.6
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One setting: ``planner`` whole, the video passes' noise levels, and the mode of coupling trained with."""
-
-    axis: str
-    value: str
-    planner: PlannerSettings
-    schedule: tuple[float, ...]
-    mode: str
-
-    @property
-    def name(self) -> str:
-        """Of its file."""
-        return f"{self.axis}={self.value}"
-
-
-def planner_with(planner: PlannerSettings, change: Mapping[str, Any]) -> PlannerSettings:
-    """``planner`` with a change; elites are no more than the candidates then are."""
-    new = planner.model_dump() | dict(change)
-    new["video_elites"] = min(new["video_elites"], new["video_samples"])
-    new["value_elites"] = min(new["value_elites"], new["video_samples"] * new["value_samples"])
-    return PlannerSettings.model_validate(new)
-
-
-def build_cells(settings: Settings, mode: str, schedule: tuple[float, ...], axes: Sequence[str]) -> list[Cell]:
-    """The cells of ``axes`` around the workspace's planner, trained ``mode`` and ``schedule``."""
-    base, coupling = settings.planner, settings.coupling
-    budget, most = base.iterations * base.video_samples, base.video_samples * base.value_samples
-    sweeps: dict[str, dict[Any, dict[str, Any]]] = {
-        "base": {"base": {}},
-        "K": {k: {"iterations": k} for k in (1, 2, 3, 5)},
-        "M": {m: {"video_samples": m} for m in (2, 4, 8, 16)},
-        "N": {n: {"value_samples": n} for n in (1, 2, 4, 8)},
-        "budget": {f"{k}x{budget // k}": {"iterations": k, "video_samples": budget // k} for k in (1, 2, 4)},
-        "alpha": {share: {"alpha": share} for share in (0.1, 0.5, 1.0)},
-        "beta": {share: {"beta": share} for share in (0.1, 0.5, 1.0)},
-        "K1": {k: {"video_elites": k} for k in (1, 2, 4, 8) if k <= base.video_samples},
-        "K2": {k: {"value_elites": k} for k in (1, 4, 8, 16) if k <= most},
-        "score": {name: {"score": name} for name in SCORES},
-        "phi": {name: {"phi": name} for name in ("max", "mean")},
-        "act_on": {name: {"act_on": name} for name in ("sample", "winner")},
-        "gate": {gate: {"gate": gate} for gate in (0.0, 0.02, 0.05, 0.1)},
-    }
-    low, high = coupling.future_levels
-    last = schedule[-1] if schedule[-1] < 1 else (low + high) / 2
-    passes = {1: (1.0,), 2: (1.0, last), 3: (1.0, (1 + last) / 2, last)}
-    cells = []
-    for axis in axes:
-        if axis == "coupling":
-            deep = {other: passes[len(schedule) if len(schedule) > 1 else 2] for other in ("future", "both")}
-            levels = {"none": (1.0,), "value": (1.0,), **deep} | {mode: schedule}
-            cells += [Cell(axis, other, base, levels[other], other) for other in MODES]
-        elif axis == "passes":
-            allowed = passes if mode in ("future", "both") else {1: (1.0,)}
-            cells += [Cell(axis, str(count), base, levels, mode) for count, levels in allowed.items()]
-        else:
-            changes = sweeps[axis].items()
-            cells += [Cell(axis, str(name), planner_with(base, change), schedule, mode) for name, change in changes]
-    return cells
 
 
 @dataclass
 class Source:
     """A trained workspace."""
 
-    workspace: Path
+    folder: Path
     settings: Settings
     policy: Policy
     checkpoint: str
     store: EpisodeStore
 
     @classmethod
-    def open(cls, workspace: Path, device: str) -> Source:
-        """What `dvc repro train_joint` left; raises DataError or CheckpointError where a part is missing."""
-        settings = load_settings(workspace / "params.yaml")
-        policy, checkpoint = policy_from_stages(
-            workspace / "models" / "joint",
-            workspace / "data" / "latents",
-            settings.data,
-            settings.planner,
-            batch_size=settings.eval_libero.batch_size,
-            device=device,
-        )
-        return cls(workspace, settings, policy, checkpoint.digest, EpisodeStore.open(workspace / "data" / "episodes"))
+    def open(cls, folder: Path, device: str) -> Source:
+        """What `dvc repro train_joint` left; DataError or CheckpointError where a part is missing."""
+        settings = load_settings(folder / "params.yaml")
+        parts = folder / "models" / "joint", folder / "data" / "latents", settings.data, settings.planner
+        policy, checkpoint = policy_from_stages(*parts, batch_size=settings.eval_libero.batch_size, device=device)
+        return cls(folder, settings, policy, checkpoint.digest, EpisodeStore.open(folder / "data" / "episodes"))
 
     def planning(self, cell: Cell) -> Policy:
         """The policy with the cell's planner and levels."""
@@ -160,16 +90,14 @@ class Source:
         policy.planner, policy.levels = cell.planner, Levels(cell.schedule, self.policy.levels.value)
         return policy
 
-
-def limits(store: EpisodeStore) -> list[int]:
-    """Time limits in environment steps, by the direct demonstrations that succeeded (all, where none is direct)."""
-    done = [info for info in store.episodes if info.success]
-    lengths = [info.length for info in done if info.style == "direct"] or [info.length for info in done]
-    return [round(factor * statistics.median(lengths)) for factor in WITHIN]
+    def beside(self, mode: str) -> Path:
+        """The workspace in which another mode of coupling is trained."""
+        own = self.folder.resolve()
+        return PROJECT / "workspaces" / f"{'study' if own == PROJECT else own.name}-{mode}"
 
 
 def cost(policy: Policy, observations: Sequence[Observation], repeats: int = 3) -> dict[str, dict[str, float]]:
-    """Median seconds and peak memory of a policy call of one full batch, per variant."""
+    """Median seconds and peak memory of a policy call on ``observations``, per variant."""
     found, rows, cuda = {}, list(range(len(observations))), policy.model.device.type == "cuda"
     for variant in VARIANTS:
         seconds = []
@@ -188,33 +116,21 @@ def cost(policy: Policy, observations: Sequence[Observation], repeats: int = 3) 
     return found
 
 
-def outcome(records: Sequence[EpisodeRecord], within: Sequence[int]) -> dict[str, Any]:
-    """Success with Wilson's interval, without and within time limits, and steps to success."""
-    solved = [record.steps for record in records if record.solved]
-    ranks = sorted([*solved, *[float("inf")] * (len(records) - len(solved))])
-    median = ranks[len(ranks) // 2]
-    return {
-        "success": wilson(len(solved), len(records)).as_dict(),
-        "within": {str(w): wilson(sum(s <= w for s in solved), len(records)).as_dict() for w in within},
-        "median_steps": median if median < float("inf") else None,
-        "mean_steps_to_success": statistics.mean(solved) if solved else None,
-    }
+def records_of(folder: Path) -> list[EpisodeRecord]:
+    """Finished episodes of a cell."""
+    return [read_record(path) for path in sorted((folder / "episodes").glob("*/*.json"))]
 
 
-def paired(one: Sequence[EpisodeRecord], two: Sequence[EpisodeRecord], within: Sequence[int]) -> dict[str, Any]:
-    """Differences over the episodes that both have, without (``limit``) and within time limits."""
-    a, b = ({(r.task, r.init_index): r for r in records} for records in (one, two))
-    common = sorted(a.keys() & b.keys())
-    found = {}
-    for name, most in [("limit", sys.maxsize), *((str(w), w) for w in within)]:
-        sides = ([side[cell].solved and side[cell].steps <= most for cell in common] for side in (a, b))
-        found[name] = paired_difference(*sides).as_dict()
+def against(
+    records: Sequence[EpisodeRecord], base: Sequence[EpisodeRecord], steps: Mapping[str, int]
+) -> dict[str, Any]:
+    """Planned episodes of two cells, paired: success within ``steps`` of each task, and at all (``limit``)."""
+    sides = [{(r.task, r.init_index): r for r in several if r.variant == "planned"} for several in (records, base)]
+    common, found = sorted(sides[0].keys() & sides[1].keys()), {}
+    for name, limits in (("within", steps), ("limit", {})):
+        solved = [[s[k].solved and s[k].steps <= limits.get(k[0], s[k].steps) for k in common] for s in sides]
+        found[name] = paired_difference(*solved).as_dict()
     return found
-
-
-def records_of(folder: Path, variant: str) -> list[EpisodeRecord]:
-    """Finished episodes of an evaluation."""
-    return [read_record(path) for path in sorted((folder / "episodes" / variant).glob("*.json"))]
 
 
 @dataclass
@@ -223,33 +139,33 @@ class Study:
 
     source: Source
     out: Path
-    episodes: int
+    protocol: EvalLiberoSettings
     states: int
-    runtime: Runtime
-    found: list[Branch] | None = None
+    runtime: Runtime = field(default_factory=Runtime)
+    branches: list[Branch] = field(default_factory=list)
 
     def source_of(self, cell: Cell) -> Source:
         """The workspace of the cell's mode, trained now where it is another one's and not there yet."""
+        own = self.source.settings
         if cell.mode == self.source.policy.coupling.mode:
             return self.source
-        folder = workspace_of(self.source, cell)
-        coupling = {"mode": cell.mode, "video_schedule": cell.schedule}
-        settings = self.source.settings.model_dump() | {
-            "coupling": self.source.settings.coupling.model_dump() | coupling
-        }
-        note = f"# {self.source.workspace / 'params.yaml'} with coupling.mode: {cell.mode}, by make study.\n"
-        fill_workspace(folder, Settings.model_validate(settings), note)
+        folder, coupling = self.source.beside(cell.mode), own.coupling.model_dump()
+        coupling |= {"mode": cell.mode, "video_schedule": cell.schedule}
+        note = f"# {self.source.folder / 'params.yaml'} with coupling.mode: {cell.mode}, by make study.\n"
+        fill_workspace(folder, Settings.model_validate(own.model_dump() | {"coupling": coupling}), note)
         subprocess.run([sys.executable, "-m", "dvc", "repro", "train_joint"], cwd=folder, check=True)
         return Source.open(folder, self.runtime.device)
 
-    def evaluation(self) -> dict[str, Any]:
-        """What the study changes in section ``eval_libero``."""
-        return {"episodes_per_task": self.episodes, "variants": VARIANTS, "swapped_episodes": 0, "videos": 0}
+    def steps(self, factor: float) -> dict[str, int]:
+        """Steps by task that are ``factor`` times the direct expert's; empty where no demonstration is direct."""
+        data = self.source.settings.data
+        tasks = [task.name for task in select_tasks(data.suite, data.tasks)]
+        return step_limits(self.source.store, self.protocol.model_copy(update={"within": factor}), tasks)
 
     def key(self, cell: Cell, checkpoint: str) -> str:
         """Digest of what decides the cell's result."""
-        parts = [cell.planner.model_dump(mode="json"), cell.schedule, checkpoint, self.episodes, self.states]
-        return canonical_digest([*parts, self.source.settings.eval_libero.model_dump(mode="json"), code_digest()])
+        planner, protocol = cell.planner.model_dump(mode="json"), self.protocol.model_dump(mode="json")
+        return canonical_digest([planner, cell.schedule, checkpoint, protocol, self.states, code_digest()])
 
     def finished(self, cell: Cell) -> dict[str, Any] | None:
         """The cell's result where it is there and still true."""
@@ -262,89 +178,71 @@ class Study:
 
     def run(self, cell: Cell, base: Cell, pool: SimPool) -> dict[str, Any]:
         """Run a cell and write its JSON; one that is the base once more takes the base's result."""
-        same = replace(cell, axis=base.axis, value=base.value) == base and cell != base
-        result = (self.finished(base) if same else None) or self.measure(cell, pool)
-        result |= {"axis": cell.axis, "value": cell.value}
+        same = self.finished(base) if cell.setting == base.setting else None
+        result = (same or self.measure(cell, pool)) | {"axis": cell.axis, "value": cell.value}
+        (self.out / "cells").mkdir(parents=True, exist_ok=True)
         write_json(self.out / "cells" / f"{cell.name}.json", result)
         return result
 
     def measure(self, cell: Cell, pool: SimPool) -> dict[str, Any]:
         """A cell's result; finished episodes of a run that was killed are kept."""
         begun, source = time.perf_counter(), self.source_of(cell)
-        key, within = self.key(cell, source.checkpoint), limits(self.source.store)
-        policy, folder = source.planning(cell), self.out / "episodes" / cell.name
-        base = self.out / "episodes" / "base=base"
-        if base != folder and not folder.exists() and (base / "episodes" / "unplanned").is_dir():
-            # acting unplanned is the same whatever the planner: a record of another key is run again
+        policy, folder, base = source.planning(cell), self.out / "episodes" / cell.name, self.out / "episodes/base=base"
+        if not folder.exists() and (base / "episodes" / "unplanned").is_dir():
+            # acting unplanned is the same whatever the planner; a record of another key is run again
             shutil.copytree(base / "episodes" / "unplanned", folder / "episodes" / "unplanned")
-        protocol = self.source.settings.eval_libero.model_copy(update=self.evaluation())
-        settings = source.settings.model_copy(update={"planner": cell.planner, "eval_libero": protocol})
-        evaluate(settings, policy, folder, pool=pool, checkpoint=source.checkpoint)
-        records = {variant: records_of(folder, variant) for variant in VARIANTS}
-        costs, planned = cost(policy, self.observations()), records["planned"]
-        sides = {name: records[name] for name in ("unplanned", "temperature")} | {"base": records_of(base, "planned")}
+        changes = {"planner": cell.planner, "eval_libero": self.protocol}
+        settings, steps = source.settings.model_copy(update=changes), self.steps(self.protocol.within)
+        metrics = evaluate(settings, policy, folder, pool=pool, checkpoint=source.checkpoint, limits=steps)
+        records, histories = records_of(folder), self.histories(self.protocol.batch_size)
+        costs = cost(policy, [history[-1] for history in histories])
+        soon = {factor: summarise(records, {}, limits) for factor in WITHIN if (limits := self.steps(factor))}
         result = {
-            "key": key,
+            "key": self.key(cell, source.checkpoint),
             "planner": cell.planner.model_dump(mode="json"),
-            "coupling": {"mode": cell.mode, "video_schedule": cell.schedule, "value_level": policy.levels.value},
+            "coupling": {"mode": cell.mode, "video_schedule": list(cell.schedule), "value_level": policy.levels.value},
             "checkpoint": source.checkpoint,
-            "variants": {name: outcome(records[name], within) | costs[name] for name in VARIANTS},
-            "paired": {f"planned-{name}": paired(planned, other, within) for name, other in sides.items()},
+            "steps": steps,
+            "variants": {name: metrics[name] | costs[name] for name in VARIANTS},
+            "within": {
+                str(factor): {name: found[name]["within"] for name in VARIANTS} for factor, found in soon.items()
+            },
+            "paired": metrics["paired"],
+            "paired_within": metrics.get("paired_within", metrics["paired"]),
+            "base": against(records, records_of(base), steps),
         }
-        every = protocol.execute_steps
         if cell.axis in USED:
-            result["use"] = noise_use(policy, held_out_histories(source.store, policy.data.views, every))
+            result["use"] = noise_use(policy, self.histories())
         if cell.axis in RANKED and self.states:
-            result["ranking"] = self.ranking(policy, source.settings, 2 * CANDIDATES if cell.axis == "base" else 0)
-        result["seconds"] = round(time.perf_counter() - begun, 1)
-        return result
+            result["ranking"] = self.rank(policy, BASE_CANDIDATES if cell.axis == "base" else CANDIDATES)
+        return result | {"seconds": round(time.perf_counter() - begun, 1)}
 
-    def ranking(self, policy: Policy, settings: Settings, count: int) -> dict[str, Any]:
-        """Scores beside what executing the candidates returned, from the same states in every cell."""
-        data, workers = settings.data, self.runtime.workers
-        if self.found is None:
-            self.found = branches(data, range(self.states), 2, settings.eval_libero.execute_steps, workers)
-        run = lambda chunks: execute_all(data, chunks, workers)  # noqa: E731
-        return ranking(policy, self.found, run, settings.label_rewards, count or CANDIDATES)
+    def rank(self, policy: Policy, count: int) -> dict[str, Any]:
+        """Scores beside what executing ``count`` candidates returned, from the same states in every cell."""
+        settings, workers = self.source.settings, self.runtime.workers
+        self.branches = self.branches or branches(
+            settings.data, range(self.states), 2, self.protocol.execute_steps, workers
+        )
+        executed = lambda chunks: execute_all(settings.data, chunks, workers)  # noqa: E731
+        return ranking(policy, self.branches, executed, settings.label_rewards, count)
 
-    def observations(self) -> list[Observation]:
-        """A full batch of first observations of held-out demonstrations."""
-        store, views = self.source.store, self.source.policy.data.views
-        held, size = held_out_episodes(store), self.source.policy.batch_size
-        return [observed(store[held[i % len(held)]], 0, views) for i in range(size)]
+    def histories(self, *count: int) -> list[list[Observation]]:
+        """What the policy has seen at states of held-out demonstrations."""
+        return held_out_histories(self.source.store, self.source.policy.data.views, self.protocol.execute_steps, *count)
 
-    def hours(self, cells: Sequence[Cell]) -> tuple[float, float]:
-        """Hours that evaluating and that training for ``cells`` will take, from one call of the base measured now."""
-        settings, store, mode = self.source.settings, self.source.store, self.source.policy.coupling.mode
-        costs, size = cost(self.source.policy, self.observations(), 1), settings.eval_libero.batch_size
-        unplanned, planned = (costs[name]["seconds_a_call"] for name in ("unplanned", "planned"))
-        searched = (planned - unplanned) / max(1, work(settings.planner, self.source.policy.levels.video))
-        steps, workers = limits(store)[2], self.runtime.workers or os.cpu_count() or 1
-        episodes = self.episodes * len({info.task for info in store.episodes})
-        total = 0.0
-        for cell in cells:
-            if cell.planner == settings.planner and cell.axis not in ("base", "coupling", "passes"):
-                continue  # the base once more
-            alone = cell.axis in ("base", "passes", "coupling")  # whose unplanned episodes no other cell has
-            seconds = (2 + alone) * unplanned + 2 * searched * work(cell.planner, cell.schedule)
-            total += episodes * steps / settings.eval_libero.execute_steps * seconds / (FILLED * size)
-            executed = 4 * self.states * CANDIDATES * settings.data.action_chunk if cell.axis in RANKED else 0
-            total += (episodes * steps * (2 + alone) + executed) * STEP_SECONDS / workers
-        stages = self.source.workspace / "reports" / "stages"
-        training = sum(read_json(stages / f"{name}.json", "run `dvc repro`")["seconds"] for name in TRAINED)
-        missing = {c.mode for c in cells if c.mode != mode and not (workspace_of(self.source, c) / "dvc.lock").exists()}
-        return total / 3600, len(missing) * training / 3600
-
-
-def work(planner: PlannerSettings, schedule: Sequence[float]) -> int:
-    """What a search costs, in passes of the video model and of the value flow."""
-    return planner.iterations * planner.video_samples * (len(schedule) + planner.value_samples)
-
-
-def workspace_of(source: Source, cell: Cell) -> Path:
-    """Where the cell's mode of coupling is trained."""
-    own = source.workspace.resolve()
-    return PROJECT / "workspaces" / f"{'study' if own == PROJECT else own.name}-{cell.mode}"
+    def hours(self, cells: Sequence[Cell], base: Cell) -> str:
+        """What ``cells`` will take, by what the workspace's own evaluation and training took."""
+        reports, own = self.source.folder / "reports", self.source.policy.coupling.mode
+        timing = read_json(reports / "eval" / "metrics.json", "run `dvc repro eval_libero`")["timing"]
+        tasks = {row.task for row in self.source.store.episodes}
+        episodes = len(VARIANTS) * self.protocol.episodes_per_task * len(tasks)
+        work = sum(cell.work / base.work for cell in cells if cell == base or cell.setting != base.setting)
+        stages = [read_json(reports / "stages" / f"{name}.json", "run `dvc repro`") for name in TRAINED]
+        modes = {cell.mode for cell in cells if not (self.source.beside(cell.mode) / "dvc.lock").exists()} - {own}
+        return (
+            f"about {episodes * work / timing['episodes_per_hour']:.1f} hours of episodes, "
+            f"{len(modes) * sum(stage['seconds'] for stage in stages) / 3600:.1f} of training"
+        )
 
 
 def say(text: str) -> None:
@@ -353,12 +251,23 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def finish(study: Study, cells: Sequence[Cell]) -> None:
+    """What the base imagines beside the truth, then one JSON, the plots and the summary."""
+    source, plots = study.source, study.out / "plots"
+    rewards = RewardStore.open(source.folder / "data" / "rewards", source.store)
+    write_json(study.out / "truth.json", truth(source.policy, source.store, rewards, source.settings, study.out))
+    chosen_and_rejected(source.policy, source.store, plots)
+    head = {"command": "make study", "commit": commit(), "machine": machine(), "suite": source.settings.data.suite}
+    write_summary(
+        study.out, head | {"settings": source.settings.model_dump(mode="json")}, [cell.name for cell in cells]
+    )
+    say(f"{study.out / 'summary.md'}")
+
+
 def main() -> None:
     """State the hours, run what is missing, write tables and plots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "workspace", nargs="?", type=Path, default=Path(), help="a workspace with a trained joint model"
-    )
+    parser.add_argument("workspace", nargs="?", type=Path, default=Path(), help="with a trained joint model")
     parser.add_argument("--out", type=Path, help="instead of WORKSPACE/reports/study")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, metavar="AXIS", help=", ".join(AXES))
     parser.add_argument("--episodes", type=int, default=50, help="initial states of each task, at most 50")
@@ -368,34 +277,22 @@ def main() -> None:
     runtime = Runtime()
     torch.set_num_threads(runtime.threads or os.cpu_count() or 1)
     source = Source.open(chosen.workspace, runtime.device)
-    study = Study(source, chosen.out or chosen.workspace / "reports" / "study", chosen.episodes, chosen.states, runtime)
-    axes = ["base", *(axis for axis in chosen.axes if axis != "base")]  # what every other cell is compared with
-    cells = build_cells(source.settings, source.policy.coupling.mode, source.policy.levels.video, axes)
+    changes = {"episodes_per_task": chosen.episodes, "variants": VARIANTS, "swapped_episodes": 0, "videos": 0}
+    protocol = source.settings.eval_libero.model_copy(update=changes)
+    study = Study(source, chosen.out or chosen.workspace / "reports" / "study", protocol, chosen.states, runtime)
+    cells = build_cells(source.settings.planner, source.policy.coupling, chosen.axes)
     left = [cell for cell in cells if study.finished(cell) is None]
-    evaluating, training = study.hours(left)
-    say(f"{len(cells)} cells, {len(left)} to run: about {evaluating:.1f} hours, and {training:.1f} of training")
+    say(f"{len(cells)} cells, {len(left)} to run: {study.hours(left, cells[0])}")
     if chosen.dry:
         say("\n".join(f"  {cell.name}{'' if cell in left else ' (finished)'}" for cell in cells))
         return
-    (study.out / "cells").mkdir(parents=True, exist_ok=True)
     data = source.settings.data
-    with SimPool(data.suite, data, workers=runtime.workers, slots=source.settings.eval_libero.batch_size) as pool:
+    with SimPool(data.suite, data, workers=runtime.workers, slots=protocol.batch_size) as pool:
         for number, cell in enumerate(left, 1):
             result = study.run(cell, cells[0], pool)
-            rates = {name: 100 * found["success"]["success_rate"] for name, found in result["variants"].items()}
-            shown = ", ".join(f"{name} {rate:.0f}%" for name, rate in rates.items())
-            say(f"{number}/{len(left)} {cell.name}: {shown}, {result['seconds']:.0f} s")
-    rewards = RewardStore.open(source.workspace / "data" / "rewards", source.store)
-    write_json(study.out / "truth.json", truth(source.policy, source.store, rewards, source.settings, study.out))
-    chosen_and_rejected(source.policy, source.store, study.out / "plots")
-    head = {"command": "make study", "commit": commit(), "machine": machine(), "suite": data.suite}
-    head |= {
-        "limits": limits(source.store),
-        "episodes": chosen.episodes,
-        "settings": source.settings.model_dump(mode="json"),
-    }
-    write_summary(study.out, head, [cell.name for cell in cells])
-    say(f"{study.out / 'summary.md'}")
+            rates = [f"{name} {100 * found['success_rate']:.0f}%" for name, found in result["variants"].items()]
+            say(f"{number}/{len(left)} {cell.name}: {', '.join(rates)}, {result['seconds']:.0f} s")
+    finish(study, cells)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+"""The cells of the planning study: one setting each, everything else as in the workspace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from wav.config import CouplingSettings, PlannerSettings
+from wav.planning.scores import SCORES
+
+MODES = ("none", "future", "value", "both")
+#: The base, what decides most, the paper's Fig. 4, 6 and 7 (K, M, N), one shot against iterations, its Fig. 5.
+AXES = ("base", "coupling", "score", "passes", "act_on", "phi", "gate", "K", "M", "N", "budget")
+AXES = (*AXES, "alpha", "beta", "K1", "K2")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``planner`` whole, the noise levels of the video passes, and the mode of coupling trained with."""
+
+    axis: str
+    value: str
+    planner: PlannerSettings
+    schedule: tuple[float, ...]
+    mode: str
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return f"{self.axis}={self.value}"
+
+    @property
+    def setting(self) -> tuple[Any, ...]:
+        """What is equal in cells of equal results."""
+        return self.planner, self.schedule, self.mode
+
+    @property
+    def work(self) -> int:
+        """What a policy call costs, roughly: passes of the video model and of the value flow."""
+        planner, passes = self.planner, len(self.schedule)
+        return passes + 1 + planner.iterations * planner.video_samples * (passes + planner.value_samples)
+
+
+def planner_with(planner: PlannerSettings, change: Mapping[str, Any]) -> PlannerSettings:
+    """``planner`` with a change; elites are no more than the candidates then are."""
+    new = planner.model_dump() | dict(change)
+    new["video_elites"] = min(new["video_elites"], new["video_samples"])
+    new["value_elites"] = min(new["value_elites"], new["video_samples"] * new["value_samples"])
+    return PlannerSettings.model_validate(new)
+
+
+def sweeps(base: PlannerSettings) -> dict[str, dict[Any, dict[str, Any]]]:
+    """Axis -> value -> what changes in section ``planner``."""
+    budget, most = base.iterations * base.video_samples, base.video_samples * base.value_samples
+
+    def field(name: str, values: Iterable[Any]) -> dict[Any, dict[str, Any]]:
+        return {value: {name: value} for value in values}
+
+    return {
+        "base": {"base": {}},
+        "score": field("score", SCORES),
+        "act_on": field("act_on", ("sample", "winner")),
+        "phi": field("phi", ("max", "mean")),
+        "gate": field("gate", (0.0, 0.02, 0.05, 0.1)),
+        "K": field("iterations", (1, 2, 3, 5)),
+        "M": field("video_samples", (2, 4, 8, 16)),
+        "N": field("value_samples", (1, 2, 4, 8)),
+        "budget": {f"{k}x{budget // k}": {"iterations": k, "video_samples": budget // k} for k in (1, 2, 4)},
+        "alpha": field("alpha", (0.1, 0.5, 1.0)),
+        "beta": field("beta", (0.1, 0.5, 1.0)),
+        "K1": field("video_elites", [k for k in (1, 2, 4, 8) if k <= base.video_samples]),
+        "K2": field("value_elites", [k for k in (1, 4, 8, 16) if k <= most]),
+    }
+
+
+def build_cells(base: PlannerSettings, coupling: CouplingSettings, axes: Iterable[str]) -> list[Cell]:
+    """The cells of ``axes`` around a workspace's planner and what its model was trained with, the base first."""
+    mode, schedule = coupling.mode, coupling.video_schedule
+    last = schedule[-1] if schedule[-1] < 1 else sum(coupling.future_levels) / 2
+    passes: dict[str, tuple[float, ...]] = {"1": (1.0,), "2": (1.0, last), "3": (1.0, (1 + last) / 2, last)}
+    trained = {other: passes["1" if other in ("none", "value") else "2"] for other in MODES} | {mode: schedule}
+    levels = {
+        "coupling": [(other, trained[other], other) for other in MODES],
+        "passes": [(n, found, mode) for n, found in passes.items() if coupling.future or n == "1"],
+    }
+    cells = []
+    for axis in ("base", *(axis for axis in axes if axis != "base")):
+        if axis in levels:
+            cells += [Cell(axis, value, base, *found) for value, *found in levels[axis]]
+        else:
+            changes = sweeps(base)[axis].items()
+            cells += [Cell(axis, str(v), planner_with(base, change), schedule, mode) for v, change in changes]
+    return cells
