@@ -36,7 +36,8 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> planning.Study:
     seen.submit_reset(0, TASKS[0], 0)
     ((_, reply),) = seen.wait()
     monkeypatch.setattr(planning.Study, "histories", lambda self, *count: [[reply.observation]])
-    monkeypatch.setattr(planning, "noise_use", lambda *_: {"action": {"video": 0.3, "value": 0.2, "action": 0.5}})
+    use = {"action": {"video": 0.3, "value": 0.2, "action": 0.5}}
+    monkeypatch.setattr(planning.Study, "look", lambda *_: {"use": use})
     changes = {"episodes_per_task": 3, "variants": VARIANTS, "swapped_episodes": 0, "videos": 0}
     protocol = found.eval_libero.model_copy(update=changes)
     return planning.Study(source, tmp_path / "study", protocol, states=0, runtime=Runtime())

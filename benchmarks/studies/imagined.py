@@ -13,7 +13,8 @@ from wav import plots
 from wav.config import Settings
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
-from wav.evaluation.held_out import held_out_episodes, held_out_values, observed
+from wav.data.windows import split_episodes
+from wav.evaluation.held_out import held_out_share, held_out_values, observed
 from wav.evaluation.pictures import evenly
 from wav.io.files import write_bytes
 from wav.planning.planner import Planner
@@ -24,12 +25,17 @@ from wav.policy.policy import Policy
 EPISODES = 4
 
 
+def held_out(store: EpisodeStore) -> list[int]:
+    """Indices of the episodes that no training stage saw, one of each task at least."""
+    return [int(index) for index in split_episodes(store, "validation", held_out_share(store))]
+
+
 def truth(policy: Policy, store: EpisodeStore, rewards: RewardStore, settings: Settings, out: Path) -> list[Any]:
     """Predicted return and frames along held-out demonstrations beside the real ones, as JSON, plot and pictures.
 
     ``out/truth/EPISODE/`` gets the pictures of imagined above real frames, ``out/plots/value-truth.png`` the returns.
     """
-    held = [i for i in held_out_episodes(store) if store.episodes[i].success]
+    held = [i for i in held_out(store) if store.episodes[i].success]
     found = []
     for index in [held[i] for i in evenly(len(held), EPISODES)]:
         row = held_out_values(policy, store, rewards, settings, out / "truth" / str(index), index)
@@ -52,7 +58,7 @@ def chosen_and_rejected(policy: Policy, store: EpisodeStore, out: Path, episodes
     """
     settings, view = policy.planner.model_copy(update={"iterations": 1}), policy.data.views[0]
     planner, shapes = Planner(policy.model, settings, policy.returns, policy.levels), policy.model.shapes
-    for number, index in enumerate(held_out_episodes(store)[:episodes]):
+    for number, index in enumerate(held_out(store)[:episodes]):
         episode, stride, frames = store[index], policy.data.frame_stride, policy.data.future_frames
         noise = SeededNoise([RowKey(0, f"futures/{index}", 0)], policy.model.device)
         with torch.inference_mode():

@@ -38,13 +38,16 @@ from benchmarks.studies.imagined import chosen_and_rejected, truth
 from benchmarks.studies.show import write_summary
 from infra.local.workspace import fill_workspace
 from wav.config import EvalLiberoSettings, Runtime, Settings, load_settings
+from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
 from wav.evaluation.evaluate import evaluate
+from wav.evaluation.instruments.oracle import held_out_windows, oracle
 from wav.evaluation.instruments.ranking import ranking
+from wav.evaluation.instruments.swap import swaps
 from wav.evaluation.instruments.use import held_out_histories, noise_use
 from wav.evaluation.intervals import paired_difference
-from wav.evaluation.protocol import code_digest
+from wav.evaluation.protocol import code_digest, other_instructions
 from wav.evaluation.records import EpisodeRecord, read_record, summarise
 from wav.evaluation.within import step_limits
 from wav.io.files import canonical_digest, read_json, write_json
@@ -212,10 +215,18 @@ class Study:
             "base": against(records, records_of(base), steps),
         }
         if cell.axis in USED:
-            result["use"] = noise_use(policy, self.histories())
+            result |= self.look(policy, source)
         if cell.axis in RANKED and self.states:
             result["ranking"] = self.rank(policy, BASE_CANDIDATES if cell.axis == "base" else CANDIDATES)
         return result | {"seconds": round(time.perf_counter() - begun, 1)}
+
+    def look(self, policy: Policy, source: Source) -> dict[str, Any]:
+        """Use of the noises, whether actions follow another's future and values, and errors given the true ones."""
+        folder, data, histories = source.folder / "data", source.settings.data, self.histories()
+        latents = LatentStore.open(folder / "latents", source.store)
+        windows = held_out_windows(source.store, latents, RewardStore.open(folder / "rewards", source.store), policy)
+        found = {"use": noise_use(policy, histories), "oracle": oracle(policy, windows)}
+        return found | {"swap": swaps(policy, histories, other_instructions(data))}
 
     def rank(self, policy: Policy, count: int) -> dict[str, Any]:
         """Scores beside what executing ``count`` candidates returned, from the same states in every cell."""
