@@ -92,6 +92,14 @@ def test_every_cell_is_a_setting_that_planning_takes() -> None:
         assert one_shot.planner.iterations * one_shot.planner.video_samples == 12
 
 
+def test_the_page_quotes_the_run_that_trained_as_published() -> None:
+    found = json.loads((RESULTS / "tabletop-published-form.json").read_text())
+    assert "coupling" not in found["parameters"]
+    rates = [round(100 * found["evaluation"][name]["success_rate"]) for name in VARIANTS]
+    assert rates == [98, 98, 96]
+    assert found["evaluation"]["paired"]["planned-unplanned"]["wins"] == 0
+
+
 def test_tables_of_the_page_are_those_of_the_committed_study() -> None:
     path = RESULTS / "planning-study.json"
     assert "<!-- study: coupling -->" in PAGE
