@@ -119,9 +119,8 @@ class Checkout:
             check=False,
         )
         if done.returncode != 0:
-            text = f"git {' '.join(arguments[:3])} in {folder or self.folder}: {done.stderr or done.stdout}"
-            text = re.sub(r"://[^/\s@]*@", "://***@", text)  # a remote of the checkout may hold what no log should
-            raise ServiceError(f"{' '.join(text.split())}; look there by hand")
+            said = " ".join((done.stderr or done.stdout).split())
+            raise ServiceError(f"git {' '.join(arguments[:3])} in {folder or self.folder}: {said}; look there by hand")
         return done.stdout.rstrip()
 
     def run(self, name: str, *command: str) -> Finished:

@@ -14,7 +14,7 @@ import pytest
 
 from flows.checkout import NO_SECRET, Checkout, without_secret
 from flows.retrain import retrain
-from wav.errors import ConfigError, ServiceError
+from wav.errors import ConfigError, ServiceError, StorageError, WavError
 from wav.stages import STAGES
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -206,3 +206,10 @@ def test_the_project_itself_is_no_checkout(project: Path) -> None:
     with pytest.raises(ConfigError, match="is the project"):
         Checkout(project, project, dict(os.environ), lambda line: None).prepare("HEAD", "2026-01-01")
     assert git(project, "branch", "--show-current") == "main"
+
+
+@pytest.mark.parametrize("kind", [ConfigError, ServiceError, StorageError])
+def test_no_message_repeats_what_stands_before_the_host_of_an_address(kind: type[WavError]) -> None:
+    error = kind("Prefect server at https://user:secret@host/api and s3://bucket/a@b: not up")
+    assert str(error) == "Prefect server at https://***@host/api and s3://bucket/a@b: not up"
+    assert "secret" not in repr(error)

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import reprlib
 import sys
 from collections.abc import Callable
 
+_USER = re.compile(r"(\w://)[^/\s@]*@")
+
 
 class WavError(Exception):
-    """Base class of errors that are the input's or the environment's fault, not the code's."""
+    """Base class of errors that are the input's or the environment's fault, not the code's.
+
+    Messages end in logs, artefacts and databases: what stands before the host of an address in them, which may be a
+    password or token, is left out.
+    """
+
+    def __init__(self, *told: object) -> None:
+        super().__init__(*(_USER.sub(r"\1***@", part) if isinstance(part, str) else part for part in told))
 
 
 class ConfigError(WavError, ValueError):
