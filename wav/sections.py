@@ -247,6 +247,7 @@ class TrainSettings(Section):
     spike_factor: float = Field(
         10.0, ge=0, description="stop where a recorded loss is this many times the recent rows' median; 0: never"
     )
+    max_skipped_steps: int = Field(0, ge=0, description="steps with gradients that are not finite it may drop")
     seed: int = 0
 
     @model_validator(mode="after")

@@ -38,7 +38,7 @@ from wav.training.prefetch import Prefetcher, Source, validation_inputs
 from wav.training.preflight import count_parameters, layers_to_recompute, preflight, verify_inputs
 from wav.training.record import Progress, Recorder
 from wav.training.spec import TrainSpec, code_digest
-from wav.training.step import LossMean, evaluate, learning_rate, update
+from wav.training.step import Done, LossMean, evaluate, learning_rate, update
 from wav.training.throughput import operations_per_sample, peak_memory, peak_operations, tokens_per_sample
 from wav.training.universal import Layout
 
@@ -117,19 +117,21 @@ class Trainer:
         record = last or step % self.settings.log_every == 0
         stop = self.world.any(self.interrupted)
         save = last or stop or step % self.settings.checkpoint_every == 0
-        parts, norm = update(self.engine, self.ema, self.settings, step, inputs, record or save)
-        if not math.isfinite(parts["loss"]) or (norm is not None and not math.isfinite(norm)):
-            self._diverged(step, parts["loss"], norm)
-        self.losses.add(parts)
-        progress.step(step, parts["loss"], waited)
-        if record:
+        done = update(self.engine, self.ema, self.settings, step, inputs)
+        self._check(step, done)
+        if not done.dropped:
+            self.losses.add(done.losses)
+        progress.step(step, done.losses["loss"], waited)
+        if record and self.losses.steps:
             row = self.losses.mean()
             row = dict(zip(row, self.world.mean(list(row.values())), strict=True))
             if self.recorder.is_spike(row["loss"], self.settings.spike_factor):
                 self._spiked(step, row["loss"])
             row |= {"learning_rate": learning_rate(self.settings, step - 1)}
-            if norm is not None:
-                row["grad_norm"] = norm
+            if done.norm is not None and not done.dropped:
+                row["grad_norm"] = done.norm
+            if self.engine.skipped_steps:
+                row["skipped_steps"] = float(self.engine.skipped_steps)
             row["time/samples_per_second"] = progress.rate(step)
             row["time/data_wait_share"] = waited / max(1e-9, self._elapsed() - self._seconds)
             self.recorder.add(step, row)
@@ -157,12 +159,18 @@ class Trainer:
             return
         self._say(f"{self.spec.stage}: checkpoint of step {step} in {folder}")
 
-    def _diverged(self, step: int, loss: float, norm: float | None) -> None:
-        good = self.checkpoints.newest()
-        raise TrainingError(
-            f"{self.spec.stage}.learning_rate = {self.settings.learning_rate}: loss {loss}, gradient norm {norm} at "
-            f"step {step}, training diverged; lower it (the last good checkpoint is {good or 'none yet'})"
-        )
+    def _check(self, step: int, done: Done) -> None:
+        """End a run that diverged: its loss is not finite, or more steps were dropped than it may lose."""
+        loss, count, most = done.losses["loss"], self.engine.skipped_steps, self.settings.max_skipped_steps
+        if done.dropped and count <= most:
+            self._say(f"WARNING: {self.spec.stage}: step {step} is dropped, its gradients are not finite ({count})")
+        elif done.dropped or not math.isfinite(loss):
+            good = self.checkpoints.newest()
+            raise TrainingError(
+                f"{self.spec.stage}.learning_rate = {self.settings.learning_rate}: loss {loss}, gradient norm "
+                f"{done.norm} at step {step}, training diverged; lower it, or set max_skipped_steps (now {most}) to go "
+                f"on without such steps (the last good checkpoint is {good or 'none yet'})"
+            )
 
     def _spiked(self, step: int, loss: float) -> None:
         steps = [recorded for recorded, row in self.recorder.rows if "loss" in row]
@@ -195,7 +203,8 @@ class Trainer:
         peak = peak_operations(self.world.device, self.settings)
         if peak is not None and seconds:
             metrics["mfu"] = round(every * self.operations / seconds / (peak * self.world.ranks), 5)
-        for name in ("loss", "loss_video", "loss_value", "loss_action", "validation/loss", "grad_norm"):
+        losses = ("loss", "loss_video", "loss_value", "loss_action", "validation/loss")
+        for name in (*losses, "grad_norm", "skipped_steps"):
             value = self.recorder.latest(name)
             if value is not None:
                 metrics[name.replace("/", "_")] = value

@@ -30,7 +30,16 @@ from wav.stages import STAGES, TRAINING
 _AnyTrainSettings = PretrainVideoSettings | TrainValueSettings | TrainJointSettings
 #: Parameters that change how a run is watched and kept, not what it computes: they are no part of its key.
 WATCHING = frozenset(
-    {"checkpoint_every", "keep_last", "keep_best", "keep_every", "log_every", "validate_every", "spike_factor"}
+    {
+        "checkpoint_every",
+        "keep_last",
+        "keep_best",
+        "keep_every",
+        "log_every",
+        "validate_every",
+        "spike_factor",
+        "max_skipped_steps",
+    }
 )
 #: How the work is spread. No part of the key either: a run goes on with other ranks or another ZeRO stage
 #: (:mod:`wav.training.universal`), and a finished run is not repeated because a machine has more GPUs. Each rank draws
