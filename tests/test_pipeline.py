@@ -173,6 +173,22 @@ def test_files_that_parameters_name_are_looked_at(tmp_path: Path) -> None:
     assert yaml.safe_load(dvc_yaml())["stages"][CODE_STAGE]["always_changed"]
 
 
+def test_weights_that_were_fetched_again_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub id means the snapshot that was fetched last; another one runs what starts from it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cache = tmp_path / "hub" / "models--owner--video"
+    (cache / "refs").mkdir(parents=True)
+    (tmp_path / "params.yaml").write_text("model: {init_from: owner/video}\n")
+    changed = []
+    for commit in ("one", "two"):
+        (cache / "snapshots" / commit).mkdir(parents=True)
+        (cache / "snapshots" / commit / "weights").touch()
+        (cache / "refs" / "main").write_text(commit)
+        changed.append([line.partition(":")[0] for line in write_code(tmp_path)])
+    assert changed == [list(STAGES), ["pretrain_video"]]
+    assert not list(write_code(tmp_path))
+
+
 PRESETS = sorted(path.stem for path in PROJECT.glob("presets/*.yaml"))
 
 

@@ -267,13 +267,25 @@ def write_code(workspace: Path) -> Iterator[str]:
         for name in row.outside:
             section, _, field = name.partition(".")
             value = (given.get(section) or {}).get(field)
-            if value and (listed := listing(workspace / Path(str(value)).expanduser())):
+            if value and (listed := listing(_place(workspace, str(value)))):
                 found[name] = listed
         text = json.dumps(found, indent=1) + "\n"
         if not path.is_file() or path.read_text() != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
             yield f"{row.name}: {len(found)} modules, and files that parameters name, decide its result"
+
+
+def _place(workspace: Path, value: str) -> Path:
+    """The file or folder that a parameter names; of a hub id the snapshot that was fetched last."""
+    path = workspace / Path(value).expanduser()
+    if path.exists() or value.count("/") != 1:
+        return path
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = Path(HF_HUB_CACHE) / f"models--{value.replace('/', '--')}"
+    fetched = cache / "refs" / "main"
+    return cache / "snapshots" / fetched.read_text().strip() if fetched.is_file() else path
 
 
 def listing(path: Path) -> str:
