@@ -25,6 +25,7 @@ from flows.provenance import PARENT_VARIABLE, run_url
 from wav.config import load_settings
 from wav.errors import TrainingError, WavError
 from wav.io.storage import open_store
+from wav.io.storage.base import TransferError, patiently
 from wav.io.storage.commit import fetch, publish, remote_manifest, seal
 from wav.promotion import Rules
 from wav.stages import CODE_STAGE, STAGES
@@ -33,6 +34,8 @@ FAILED = re.compile(r"failed to reproduce '([\w@.-]+)'")
 STARTED = re.compile(r"Running stage '([\w@.-]+)'")
 #: where the store keeps dvc.lock and metrics of the last retrain, by the champion's name
 RESULTS = "retrains/{}/results"
+#: how long a DVC remote that fails is asked again
+REMOTE_PATIENCE_S = 120.0
 
 
 @step("check out")
@@ -74,13 +77,33 @@ def restore_results(run: Retrain) -> None:
 
 @step("pull data")
 def pull(run: Retrain, remote: str) -> None:
-    """What ``dvc.lock`` names and the remote has; what it lacks is made again."""
+    """What ``dvc.lock`` names and the remote has; what it lacks is made again.
+
+    Raises:
+        TransferError: the remote is in trouble: taken for empty, days of training would be repeated.
+    """
     if not (run.checkout.folder / "dvc.lock").is_file():
         return
-    chosen = ("--remote", remote) if remote else ()
-    done = run.checkout.dvc("pull", "--run-cache", "--allow-missing", *chosen)
+    logger = get_run_logger()
+
+    def fetch_data() -> None:
+        done = run.checkout.dvc("fetch", "--run-cache", *(("--remote", remote) if remote else ()))
+        if done.status != 0 and not _only_missing(done):
+            raise TransferError(
+                f"retrain: dvc fetch failed: {done.tail}; {run.champion_name} stays; see to the DVC remote and start "
+                "retrain again"
+            )
+
+    patiently(fetch_data, logger.warning, REMOTE_PATIENCE_S)
+    done = run.checkout.dvc("checkout", "--allow-missing")
     if done.status != 0:
-        get_run_logger().warning("dvc pull could not fetch everything (%s); the stages make the rest", done.tail)
+        logger.warning("dvc checkout could not put everything there (%s); the stages make the rest", done.tail)
+
+
+def _only_missing(done: Finished) -> bool:
+    """Whether a fetch failed for want of files alone (DVC counts those whose folder's listing is there)."""
+    failed = [line for line in done.lines if "failed to transfer" in line or "failed to connect" in line]
+    return bool(failed) and all("[Errno 2]" in line for line in failed)
 
 
 @step("dvc repro")

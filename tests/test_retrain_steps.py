@@ -16,6 +16,7 @@ from flows import artifacts, retrain
 from flows.challenge import Retrain
 from flows.checkout import Checkout, Finished
 from tests.helpers.retrain import policy, retrain_of
+from wav.errors import StorageError
 from wav.stages import dvc_yaml
 
 
@@ -91,3 +92,38 @@ def test_a_failed_stage_is_named_with_the_places_to_look_at(run: Retrain, tmp_pa
     for place in ("/runs/flow-run/7", str(tmp_path / "dvc-repro.log"), "s3://wav/runs/7/dvc-repro.log"):
         assert place in told
     json.dumps(told)
+
+
+@pytest.mark.parametrize("failures", [0, 2, 10**6])
+def test_a_remote_in_trouble_is_waited_for_and_never_taken_for_empty(
+    run: Retrain, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("wav.io.storage.base.time.sleep", waits.append)
+    monkeypatch.setattr("wav.io.storage.base.time.monotonic", lambda: sum(waits))
+    (run.checkout.folder / "dvc.lock").write_text("stages: {}")
+    asked: list[str] = []
+
+    def dvc(*arguments: str) -> Finished:
+        asked.append(arguments[0])
+        failed = arguments[0] == "fetch" and len(asked) <= failures
+        return Finished(1, ("ERROR: failed to connect to s3",)) if failed else Finished(0, ())
+
+    monkeypatch.setattr(run.checkout, "dvc", dvc)
+    if failures > 2:
+        with pytest.raises(StorageError, match=r"dvc fetch failed: .*connect to s3; champion tabletop \(p1\) stays"):
+            retrain.pull.fn(run, "")
+        assert "checkout" not in asked
+    else:
+        retrain.pull.fn(run, "")
+        assert asked == ["fetch"] * (failures + 1) + ["checkout"]
+    assert len(waits) == len(asked) - 1 - (asked[-1] == "checkout")
+
+
+def test_files_that_the_remote_lacks_are_made_again(run: Retrain, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What DVC 3.67 says where a folder's listing is there and one of its files is not."""
+    (run.checkout.folder / "dvc.lock").write_text("stages: {}")
+    said = ("ERROR: failed to transfer 'b0' - [Errno 2] No such file or directory: 'b0'", "ERROR: failed to fetch data")
+    answers = {"fetch": Finished(1, said), "checkout": Finished(0, ())}
+    monkeypatch.setattr(run.checkout, "dvc", lambda *arguments: answers[arguments[0]])
+    retrain.pull.fn(run, "")
