@@ -1,7 +1,8 @@
 """What the Prefect server must know of this project: ``make deploy``. Doing it twice is doing it once.
 
 A process work pool ``gpu`` that runs one flow at a time, its queue, the automation that marks runs as crashed whose
-worker died (their heartbeats stop), and the deployments of ``prefect.yaml``.
+worker died (their heartbeats stop), the one that tells of failed retrains (:mod:`infra.notify`), and the deployments of
+``prefect.yaml``.
 ``python -m infra.deploy worker`` starts a worker of the pool in the project folder (:mod:`infra.worker`).
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import subprocess
 import sys
 from datetime import timedelta
@@ -24,6 +26,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
 from flows.common import begin_process, require_services
+from infra import notify
 from infra.worker import supervise
 from wav.errors import ServiceError, exit_status
 from wav.local import PROJECT
@@ -124,9 +127,14 @@ def deploy() -> None:
     with get_client(sync_client=True) as client:
         make_pool(client)
         make_automation(client, automation())
+        told = os.environ.get(notify.VARIABLE, "")
+        if told:
+            make_automation(client, notify.automation(notify.find_block(client, told)))
         make_deployments()
         names = sorted(deployment.name for deployment in client.read_deployments(limit=100))
     sys.stdout.write(f"work pool {POOL}: one flow at a time, queue {QUEUE}\nautomation: {AUTOMATION}\n")
+    who = f"{told} is told" if told else f"nobody is told (set {notify.VARIABLE}, see docs/operations.md)"
+    sys.stdout.write(f"retrains that fail, and champions that grow old: {who}\n")
     sys.stdout.write(f"deployments: {', '.join(names)}\nstart a worker: make worker\n")
 
 
