@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wav.errors import ConfigError, DataError, ServiceError
+from wav.errors import ConfigError, DataError, ServiceError, cut, shown
 from wav.hub import content_digest, is_hub_id, load_whole, read_reference, resolve, write_reference
-from wav.io.files import read_json
+from wav.io.readers import read_json, understood
 from wav.seeding import torch_generator
 
 FIELD = "encode.text"
@@ -128,11 +128,13 @@ class TextEncoder:
         self.source, self.tokens, self.device, self.dtype = source, tokens, device, dtype
         self._model_folder = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
         self._tokenizer_folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
-        config = read_json(self._model_folder / "config.json", f"{FIELD} must name a T5 encoder")
-        if config.get("model_type") != "t5" or "d_model" not in config:
-            raise DataError(f"{folder}: model type {config.get('model_type')!r} is no T5; set {FIELD} to a T5 encoder")
-        self.dim = int(config["d_model"])
-        self._vocabulary = int(config["vocab_size"])
+        path, remedy = self._model_folder / "config.json", f"set {FIELD} to a T5 encoder"
+        config = read_json(path, remedy)
+        with understood(path, remedy):
+            if config.get("model_type") != "t5" or "d_model" not in config:
+                raise DataError(f"{folder}: model type {shown(config.get('model_type'))} is no T5; {remedy}")
+            self.dim = int(config["d_model"])
+            self._vocabulary = int(config["vocab_size"])
         self._memory: dict[str, tuple[NDArray[np.float32], NDArray[np.bool_]]] = {}
 
     @classmethod
@@ -270,7 +272,7 @@ def _of_file(file: Path) -> Any:
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises Exception itself
-        raise DataError(f"{file}: is no tokenizer ({error}); fetch {FIELD} again") from error
+        raise DataError(f"{file}: is no tokenizer ({cut(error)}); fetch {FIELD} again") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     unknown = "<unk>" if tokenizer.token_to_id("<unk>") is not None else None
@@ -285,4 +287,7 @@ def _of_sentencepiece(folder: Path) -> Any:
         raise ServiceError(f"{folder / 'spiece.model'}: reading it needs protobuf; run `pip install protobuf`")
     from transformers import T5Tokenizer
 
-    return T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        return T5Tokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # of transformers, sentencepiece and protobuf
+        raise DataError(f"{folder}: is no tokenizer ({cut(error)}); fetch {FIELD} again") from error

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from wav.codec.base import CODEC_FILE, Codec, psnr
 from wav.codec.pca import PCACodec
-from wav.errors import DataError
+from wav.errors import DataError, shown
+from wav.io.readers import read_json, understood
 
 __all__ = ["Codec", "PCACodec", "load_codec", "psnr"]
 
@@ -24,14 +24,13 @@ def load_codec(source: str | Path) -> Codec:
         from wav.codec.ltx import LTXCodec  # imports torch and diffusers: only where needed
 
         return LTXCodec.from_pretrained(str(source))
-    try:
-        kind = json.loads(file.read_text())["kind"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file}: not a codec description ({error}); run the encode stage again") from None
-    if kind == PCACodec.kind:
-        return PCACodec.load(folder)
-    if kind == "ltx":
-        from wav.codec.ltx import LTXCodec
+    remedy = "run the encode stage again"
+    with understood(file, remedy):
+        kind = read_json(file, remedy)["kind"]
+        if kind == PCACodec.kind:
+            return PCACodec.load(folder)
+        if kind == "ltx":
+            from wav.codec.ltx import LTXCodec
 
-        return LTXCodec.load(folder)
-    raise DataError(f"{file}: codec kind {kind!r} is unknown; known are pca and ltx")
+            return LTXCodec.load(folder)
+    raise DataError(f"{file}: codec kind {shown(kind)} is unknown; known are pca and ltx")

@@ -27,7 +27,7 @@ from wav.codec.base import (
     check_images,
     check_latents,
 )
-from wav.errors import ConfigError, DataError
+from wav.errors import ConfigError, DataError, cut
 from wav.seeding import numpy_generator
 
 BASIS_FILE = "basis.safetensors"
@@ -252,7 +252,7 @@ class PCACodec:
         except DataError:
             raise
         except Exception as error:
-            raise DataError(f"{folder}: not a readable PCA codec ({error}); run the encode stage again") from error
+            raise DataError(f"{folder}: not a readable PCA codec ({cut(error)}); run the encode stage again") from error
         if codec.digest != header["digest"]:
             raise DataError(f"{folder}: the basis does not match its digest; restore the folder or run encode again")
         return codec

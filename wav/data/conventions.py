@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from wav.data.state import STATE_LAYOUT
-from wav.errors import DataError
+from wav.errors import DataError, shown
 
 if TYPE_CHECKING:
     from wav.config import DataSettings
@@ -87,11 +87,17 @@ class Conventions:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any], source: str = "conventions") -> Conventions:
         """Inverse of :meth:`to_json`; DataError names a missing or unknown field of ``source``."""
+        kinds = {"views": list, "image_height": int, "image_width": int, "control_hz": int, "simulator": dict}
         names = {field.name for field in fields(cls)}
+        if not isinstance(raw, Mapping):
+            raise DataError(f"{source}: holds {type(raw).__name__}, not conventions; make the folder again")
         wrong = sorted(names.symmetric_difference(raw))
         if wrong:
             raise DataError(
                 f"{source}: conventions.{wrong[0]} is {'unknown' if wrong[0] in raw else 'missing'}; "
                 "make the folder again with this version"
             )
+        for name, value in raw.items():
+            if type(value) is not kinds.get(name, str):
+                raise DataError(f"{source}: conventions.{name} = {shown(value)}: no such value; make the folder again")
         return cls(**{**raw, "views": tuple(raw["views"]), "simulator": dict(raw["simulator"])})

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from wav.errors import DataError
 from wav.io.arrays import open_array
 from wav.io.files import check_files, manifest_digest, manifest_files, read_manifest
+from wav.io.readers import understood
 
 if TYPE_CHECKING:
     from wav.codec import Codec
@@ -86,7 +87,8 @@ class LatentStore:
                 another text encoder or another frame grid; names which.
         """
         path = Path(path)
-        store = cls(path, read_manifest(path, FORMAT, VERSION, remedy=REMEDY))
+        with understood(path, REMEDY):
+            store = cls(path, read_manifest(path, FORMAT, VERSION, remedy=REMEDY))
         pairs = [
             ("episodes", store.episodes_digest, episodes.digest if episodes else None),
             ("codec", store.codec_digest, codec.digest if codec else None),

@@ -21,6 +21,7 @@ from wav.data.statistics import Statistics
 from wav.errors import DataError
 from wav.io.arrays import open_array
 from wav.io.files import check_files, manifest_digest, manifest_files, read_manifest
+from wav.io.readers import understood
 
 if TYPE_CHECKING:
     from wav.data.store import EpisodeStore
@@ -52,7 +53,8 @@ class RewardStore:
             DataError: something is missing, truncated, of another version, or made from other episodes.
         """
         path = Path(path)
-        store = cls(path, read_manifest(path, FORMAT, VERSION, remedy=REMEDY))
+        with understood(path, REMEDY):
+            store = cls(path, read_manifest(path, FORMAT, VERSION, remedy=REMEDY))
         if episodes is not None and store.episodes_digest != episodes.digest:
             raise DataError(
                 f"{path}: made from episodes {store.episodes_digest[:12]}, {episodes.path} holds "

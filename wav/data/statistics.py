@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,8 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wav.errors import CheckpointError, DataError
+from wav.errors import CheckpointError, DataError, cut, shown
 from wav.io.files import canonical_digest, read_json, write_json
+from wav.io.readers import understood
 
 Mode = Literal["quantile", "zscore_symlog"]
 Array = TypeVar("Array", NDArray[Any], torch.Tensor)
@@ -46,6 +48,20 @@ class KeyStatistics:
     def dimension(self) -> int:
         """Number of dimensions D."""
         return len(self.mean)
+
+    def check(self) -> None:
+        """ValueError or TypeError where this is not what :func:`compute_statistics` gives: NaN would reach a robot."""
+        if self.mode not in ("quantile", "zscore_symlog"):
+            raise ValueError(f"mode = {shown(self.mode)}: unknown")
+        for name in ("q01", "q99", "mean", "std", "min", "max"):
+            row = getattr(self, name)
+            if len(row) != self.dimension or not row or not all(type(x) in (int, float) and isfinite(x) for x in row):
+                raise ValueError(f"{name} = {shown(row)}: must be {self.dimension} finite numbers")
+        for low, high in (("q01", "q99"), ("min", "max")):
+            if any(a > b for a, b in zip(getattr(self, low), getattr(self, high), strict=True)):
+                raise ValueError(f"{low} is above {high}")
+        if min(self.std) < 0 or type(self.count) is not int or self.count < 1:
+            raise ValueError(f"std = {shown(self.std)}, count = {shown(self.count)}: must not be negative")
 
     @cached_property
     def _affine(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -187,13 +203,10 @@ class Statistics:
         """Inverse of :meth:`to_json`; DataError names the key of ``source`` that is malformed."""
         keys = {}
         for name, value in raw.items():
-            try:
+            with understood(f"{source}: {cut(name)}", "make the statistics again"):
                 fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
                 keys[name] = KeyStatistics(**fields)
-            except (TypeError, AttributeError) as error:
-                raise DataError(f"{source}: key {name!r} is malformed ({error}); make the statistics again") from None
-            if keys[name].mode not in ("quantile", "zscore_symlog"):
-                raise DataError(f"{source}: {name}.mode = {keys[name].mode!r}: unknown; make the statistics again")
+                keys[name].check()
         return cls(keys)
 
     def save(self, path: str | Path) -> None:

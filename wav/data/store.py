@@ -33,6 +33,7 @@ from wav.io.files import (
     read_json,
     read_manifest,
 )
+from wav.io.readers import understood
 
 FORMAT, VERSION = "wav-episodes", 1
 REMEDY = "make the episodes again with `dvc repro ingest`"
@@ -95,7 +96,9 @@ class EpisodeStore:
         Raises:
             DataError: something is missing, truncated or of another version; names the file and the remedy.
         """
-        return cls(Path(path), read_manifest(path, FORMAT, VERSION, remedy=REMEDY))
+        path = Path(path)
+        with understood(path, REMEDY):
+            return cls(path, read_manifest(path, FORMAT, VERSION, remedy=REMEDY))
 
     def _map_shard(self, index: int) -> dict[str, NDArray[Any]]:
         """Memory-map the files of one shard."""

@@ -13,6 +13,7 @@ from wav.evaluation.evaluate import applicable, check_start
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Rollout, Scheduler
 from wav.io.files import read_json
+from wav.io.readers import understood
 from wav.planning import Variant
 from wav.policy.export import load_export
 from wav.policy.policy import Policy
@@ -30,10 +31,10 @@ def exported_data(folder: Path, suite: str, tasks: Sequence[str]) -> DataSetting
         ConfigError: the export was made for another simulator.
         CheckpointError: ``settings.json`` has no section ``data``.
     """
-    settings = read_json(folder / "settings.json", "export the policy again (`dvc repro export`)")
-    if "data" not in settings:
-        raise CheckpointError(f"{folder / 'settings.json'}: section 'data' is missing; export the policy again")
-    data = DataSettings.model_validate(settings["data"])
+    path, remedy = folder / "settings.json", "export the policy again (`dvc repro export`)"
+    settings = read_json(path, remedy, CheckpointError)
+    with understood(path, remedy, CheckpointError):
+        data = DataSettings.model_validate(settings["data"])
     if data.suite != suite:
         if not {data.suite, suite} <= set(LIBERO_SUITES):
             raise ConfigError(f"--suite = {suite}: {folder} was trained on {data.suite!r}; give --suite {data.suite}")

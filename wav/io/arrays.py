@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from wav.errors import DataError
+from wav.errors import DataError, cut
 
 
 class ArrayWriter:
@@ -68,8 +68,10 @@ def open_array(path: str | Path, shape: Sequence[int | None], dtype: DTypeLike, 
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: not a readable .npy file ({error}); {remedy}") from None
+    except Exception as error:  # the header is Python text, whose parser has many ways to say no
+        raise DataError(f"{path}: not a readable .npy file ({cut(error)}); {remedy}") from None
+    if not isinstance(array, np.ndarray):  # a .npz
+        raise DataError(f"{path}: {type(array).__name__} where one array is expected; {remedy}")
     fits = array.ndim == len(shape) and all(want in (None, have) for want, have in zip(shape, array.shape, strict=True))
     if not fits or array.dtype != np.dtype(dtype):
         raise DataError(

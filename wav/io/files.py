@@ -25,8 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from wav.errors import DataError, StorageError, WavError
+from wav.errors import DataError, StorageError, WavError, shown
 from wav.io.readers import read_json as read_json  # the way back from write_json
+from wav.io.readers import understood
 
 MANIFEST = "manifest.json"
 _RENAME_EXCHANGE = 2
@@ -310,8 +311,12 @@ def _unlisted(folder: Path, listed: set[str]) -> Path | None:
 
 
 def manifest_files(manifest: Mapping[str, Any]) -> tuple[FileRecord, ...]:
-    """The files a manifest lists."""
-    return tuple(FileRecord(**record) for record in manifest["files"])
+    """The files a manifest lists; TypeError or KeyError where it is no list of records."""
+    records = tuple(FileRecord(**record) for record in manifest["files"])
+    for record in records:
+        if [type(value) for value in asdict(record).values()] != [str, int, str, str]:
+            raise TypeError(f"files: {shown(asdict(record))}")
+    return records
 
 
 def manifest_data(name: str, version: int, files: Iterable[FileRecord], content: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,9 +342,10 @@ def check_format(
     """``manifest`` itself; DataError (or ``error``) where it is of another format or version."""
     if not isinstance(manifest, dict) or manifest.get("format") != name:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise error(f"{where}: format {found!r} where {name!r} is expected; {remedy}")
-    if manifest.get("version") != version:
-        raise error(f"{where}: version {manifest.get('version')!r} of {name} where this code reads {version}; {remedy}")
+        raise error(f"{where}: format {shown(found)} where {name!r} is expected; {remedy}")
+    found = manifest.get("version")
+    if found != version or isinstance(found, bool):
+        raise error(f"{where}: version {shown(found)} of {name} where this code reads {version}; {remedy}")
     return manifest
 
 
@@ -354,7 +360,8 @@ def read_manifest(folder: str | Path, name: str, version: int, *, remedy: str) -
         raise DataError(f"{folder}: no such folder; {remedy}")
     path = folder / MANIFEST
     manifest = check_format(read_json(path, remedy), name, version, str(path), remedy)
-    check_files(manifest_files(manifest), folder, remedy=remedy)
+    with understood(path, remedy):
+        check_files(manifest_files(manifest), folder, remedy=remedy)
     return manifest
 
 

@@ -24,7 +24,7 @@ from wav.errors import DataError, WavError, cut
 TEXT_BYTES, YAML_BYTES, YAML_DEPTH, YAML_VALUES = 1 << 30, 1 << 20, 20, 100_000
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 #: what Python raises where content is not as expected
-_SURPRISES = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_SURPRISES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @contextmanager

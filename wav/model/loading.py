@@ -24,6 +24,7 @@ from torch import Tensor
 
 from wav.errors import CheckpointError
 from wav.hub import listing, refuse_partial
+from wav.io.readers import understood
 from wav.model.transformer import WAVTransformer
 from wav.model.weights import FIELD, WEIGHTS, config_beside, locate, read_config, read_weights
 
@@ -149,7 +150,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> WAVTrans
             raise CheckpointError(
                 f"{folder}/config.json: {min(names)}: {kind} option; read it with the version of wav that wrote it"
             )
-    with torch.device("meta"):
+    with understood(f"{folder}/config.json", "make or fetch the folder again", CheckpointError), torch.device("meta"):
         model: WAVTransformer = WAVTransformer.from_config(config)
     load_state(model, folder, assign=True)
     if dtype is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,8 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from wav.errors import CheckpointError, DataError, ServiceError, WavError
+from wav.errors import CheckpointError, DataError, ServiceError, WavError, shown
 from wav.hub import content_digest, fetch_command, is_hub_id, resolve, weight_index
+from wav.io.readers import read_json
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 FIELD = "model.init_from"
@@ -90,7 +90,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         CheckpointError: it is missing or not JSON.
     """
     path = Path(folder) / "config.json"
-    config: dict[str, Any] = _read_json(path, "give a local model folder with config.json")
+    config = read_json(path, "give a local model folder with config.json", CheckpointError)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: holds no configuration; fetch the folder again")
+    for name, value in config.items():  # an edited number must not make a model that takes hours to build
+        if isinstance(value, (int, float)) and not abs(value) <= (1000 if name == "num_layers" else 1e7):
+            raise CheckpointError(f"{path}: {name} = {shown(value)}: no model has that; fetch the folder again")
     return config
 
 
@@ -98,15 +103,6 @@ def config_beside(path: Path) -> dict[str, Any] | None:
     """``config.json`` of a folder or beside a file; None where there is none (GE-Base)."""
     folder = path if path.is_dir() else path.parent
     return read_config(folder) if (folder / "config.json").is_file() else None
-
-
-def _read_json(path: Path, remedy: str) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; {remedy}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); fetch it again") from None
 
 
 def _weight_index(folder: Path) -> dict[str, str] | None:

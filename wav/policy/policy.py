@@ -31,6 +31,7 @@ from wav.errors import CheckpointError, DataError
 from wav.inference.backends import noise_shapes, planner_model
 from wav.inference.threads import on_threads
 from wav.io.files import canonical_digest, file_digest, read_json
+from wav.io.readers import understood
 from wav.planning import VARIANTS, Variant
 from wav.planning.planner import Planner
 from wav.planning.types import Levels, RowKey, SeededNoise
@@ -139,31 +140,29 @@ class Policy:
         for part in ("model", "codec", "text_encoder", "statistics.json", "conventions.json", "settings.json"):
             if not (folder / part).exists():
                 raise CheckpointError(f"{folder / part}: missing; {remedy} or give a policy folder")
-        settings = read_json(folder / "settings.json", remedy)
-        try:
+        settings = read_json(folder / "settings.json", remedy, CheckpointError)
+        with understood(folder / "settings.json", f"these are no policy's settings; {remedy}", CheckpointError):
             data = DataSettings.model_validate(settings["data"])
             planner = planner or PlannerSettings.model_validate(settings["planner"])
             coupling = CouplingSettings.model_validate(settings.get("coupling", {}))
             if compile is None:
                 compile = ExportSettings.model_validate(settings.get("export", {})).compile
-        except (KeyError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{folder / 'settings.json'}: not a policy's settings ({reason}); {remedy}") from None
         weights = sorted((folder / "model").glob("*.safetensors"))
-        return cls(
-            load_model(folder / "model"),
-            load_codec(folder / "codec"),
-            TextEncoder.from_pretrained(folder / "text_encoder", tokens=data.text_tokens),
-            Statistics.load(folder / "statistics.json", remedy),
-            Conventions.from_json(read_json(folder / "conventions.json", remedy), str(folder / "conventions.json")),
-            data,
-            planner,
-            batch_size,
-            device,
-            digest=canonical_digest([file_digest(file) for file in weights]),
-            compile=compile,
-            coupling=coupling,
-        )
+        with understood(folder, remedy, CheckpointError):
+            return cls(
+                load_model(folder / "model"),
+                load_codec(folder / "codec"),
+                TextEncoder.from_pretrained(folder / "text_encoder", tokens=data.text_tokens),
+                Statistics.load(folder / "statistics.json", remedy),
+                Conventions.from_json(read_json(folder / "conventions.json", remedy), str(folder / "conventions.json")),
+                data,
+                planner,
+                batch_size,
+                device,
+                digest=canonical_digest([file_digest(file) for file in weights]),
+                compile=compile,
+                coupling=coupling,
+            )
 
     @property
     def compiled(self) -> bool:

@@ -1,0 +1,189 @@
+"""Folders that stages left and somebody or something damaged: episodes, rewards, latents, a joint model, an export."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.fuzz.tally import Tally, WrongError
+from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, Stages, make_stages
+from wav.codec import load_codec
+from wav.data.latents import LatentStore
+from wav.data.reward_store import RewardStore
+from wav.data.statistics import Statistics
+from wav.data.store import EpisodeStore
+from wav.errors import CheckpointError, WavError
+from wav.policy.export import export_policy, load_export, policy_from_stages
+from wav.policy.policy import Policy
+from wav.text import TextEncoder
+
+ODD: list[Any] = [None, True, -1, 0, 1e308, float("nan"), float("inf"), "", "x", "../x", "/etc/passwd", [], {}, [[1]]]
+ODD += [2**70, 2**31, "9" * 5000, {"a": 1}, "1", 1.5, ["x"], "\ud800"]
+#: decides what is accepted nowhere: a record of what was seen, for people
+UNREAD = ("README.md", "metrics.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stages, Path]:
+    root = tmp_path_factory.mktemp("folders")
+    stages = make_stages(root)
+    policy, checkpoint = policy_from_stages(stages.joint, stages.latents, DATA, PLANNER, batch_size=1, device="cpu")
+    settings = SETTINGS.for_stage("export")
+    return stages, export_policy(policy, checkpoint, root / "export", settings=settings, metrics=None)
+
+
+def edited(rng: np.random.Generator, text: str) -> bytes:
+    """JSON with one value replaced, removed, added or nested."""
+    data = json.loads(text)
+    where = data
+    while isinstance(where, (dict, list)) and where and rng.random() < 0.85:
+        keys = list(where) if isinstance(where, dict) else list(range(len(where)))
+        key = keys[int(rng.integers(len(keys)))]
+        if isinstance(where[key], (dict, list)) and where[key] and rng.random() < 0.7:
+            where = where[key]
+            continue
+        if rng.random() < 0.2:
+            del where[key]
+        else:
+            where[key] = ODD[int(rng.integers(len(ODD)))]
+        break
+    else:
+        data = ODD[int(rng.integers(len(ODD)))] if rng.random() < 0.5 else [data]
+    return json.dumps(data).encode()
+
+
+def damaged(rng: np.random.Generator, path: Path) -> bytes | None:
+    """Other content for a file; None: it goes away."""
+    data = bytearray(path.read_bytes())
+    at = int(rng.integers(len(data)))
+    if path.suffix == ".json" and rng.random() < 0.75:
+        return edited(rng, data.decode())
+    match int(rng.integers(13)):
+        case 0:
+            return None
+        case 1:
+            del data[at:]
+        case 2:
+            data[at] ^= 1 << int(rng.integers(8))
+        case 3:
+            data[min(at, 120) % len(data)] ^= 1 << int(rng.integers(8))
+        case 4:
+            data += b"\0" * 100
+        case 5:
+            data = bytearray(len(data))
+        case 6:
+            return b""
+        case 7:
+            with io.BytesIO() as box:
+                zipfile.ZipFile(box, "w").writestr("a.npy", b"x")
+                return box.getvalue()
+        case 8:
+            return pickle.dumps({"a": [1, 2]})
+        case 9:
+            with io.BytesIO() as box:
+                np.save(box, np.full((3, 2), np.nan))
+                return box.getvalue()
+        case 10:
+            return ("[" * 5000).encode()
+        case 11:
+            data[:0] = b"\xef\xbb\xbf"
+        case _:
+            data[:8] = rng.bytes(8)
+    return bytes(data)
+
+
+def finite(statistics: Statistics) -> None:
+    """WrongError where normalisation would give something that is no number."""
+    for name, key in statistics.keys.items():
+        if not np.isfinite(key.denormalize(key.normalize(np.zeros(key.dimension)))).all():
+            raise WrongError(f"statistics of {name} make NaN")
+
+
+def open_all(stages: Stages, export: Path, part: str) -> None:
+    """What stages and a server do with the folder ``part``."""
+    match part:
+        case "episodes":
+            store = EpisodeStore.open(stages.episodes)
+            finite(store.statistics)
+            store.verify()
+            list(map(store.__getitem__, range(len(store))))
+        case "rewards":
+            rewards = RewardStore.open(stages.rewards, EpisodeStore.open(stages.episodes))
+            finite(rewards.statistics)
+            rewards.verify()
+        case "latents":
+            latents = LatentStore.open(stages.latents, EpisodeStore.open(stages.episodes), DATA)
+            latents.verify()
+            load_codec(stages.latents / "codec")
+            TextEncoder.from_pretrained(stages.latents / "text_encoder", DATA.text_tokens)
+        case "joint":
+            policy, _ = policy_from_stages(stages.joint, stages.latents, DATA, PLANNER, batch_size=1, device="cpu")
+            finite(policy.statistics)
+        case _:
+            finite(Policy.load(export, batch_size=1, device="cpu").statistics)  # beneath the manifest's protection
+
+
+@pytest.mark.parametrize("cases", [60, pytest.param(2000, marks=pytest.mark.long)])
+def test_damaged_folders(
+    cases: int,
+    folders: tuple[Stages, Path],
+    request: pytest.FixtureRequest,
+    record_property: Callable[[str, Any], None],
+) -> None:
+    stages, export = folders
+    roots = {name: getattr(stages, name) for name in ("episodes", "rewards", "latents", "joint")} | {"export": export}
+    files = {name: sorted(p for p in root.rglob("*") if p.is_file()) for name, root in roots.items()}
+    tally = Tally(request.config.getoption("--seed"), "folders")
+    for number in range(cases):
+        rng = tally.random(number)
+        part = str(rng.choice(list(roots)))
+        path = files[part][int(rng.integers(len(files[part])))]
+        before, after = path.read_bytes(), damaged(rng, path)
+        try:
+            if after is None:
+                path.unlink()
+                if rng.random() < 0.3:
+                    path.mkdir()
+            else:
+                path.write_bytes(after)
+            with tally.case(number, path.relative_to(roots[part].parent)):
+                open_all(stages, export, part)
+                told = part == "export" or path.name in ("manifest.json", *UNREAD)
+                if after != before and not told and part != "joint":
+                    raise WrongError("other content passes every check")
+            if part == "export" and after != before:
+                with pytest.raises(CheckpointError):  # what is served is what was exported
+                    load_export(export, batch_size=1, device="cpu")
+        finally:
+            if path.is_dir():
+                shutil.rmtree(path)
+            path.write_bytes(before)
+    tally.finish(record_property)
+
+
+def test_undamaged_folders_open(folders: tuple[Stages, Path]) -> None:
+    for part in ("episodes", "rewards", "latents", "joint", "export"):
+        open_all(*folders, part)
+
+
+def test_a_manifest_that_was_edited_is_another_one(folders: tuple[Stages, Path]) -> None:
+    """Whatever follows from a folder names its manifest's digest, so an edited one fits nothing."""
+    stages, _ = folders
+    path, text = stages.episodes / "manifest.json", (stages.episodes / "manifest.json").read_text()
+    raw = json.loads(text)
+    raw["episodes"][0]["success"] = not raw["episodes"][0]["success"]
+    path.write_text(json.dumps(raw))
+    try:
+        with pytest.raises(WavError, match="made from episodes"):
+            RewardStore.open(stages.rewards, EpisodeStore.open(stages.episodes))
+    finally:
+        path.write_text(text)
