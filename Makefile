@@ -15,6 +15,11 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYTHONUNBUFFERED := 1
 export DO_NOT_TRACK := 1
+# A shell for robots (ROS) puts packages of another Python before ours, with plugins that pytest would load.
+unexport PYTHONPATH
+# Servers on this machine are never asked through a proxy.
+export NO_PROXY := $(or $(no_proxy),$(NO_PROXY),localhost),127.0.0.1,localhost,::1
+export no_proxy := $(NO_PROXY)
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 18
@@ -80,8 +85,8 @@ test: check-system $(VENV)/.installed-test ## what the tests need, then the test
 quick: $(VENV)/.installed-test ## tests that need no simulator and no server, in about a minute
 	@env $(PYTEST) -m 'not long and not smoke and not simulator and not services'
 
-check-long: check-system $(VENV)/.installed-test ## the slow checks; KILLS=n: n seeds of every kill
-	@$(BEAT) 'pytest' -- python -m pytest -m long --record benchmarks/results/check-long.json
+check-long: check-system $(VENV)/.installed-test ## the slow checks; KILLS=n: n seeds of every kill, SEED=n: other generated cases
+	@$(BEAT) 'pytest' -- python -m pytest -m long --record benchmarks/results/check-long.json --seed $(or $(SEED),0)
 
 # On a machine with torch, diffusers, safetensors, numpy and pytest alone: the same pytest line without the installs.
 check-gpu: $(VENV)/.installed-test ## checks on a CUDA GPU (skipped, with the reason, without one)

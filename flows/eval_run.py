@@ -21,7 +21,8 @@ from flows.provenance import dvc_hash
 from wav.config import load_settings, parse_settings
 from wav.errors import CheckpointError, ConfigError
 from wav.evaluation.start import own_store
-from wav.io.files import atomic_folder, inside, read_json
+from wav.io.files import atomic_folder, inside
+from wav.io.readers import read_json, understood
 from wav.io.storage import ObjectStore, open_store
 from wav.policy.export import load_export, verify_export
 from wav.policy.policy import Policy
@@ -104,11 +105,12 @@ def prepare_export(export: Path, workspace: Path, folder: Path, changes: Changes
     Raises:
         ConfigError: another suite than the policy's, or a bad value.
     """
-    own = read_json(export / "settings.json", "export the policy again (`dvc repro export`)")
-    asked = changes.get("data", {}).get("suite")
-    if asked and asked != own["data"]["suite"]:
-        raise ConfigError(f"suite = {asked!r}: {export} was trained on {own['data']['suite']!r}; leave suite out")
-    raw = {name: dict(own[name]) for name in ("data", "model", "planner")}
+    path, remedy = export / "settings.json", "export the policy again (`dvc repro export`)"
+    own, asked = read_json(path, remedy), changes.get("data", {}).get("suite")
+    with understood(path, remedy, CheckpointError):
+        if asked and asked != own["data"]["suite"]:
+            raise ConfigError(f"suite = {asked!r}: {export} was trained on {own['data']['suite']!r}; leave suite out")
+        raw = {name: dict(own[name]) for name in ("data", "model", "planner")}
     here = load_settings(workspace / "params.yaml")
     raw |= {name: getattr(here, name).model_dump(mode="json") for name in ("eval_libero", "label_rewards")}
     for section, values in changes.items():

@@ -12,7 +12,8 @@ from typing import Any
 
 from wav.config import Settings, parameter_text, parse_settings
 from wav.errors import DataError
-from wav.io.files import read_json, write_json
+from wav.io.files import write_json
+from wav.io.readers import read_json, understood
 from wav.parameter_files import merge, read_parameters
 from wav.stages import stage as find_stage
 
@@ -75,4 +76,6 @@ def source_workspace(folder: Path) -> Path:
     """The workspace whose inputs an isolated run reads; any other folder is its own."""
     if not (folder / RUN_FILE).is_file():
         return folder
-    return Path(read_json(folder / RUN_FILE, "start the run again")["workspace"])
+    path, remedy = folder / RUN_FILE, "start the run again"
+    with understood(path, remedy):
+        return Path(read_json(path, remedy)["workspace"])

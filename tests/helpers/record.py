@@ -83,11 +83,13 @@ class Recorder:
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the file holds: totals, versions, rows by name."""
     kills = [row for row in rows.values() if "victim" in row]
+    generated = [row for row in rows.values() if "silent_wrongs" in row]
     return {
         "summary": {
             **Counter(row["outcome"] for row in rows.values()),
             "seconds": round(sum(row["seconds"] for row in rows.values())),
             "kills": len(kills),
+            **{name: sum(row[name] for row in generated) for name in ("cases", "tracebacks", "silent_wrongs")},
             "kills_survived": sum(bool(row.get("survived")) and row["outcome"] == "passed" for row in kills),
         },
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},

@@ -21,7 +21,7 @@ from ruamel.yaml.nodes import ScalarNode
 from wav.errors import DataError, WavError, cut
 
 #: bounds of a file that a person may have written; far above any real one
-TEXT_BYTES, YAML_BYTES, YAML_DEPTH, YAML_VALUES = 1 << 30, 1 << 20, 20, 100_000
+TEXT_BYTES, YAML_BYTES, YAML_DEPTH, YAML_VALUES = 1 << 28, 1 << 20, 20, 100_000
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
 #: what Python raises where content is not as expected
 _SURPRISES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)

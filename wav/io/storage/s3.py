@@ -51,6 +51,7 @@ _LOG = logging.getLogger(__name__)
 PART_BYTES = 64 << 20
 #: what a server may be silent for when it is asked whether it is there, and the whole of that question
 REACH_READ_S, REACH_S = 8, 25.0
+READ_S, BACKOFF_429_S = 60, 0.25
 
 
 Versions = list[tuple[ObjectInfo, bool]]
@@ -81,7 +82,7 @@ class S3Store:
         if found is None:
             raise StorageError(f"{self._where()}: no S3 credentials found; {CREDENTIALS_REMEDY}, or run make up")
 
-    def _connect(self, attempts: int, read_s: int = 60) -> Any:
+    def _connect(self, attempts: int, read_s: int = 0) -> Any:
         config = Config(
             region_name=self._region,
             signature_version="s3v4",
@@ -90,14 +91,14 @@ class S3Store:
             request_checksum_calculation="when_supported" if self._checksums else "when_required",
             response_checksum_validation="when_required",  # the whole file's own digest is compared
             connect_timeout=5,
-            read_timeout=read_s,
+            read_timeout=read_s or READ_S,
         )
         try:
             client = self._session.client("s3", endpoint_url=self.endpoint or None, config=config)
         except ValueError as error:
             name = f"WAV_S3_ENDPOINT = {self.endpoint!r}" if self.endpoint else f"{self.url} at AWS"
             raise ConfigError(f"{name}: {cut(error)}; use http://host:port") from None
-        client.meta.events.register("needs-retry.s3", retry_429(attempts))
+        client.meta.events.register("needs-retry.s3", retry_429(attempts, BACKOFF_429_S))
         return client
 
     def uri(self, key: str) -> str:

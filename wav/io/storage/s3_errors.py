@@ -152,11 +152,11 @@ def cause(error: ClientError, object_named: bool) -> str:
     return f"the server answered {said} to {action}; try again, then look at the server's log"
 
 
-def retry_429(attempts: int) -> Callable[..., float | None]:
+def retry_429(attempts: int, pause_s: float) -> Callable[..., float | None]:
     """A handler of botocore's ``needs-retry``: 429 is other stores' SlowDown, which its standard mode does not know."""
 
     def delay(response: Any = None, **call: Any) -> float | None:
         again = response is not None and response[0].status_code == 429 and call["attempts"] < attempts
-        return min(0.25 * 2.0 ** call["attempts"], 20.0) if again else None
+        return min(pause_s * 2.0 ** call["attempts"], 20.0) if again else None
 
     return delay
