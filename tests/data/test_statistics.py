@@ -1,5 +1,6 @@
 """Normalisation and its inverse."""
 
+import json
 import logging
 
 import numpy as np
@@ -99,8 +100,20 @@ def test_bad_input(tmp_path):
     with pytest.raises(DataError, match=r"s\.json: missing; make it"):
         Statistics.load(tmp_path / "s.json", "make it")
     (tmp_path / "s.json").write_text('{"action": {"mode": "identity"}}')
-    with pytest.raises(DataError, match="key 'action' is malformed"):
+    with pytest.raises(DataError, match=r"s\.json: action: .*missing"):
         Statistics.load(tmp_path / "s.json")
+
+
+@pytest.mark.parametrize("row", [[float("nan"), 1.0], [1.0], ["1", "2"], [True, 1.0], [float("inf"), 1.0], 1.0])
+def test_statistics_that_would_make_nan_are_refused(tmp_path, row):
+    whole = {"action": compute_statistics(np.array([[0.0, 1.0], [1.0, 2.0]]), "quantile")}
+    raw = Statistics(whole).to_json()
+    for name in ("q01", "max"):
+        (tmp_path / "s.json").write_text(json.dumps({"action": raw["action"] | {name: row}}))
+        with pytest.raises(DataError, match=r"s\.json: action: "):
+            Statistics.load(tmp_path / "s.json")
+    (tmp_path / "s.json").write_text(json.dumps(raw))
+    assert Statistics.load(tmp_path / "s.json").keys == whole
 
 
 def test_rare_large_values_are_announced(caplog):

@@ -141,7 +141,7 @@ class Policy:
             if not (folder / part).exists():
                 raise CheckpointError(f"{folder / part}: missing; {remedy} or give a policy folder")
         settings = read_json(folder / "settings.json", remedy, CheckpointError)
-        with understood(folder / "settings.json", f"these are no policy's settings; {remedy}", CheckpointError):
+        with understood(folder / "settings.json", f"these are not a policy's settings; {remedy}", CheckpointError):
             data = DataSettings.model_validate(settings["data"])
             planner = planner or PlannerSettings.model_validate(settings["planner"])
             coupling = CouplingSettings.model_validate(settings.get("coupling", {}))
