@@ -14,7 +14,7 @@ from typing import TypeVar
 from wav.errors import ServiceError
 
 Result = TypeVar("Result")
-PATIENCE_S, CALL_S = 20.0, 5.0
+PATIENCE_S, CALL_S = 15.0, 5.0
 
 
 class SilentError(ServiceError):

@@ -14,7 +14,8 @@ episode) is the row order of ``data/rewards`` and ``data/latents``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.statistics import Statistics
+from wav.errors import shown
 from wav.io.arrays import open_array
 from wav.io.files import (
     MANIFEST,
@@ -70,6 +72,21 @@ class Rejection:
     reason: str
 
 
+def _check_table(episodes: Sequence[EpisodeInfo], frames: int) -> None:
+    """ValueError where the episodes are not one after the other, all frames and no others."""
+    kinds = {"str": str, "int": int, "bool": bool}
+    offset = 0
+    for info in episodes:
+        for field in fields(info):
+            if type(getattr(info, field.name)) is not kinds[str(field.type)]:
+                raise ValueError(f"episodes: {field.name} = {shown(getattr(info, field.name))}")
+        if info.offset != offset or info.length < 1 or not 0 <= info.start <= offset or info.shard < 0:
+            raise ValueError(f"episodes: {shown(info.episode_id)} is not where the one before ends")
+        offset += info.length
+    if offset != frames:
+        raise ValueError(f"frames = {frames}: the episodes have {offset}")
+
+
 class EpisodeStore:
     """Read access to a store; open it with :meth:`open`. ``store[i]`` is an :class:`Episode` of zero-copy views."""
 
@@ -78,6 +95,7 @@ class EpisodeStore:
         self.conventions = Conventions.from_json(manifest["conventions"], str(path / MANIFEST))
         self.episodes = tuple(EpisodeInfo(**row) for row in manifest["episodes"])
         self.frames = int(manifest["frames"])
+        _check_table(self.episodes, self.frames)
         self.digest = manifest_digest(manifest)
         self.statistics = Statistics.load(path / "statistics.json", REMEDY)
         self.rejected = tuple(Rejection(**row) for row in read_json(path / "quarantine.json", REMEDY))
