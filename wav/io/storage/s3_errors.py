@@ -136,7 +136,8 @@ def cause(error: ClientError, object_named: bool) -> str:
     name, action = code(error), f"s3:{error.operation_name}"
     said = f"{name} {cut(error.response.get('Error', {}).get('Message') or '')}".rstrip()
     if name == "NoSuchBucket" or (name in MISSING and not object_named):
-        return "the bucket does not exist; create it (`make up` does for the local server), or correct WAV_STORE or WAV_S3_ENDPOINT"
+        remedy = "create it (`make up` does for the local server), or correct WAV_STORE or WAV_S3_ENDPOINT"
+        return f"the bucket does not exist; {remedy}"
     if name in MISSING:
         return "no such object; check the key or upload it first"
     if name in WRONG_KEYS:
