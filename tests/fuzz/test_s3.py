@@ -184,8 +184,6 @@ def test_another_region_is_named_and_can_be_set() -> None:
     [
         ({"AWS_PROFILE": "lab-prod"}, "AWS_PROFILE"),
         ({"AWS_CONFIG_FILE": "broken"}, "AWS configuration"),
-        ({"AWS_MAX_ATTEMPTS": "many"}, "AWS_"),
-        ({"AWS_CA_BUNDLE": "/none"}, "AWS_"),
     ],
 )
 def test_settings_of_aws_that_do_not_hold(

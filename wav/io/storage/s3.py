@@ -135,7 +135,8 @@ class S3Store:
         with self._explained(""):
             within(2 * REACH_S, learn, self._where())
         if not impatient._checksums:
-            self._checksums, self._client = False, self._connect(self._attempts)
+            self._checksums = False
+            self._client = self._connect(self._attempts)
         if not self._conditions:
             _LOG.warning("%s: the server ignores conditions on writes: no champion can be promoted there", self.url)
 
