@@ -50,7 +50,11 @@ install: check-system $(VENV)/.installed ## the environment in .venv
 check-preset:
 	@test -z '$(PRESET)' || { test -z '$(findstring /,$(PRESET))' && test -f 'presets/$(PRESET).yaml'; } || { echo "PRESET = '$(PRESET)': no such file in presets/; there are: $(patsubst presets/%.yaml,%,$(wildcard presets/*.yaml))" >&2; exit 1; }
 
-repro: check-preset install up ## the whole pipeline; PRESET=name: in workspaces/name with presets/name.yaml
+.PHONY: check-git
+check-git:
+	@git rev-parse --git-dir >/dev/null 2>&1 || { echo 'git: this folder is no repository, which dvc needs: git init && git add -A && git commit -qm start' >&2; exit 1; }
+
+repro: check-preset $(if $(PRESET),,check-git) install up ## the whole pipeline; PRESET=name: in workspaces/name with presets/name.yaml
 ifeq ($(PRESET),)
 	@$(BEAT) 'dvc repro' -- dvc repro
 	@python -m infra.local.services where .

@@ -25,7 +25,7 @@ from typing import Any
 from infra.local import ports
 from infra.local.secrets import credentials, private_folder, weed_tls, write_private
 from wav.errors import ServiceError, exit_status
-from wav.local import PROJECT, local_folder, read_env
+from wav.local import PROJECT, bypass_proxies, drop_empty_variables, local_folder, read_env
 from wav.prefect_api import STRING, URL, server_version
 from wav.processes import ending, marked, stop
 
@@ -332,7 +332,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="infra.local.services", description="local Prefect and S3 servers")
     parser.add_argument("command", choices=("up", "down", "status", "ui", "where"))
     parser.add_argument("workspace", nargs="?", default=".", type=Path)
-    chosen, folder = parser.parse_args(arguments), local_folder()
+    chosen = parser.parse_args(arguments)
+    drop_empty_variables()
+    bypass_proxies()
+    folder = local_folder()
 
     def run() -> int:
         if chosen.command in ("status", "ui"):

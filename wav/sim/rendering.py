@@ -15,11 +15,13 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from wav.errors import ServiceError
+from wav.local import local_folder
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +117,8 @@ def simulator_environment(number: int) -> dict[str, str]:
     env = {name: value for name, value in os.environ.items() if name != CUDA_VARIABLE}
     env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
     env.setdefault("PYTHONWARNINGS", "ignore")
+    if not os.access(Path(np.__file__).parents[1], os.W_OK):  # numba caches beside robosuite's files, or in a home
+        env.setdefault("NUMBA_CACHE_DIR", str(local_folder() / "numba"))
     devices = simulator_devices() if env.get("MUJOCO_GL", "egl").lower() == "egl" else ()
     if devices:
         env[DEVICE_VARIABLE] = str(devices[number % len(devices)])
