@@ -34,6 +34,7 @@ from wav.io.files import (
     write_json,
     write_manifest,
 )
+from wav.io.readers import understood
 from wav.model.loading import load_model
 from wav.policy.policy import Policy
 
@@ -128,31 +129,32 @@ def policy_from_stages(
         DataError: a file is missing or damaged.
     """
     joint = Path(joint)
-    meta, statistics = _read_checkpoint(joint)
-    for name, path in (("episodes", episodes_statistics), ("rewards", rewards_statistics)):
-        if path is not None and meta["statistics"].get(name) is not None:
-            check_statistics(meta["statistics"][name], Statistics.load(path).digest, str(path))
-    store = LatentStore.open(latents)
-    if meta["latents"] != store.digest:
-        raise CheckpointError(
-            f"{latents}: digest {store.digest[:12]} is not the {meta['latents'][:12]} that {joint} was trained on; "
-            "run `dvc repro train_joint`"
-        )
-    conventions = Conventions.from_json(read_json(joint / "conventions.json", "run `dvc repro`"), str(joint))
+    with understood(joint, "run `dvc repro train_joint`", CheckpointError):
+        meta, statistics = _read_checkpoint(joint)
+        for name, path in (("episodes", episodes_statistics), ("rewards", rewards_statistics)):
+            if path is not None and meta["statistics"].get(name) is not None:
+                check_statistics(meta["statistics"][name], Statistics.load(path).digest, str(path))
+        store = LatentStore.open(latents)
+        if meta["latents"] != store.digest:
+            raise CheckpointError(
+                f"{latents}: digest {store.digest[:12]} is not the {meta['latents'][:12]} that {joint} was trained on; "
+                "run `dvc repro train_joint`"
+            )
+        parts = (load_model(joint / "model"), codec_of(store), text_encoder_of(store), statistics)
+        conventions = Conventions.from_json(read_json(joint / "conventions.json", "run `dvc repro`"), str(joint))
+        coupling = CouplingSettings.model_validate(meta.get("coupling", {}))
+        found = Checkpoint(meta["model_digest"], statistics.digest, meta["stage"], int(meta["steps"]), meta["key"])
     policy = Policy(
-        load_model(joint / "model"),
-        codec_of(store),
-        text_encoder_of(store),
-        statistics,
+        *parts,
         conventions,
         data,
         planner,
         batch_size=batch_size,
         device=device,
-        digest=meta["model_digest"],
-        coupling=CouplingSettings.model_validate(meta.get("coupling", {})),
+        digest=found.digest,
+        coupling=coupling,
     )
-    return policy, Checkpoint(meta["model_digest"], statistics.digest, meta["stage"], int(meta["steps"]), meta["key"])
+    return policy, found
 
 
 def export_policy(

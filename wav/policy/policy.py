@@ -149,20 +149,23 @@ class Policy:
                 compile = ExportSettings.model_validate(settings.get("export", {})).compile
         weights = sorted((folder / "model").glob("*.safetensors"))
         with understood(folder, remedy, CheckpointError):
-            return cls(
+            parts = (
                 load_model(folder / "model"),
                 load_codec(folder / "codec"),
                 TextEncoder.from_pretrained(folder / "text_encoder", tokens=data.text_tokens),
                 Statistics.load(folder / "statistics.json", remedy),
                 Conventions.from_json(read_json(folder / "conventions.json", remedy), str(folder / "conventions.json")),
-                data,
-                planner,
-                batch_size,
-                device,
-                digest=canonical_digest([file_digest(file) for file in weights]),
-                compile=compile,
-                coupling=coupling,
             )
+        return cls(
+            *parts,
+            data,
+            planner,
+            batch_size,
+            device,
+            digest=canonical_digest([file_digest(file) for file in weights]),
+            compile=compile,
+            coupling=coupling,
+        )
 
     @property
     def compiled(self) -> bool:
