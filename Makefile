@@ -37,7 +37,7 @@ check-system: ## are the system libraries for rendering there
 # torch first and alone: its wheel differs from machine to machine (CPU, CUDA), so constraints.txt does not hold it.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(BEAT) 'pip install torch' -- $(VENV)/bin/python -m pip install 'torch==2.13.0'
-	@$(BEAT) 'pip install wav' -- $(VENV)/bin/python -m pip install -c constraints.txt -e .
+	@$(BEAT) 'pip install wav' -- $(VENV)/bin/python -m pip install -c constraints.txt -e '.[all]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-libero

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
-import scipy.sparse.linalg
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
@@ -95,6 +93,9 @@ def _moments(groups: Images, patch: int) -> tuple[NDArray[np.float64], NDArray[n
 
 def _leading(covariance: NDArray[np.float64], k: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The k largest eigenvalues (descending) and eigenvectors (D, k), signs fixed by the largest entry."""
+    import scipy.linalg  # fitting needs it, using what was fitted does not
+    import scipy.sparse.linalg
+
     size = len(covariance)
     if size <= _DENSE_LIMIT or k > size // 4:
         values, vectors = scipy.linalg.eigh(covariance, subset_by_index=[size - k, size - 1])

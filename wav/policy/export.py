@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import jinja2
 import torch
 
 import wav
@@ -224,6 +223,8 @@ def model_card(
     policy: Policy, checkpoint: Checkpoint, settings: ExportedSettings, metrics: Mapping[str, Any] | None, table: str
 ) -> str:
     """The export's README.md: what it is, how to run it, what it scored, what it must not be fed."""
+    import jinja2  # what loads an export does not need it
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("wav.policy"), undefined=jinja2.StrictUndefined, trim_blocks=True
     )

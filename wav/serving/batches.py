@@ -100,6 +100,7 @@ class Batches:
 
     def __init__(self, policy: Policy, variant: Variant, seed: int, metrics: Metrics) -> None:
         self.policy, self.variant, self.seed, self.metrics = policy, variant, seed, metrics
+        self.sessions = 0  #: open ones
         self._waiting: dict[int, _Waiting] = {}  # by session, the longest waiting first
         self._work = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "wav-plan")
@@ -120,8 +121,15 @@ class Batches:
         self._work.set()
         return reply
 
+    def open(self, session: Session) -> None:
+        """Count a session."""
+        self.sessions += 1
+        self.metrics.sessions.set(self.sessions)
+
     def close(self, session: Session) -> None:
         """Forget a session whose connection has ended."""
+        self.sessions -= 1
+        self.metrics.sessions.set(self.sessions)
         self._waiting.pop(session.number, None)
         self._thread.submit(lambda: self.policy.forget(session.row))  # after the batch that may hold it
 
@@ -130,7 +138,7 @@ class Batches:
         try:
             while True:
                 await self._work.wait()
-                if len(self._waiting) < self.policy.batch_size:
+                if len(self._waiting) < min(self.policy.batch_size, self.sessions):
                     await asyncio.sleep(GATHER_SECONDS)
                 await self._plan_batch()
         finally:

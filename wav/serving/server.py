@@ -110,7 +110,7 @@ class Server:
     def __init__(self, options: Options, load: Callable[[], Policy], say: Callable[[str], None] = log.info) -> None:
         self.options, self.port, self.metrics = options, options.port, Metrics()
         self._load, self._say = load, say
-        self._ready, self._sessions, self._number = False, 0, 0
+        self._ready, self._number = False, 0
         self._readers = ThreadPoolExecutor(2, "wav-read")  # unpacking and resizing images takes milliseconds
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -183,7 +183,7 @@ class Server:
             return connection.respond(HTTPStatus.OK, self.metrics.text())
         if not self._ready:
             return connection.respond(unavailable, "the policy is being loaded; ask /healthz\n")
-        if self._sessions >= self.options.sessions:
+        if self._batches.sessions >= self.options.sessions:
             self.metrics.refused.labels("sessions").inc()
             return connection.respond(unavailable, f"{self.options.sessions} sessions are open, the most allowed\n")
         return None
@@ -192,9 +192,8 @@ class Server:
         """One connection, to its end."""
         _keep_alive(connection)
         self._number += 1
-        self._sessions += 1
-        self.metrics.sessions.inc()
         session = Session(self._number, self.options.keep_memory)
+        self._batches.open(session)
         replies: asyncio.Queue[tuple[float, Reply]] = asyncio.Queue(UNREAD_REPLIES)
         tasks = [asyncio.create_task(self._read(connection, session, replies))]
         tasks.append(asyncio.create_task(self._write(connection, replies)))
@@ -206,8 +205,6 @@ class Server:
             for ended in await asyncio.gather(*tasks, return_exceptions=True):
                 if isinstance(ended, Exception) and not isinstance(ended, (ConnectionClosed, TimeoutError)):
                     log.error("a session ended", exc_info=ended)
-            self._sessions -= 1
-            self.metrics.sessions.dec()
             self._batches.close(session)
 
     async def _read(self, connection: ServerConnection, session: Session, replies: asyncio.Queue[Any]) -> None:
@@ -278,6 +275,7 @@ async def _warm_up(policy: Policy, batches: Batches) -> None:
     grey = np.full((data.image_height, data.image_width, 3), 127, np.uint8)
     state = np.asarray(policy.statistics.key("state").mean, np.float32)
     observation, session = Observation(dict.fromkeys(data.views, grey), state, "warm up"), Session(0, False)
+    batches.open(session)
     reply = await batches.submit(session, Request(observation, True, None, None))
     batches.close(session)
     if isinstance(reply, Refusal):

@@ -9,6 +9,7 @@ next observation's.
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from typing import Any
 
@@ -36,7 +37,7 @@ class WavModelServer(ModelServer):
     Args:
         host: where the policy is served.
         port: its port.
-        api_key: its key, if it asks for one.
+        api_key_env: variable that holds its key, if it asks for one.
         execute_steps: actions executed of a chunk; None: as the policy's server advises.
     """
 
@@ -44,10 +45,10 @@ class WavModelServer(ModelServer):
         self,
         host: str = "127.0.0.1",
         port: int = 8000,
-        api_key: str | None = None,
+        api_key_env: str = "WAV_API_KEY",
         execute_steps: int | None = None,
     ) -> None:
-        self._connect = partial(Client, host, port, api_key)
+        self._connect = partial(Client, host, port, os.environ.get(api_key_env))
         self._execute_steps = execute_steps
         self._clients: dict[str, Client] = {}
         self._chunks: dict[str, list[Any]] = {}
