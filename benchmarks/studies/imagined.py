@@ -33,7 +33,7 @@ def held_out(store: EpisodeStore) -> list[int]:
 def truth(policy: Policy, store: EpisodeStore, rewards: RewardStore, settings: Settings, out: Path) -> list[Any]:
     """Predicted return and frames along held-out demonstrations beside the real ones, as JSON, plot and pictures.
 
-    ``out/truth/EPISODE/`` gets the pictures of imagined above real frames, ``out/plots/value-truth.png`` the returns.
+    ``out/truth/EPISODE/`` gets the pictures of imagined below real frames, ``out/plots/value-truth.png`` the returns.
     """
     held = [i for i in held_out(store) if store.episodes[i].success]
     found = []

@@ -17,6 +17,7 @@ Everything lies in WORKSPACE/reports/study: ``cells/``, ``episodes/``, ``truth/`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import os
 import resource
@@ -107,7 +108,8 @@ def cost(policy: Policy, observations: Sequence[Observation], repeats: int = 3) 
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory begins again
+            with contextlib.suppress(OSError):  # on Linux the peak of resident memory begins again
+                Path("/proc/self/clear_refs").write_text("5")
         for _ in range(repeats):
             for row in rows:
                 policy.reset(row, "cost", 0)
@@ -244,16 +246,17 @@ class Study:
     def hours(self, cells: Sequence[Cell], base: Cell) -> str:
         """What ``cells`` will take, by what the workspace's own evaluation and training took."""
         reports, own = self.source.folder / "reports", self.source.policy.coupling.mode
-        timing = read_json(reports / "eval" / "metrics.json", "run `dvc repro eval_libero`")["timing"]
+        rate = read_json(reports / "eval" / "metrics.json", "run `dvc repro eval_libero`")["timing"][
+            "episodes_per_hour"
+        ]
         tasks = {row.task for row in self.source.store.episodes}
         episodes = len(VARIANTS) * self.protocol.episodes_per_task * len(tasks)
         work = sum(cell.work / base.work for cell in cells if cell == base or cell.setting != base.setting)
         stages = [read_json(reports / "stages" / f"{name}.json", "run `dvc repro`") for name in TRAINED]
         modes = {cell.mode for cell in cells if not (self.source.beside(cell.mode) / "dvc.lock").exists()} - {own}
-        return (
-            f"about {episodes * work / timing['episodes_per_hour']:.1f} hours of episodes, "
-            f"{len(modes) * sum(stage['seconds'] for stage in stages) / 3600:.1f} of training"
-        )
+        evaluating = f"about {episodes * work / rate:.1f}" if rate else "an unknown number of"  # where it was resumed
+        training = len(modes) * sum(stage["seconds"] for stage in stages) / 3600
+        return f"{evaluating} hours of episodes, {training:.1f} of training"
 
 
 def say(text: str) -> None:

@@ -22,6 +22,7 @@ from wav.planning import VARIANTS
 from wav.plots import png
 
 REMEDY = "run `make study` again"
+PICTURES = ("plots/value-truth.png", "truth/*/predictions/*-imagined.png", "plots/futures-*.png")
 UNMEASURED = "Not measured yet: `make study`."
 
 
@@ -118,13 +119,14 @@ def write_summary(out: Path, head: Mapping[str, Any], names: Sequence[str]) -> N
     axes = list(dict.fromkeys(cell["axis"] for cell in study["cells"]))
     for axis in axes:
         write_bytes(out / "plots" / f"{axis}.png", plot(study, axis))
-    pictures = [*axes, *(path.stem for path in sorted((out / "plots").glob("futures-*.png"))), "value-truth"]
+    found = (path.relative_to(out) for pattern in PICTURES for path in sorted(out.glob(pattern)))
+    pictures = [*(Path("plots") / f"{axis}.png" for axis in axes), *found]
     ranks = ", ".join(f"{row['task']} ({row['style']}) {row['spearman']:.2f}" for row in study["truth"])
     text = (
         f"# Planning study: {head['suite']}\n\n{table(study)}\n\nSpearman's correlation of predicted with real return "
     )
-    text += f"along held-out demonstrations: {ranks}. Imagined above real frames: `truth/`.\n\n"
-    write_text(out / "summary.md", text + "\n\n".join(f"![{name}](plots/{name}.png)" for name in pictures) + "\n")
+    text += f"along held-out demonstrations: {ranks}. Imagined below real frames: `truth/`.\n\n"
+    write_text(out / "summary.md", text + "\n\n".join(f"![{path.stem}]({path})" for path in pictures) + "\n")
 
 
 def fill(text: str, study: Mapping[str, Any]) -> str:
