@@ -10,8 +10,8 @@ Declared dynamics, which need neither simulator nor model and take seconds on on
   over iterations.
 
 With a workspace the same on its simulator (some minutes): chunks of uniform actions, of one uniform action held, and
-the policy's own are executed from states of the expert's episodes. A segment of h states is feasible where it lies
-within epsilon of one of the demonstrated segments of its task; epsilon holds 95% of held-out demonstrations::
+the policy's own are executed from states of the expert's episodes. A segment of h positions of hand and fingers is
+feasible where it lies within epsilon of a demonstrated one of its task; epsilon holds 95% of held-out demonstrations::
 
     python -m benchmarks.studies.feasibility benchmarks/results/feasibility.json
     python -m benchmarks.studies.feasibility benchmarks/results/feasibility.json --workspace .
@@ -119,16 +119,21 @@ def declared() -> dict[str, Any]:
     return {"corridor": {"mass": masses, "rate": rates}, "search": budgets}
 
 
-def windows(store: EpisodeStore, indices: list[int], task: str, length: int) -> NDArray[np.float64]:
-    """State segments (n, length * Cs) of a task's demonstrations, in standard deviations of the state."""
-    scale = np.concatenate([store[i].state for i in range(0, len(store), 8)]).std(0) + 1e-6
+def positions(state: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Hand position and fingers (T, 5) of simulator states (T, 8), in metres; an axis-angle jumps where it turns over."""
+    return np.asarray(state, np.float64)[:, [0, 1, 2, 6, 7]]
+
+
+def windows(
+    store: EpisodeStore, indices: list[int], task: str, length: int, scale: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Segments (n, length * 5) of a task's demonstrations, in units of ``scale``."""
     found = []
     for i in indices:
-        state = np.asarray(store[i].state, np.float64) / scale
+        state = positions(store[i].state) / scale
         if store.episodes[i].task == task and len(state) >= length:
-            found.append(
-                np.lib.stride_tricks.sliding_window_view(state, length, 0).reshape(len(state) - length + 1, -1)
-            )
+            segments = np.lib.stride_tricks.sliding_window_view(state, length, 0).swapaxes(1, 2)
+            found.append(segments.reshape(len(segments), -1))
     return np.concatenate(found)
 
 
@@ -157,16 +162,16 @@ def simulated(workspace: Path, states: int) -> dict[str, Any]:
         "planned": lambda branch: policy_chunks(source.policy, branch, "planned"),
     }
     train, held = (list(map(int, split_episodes(store, part, 0.05))) for part in ("train", "validation"))
+    scale = np.concatenate([positions(store[i].state) for i in train]).std(0)
     trees: dict[tuple[str, int], tuple[cKDTree, float]] = {}
     for task in dict.fromkeys(branch.task for branch in found):
         for h in range(1, A + 1):
-            tree = cKDTree(windows(store, train, task, h))
-            trees[task, h] = tree, float(np.quantile(tree.query(windows(store, held, task, h))[0], 0.95))
-    scale = np.concatenate([store[i].state for i in range(0, len(store), 8)]).std(0) + 1e-6
+            tree = cKDTree(windows(store, train, task, h, scale))
+            trees[task, h] = tree, float(np.quantile(tree.query(windows(store, held, task, h, scale))[0], 0.95))
 
     def feasible(branch: Branch, segment: Segment, h: int) -> bool:
         tree, epsilon = trees[branch.task, h]
-        states = np.stack([seen.state for seen in segment.seen[1 : h + 1]]) / scale
+        states = positions(np.stack([seen.state for seen in segment.seen[1 : h + 1]])) / scale
         return bool(tree.query(states.reshape(-1))[0] <= epsilon)
 
     result: dict[str, Any] = {}

@@ -40,10 +40,12 @@ def truth(policy: Policy, store: EpisodeStore, rewards: RewardStore, settings: S
     for index in [held[i] for i in evenly(len(held), EPISODES)]:
         row = held_out_values(policy, store, rewards, settings, out / "truth" / str(index), index)
         rank = spearmanr(row["predicted_value"], row["real_value"]).statistic
-        found.append(row | {"style": store.episodes[index].style, "spearman": float(np.nan_to_num(rank))})
+        found.append(
+            row | {"index": index, "style": store.episodes[index].style, "spearman": float(np.nan_to_num(rank))}
+        )
     lines = {}
     for row in found:
-        label = f"{row['task']}, {row['style']}"
+        label = f"{row['task']} {row['index']}, {row['style']}"
         lines |= {f"{label}, predicted": row["predicted_value"], f"{label}, real": row["real_value"]}
     picture = plots.curves(lines, title="Return along held-out demonstrations", xlabel="policy call", ylabel="return")
     (out / "plots").mkdir(parents=True, exist_ok=True)

@@ -246,15 +246,14 @@ class Study:
     def hours(self, cells: Sequence[Cell], base: Cell) -> str:
         """What ``cells`` will take, by what the workspace's own evaluation and training took."""
         reports, own = self.source.folder / "reports", self.source.policy.coupling.mode
-        rate = read_json(reports / "eval" / "metrics.json", "run `dvc repro eval_libero`")["timing"][
-            "episodes_per_hour"
-        ]
+        timing = read_json(reports / "eval" / "metrics.json", "run `dvc repro eval_libero`")["timing"]
         tasks = {row.task for row in self.source.store.episodes}
         episodes = len(VARIANTS) * self.protocol.episodes_per_task * len(tasks)
         work = sum(cell.work / base.work for cell in cells if cell == base or cell.setting != base.setting)
         stages = [read_json(reports / "stages" / f"{name}.json", "run `dvc repro`") for name in TRAINED]
         modes = {cell.mode for cell in cells if not (self.source.beside(cell.mode) / "dvc.lock").exists()} - {own}
-        evaluating = f"about {episodes * work / rate:.1f}" if rate else "an unknown number of"  # where it was resumed
+        rate = timing["episodes_per_hour"]  # 0 where it was resumed whole
+        evaluating = f"about {episodes * work / rate:.1f}" if rate else "an unknown number of"
         training = len(modes) * sum(stage["seconds"] for stage in stages) / 3600
         return f"{evaluating} hours of episodes, {training:.1f} of training"
 
