@@ -120,7 +120,7 @@ def declared() -> dict[str, Any]:
 
 
 def positions(state: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Hand position and fingers (T, 5) of simulator states (T, 8), in metres; an axis-angle jumps where it turns over."""
+    """Hand position and fingers (T, 5) of simulator states (T, 8), in metres: an axis-angle jumps where it turns."""
     return np.asarray(state, np.float64)[:, [0, 1, 2, 6, 7]]
 
 
