@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from wav.config import DataSettings, Runtime, load_settings
-from wav.errors import ConfigError, SimulationError, exit_status
+from wav.errors import ConfigError, SimulationError, exit_status, print_any_name
 from wav.local import adopt_local_services
 from wav.planning import VARIANTS
 
@@ -411,6 +411,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    print_any_name()
     arguments = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
 

@@ -72,6 +72,13 @@ def shown(value: object) -> str:
     return cut(brief.repr(value))
 
 
+def print_any_name() -> None:
+    """Let output hold names of files, which need not be text in the terminal's encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def exit_status(run: Callable[[], int | None], prefix: str = "", interrupted: str = "interrupted") -> int:
     """Exit status of an entry point: what ``run`` returns (None: 0), 1 after a foreseeable error, 130 after Ctrl-C.
 
@@ -83,9 +90,7 @@ def exit_status(run: Callable[[], int | None], prefix: str = "", interrupted: st
         prefix: goes before the line on stderr, such as ``"wav act: "``.
         interrupted: what to say after Ctrl-C.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text in the terminal's encoding
-            stream.reconfigure(errors="backslashreplace")
+    print_any_name()
     try:
         return run() or 0
     except WavError as error:

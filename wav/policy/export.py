@@ -76,7 +76,7 @@ class Checkpoint:
 def _read_checkpoint(folder: Path) -> tuple[dict[str, Any], Statistics]:
     """``checkpoint.json`` of a stage's output and the merged statistics beside it, digests compared."""
     remedy = "run `dvc repro train_joint`"
-    meta = read_json(folder / "checkpoint.json", remedy, CheckpointError)
+    meta = read_json(folder / "checkpoint.json", remedy)
     if not isinstance(meta, dict):
         raise CheckpointError(f"{folder / 'checkpoint.json'}: holds no checkpoint's description; {remedy}")
     missing = [name for name in ("model_digest", "latents", "statistics", "stage", "steps", "key") if name not in meta]
