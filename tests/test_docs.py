@@ -151,6 +151,17 @@ def test_no_file_names_a_place_on_one_machine() -> None:
             assert not pattern.search(line), f"{name}: names a place on one machine: {line.strip()[:100]}"
 
 
+def test_nothing_advises_what_destroys() -> None:
+    """``dvc gc`` in one folder empties the cache of the others; a message once named it as the way to free the disk."""
+    advised = {}
+    for folder in ("wav", "flows", "infra"):
+        for path in (PROJECT / folder).rglob("*.py"):
+            if "dvc gc" in path.read_text():
+                advised[path.name] = "dvc gc"
+    assert not advised
+    assert "Do not run `dvc gc`" in read("docs/operations.md")
+
+
 def test_papers_agree_with_the_package() -> None:
     package = tomllib.loads(read("pyproject.toml"))["project"]
     citation = yaml.safe_load(read("CITATION.cff"))
