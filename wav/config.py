@@ -156,9 +156,7 @@ class Runtime(BaseSettings):
         description="region of the S3 server; empty: the AWS profile's, else us-east-1",
     )
     device: str = Field("auto", description="cpu, cuda, cuda:1; auto: cuda where there is one")
-    threads: int = Field(
-        0, ge=0, le=4096, description="torch threads of a single-process stage; 0: the machine's cores"
-    )
+    threads: int = Field(0, ge=0, le=4096, description="torch threads of a stage of one process; 0: the cores")
     workers: int = Field(0, ge=0, le=4096, description="simulator processes; 0: the machine's cores")
     workspace: Path = Field(Path(), description="folder that holds params.yaml and the stages' outputs")
     launcher: str = Field("", description="several nodes: starts a module on all of them, as deepspeed and srun do")
