@@ -47,7 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "K=3": {"iterations": 3},
     "K=1": {"iterations": 1},
     "K=1, warm_start": {"iterations": 1, "warm_start": True},
-    "realtime": {"iterations": 1, "warm_start": True, "score_steps": 2},
+    "realtime": {"iterations": 1, "score_steps": 2},
 }
 
 
@@ -139,7 +139,8 @@ def planned(policy: Policy, option: Option, call: Call, warm: Plan | None) -> Pl
     noise = SeededNoise([RowKey(option.seed, call.row, call.call)])
     means = None if warm is None else warm.means
     context = policy.model.begin(*call.inputs)
-    return Planner(policy.model, option.settings, policy.returns).plan(context, noise, warm=means)
+    planner = Planner(policy.model, option.settings, policy.returns, policy.levels)
+    return planner.plan(context, noise, warm=means)
 
 
 def overlap(one: Plan, two: Plan) -> float:

@@ -1,10 +1,10 @@
 """Everything that is measured on a GPU machine, in one command; it needs torch, diffusers, safetensors and numpy alone.
 
-Planning end to end (the newest camera frames in, actions on the CPU out; random weights) at K=3, at K=5 and with the
-planner settings of presets/realtime.yaml: p50 and p95, peak memory, share of the machine's measured matrix peak, the
-baseline beside ours and ours on compiled code and CUDA graphs (``--no-compile`` leaves that out). Training
-samples a second of the three stages on one GPU, plain beside ours. Instructions count as encoded already, on all sides
-(T5 needs transformers)::
+Planning end to end (the newest camera frames in, actions on the CPU out; random weights) at the published form's K=3
+and K=5, and on coupled experts as params.yaml and presets/realtime.yaml plan: p50 and p95, peak memory, share of the
+machine's measured matrix peak, the baseline beside ours and ours on compiled code and CUDA graphs (``--no-compile``
+leaves that out). Training samples a second of the three stages on one GPU, plain beside ours. Instructions count as
+encoded already, on all sides (T5 needs transformers)::
 
     python benchmarks/gpu.py --json benchmarks/results/gpu.json
     python benchmarks/gpu.py --device cpu --dtype float32 --sizes tiny --calls 3 --steps 2 --encoders none  # a trial
@@ -39,15 +39,16 @@ from wav.inference.compiled import CompiledPlannerModel
 from wav.inference.torch import TorchPlannerModel
 from wav.model import build_model
 from wav.planning.planner import Planner
-from wav.planning.types import RowKey, SeededNoise
+from wav.planning.types import PAPER, Levels, RowKey, SeededNoise
 
 SCHEDULES: dict[str, Any] = {
     "baseline": BaselinePlannerModel,
     "torch": TorchPlannerModel,
     "compiled": CompiledPlannerModel,
 }
-#: What presets/realtime.yaml changes of the planner; a test compares.
-REALTIME: dict[str, Any] = {"iterations": 1, "warm_start": True, "score_steps": 2}
+#: At which levels params.yaml plans, and what presets/realtime.yaml changes of the planner; a test compares.
+COUPLED = Levels((1.0, 0.5), 0.1)
+REALTIME: dict[str, Any] = {"iterations": 1, "score_steps": 2}
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 2.0) -> float:
@@ -73,8 +74,10 @@ def _seconds(run: Any, device: torch.device) -> float:
 class Policy:
     """Frames to actions for one robot, on one schedule: the memory's earlier latents are kept, as a policy does."""
 
-    def __init__(self, name: str, model: Any, sizes: Sizes, encoders: Any, device: torch.device) -> None:
-        self.name, self.sizes, self.encoders, self.device = name, sizes, encoders, device
+    def __init__(
+        self, name: str, model: Any, sizes: Sizes, encoders: Any, device: torch.device, levels: Levels = PAPER
+    ) -> None:
+        self.name, self.sizes, self.encoders, self.device, self.levels = name, sizes, encoders, device, levels
         shapes = noise_shapes(model, sizes.views, sizes.grid, sizes.future, sizes.chunk)
         self.adapter = SCHEDULES[name](model, shapes)
         generator = torch.Generator().manual_seed(0)
@@ -98,7 +101,8 @@ class Policy:
         context = self.adapter.begin(memory, self.text, None, self.history)
         noise = SeededNoise([RowKey(0, "gpu", index)], self.device)
         settings: Any = self.sizes.planner
-        found = Planner(self.adapter, settings, lambda values: values[..., -1]).plan(context, noise, warm=self.means)
+        planner = Planner(self.adapter, settings, lambda values: values[..., -1], self.levels)
+        found = planner.plan(context, noise, warm=self.means)
         self.means = found.means
         return found.actions.cpu()
 
@@ -118,7 +122,7 @@ def planning(sizes: Sizes, policies: dict[str, Policy], peak: float, calls: int)
                 seconds[name].append(time.perf_counter() - start)
             memory[name] = max(memory[name], found["peak"])
     settings: Any = sizes.planner
-    operations = accounting.plan_cost(accounted(sizes), settings).total
+    operations = accounting.plan_cost(accounted(sizes), settings, first.levels).total
     rows = {}
     for name, taken in seconds.items():
         p50, p95 = (float(np.quantile(taken[1:], q)) for q in (0.5, 0.95))  # the first call prepares
@@ -146,11 +150,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     with device:
         model = build_model(sizes.model, sizes, sizes.latent, sizes.caption, sizes.value_channels)  # type: ignore[arg-type]
     model = model.to(device, dtype).eval()
-    changes: dict[str, dict[str, Any]] = {f"K={k}": {"iterations": k} for k in arguments.iterations}
-    for name, change in (changes | {"realtime": REALTIME}).items():
-        chosen = replace(sizes, planner=replace(sizes.planner, **change))
+    default = SIZES["default"].planner
+    runs = {f"K={k}": (replace(sizes.planner, iterations=k), PAPER) for k in arguments.iterations}
+    runs |= {"default": (default, COUPLED), "realtime": (replace(default, **REALTIME), COUPLED)}
+    for name, (planner, levels) in runs.items():
+        chosen = replace(sizes, planner=planner)
         schedules = [s for s in SCHEDULES if not (arguments.no_compile and s == "compiled")]
-        policies = {schedule: Policy(schedule, model, chosen, encoders, device) for schedule in schedules}
+        policies = {schedule: Policy(schedule, model, chosen, encoders, device, levels) for schedule in schedules}
         result["planning"][name] = planning(chosen, policies, peak, arguments.calls)
         del policies
     del model

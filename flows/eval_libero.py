@@ -17,6 +17,7 @@ from wav.data.store import EpisodeStore
 from wav.evaluation.evaluate import evaluate
 from wav.evaluation.held_out import held_out_values
 from wav.evaluation.instruments import INSTRUMENTS
+from wav.evaluation.instruments.executed import all_returns
 from wav.evaluation.instruments.futures import futures_apart
 from wav.evaluation.instruments.oracle import held_out_windows, oracle
 from wav.evaluation.instruments.ranking import ranking
@@ -31,7 +32,7 @@ from wav.evaluation.within import step_limits
 from wav.io.files import write_json
 from wav.policy.export import Checkpoint
 from wav.policy.policy import Policy
-from wav.sim.futures import Branch, branches, execute_all
+from wav.sim.futures import Branch, branches
 from wav.sim.registry import has_simulator, select_tasks
 from wav.sim.workers import SimPool
 
@@ -92,8 +93,8 @@ def expert_states(run: StageRun) -> list[Branch]:
 def rank(run: StageRun, policy: Policy, states: Sequence[Branch]) -> dict[str, Any]:
     """Scores beside realised returns from half of the states: executing candidates is what takes long."""
     data, count, workers = run.settings.data, run.settings.eval_libero.ranked_candidates, run.runtime.workers
-    executed = functools.partial(execute_all, data, workers=workers)
-    return ranking(policy, states[::2], executed, run.settings.label_rewards, count)
+    execute = functools.partial(all_returns, data, run.settings.label_rewards, workers)
+    return ranking(policy, states[::2], execute, count)
 
 
 def instruments(run: StageRun, policy: Policy, metrics: dict[str, Any], store: EpisodeStore | None) -> None:

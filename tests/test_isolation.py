@@ -79,6 +79,7 @@ def test_an_export_is_evaluated_with_its_own_settings(workspace: Path, tmp_path:
     made = load_settings(tmp_path / "run" / "params.yaml")
     assert (made.planner.iterations, made.eval_libero.episodes_per_task, made.eval_libero.seed) == (2, 4, 3)
     assert made.data == load_settings(SMOKE).data
+    assert made.label_rewards == load_settings(workspace / "params.yaml").label_rewards
     with pytest.raises(ConfigError, match="trained on 'tabletop'"):
         prepare_export(export, workspace, tmp_path / "run", wanted_changes("libero_goal", None, 0, None, None, None))
 

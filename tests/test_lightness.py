@@ -82,10 +82,12 @@ def test_the_sizes_are_those_of_the_parameter_files() -> None:
 
 def test_the_realtime_planner_measured_on_a_gpu_is_the_presets() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from gpu import REALTIME
+    from gpu import COUPLED, REALTIME
 
     from wav.config import load_settings
+    from wav.planning.types import Levels
 
-    default, realtime = (load_settings(ROOT / file).planner for file in ("params.yaml", "presets/realtime.yaml"))
-    assert realtime == default.model_copy(update=REALTIME)
-    assert realtime != default
+    default, realtime = (load_settings(ROOT / file) for file in ("params.yaml", "presets/realtime.yaml"))
+    assert realtime.planner == default.planner.model_copy(update=REALTIME)
+    assert realtime.planner != default.planner
+    assert Levels.of(default.coupling) == Levels.of(realtime.coupling) == COUPLED

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import os
 import resource
 import shutil
@@ -43,6 +44,7 @@ from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
 from wav.evaluation.evaluate import evaluate
+from wav.evaluation.instruments.executed import all_returns
 from wav.evaluation.instruments.oracle import held_out_windows, oracle
 from wav.evaluation.instruments.ranking import ranking
 from wav.evaluation.instruments.swap import swaps
@@ -58,7 +60,7 @@ from wav.planning.types import Levels
 from wav.policy.export import policy_from_stages
 from wav.policy.policy import Policy
 from wav.sim.env import Observation
-from wav.sim.futures import Branch, branches, execute_all
+from wav.sim.futures import Branch, branches
 from wav.sim.registry import select_tasks
 from wav.sim.workers import SimPool
 
@@ -236,8 +238,8 @@ class Study:
         self.branches = self.branches or branches(
             settings.data, range(self.states), 2, self.protocol.execute_steps, workers
         )
-        executed = lambda chunks: execute_all(settings.data, chunks, workers)  # noqa: E731
-        return ranking(policy, self.branches, executed, settings.label_rewards, count)
+        executed = functools.partial(all_returns, settings.data, settings.label_rewards, workers)
+        return ranking(policy, self.branches, executed, count)
 
     def histories(self, *count: int) -> list[list[Observation]]:
         """What the policy has seen at states of held-out demonstrations."""

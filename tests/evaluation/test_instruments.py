@@ -17,9 +17,10 @@ from wav.config import LabelRewardsSettings
 from wav.data.windows import WindowBatch, split_episodes
 from wav.evaluation.held_out import held_out_share
 from wav.evaluation.instruments import ranking as ranks
+from wav.evaluation.instruments.executed import realised_return
 from wav.evaluation.instruments.futures import futures_apart
 from wav.evaluation.instruments.oracle import oracle
-from wav.evaluation.instruments.ranking import Candidates, candidates, ranking, realised_return, searches
+from wav.evaluation.instruments.ranking import Candidates, candidates, ranking, searches
 from wav.evaluation.instruments.swap import swaps
 from wav.evaluation.instruments.use import noise_use
 from wav.evaluation.tables import findings
@@ -134,8 +135,11 @@ def test_ranking_tells_a_score_that_is_right_from_one_that_is_wrong(
     def judged(policy: Policy, found: list[Candidates], samples: int) -> np.ndarray:
         return np.stack([one.values[0, :, 0, 0, 0].numpy() for one in found])
 
-    def executed(jobs: list[tuple[Branch, np.ndarray]]) -> list[list[Segment]]:
-        return [[moved(branch, chunk) for chunk in chunks] for branch, chunks in jobs]
+    def executed(jobs: list[tuple[Branch, np.ndarray]]) -> list[np.ndarray]:
+        return [np.array([returned(branch, chunk) for chunk in chunks]) for branch, chunks in jobs]
+
+    def returned(branch: Branch, chunk: np.ndarray) -> float:
+        return realised_return(branch, moved(branch, chunk), chunk, LabelRewardsSettings(), policy.data.views)
 
     def moved(branch: Branch, chunk: np.ndarray) -> Segment:
         now, by = branch.seen[-1], round(100 * float(chunk[0, 0]))
@@ -147,7 +151,7 @@ def test_ranking_tells_a_score_that_is_right_from_one_that_is_wrong(
 
     monkeypatch.setattr(ranks, "candidates", planted)
     monkeypatch.setattr(ranks, "scores", judged)
-    found = ranking(policy, branches, executed, LabelRewardsSettings(), M)
+    found = ranking(policy, branches, executed, M)
     assert found["states"] == 3
     assert found["spearman"] == pytest.approx(sign)
     assert (found["regret"] == 0) == (sign == 1)

@@ -19,6 +19,7 @@ from wav.evaluation.evaluate import evaluate
 from wav.evaluation.held_out import held_out_values
 from wav.evaluation.pictures import write_png
 from wav.evaluation.report import build_report
+from wav.evaluation.tables import metrics_table
 from wav.io.files import write_json
 
 
@@ -138,6 +139,16 @@ def test_empty_workspace_gives_a_page_that_says_so(tmp_path):
 def test_equal_data_gives_an_equal_page(workspace):
     first = build_report(workspace, settings()).read_text()
     assert build_report(workspace, settings()).read_text() == first
+
+
+def test_what_instruments_found_is_told_without_any_episode_too(tmp_path):
+    use = {"action": {"video": 0.4, "value": 0.45, "action": 0.3}}
+    metrics = {"suite": "real", "not_applicable": {"planned": "it has no simulator"}, "use": use}
+    (tmp_path / "reports" / "eval").mkdir(parents=True)
+    write_json(tmp_path / "reports" / "eval" / "metrics.json", metrics)
+    for text in (parse(build_report(tmp_path))[1], metrics_table(metrics)):
+        assert "it has no simulator" in text
+        assert "40% by the video noise, 45% by the value noise, 30% by the action noise" in text
 
 
 def test_text_from_data_cannot_become_markup(workspace, tmp_path):

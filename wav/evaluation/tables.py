@@ -73,13 +73,13 @@ def findings(metrics: Mapping[str, Any]) -> Iterator[str]:
     if (apart := metrics.get("futures")) and "distance" in apart:
         yield _apart(apart)
     for what, shares in metrics.get("use", {}).items():
-        parts = ", ".join(f"{100 * share:.0f}% by the {noise} noise" for noise, share in shares.items())
+        parts = ", ".join(f"{100 * shares[noise]:.0f}% by the {noise} noise" for noise in _NOISES if noise in shares)
         yield f"Variance of the {what} when one noise alone is drawn again: {parts}."
     for whose, shares in metrics.get("swap", {}).items():
-        parts = ", ".join(f"{100 * share:.0f}% on its {_GIVEN[what]}" for what, share in shares.items())
+        parts = ", ".join(f"{100 * shares[what]:.0f}% on its {name}" for what, name in _GIVEN.items() if what in shares)
         yield f"Share of the way to another {whose}'s action when decoded on what is imagined for that: {parts}."
     if found := metrics.get("oracle"):
-        parts = ", ".join(f"{error:.3f} {_ERRORS[name]}" for name, error in found.items())
+        parts = ", ".join(f"{found[what]:.3f} {name}" for what, name in _ERRORS.items() if what in found)
         yield f"Error of the action against held-out demonstrations (root mean square, normalised): {parts}."
     if ranked := metrics.get("ranking"):
         yield (
@@ -95,6 +95,8 @@ def findings(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield f"Realised return of the chosen candidate over the mean one (how often it is below): {parts}."
 
 
+#: in the order of the sentences; JSON's is the alphabet's
+_NOISES = ("video", "value", "action")
 _GIVEN = {"future": "future", "values": "values", "both": "future and values"}
 _ERRORS = {
     "truth": "on the true future and values",

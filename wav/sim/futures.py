@@ -12,9 +12,9 @@ them::
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,11 +91,13 @@ def branch_points(suite: str, data: DataSettings, task: str, index: int, count: 
     return [Branch(task, index, kept[i][0], seen[: i + 1], kept[i][2], final) for i in chosen]
 
 
-def execute(suite: str, data: DataSettings, branch: Branch, chunks: NDArray[np.float32]) -> list[Segment]:
-    """Execute each of ``chunks`` (M, A, 7) from the branch's state, whatever ran in this simulator before."""
+def executed(suite: str, data: DataSettings, branch: Branch, chunks: NDArray[np.float32]) -> Iterator[Segment]:
+    """Execute each of ``chunks`` (M, A, 7) from the branch's state, whatever ran in this simulator before.
+
+    One after the other, as they are asked for: all their pictures together may be gigabytes.
+    """
     env = kept_env(suite, data)
     env.reset(branch.task, branch.index)
-    segments = []
     for chunk in chunks:
         restore(env.scene, branch.state)  # type: ignore[attr-defined]
         seen, solved = [branch.seen[-1]], False
@@ -104,8 +106,12 @@ def execute(suite: str, data: DataSettings, branch: Branch, chunks: NDArray[np.f
             assert observation is not None
             seen.append(observation)
             solved = solved or env.successes()[branch.task]
-        segments.append(Segment(tuple(seen), solved))
-    return segments
+        yield Segment(tuple(seen), solved)
+
+
+def execute(suite: str, data: DataSettings, branch: Branch, chunks: NDArray[np.float32]) -> list[Segment]:
+    """All of :func:`executed`."""
+    return list(executed(suite, data, branch, chunks))
 
 
 def branches(data: DataSettings, indices: Iterable[int], count: int, every: int, workers: int) -> list[Branch]:
@@ -132,8 +138,13 @@ def execute_all(
     Raises:
         SimulationError: a simulator kept dying.
     """
-    found = dict(map_in_processes(execute, [(data.suite, data, *chunk) for chunk in chunks], workers))
+    return of_all(execute, [(data.suite, data, *chunk) for chunk in chunks], workers)
+
+
+def of_all(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int) -> list[Any]:
+    """Results of ``function`` for all ``jobs`` in their order, in simulator processes; raises what a job raised."""
+    found = dict(map_in_processes(function, jobs, workers))
     for result in found.values():
         if isinstance(result, Exception):
             raise result
-    return [found[number] for number in range(len(chunks))]
+    return [found[number] for number in range(len(jobs))]

@@ -15,23 +15,20 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from wav.data.episode import Episode
 from wav.planning.planner import Planner
 from wav.planning.scores import phi
 from wav.planning.types import Gaussian, RowKey, SeededNoise, pick
-from wav.rewards.terms import episode_rewards
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from wav.config import LabelRewardsSettings
     from wav.policy.policy import Policy
-    from wav.sim.futures import Branch, Segment
+    from wav.sim.futures import Branch
 
 #: Numbers of candidates of a search whose choice is compared with the mean candidate, where so many were drawn.
 SEARCHES = (2, 4, 8, 16, 32)
 
-Execute = Callable[[Sequence[tuple["Branch", NDArray[np.float32]]]], Sequence[Sequence["Segment"]]]
+Execute = Callable[[Sequence[tuple["Branch", NDArray[np.float32]]]], Sequence[NDArray[np.float64]]]
 
 
 @dataclass(frozen=True)
@@ -42,38 +39,6 @@ class Candidates:
     """(M, A, 7) in the environment's units, each decoded on its best value sample."""
     values: Tensor
     """(1, M, N, A, Cv) normalised."""
-
-
-def realised_return(
-    branch: Branch, segment: Segment, actions: NDArray[np.float32], settings: LabelRewardsSettings, views: Sequence[str]
-) -> float:
-    """Return v_t of Table 2 that a chunk really reached, with the expert's final frame as the reference.
-
-    Args:
-        branch: where it began.
-        segment: what was seen, A + 1 observations.
-        actions: (A, 7) as executed.
-        settings: section ``label_rewards``; the sum runs over the chunk.
-        views: cameras of the reward.
-    """
-    seen = [*segment.seen, branch.final]
-    joints = [observation.joints for observation in seen if observation.joints is not None]
-    episode = Episode(
-        episode_id=f"{branch.task}/{branch.index}/{branch.step}",
-        task=branch.task,
-        instruction=branch.seen[-1].instruction,
-        images={view: np.stack([observation.images[view] for observation in seen]) for view in views},
-        state=np.stack([observation.state for observation in seen]),
-        joints=np.stack(joints) if len(joints) == len(seen) else None,
-        actions=np.concatenate([actions, actions[-1:], actions[-1:]]),
-        expert_actions=None,
-        success=segment.solved,
-        init_index=branch.index,
-        seed=0,
-        source="executed candidate",
-    )
-    reward = episode_rewards(episode, settings, tuple(views)).reward[: len(actions)]
-    return float((reward * settings.gamma ** np.arange(len(actions))).sum())
 
 
 def candidates(policy: Policy, branch: Branch, count: int, seed: int = 0) -> Candidates:
@@ -101,16 +66,14 @@ def scores(policy: Policy, found: Sequence[Candidates], samples: int) -> NDArray
     return torch.stack(each).double().cpu().numpy()
 
 
-def ranking(
-    policy: Policy, branches: Sequence[Branch], execute: Execute, settings: LabelRewardsSettings, count: int
-) -> dict[str, Any]:
+def ranking(policy: Policy, branches: Sequence[Branch], execute: Execute, count: int) -> dict[str, Any]:
     """Whether the planner's scores rank candidates as reality does.
 
     Args:
         policy: with a value expert.
         branches: states to plan from.
-        execute: runs chunks (M, A, 7) from their branches in simulators (:func:`wav.sim.futures.execute`).
-        settings: section ``label_rewards``.
+        execute: realised returns (M,) of chunks (M, A, 7) from their branches
+            (:func:`wav.evaluation.instruments.executed.executed_returns`).
         count: M of the search, all of whose candidates are executed.
 
     Returns:
@@ -120,16 +83,7 @@ def ranking(
         see :func:`searches`.
     """
     found = [candidates(policy, branch, count) for branch in branches]
-    outcomes = execute([(branch, each.actions) for branch, each in zip(branches, found, strict=True)])
-    realised = np.array(
-        [
-            [
-                realised_return(branch, segment, chunk, settings, policy.data.views)
-                for segment, chunk in zip(segments, each.actions, strict=True)
-            ]
-            for branch, segments, each in zip(branches, outcomes, found, strict=True)
-        ]
-    )  # (states, M)
+    realised = np.stack(execute([(branch, each.actions) for branch, each in zip(branches, found, strict=True)]))
     samples = policy.planner.value_samples
     judged = scores(policy, found, samples)
     chosen = _chosen(realised, judged)
