@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from safetensors.torch import save_file
 from flows.eval_run import find_checkpoint
 from tests.test_promotion import CHAMPION
 from wav import promotion
+from wav.data.sources import lerobot_entries
+from wav.data.sources.lerobot_meta import Dataset
 from wav.errors import CheckpointError, DataError, StorageError
 from wav.io.files import MANIFEST, FileRecord, inside
 from wav.io.storage import open_store
@@ -80,3 +84,10 @@ def test_an_index_names_weights_beside_it(name: str, tmp_path: Path) -> None:
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"no weight file beside it|no path of a file below"):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["/abs/{chunk_index}", "../{chunk_index}.parquet", "data//{chunk_index}"])
+def test_a_dataset_s_files_lie_in_its_folder(pattern: str, tmp_path: Path) -> None:
+    dataset = cast(Dataset, SimpleNamespace(root=tmp_path, info={"data_path": pattern}, where=tmp_path / "info.json"))
+    with pytest.raises(DataError, match=r"data_path = .* is no path of a file below"):
+        lerobot_entries._placed(dataset, "data_path", chunk_index=0)

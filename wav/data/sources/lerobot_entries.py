@@ -25,6 +25,7 @@ from wav.data.sources.lerobot_meta import (
     read_parquet,
 )
 from wav.errors import DataError
+from wav.io.files import inside
 
 _LOG = logging.getLogger(__name__)
 
@@ -170,7 +171,7 @@ def _placed(dataset: Dataset, name: str, **values: Any) -> Path:
     """A path pattern of info.json filled in."""
     pattern = str(part(dataset.info, name, dataset.where))
     try:
-        return dataset.root / pattern.format(**values)
+        return inside(dataset.root, pattern.format(**values))
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{dataset.where}: {name} = {pattern!r}: cannot be filled in ({error}); {DOWNLOAD}") from None
 
