@@ -24,6 +24,7 @@ from wav.code_cache import keep_inductor_private
 from wav.data.windows import BatchSampler
 from wav.errors import ConfigError, TrainingError, WavError
 from wav.io.storage import ObjectStore, open_store
+from wav.io.storage.base import patiently
 from wav.io.storage.commit import Retention
 from wav.processes import die_with_parent
 from wav.training.checkpoint import BYTES_PER_PARAMETER, Checkpoints, Found, NotSavedError, RunState, seed_globals
@@ -212,7 +213,7 @@ class Trainer:
         self.checkpoints.uploader.wait()
         model_folder = fresh_folder(self.spec.work / "model")
         save_model(self.model, state, model_folder)
-        uploaded = publish_model(self.spec, self.store, model_folder)
+        uploaded = patiently(lambda: publish_model(self.spec, self.store, model_folder), LOG.warning)
         write_output(self.spec, self.inputs, model_folder, self.spec.work / "live" / "plots", metrics, uploaded)
         self._say(f"{self.spec.stage}: done in {seconds:.0f} s, weights at {self.store.uri(self.spec.prefix)}/model")
 

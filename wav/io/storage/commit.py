@@ -146,7 +146,7 @@ def fetch(store: ObjectStore, prefix: str, folder: Path) -> Manifest:
             list(pool.map(get, manifest.files))
         with disk_errors(folder):
             (temporary / MANIFEST).write_text(manifest.to_json())
-            old = folder.with_name(f".{folder.name}.old")  # a folder that is removed in place could be met half empty
+            old = folder.with_name(f".{folder.name}.gone")  # a folder that is removed in place could be met half empty
             shutil.rmtree(old, ignore_errors=True)
             if folder.exists():
                 folder.rename(old)
