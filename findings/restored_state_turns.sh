@@ -12,7 +12,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q robosuite==1.4.0 mujoco==3.3.2 numpy==2.4.6 numba==0.68.1
+"$folder/venv/bin/pip" install -q robosuite==1.4.0 mujoco==3.3.2 numpy==2.4.6 numba==0.68.1 termcolor==3.3.0
 "$folder/venv/bin/python" -W ignore - 2> "$folder/errors" <<'PYTHON' || { cat "$folder/errors"; exit 1; }
 import numpy as np
 import robosuite
