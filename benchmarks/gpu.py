@@ -47,7 +47,7 @@ SCHEDULES: dict[str, Any] = {
     "compiled": CompiledPlannerModel,
 }
 #: At which levels params.yaml plans, and what presets/realtime.yaml changes of the planner; a test compares.
-COUPLED = Levels((1.0, 0.5), 0.1)
+COUPLED = Levels((1.0, 0.5), 0.25)
 REALTIME: dict[str, Any] = {"iterations": 1, "score_steps": 2}
 
 
