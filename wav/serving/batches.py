@@ -195,7 +195,8 @@ class Batches:
                 return [Refusal("plan", str(error))]
             log.exception("a plan failed")
             return [Refusal("plan", "the plan failed; see the server's log")]
-        winner = self.variant == "planned" and self.policy.planner.act_on == "winner"
+        planner = self.policy.planner
+        winner = self.variant == "planned" and planner.act_on == "winner" and not planner.gate
         return [_reply(output, i, winner) for i in range(len(batch))]
 
 
