@@ -90,4 +90,4 @@ def test_an_environment_with_the_core_alone_serves(exported: Path, tmp_path: Pat
         sys.stdout.write(f"core environment: {size / 2**20:.0f} MiB, {seconds:.1f} s to the first plan\n")
     finally:
         server.terminate()
-        assert server.wait(30) == 0
+        assert server.wait(120) == 0
