@@ -184,6 +184,9 @@ def test_a_promoted_policy_comes_back_whole_and_a_damaged_pointer_is_named(tmp_p
     back = promotion.download_policy(store, read[0], tmp_path / "back")
     assert (back / "model" / "weights").read_bytes() == b"w" * 100
     assert (back / "manifest.json").read_text() == "{}"
+    (back / "model" / "weights").write_bytes(b"v" * 100)
+    promotion.download_policy(store, read[0], tmp_path / "back")
+    assert (back / "model" / "weights").read_bytes() == b"w" * 100
     store.put_bytes(promotion.pointer_key("x"), b"{")
     with pytest.raises(StorageError, match=r"champions/x.json.*restore an older version"):
         promotion.read_champion(store, "x")

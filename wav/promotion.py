@@ -22,7 +22,7 @@ from wav.config import Settings, load_settings
 from wav.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingError, WavError
 from wav.evaluation.intervals import Difference, paired_difference, wilson
 from wav.evaluation.records import read_record
-from wav.io.files import canonical_digest, inside, read_json
+from wav.io.files import canonical_digest, file_digest, inside, read_json
 from wav.io.storage import ObjectInfo, ObjectStore
 
 FORMAT = 2
@@ -360,14 +360,14 @@ def upload_policy(store: ObjectStore, export: Path, prefix: str) -> tuple[Stored
 
 
 def download_policy(store: ObjectStore, champion: Champion, folder: Path) -> Path:
-    """The champion's export in ``folder``; files that are there and whole by size are kept.
+    """The champion's export in ``folder``; files that are there and whole are kept.
 
     Raises:
         StorageError: a file is missing in the store or damaged.
     """
     for entry in champion.files:
         path = folder / entry.path
-        if not path.is_file() or path.stat().st_size != entry.size:
+        if not path.is_file() or file_digest(path) != entry.sha256:
             store.get_file(entry.key, path, entry.sha256, entry.version)
     return folder
 
