@@ -48,7 +48,7 @@ SCHEDULES: dict[str, Any] = {
 }
 #: At which levels params.yaml plans, and what presets/realtime.yaml changes of the planner; a test compares.
 COUPLED = Levels((1.0, 0.5), 0.25)
-REALTIME: dict[str, Any] = {"iterations": 1, "score_steps": 2}
+REALTIME: dict[str, Any] = {"score_steps": 2}
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float = 2.0) -> float:
