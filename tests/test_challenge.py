@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from prefect.logging import disable_run_logger
 
-from flows import artifacts
+from flows import artifacts, challenge
 from flows.challenge import Retrain, compare, meet, promote
 from flows.checkout import Finished
 from tests.helpers.retrain import SETTINGS, Elsewhere, policy, record, retrain_of
@@ -32,6 +32,7 @@ def outcomes(solved: int, of: int = 20) -> Outcomes:
 def without_prefect(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No server: nothing is published, loggers need no run."""
     monkeypatch.setattr(artifacts, "create_markdown_artifact", lambda *_, **__: None)
+    monkeypatch.setattr(challenge, "champion_outcomes", challenge.champion_outcomes.fn)
     with disable_run_logger():
         yield
 

@@ -59,7 +59,7 @@ def test_make_up_on_other_ports_is_found_without_exporting_anything(tmp_path: Pa
         check=False,
     )
     assert done.returncode == 1
-    assert "Prefect server at http://127.0.0.1:9/api: not up" in done.stderr
+    assert "Prefect server at http://127.0.0.1:9/api (PREFECT_API_URL): not up" in done.stderr
 
 
 @pytest.mark.long

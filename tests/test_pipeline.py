@@ -319,7 +319,7 @@ def test_second_repro_is_a_no_op(smoke: tuple[Path, dict[str, str], str]) -> Non
     workspace, environment, _ = smoke
     began = time.monotonic()
     text = dvc(workspace, "repro", environment=environment)
-    assert "Running stage" not in text
+    assert re.findall(r"^Running stage '(\w+)'", text, re.MULTILINE) == ["code"]  # it looks every time; nothing follows
     assert time.monotonic() - began < 15
 
 
@@ -350,7 +350,7 @@ def test_a_parameter_reruns_what_depends_on_it(
     finally:
         (workspace / "params.yaml").write_text(before)
     ran = set(re.findall(r"^Running stage '(\w+)'", text, re.MULTILINE))
-    assert ran <= again, text
+    assert ran - {"code"} <= again, text
     assert section in ran
 
 
