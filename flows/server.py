@@ -6,6 +6,7 @@ A server that goes away costs a run its pictures and its last state, never its r
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 from collections.abc import Callable
@@ -62,6 +63,8 @@ def run_flow(flow: Flow[..., Any], **parameters: Any) -> None:
         ended.append(None)
         return result
 
+    # Prefect looks a parameter's type up by its name in the module of the function that it is given, which is this one
+    remembered.__signature__ = inspect.signature(body, eval_str=True)  # type: ignore[attr-defined]
     flow.fn = remembered
     try:
         flow(**parameters)
