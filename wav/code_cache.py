@@ -1,4 +1,4 @@
-"""Where compiled code is kept between runs: a folder into which nobody else can put code that this user would run."""
+"""Compiled code: what torch.compile is told before it, and a folder for it that nobody else can put code into."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import os
 import stat
 import tempfile
 from pathlib import Path
+from typing import Any
 
 log = logging.getLogger(__name__)
 INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
+RECOMPILATIONS = 128  #: of one function: a block is compiled once for each of its shapes and strides
 
 
 def code_cache() -> Path | None:
@@ -32,11 +34,17 @@ def code_cache() -> Path | None:
     return None
 
 
-def keep_inductor_private() -> None:
-    """Give torch.compile a place of the same kind: its own has a known name in /tmp, and it unpickles what lies there.
+def prepare_compiler() -> None:
+    """Let torch.compile compile a block for all shapes that it meets, and keep what it makes where nobody else writes.
 
-    A place that the environment names (TORCHINDUCTOR_CACHE_DIR) stays.
+    Its own limit is eight shapes, and its own place has a known name in /tmp and is unpickled from. A place that the
+    environment names (TORCHINDUCTOR_CACHE_DIR) stays.
     """
+    import torch
+
+    config: Any = torch._dynamo.config
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # until torch 2.6
+    setattr(config, name, max(getattr(config, name), RECOMPILATIONS))
     if not os.environ.get(INDUCTOR):
         folder = code_cache()
         os.environ[INDUCTOR] = str(folder / "inductor") if folder else tempfile.mkdtemp(prefix="wav-inductor-")

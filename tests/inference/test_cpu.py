@@ -175,14 +175,14 @@ def test_a_place_where_others_may_write_keeps_no_code(
         place.write_text("")
     assert code_cache.code_cache() is None
     assert str(place) in caplog.text
-    code_cache.keep_inductor_private()
+    code_cache.prepare_compiler()
     inductor = Path(os.environ[code_cache.INDUCTOR])
     assert not inductor.is_relative_to(tmp_path)
     assert inductor.stat().st_mode & 0o077 == 0
     inductor.rmdir()
     place.rmdir() if kind == "mode" else place.unlink()
     monkeypatch.setenv(code_cache.INDUCTOR, "")
-    code_cache.keep_inductor_private()
+    code_cache.prepare_compiler()
     assert os.environ[code_cache.INDUCTOR] == str(place / "inductor")
     assert code_cache.code_cache() == place
     assert place.stat().st_mode & 0o777 == 0o700

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.training.micro import inputs_of, objective_of, random_batch, small_model
+from wav.code_cache import prepare_compiler
 from wav.config import CouplingSettings
 
 BOTH = CouplingSettings(mode="both")
@@ -22,6 +23,7 @@ def test_compiled_blocks_have_the_gradients_of_eager_ones(recompute: bool) -> No
         if recompute:
             model.enable_gradient_checkpointing()
         if compiled:
+            prepare_compiler()
             model.compile_blocks(backend="aot_eager")
         loss, _ = objective_of("train_joint", model, BOTH)(inputs)
         loss.backward()

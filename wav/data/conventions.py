@@ -56,18 +56,35 @@ class Conventions:
             from wav.sim.registry import simulator_versions
 
             simulator = simulator_versions(data.suite)
+        return cls.recorded(
+            data, image_rotation="180", gripper="-1 open, +1 close", render=data.render, simulator=simulator
+        )
+
+    @classmethod
+    def recorded(
+        cls,
+        data: DataSettings,
+        *,
+        image_rotation: str,
+        gripper: str,
+        state_layout: str = STATE_LAYOUT,
+        action: str = DELTA_ACTIONS,
+        render: str = "full",
+        simulator: Mapping[str, str] | None = None,
+    ) -> Conventions:
+        """Those of episodes in the suite, views, sizes and rate of ``data``; the rest is what their source tells."""
         return cls(
             suite=data.suite,
             views=tuple(data.views),
             image_height=data.image_height,
             image_width=data.image_width,
-            render=data.render,
-            image_rotation="180",
-            gripper="-1 open, +1 close",
-            state_layout=STATE_LAYOUT,
+            render=render,
+            image_rotation=image_rotation,
+            gripper=gripper,
+            state_layout=state_layout,
             control_hz=data.control_hz,
-            action=DELTA_ACTIONS,
-            simulator=dict(simulator),
+            action=action,
+            simulator=dict(simulator or {}),
         )
 
     def difference(self, other: Conventions) -> list[str]:

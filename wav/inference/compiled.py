@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from wav.code_cache import keep_inductor_private
+from wav.code_cache import prepare_compiler
 from wav.errors import ConfigError
 from wav.inference.fused import Block, FusedContext, FusedPlannerModel, Modulation
 from wav.inference.torch import Features
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 
 BACKEND = "inductor"
 SHAPES = 32  #: sets of shapes that are compiled for; a policy of one planner needs about ten
-RECOMPILATIONS = 128  #: of one function: a block is compiled once for each of its shapes and strides
 
 Call = Callable[..., Any]
 
@@ -39,10 +38,7 @@ Call = Callable[..., Any]
 @functools.cache
 def _compiled(function: Call, backend: str) -> Call:
     """``function`` compiled for every set of static shapes that it meets."""
-    config: Any = torch._dynamo.config
-    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # until torch 2.6
-    setattr(config, name, max(getattr(config, name), RECOMPILATIONS))
-    keep_inductor_private()
+    prepare_compiler()
     make: Call = torch.compile
     return cast(Call, make(function, backend=backend, fullgraph=True, dynamic=False))
 

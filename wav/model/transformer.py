@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
@@ -144,10 +143,9 @@ class WAVTransformer(ModelMixin, ConfigMixin):
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Run every block as one compiled graph from its next call on; names of parameters stay as they are.
 
-        Blocks of a kind share their graphs, one for each shape, dtype and mode that they meet: more than the eight
-        after which the compiler would give up.
+        Blocks of a kind share their graphs, one for each shape, dtype and mode that they meet; more than eight of them
+        need :func:`wav.code_cache.prepare_compiler` first.
         """
-        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for module in self.modules():
             if isinstance(module, Blocks):
                 for block in module:

@@ -20,7 +20,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-from wav.code_cache import keep_inductor_private
+from wav.code_cache import prepare_compiler
 from wav.data.windows import BatchSampler
 from wav.errors import ConfigError, TrainingError, WavError
 from wav.io.storage import ObjectStore, open_store
@@ -63,7 +63,7 @@ class Trainer:
             self.model.recomputed_layers = layers_to_recompute(spec, inputs, self.objective, self.plan.micro, world)
             self._say(f"{spec.stage}: {self.model.recomputed_layers} of {spec.model.layers} layers are recomputed")
         if self.settings.compile is True or (self.settings.compile == "auto" and world.device.type == "cuda"):
-            keep_inductor_private()
+            prepare_compiler()
             self.model.compile_blocks()
         layout = Layout(world.ranks, self.settings.zero_stage, self.settings.precision)
         if world.is_main:

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from wav.data.sources.checks import FULL_TURN
 from wav.data.sources.frames import Images, Preparation, check_frame, decode_image
 from wav.data.sources.libero_hdf5 import numbers
 from wav.errors import ConfigError, DataError
@@ -29,7 +30,6 @@ CAMERAS = {
 #: files beside episodes that hold their language, as RDT's and AgileX' tools write them
 LANGUAGE = ("expanded_instruction_gpt-4-turbo.json", "instructions.json", "instruction.json")
 _ARM = 7  # joints and gripper of an arm
-_FULL_TURN = 2 * np.pi + 0.5  # rad
 _RAW = 1.5  # a gripper that reads more is neither in metres nor a share of its way
 _LAGS = 30  # steps
 
@@ -110,7 +110,7 @@ def measured(state: Floats, action: Floats, options: AlohaHdf5Options) -> dict[s
     grippers = [i for i in range(width) if width % _ARM == 0 and i % _ARM == _ARM - 1]
     joints = [i for i in range(width) if i not in grippers]
     for name, values in (("qpos", state), ("action", action)):
-        if np.abs(values[:, joints]).max() > _FULL_TURN:
+        if np.abs(values[:, joints]).max() > FULL_TURN:
             worst = joints[int(np.abs(values[:, joints]).max(axis=0).argmax())]
             raise DataError(
                 f"{name} reaches {np.abs(values[:, worst]).max():.4g} in column {worst}, which is no angle in radians; "

@@ -111,19 +111,9 @@ class AlohaHdf5Source(DatasetSource):
 
     def conventions(self) -> Conventions:
         """Joint targets; a real camera's pictures stay as they are."""
-        data = self.data
-        return Conventions(
-            suite=data.suite,
-            views=tuple(data.views),
-            image_height=data.image_height,
-            image_width=data.image_width,
-            render="full",
-            image_rotation="none",
-            gripper="absolute",
-            state_layout=f"joints: {data.state_dim}",
-            control_hz=data.control_hz,
-            action=ABSOLUTE_ACTIONS,
-            simulator={},
+        layout = f"joints: {self.data.state_dim}"
+        return Conventions.recorded(
+            self.data, image_rotation="none", gripper="absolute", state_layout=layout, action=ABSOLUTE_ACTIONS
         )
 
     def jobs(self) -> list[Job]:

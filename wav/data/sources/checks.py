@@ -34,7 +34,7 @@ MAX_FINGER = 0.2  # m from the middle
 RATE_TOLERANCE = 0.005  # share by which a recorded rate may miss data.control_hz: cameras of 29.97 frames run at 30
 #: option ``unit`` of a reader -> what makes radians of a joint's numbers; a gripper's 0 to 100 becomes 0 to 1
 UNITS = {"radian": 1.0, "degree": np.pi / 180, "percent": np.pi / 100}
-_FULL_TURN = 2 * np.pi + 0.5  # rad; joints that turn further are declared
+FULL_TURN = 2 * np.pi + 0.5  # rad; joints that turn further are declared
 _MOTION = 0.01  # m of summed finger motion before the gripper's sign counts as seen
 _LAG = 4  # steps a gripper takes to follow visibly
 
@@ -193,7 +193,7 @@ def to_radians(rows: Floats, names: tuple[str, ...], options: LeRobotOptions, wh
             factors[gripper_columns(names, rows.shape[1])] = 0.01
         converted: Floats = rows * factors
         return converted
-    if len(rows) and np.abs(rows).max() > _FULL_TURN:
+    if len(rows) and np.abs(rows).max() > FULL_TURN:
         column = int(np.abs(rows).max(axis=0).argmax())
         name = names[column] if len(names) == rows.shape[1] else str(column)
         raise ConfigError(

@@ -77,18 +77,12 @@ class LeRobotSource(DatasetSource):
         unit = self.settings.lerobot.unit
         recorded = f" (rad, recorded in {unit})" if unit in ("degree", "percent") else ""
         layout = f"joints{recorded}: " + " ".join(names if len(names) == data.state_dim else [f"{data.state_dim}"])
-        return Conventions(
-            suite=data.suite,
-            views=tuple(data.views),
-            image_height=data.image_height,
-            image_width=data.image_width,
-            render="full",
+        return Conventions.recorded(
+            data,
             image_rotation="none" if plan.rotation == "camera" else "180",
             gripper="absolute" if absolute else checks.CANONICAL_GRIPPER,
             state_layout=layout if absolute else STATE_LAYOUT,
-            control_hz=data.control_hz,
             action=plan.kind,
-            simulator={},
         )
 
     def jobs(self) -> list[Job]:

@@ -22,13 +22,13 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from wav.data.conventions import DELTA_ACTIONS, Conventions
+from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.sources import checks
 from wav.data.sources.frames import Preparation, described, preparation
 from wav.data.sources.libero_file import TaskFile, dataset_files, flat, observations, open_task_file, task_name
 from wav.data.sources.staging import DatasetSource, Job, grouped
-from wav.data.state import STATE_LAYOUT, encode_state
+from wav.data.state import encode_state
 from wav.data.store import Rejection
 from wav.errors import ConfigError, DataError
 
@@ -89,17 +89,12 @@ class LiberoHdf5Source(DatasetSource):
     def conventions(self) -> Conventions:
         """As the simulators of this library: rotated by 180 degrees, gripper -1 open, +1 close."""
         render, simulator = self._made()
-        return Conventions(
-            suite=self.data.suite,
-            views=tuple(self.data.views),
-            image_height=self.data.image_height,
-            image_width=self.data.image_width,
-            render=render,
-            image_rotation="none" if self.files[0].rotation == "camera" else "180",
+        rotation = "none" if self.files[0].rotation == "camera" else "180"
+        return Conventions.recorded(
+            self.data,
+            image_rotation=rotation,
             gripper=checks.CANONICAL_GRIPPER,
-            state_layout=STATE_LAYOUT,
-            control_hz=self.data.control_hz,
-            action=DELTA_ACTIONS,
+            render=render,
             simulator=dict(simulator),
         )
 

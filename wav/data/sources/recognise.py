@@ -90,12 +90,6 @@ def check_source(path: Path, source: str) -> None:
     raise ConfigError(f"ingest.path = {str(path)!r} holds {found.name}, which {source!r} does not read; {remedy}")
 
 
-def hdf5_layout(path: Path) -> str:
-    """The top-level names of an HDF5 file, for messages about an unknown layout."""
-    with h5py.File(path, "r") as file:
-        return ", ".join(list(file)[:20]) or "nothing"
-
-
 def _visible(folder: Path) -> Iterator[Path]:
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith(".") and entry.name not in (".zgroup", ".zarray"):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
-from wav.data.conventions import DELTA_ACTIONS, Conventions
+from wav.data.conventions import Conventions
 from wav.data.names import task_name
 from wav.data.sources import checks
 from wav.data.sources.damage import unreadable
@@ -36,7 +36,6 @@ from wav.data.sources.libero_file import (
 )
 from wav.data.sources.libero_hdf5 import demo_jobs
 from wav.data.sources.staging import DatasetSource, Job
-from wav.data.state import STATE_LAYOUT
 from wav.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -84,20 +83,8 @@ class RobomimicHdf5Source(DatasetSource):
 
     def conventions(self) -> Conventions:
         """As the simulators of this library; a real camera's pictures stay as they are."""
-        data = self.data
-        return Conventions(
-            suite=data.suite,
-            views=tuple(data.views),
-            image_height=data.image_height,
-            image_width=data.image_width,
-            render="full",
-            image_rotation="none" if self.files[0].rotation == "camera" else "180",
-            gripper=checks.CANONICAL_GRIPPER,
-            state_layout=STATE_LAYOUT,
-            control_hz=data.control_hz,
-            action=DELTA_ACTIONS,
-            simulator={},
-        )
+        rotation = "none" if self.files[0].rotation == "camera" else "180"
+        return Conventions.recorded(self.data, image_rotation=rotation, gripper=checks.CANONICAL_GRIPPER)
 
     def jobs(self) -> list[Job]:
         """A few demonstrations of one file each."""
