@@ -1,7 +1,7 @@
 # make repro: install, start the local services, run the whole pipeline, say where to look.   make help: the rest.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install check-system repro study libero libero-table test quick check-long check-gpu lint format up down status ui deploy worker clean-workspace
+.PHONY: help install check-system repro study libero libero-table test quick check-long check-gpu lint format up down status ui deploy worker pin-images clean-workspace
 
 PRESET ?=
 VENV := .venv
@@ -122,6 +122,13 @@ deploy: $(VENV)/.installed ## work pool, queue, automation and deployments on th
 
 worker: $(VENV)/.installed ## run deployments here until Ctrl-C (infra/systemd/ for a server)
 	@python -m infra.deploy worker
+
+IMAGE_FILES := infra/docker/Dockerfile infra/docker/compose.yaml
+pin-images: ## write the digests that the base images' tags have today into infra/docker (needs docker with buildx)
+	@for image in $$(sed -nE 's/^(FROM| +image:) ([a-z]+:[^@ ]+)(@.*)?$$/\2/p' $(IMAGE_FILES) | grep -v '^wav-' | sort -u); do \
+		digest=$$(docker buildx imagetools inspect "$$image" | sed -nE 's/^Digest: +(sha256:[0-9a-f]{64})$$/\1/p'); \
+		test -n "$$digest" || { echo "$$image: docker named no digest" >&2; exit 1; }; \
+		sed -i -E "s#((FROM|image:) $$image)(@.*)?\$$#\1@$$digest#" $(IMAGE_FILES); echo "$$image@$$digest"; done
 
 clean-workspace: check-preset ## delete workspaces/PRESET
 	@test -n '$(PRESET)' || { echo 'PRESET: not set; make clean-workspace PRESET=smoke' >&2; exit 1; }

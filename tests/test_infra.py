@@ -174,6 +174,30 @@ def test_the_image_installs_what_make_install_does() -> None:
             assert (PROJECT / name).exists(), f"Dockerfile copies {name}, which is not there"
 
 
+def test_base_images_are_pinned_by_one_command(tmp_path: Path) -> None:
+    """Twice, with other digests; `docker` is a script that says what buildx says."""
+    for name in ("Makefile", "infra/docker/Dockerfile", "infra/docker/compose.yaml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PROJECT / name, tmp_path / name)
+    docker = tmp_path / "bin/docker"
+    docker.parent.mkdir()
+    command = ["make", "pin-images"]
+    environment = os.environ | {"PATH": f"{docker.parent}:{os.environ['PATH']}"}
+    for letter in "ab":
+        digest = f"sha256:{letter * 64}"
+        docker.write_text(f"#!/bin/sh\necho 'Name:   '$4\necho 'Digest: {digest}'\n")
+        docker.chmod(0o755)
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+        assert re.findall(r"FROM .+@(.+)", (tmp_path / "infra/docker/Dockerfile").read_text()) == [digest]
+        services = yaml.safe_load((tmp_path / "infra/docker/compose.yaml").read_text())["services"]
+        assert services["postgres"]["image"] == f"postgres:17@{digest}"
+        assert services["worker"]["image"] == "wav-worker:latest"
+    docker.write_text("#!/bin/sh\nexit 1\n")
+    done = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "docker named no digest" in done.stderr
+
+
 def test_systemd_units_name_what_is_there() -> None:
     worker = (INFRA / "systemd/wav-worker.service").read_text()
     services = (INFRA / "systemd/wav-services.service").read_text()

@@ -10,7 +10,6 @@ import ssl
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,7 +172,7 @@ def test_a_server_that_was_killed_comes_back_with_its_data(server: tuple[Path, d
     assert body == b"kept"
 
 
-def test_down_stops_everything_and_a_flow_then_fails_at_once(tmp_path: Path) -> None:
+def test_a_flow_without_a_server_ends_with_what_to_do(tmp_path: Path) -> None:
     folder = tmp_path / "local"
     environment = clean_environment(folder)
     secrets.write_private(
@@ -183,13 +182,11 @@ def test_down_stops_everything_and_a_flow_then_fails_at_once(tmp_path: Path) -> 
     )
     secrets.credentials(folder)
     workspace = make_workspace("smoke", tmp_path / "workspace", tmp_path / "cache")
-    began = time.monotonic()
     done = run(environment, "flows.label_rewards", cwd=workspace)
     assert done.returncode == 1
     assert "Prefect server at" in done.stderr
     assert done.stderr.strip().endswith("run make up")
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - began < 40  # most of it is importing torch on a busy machine
     assert not (workspace / "data").exists()
 
 
