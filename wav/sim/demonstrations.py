@@ -21,7 +21,7 @@ from wav.seeding import derive_seed, numpy_generator
 from wav.sim.arm import Action, Expert
 from wav.sim.env import Observation, SimEnv
 from wav.sim.registry import make_env, make_expert, simulator_versions, task_specs
-from wav.sim.styles import Styled
+from wav.sim.styles import Styled, miss
 
 if TYPE_CHECKING:
     from wav.config import DataSettings
@@ -37,15 +37,21 @@ def kept_env(suite: str, data: DataSettings) -> SimEnv:
 
 
 def begin(
-    env: SimEnv, suite: str, task: str, index: int, detour: float, rng: np.random.Generator
+    env: SimEnv, suite: str, task: str, index: int, detour: float, rng: np.random.Generator, style: str = "direct"
 ) -> tuple[Expert, Observation]:
     """Initial state ``index`` of ``task`` with, at probability ``detour``, the arm moved elsewhere, unrecorded.
+
+    The style ``recover`` begins after a missed grasp instead, which is not recorded either.
 
     Returns:
         the task's expert and what the first recorded step sees.
     """
     observation = env.reset(task, index)
     expert = make_expert(suite, env, task)
+    if style == "recover":
+        for action in miss(expert, rng):
+            env.step(action, render=False)
+        return make_expert(suite, env, task), env.observe()
     if rng.random() < detour:
         target, yaw = expert.random_pose(rng)
         for _ in range(int(rng.integers(4, 22))):
@@ -82,7 +88,7 @@ def run_expert(
         whether the task's predicate held within the step limit, and the steps made.
     """
     rng = numpy_generator(seed, "expert", task, index)
-    expert, first = begin(env, suite, task, index, detour, rng)
+    expert, first = begin(env, suite, task, index, detour, rng, style)
     if style != "direct":
         expert = Styled(expert, style, numpy_generator(seed, "expert.style", task, index))
     observation: Observation | None = first

@@ -8,8 +8,9 @@ wraps an expert (:class:`wav.sim.arm.Expert`) and changes how it moves, never wh
     hesitant  pauses of a few steps, again and again
     detour    by way of another place above the scene first
     fumble    the first grasp closes above the object, opens, and is tried again
+    recover   begins where the hand has closed beside or on top of the object: it opens, rises, and grasps
 
-The model never sees the style; the episode records it, so that reports can tell the futures apart. Actions stay
+The way into a missed grasp is not recorded, so that a policy learns the way out and not the mistake. The model never sees the style; the episode records it, so that reports can tell the futures apart. Actions stay
 feedback on the simulator's state, so they remain correct labels of their style wherever execution noise puts the arm.
 """
 
@@ -30,6 +31,8 @@ PAUSE_EVERY, PAUSE = 8, (3, 8)
 """Mean steps between pauses of the hesitant style, and the range of their lengths."""
 ARRIVED, DETOUR_STEPS = 0.03, 20
 """Metres from the place of a detour that count as there, and the most steps taken toward it."""
+MISS, MISS_STEPS = (0.025, 0.04), 80
+"""Range in metres by which a missed grasp is off, sideways or upward, and the most steps before it."""
 
 
 class Styled:
@@ -100,13 +103,45 @@ def fumble(expert: Expert, rng: np.random.Generator) -> Iterator[Action]:
     yield from direct(expert, rng)
 
 
+def miss(expert: Expert, rng: np.random.Generator) -> Iterator[Action]:
+    """The way into a missed grasp: what the style ``recover`` begins after, unrecorded."""
+    for _ in range(MISS_STEPS):
+        action = expert()
+        if action[6] > 0:
+            break
+        yield action
+    angle, distance, yaw = rng.uniform(0.0, 2 * np.pi), rng.uniform(*MISS), float(rng.normal(0.0, 0.3))
+    off = (0, 0, 1) if rng.random() < 0.3 else (np.cos(angle), np.sin(angle), rng.uniform(0.0, 0.5))
+    target = expert.arm.position() + distance * np.array(off)
+    for _ in range(3):
+        yield expert.arm.toward(target + (0, 0, 0.03), closed=False, yaw=yaw)
+    for _ in range(4):
+        yield expert.arm.toward(target, closed=False, yaw=yaw)
+    for _ in range(int(rng.integers(3, 10))):
+        yield expert.arm.toward(target, closed=True, yaw=yaw)
+
+
+def recover(expert: Expert, rng: np.random.Generator) -> Iterator[Action]:
+    """Opens and rises, then the expert."""
+    for _ in range(4):
+        yield _hold(-1.0, 0.6)
+    yield from direct(expert, rng)
+
+
 def _hold(gripper: float, rise: float = 0.0) -> Action:
     """No motion but ``rise`` (share of the action range), the gripper as told."""
     return np.array([0, 0, rise, 0, 0, 0, gripper], dtype=np.float32)
 
 
 #: Style name -> actions of an expert in that style.
-STYLES = {"direct": direct, "slow": slow, "hesitant": hesitant, "detour": detour, "fumble": fumble}
+STYLES = {
+    "direct": direct,
+    "slow": slow,
+    "hesitant": hesitant,
+    "detour": detour,
+    "fumble": fumble,
+    "recover": recover,
+}
 
 
 def draw_style(shares: Mapping[Any, float], seed: int, task: str, index: int) -> str:
