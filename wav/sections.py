@@ -162,9 +162,9 @@ class IngestSettings(Section):
     detour: float = Field(
         0.5, ge=0, le=1, description="share of demonstrations that begin with a detour to a random pose"
     )
-    styles: dict[Literal["direct", "slow", "hesitant", "detour", "fumble", "recover"], Annotated[float, Field(gt=0)]] = Field(
-        {"direct": 1.0}, min_length=1, description="scripted: shares of the ways in which the expert moves"
-    )
+    styles: dict[
+        Literal["direct", "slow", "hesitant", "detour", "fumble", "recover"], Annotated[float, Field(gt=0)]
+    ] = Field({"direct": 1.0}, min_length=1, description="scripted: shares of the ways in which the expert moves")
     min_length: int = Field(8, ge=2, description="shorter episodes are quarantined")
     seed: int = 0
     libero_hdf5: LiberoHdf5Options = LiberoHdf5Options()

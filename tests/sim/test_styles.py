@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from wav.config import load_settings
-from wav.sim.demonstrations import run_expert
+from wav.sim.demonstrations import begin, run_expert
 from wav.sim.registry import make_env
 from wav.sim.styles import SLOW, STYLES, draw_style
 
@@ -57,6 +57,23 @@ def test_a_fumbled_grasp_closes_twice(demonstrations):
 
     assert closings(demonstrations["direct"]) == 1
     assert closings(demonstrations["fumble"]) == 2
+
+
+def test_a_recovery_begins_at_a_missed_grasp_and_shows_the_way_out_alone(demonstrations):
+    labels = demonstrations["recover"][:, 6]
+    assert (labels[:4] < 0).all(), "the hand opens first; how it came to miss is not recorded"
+    assert int(((labels[1:] > 0) & (labels[:-1] < 0)).sum()) == 1
+    assert len(labels) < len(demonstrations["direct"])
+
+
+def test_before_a_recovery_the_hand_has_closed_and_holds_nothing():
+    env = make_env("tabletop", load_settings("params.yaml").data)
+    for index in range(1010, 1016):
+        _, seen = begin(env, "tabletop", "lift_red_cube", index, 0.5, np.random.default_rng(index), "recover")
+        opening = float(seen.state[-2] - seen.state[-1])
+        assert opening < 0.07, "metres between the fingers, which stand 0.08 apart when open"
+        assert not env.successes()["lift_red_cube"]
+    env.close()
 
 
 def test_shares_decide_the_styles_and_equal_names_draw_equal_styles():

@@ -10,8 +10,9 @@ wraps an expert (:class:`wav.sim.arm.Expert`) and changes how it moves, never wh
     fumble    the first grasp closes above the object, opens, and is tried again
     recover   begins where the hand has closed beside or on top of the object: it opens, rises, and grasps
 
-The way into a missed grasp is not recorded, so that a policy learns the way out and not the mistake. The model never sees the style; the episode records it, so that reports can tell the futures apart. Actions stay
-feedback on the simulator's state, so they remain correct labels of their style wherever execution noise puts the arm.
+The way into a missed grasp is not recorded, so that a policy learns the way out and not the mistake. The model never
+sees the style; the episode records it, so that reports can tell the futures apart. Actions stay feedback on the
+simulator's state, so they remain correct labels of their style wherever execution noise puts the arm.
 """
 
 from __future__ import annotations
