@@ -1,7 +1,9 @@
-"""One robot's planning call on one thread and on several, which share its candidates where the model is large enough.
+"""One robot's planning call on one thread and on several, and what the coupled schedule of params.yaml adds to it.
 
-In turns in one process, by the clock, at the sizes of params.yaml and of ``benchmarks/plan.py``; text encoder and codec
-excluded. Bits have to be equal. Prints a table; ``--json FILE`` writes it::
+Threads share the candidates where the model is large enough. ``coupled_ratio`` is a call with a pass for every level of
+``coupling.video_schedule`` against one with a single pass, the paper's form, at equal K, M and N. In turns in one
+process, by the clock, at the sizes of params.yaml and of ``benchmarks/plan.py``; text encoder and codec excluded. Bits
+have to be equal but for the coupled calls. Prints a table; ``--json FILE`` writes it::
 
     python benchmarks/latency.py --json benchmarks/results/latency-cpu.json
 """
@@ -22,12 +24,14 @@ from sizes import SIZES, Model, Sizes
 from sizes import Planner as PlannerSizes
 from torch import Tensor
 
+from wav.config import load_settings
 from wav.inference.backends import noise_shapes, planner_model
 from wav.inference.cpu.kernels import description
 from wav.inference.threads import on_threads
+from wav.local import PROJECT
 from wav.model import build_model
 from wav.planning.planner import Planner
-from wav.planning.types import RowKey, SeededNoise
+from wav.planning.types import PAPER, Levels, RowKey, SeededNoise
 
 #: The sizes of ``benchmarks/plan.py``.
 PLAN = replace(
@@ -61,7 +65,7 @@ class Robot:
             )
         ]
 
-    def call(self, threads: int) -> tuple[float, Tensor]:
+    def call(self, threads: int, levels: Levels) -> tuple[float, Tensor]:
         """Seconds of a call, and its actions."""
         memory, text, history = self.inputs
         torch.set_num_threads(threads)
@@ -69,27 +73,31 @@ class Robot:
             start = time.perf_counter()
             context = self.model.begin(memory, text, None, history)
             noise = SeededNoise([RowKey(0, "latency", 0)])
-            found = Planner(model, self.planner, lambda values: values[..., -1]).plan(context, noise)
+            planner = Planner(model, self.planner, lambda values: values[..., -1], levels)
+            found = planner.plan(context, noise)
             return time.perf_counter() - start, found.actions
 
 
 def measure(sizes: Sizes, threads: int, repeats: int) -> dict[str, Any]:
-    """Seconds on one thread and on all, in turns."""
+    """Seconds on one thread, on all, and on all with coupled experts, in turns."""
     robot = Robot(sizes)
-    ways = {"one thread": 1, "as shipped": threads}
+    coupled = Levels.of(load_settings(PROJECT / "params.yaml").coupling)
+    ways = {"one thread": (1, PAPER), "as shipped": (threads, PAPER), "coupled": (threads, coupled)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    wanted = robot.call(1)[1]
+    wanted = robot.call(1, PAPER)[1]
     worst = 0.0
     for _ in range(repeats):
         for name, way in ways.items():
-            taken, actions = robot.call(way)
+            taken, actions = robot.call(*way)
             seconds[name].append(taken)
-            worst = max(worst, float((actions - wanted).abs().max()))
+            if name != "coupled":
+                worst = max(worst, float((actions - wanted).abs().max()))
     rows = {
         name: {"seconds": statistics.median(runs), "min": min(runs), "runs": runs} for name, runs in seconds.items()
     }
     return {
         "ratio": rows["one thread"]["seconds"] / rows["as shipped"]["seconds"],
+        "coupled_ratio": rows["coupled"]["seconds"] / rows["as shipped"]["seconds"],
         "max_abs_diff": worst,
         "ways": rows,
     }
@@ -106,9 +114,11 @@ def main() -> None:
     found = {sizes.name: measure(sizes, arguments.threads, arguments.repeats) for sizes in (SIZES["default"], PLAN)}
     for name, row in found.items():
         ways = ", ".join(f"{way} {numbers['seconds']:.3f} s" for way, numbers in row["ways"].items())
-        print(f"{name:8} {ways}; {row['ratio']:.2f} times faster, actions differ by {row['max_abs_diff']}")
+        ratios = f"{row['ratio']:.2f} times faster, coupled calls take {row['coupled_ratio']:.2f}"
+        print(f"{name:8} {ways}; {ratios}, actions differ by {row['max_abs_diff']}")
     result = {
         "ratio": min(row["ratio"] for row in found.values()),
+        "coupled_ratio": max(row["coupled_ratio"] for row in found.values()),
         "max_abs_diff": max(row["max_abs_diff"] for row in found.values()),
         "plain_seconds": sum(row["ways"]["one thread"]["seconds"] for row in found.values()),
         "ours_seconds": sum(row["ways"]["as shipped"]["seconds"] for row in found.values()),
