@@ -89,8 +89,10 @@ test: check-system $(VENV)/.installed-test ## what the tests need, then the test
 quick: $(VENV)/.installed-test ## tests that need no simulator and no server, in about a minute
 	@env $(PYTEST) -m 'not long and not smoke and not simulator and not services'
 
+# TESTS="tests/fuzz -k 0-500": some of them. RESUME=1: without what passed at this commit, as the record says.
 check-long: check-system $(VENV)/.installed-test ## the slow checks; KILLS=n: n seeds of every kill, SEED=n: other generated cases
-	@$(BEAT) 'pytest' -- python -m pytest -m long --record benchmarks/results/check-long.json --seed $(or $(SEED),0)
+	@$(BEAT) 'pytest' -- python -m pytest -m long --record benchmarks/results/check-long.json --seed $(or $(SEED),0) \
+		$(if $(RESUME),--resume) $(TESTS)
 
 # On a machine with torch, diffusers, safetensors, numpy and pytest alone: the same pytest line without the installs.
 check-gpu: $(VENV)/.installed-test ## checks on a CUDA GPU (skipped, with the reason, without one)

@@ -1,8 +1,9 @@
 """Kill anything: at a random point of the smoke pipeline each victim gets SIGKILL; one rerun repairs it.
 
-``make check-long`` runs seed 0; ``KILLS=n make check-long`` seeds 0 to n - 1. What each case saw goes to
-``benchmarks/results/check-long.json`` (tests/helpers/record.py). ``KILL_LAB=folder`` keeps services and the undisturbed
-run there for the next call; stop them with ``WAV_LOCAL_DIR=folder/local make down``.
+``make check-long`` runs seed 0; ``make check-long KILLS=34`` seeds 0 to 33, which is 204 kills, with ``RESUME=1`` those
+of them that are missing. What each case saw goes to ``benchmarks/results/check-long.json`` (tests/helpers/record.py).
+``KILL_LAB=folder`` keeps services and the undisturbed run there for the next call; stop them with
+``WAV_LOCAL_DIR=folder/local make down``.
 """
 
 from __future__ import annotations
@@ -141,6 +142,7 @@ def test_one_rerun_repairs_a_kill(
     choice = random.Random(f"{victim} {seed}")
     stage, share = choice.choice(VICTIMS[victim]), choice.uniform(0.02, 0.9)
     record_property("victim", victim)
+    record_property("seed", seed)
     record_property("stage", stage)
     pipeline, delay = disturbed(lab, f"{victim}-{seed}", victim, stage, share)
     record_property("killed_after_s", round(delay, 2))

@@ -74,3 +74,43 @@ def test_rows_of_tests_that_are_gone_go(tmp_path: Path, broken: bool) -> None:
     (tmp_path / "test_slow.py").write_text(text)
     names = {name.partition("::")[2] for name in record(tmp_path)["tests"]}
     assert ("test_bad" in names) == broken, "a file that cannot be read says nothing about its tests"
+
+
+SEEDED = """
+import pytest
+pytestmark = pytest.mark.long
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("seed", [metafunc.config.getoption("--seed")], ids="seed{}".format)
+
+def test_cases(seed, record_property):
+    for name in ("cases", "tracebacks", "silent_wrongs"):
+        record_property(name, 5 if name == "cases" else 0)
+    record_property("seed", seed)
+"""
+
+
+def test_rows_of_other_seeds_stay_and_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "test_slow.py").write_text(SEEDED)
+    record(tmp_path)
+    found = record(tmp_path, "--seed", "7")
+    assert found["tests"].keys() == {f"test_slow.py::test_cases[seed{seed}]" for seed in (0, 7)}
+    assert (found["summary"]["cases"], found["summary"]["seeds"]) == (10, [0, 7])
+
+
+def test_an_interrupted_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What had ended is kept, what was cut off has no row, and a second run does the rest alone."""
+    rest = 'import os\ndef test_c():\n    assert "GO" in os.environ or os.kill(os.getpid(), 2)\ndef test_d(): ...\n'
+    text = f"import pytest\npytestmark = pytest.mark.long\ndef test_a(): ...\ndef test_b(): assert 0\n{rest}"
+    (tmp_path / "test_slow.py").write_text(text)
+    plugin = "import tests.helpers.record as r\nr.commit = lambda path: 'c0ffee'\n"
+    (tmp_path / "conftest.py").write_text(plugin)
+    found = record(tmp_path)["tests"]
+    assert {name.partition("::")[2]: row["outcome"] for name, row in found.items()} == {
+        "test_a": "passed",
+        "test_b": "failed",
+    }
+    monkeypatch.setenv("GO", "1")
+    again = record(tmp_path, "--resume")["tests"]
+    assert {name.partition("::")[2] for name in again} == {"test_a", "test_b", "test_c", "test_d"}
+    assert again["test_slow.py::test_a"] == found["test_slow.py::test_a"], "it was not run again"

@@ -9,10 +9,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 
 from wav.errors import MESSAGE_CHARACTERS, WavError
 
 SHOWN = 12
+
+
+def blocks(always: int, whole: int, size: int) -> pytest.MarkDecorator:
+    """Parameter ``numbers``: the first cases, which always run, and all of them in blocks with the mark ``long``."""
+    long = [range(first, min(first + size, whole)) for first in range(0, whole, size)]
+    marked = [pytest.param(numbers, id=f"{numbers.start}-{numbers.stop}", marks=pytest.mark.long) for numbers in long]
+    return pytest.mark.parametrize("numbers", [pytest.param(range(always), id="slice"), *marked])
 
 
 class Tally:

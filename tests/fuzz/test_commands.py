@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.fuzz.tally import Tally, WrongError
+from tests.fuzz.tally import Tally, WrongError, blocks
 from wav import cli, doctor
 from wav.errors import MESSAGE_CHARACTERS
 
@@ -172,20 +172,20 @@ def run(argv: list[str]) -> None:
         raise WrongError(f"status {status}, {len(lines)} lines: {said[-300:]}")
 
 
-@pytest.mark.parametrize("cases", [60, pytest.param(2000, marks=pytest.mark.long)])
+@blocks(60, 2000, 250)
 def test_commands(
-    cases: int,
+    numbers: range,
+    seed: int,
     place: Path,
     monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
     record_property: Callable[[str, Any], None],
 ) -> None:
-    tally = Tally(request.config.getoption("--seed"), "commands")
+    tally = Tally(seed, "commands")
     for name in [name for name in os.environ if name.startswith(("WAV_", "AWS_", "PREFECT_API"))]:
         monkeypatch.delenv(name)
     before = dict(os.environ)
     try:
-        for number in range(cases):
+        for number in numbers:
             rng = tally.random(number)
             variables, argv = environment(rng, place), command(rng)
             os.environ.clear()

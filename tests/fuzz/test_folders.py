@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.fuzz.tally import Tally, WrongError
+from tests.fuzz.tally import Tally, WrongError, blocks
 from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, Stages, make_stages
 from wav.codec import load_codec
 from wav.data.latents import LatentStore
@@ -134,11 +134,11 @@ def open_all(stages: Stages, export: Path, part: str) -> None:
             finite(Policy.load(export, batch_size=1, device="cpu").statistics)
 
 
-@pytest.mark.parametrize("cases", [60, pytest.param(2000, marks=pytest.mark.long)])
+@blocks(60, 2000, 250)
 def test_damaged_folders(
-    cases: int,
+    numbers: range,
+    seed: int,
     folders: tuple[Stages, Path],
-    request: pytest.FixtureRequest,
     record_property: Callable[[str, Any], None],
 ) -> None:
     stages, export = folders
@@ -147,8 +147,8 @@ def test_damaged_folders(
     files = {
         name: sorted(p for p in root.rglob("*") if p.is_file() and p.stat().st_size) for name, root in roots.items()
     }
-    tally = Tally(request.config.getoption("--seed"), "folders")
-    for number in range(cases):
+    tally = Tally(seed, "folders")
+    for number in numbers:
         rng = tally.random(number)
         part = str(rng.choice(list(roots)))
         path = files[part][int(rng.integers(len(files[part])))]

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from dvc.utils.serialize import load_yaml
 
-from tests.fuzz.tally import Tally, WrongError
+from tests.fuzz.tally import Tally, WrongError, blocks
 from wav.config import load_settings, parameter_text, parse_settings
 from wav.io.readers import read_yaml
 
@@ -123,13 +122,13 @@ def as_recorded(path: Path) -> None:
         raise WrongError("a written copy says something else")
 
 
-@pytest.mark.parametrize("cases", [60, pytest.param(5000, marks=pytest.mark.long)])
+@blocks(60, 5000, 500)
 def test_generated_parameter_files(
-    cases: int, tmp_path: Path, request: pytest.FixtureRequest, record_property: Callable[[str, Any], None]
+    numbers: range, seed: int, tmp_path: Path, record_property: Callable[[str, Any], None]
 ) -> None:
-    tally = Tally(request.config.getoption("--seed"), "parameters")
+    tally = Tally(seed, "parameters")
     path = tmp_path / "params.yaml"
-    for number in range(cases):
+    for number in numbers:
         data = parameter_file(tally.random(number))
         path.write_bytes(data)
         with tally.case(number):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.fuzz.tally import Tally, WrongError
+from tests.fuzz.tally import Tally, WrongError, blocks
 from wav.errors import WavError
 from wav.io.storage import s3
 from wav.prefect_api import server_version
@@ -128,11 +128,11 @@ def asked(address: str) -> None:
             raise WrongError(f"{name} takes it for S3")
 
 
-@pytest.mark.parametrize("cases", [6, pytest.param(100, marks=pytest.mark.long)])
+@blocks(6, 100, 25)
 def test_other_services(
-    cases: int,
+    numbers: range,
+    seed: int,
     monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
     record_property: Callable[[str, Any], None],
 ) -> None:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -141,8 +141,8 @@ def test_other_services(
     for name in ("READ_S", "REACH_READ_S"):
         monkeypatch.setattr(s3, name, 1)
     monkeypatch.setattr(s3, "BACKOFF_429_S", 0.0)
-    tally, slowest = Tally(request.config.getoption("--seed"), "services"), 0.0
-    for number in range(cases):
+    tally, slowest = Tally(seed, "services"), 0.0
+    for number in numbers:
         said, began = answer(tally.random(number)), time.monotonic()
         with tally.case(number, repr(said)[:300]), service(said) as address:
             asked(address)

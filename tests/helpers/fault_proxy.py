@@ -61,17 +61,24 @@ SILENCE_S = 3.0
 
 @dataclass
 class Fault:
-    """Break the next ``times`` requests (-1: all) of a method (regular expression) whose path matches ``path``."""
+    """Break the next ``times`` requests (-1: all) of a method (regular expression) whose path matches ``path``.
+
+    ``after``: so many of them are let through before.
+    """
 
     kind: str
     method: str = "GET|PUT|POST|HEAD|DELETE"
     path: str = ""
     times: int = 1
+    after: int = 0
     hits: int = field(default=0, init=False)
 
     def takes(self, method: str, path: str) -> bool:
         """Whether this request is one to break; counts it."""
         if self.hits == self.times or not re.fullmatch(self.method, method) or not re.search(self.path, path):
+            return False
+        if self.after:
+            self.after -= 1
             return False
         self.hits += 1
         return True

@@ -1,7 +1,8 @@
 """``pytest --record FILE``: how each slow test ended, kept in one JSON file that partial runs bring up to date.
 
 ``make check-long`` writes ``benchmarks/results/check-long.json``, which is committed. A row holds outcome, seconds,
-date, commit, machine and what the test itself recorded (``record_property``); rows of tests that were not run stay.
+date, commit, machine and what the test itself recorded (``record_property``). The file is written after every test, and
+rows of tests that were not run stay, those of other seeds too; ``--resume`` leaves out what passed at this very commit.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The option that switches this on, and the seed of the generated cases that it records (tests/fuzz)."""
     parser.addoption("--seed", type=int, default=0, help="seed of the cases that tests/fuzz generates")
     parser.addoption("--record", type=Path, help=f"JSON file that gets a row for every {MARK} test that ran")
+    parser.addoption("--resume", action="store_true", help="leave out what passed at this commit, as --record tells")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,15 +39,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Recorder:
-    """Collects reports and merges them into the file at the end."""
+    """Merges what each test did into the file as soon as it has ended."""
 
     def __init__(self, path: Path, config: pytest.Config) -> None:
         self.path, self.root, self.known = path, config.rootpath, set[str]()
-        self.rows: dict[str, dict[str, Any]] = {}
+        self.running: dict[str, dict[str, Any]] = {}
         self.whole_files = not any("::" in str(argument) for argument in config.invocation_params.args)
+        self.resumes = bool(config.getoption("--resume"))
         self.facts = {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "commit": commit(),
+            "commit": commit(path),
             "machine": machine(),
         }
 
@@ -53,44 +56,80 @@ class Recorder:
         """Names that exist, so that rows of renamed tests go."""
         self.known.add(item.nodeid)
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Leave out what is done, where this run resumes one; a commit with changes is never the same again."""
+        if not self.resumes or self.facts["commit"].endswith("+"):
+            return
+        done = {
+            name
+            for name, row in self.rows().items()
+            if row["outcome"] == "passed" and row["commit"] == self.facts["commit"]
+        }
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in done])
+        items[:] = [item for item in items if item.nodeid not in done]
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """One phase of a test: the call decides, a failing set-up or tear-down overrules."""
         if MARK not in report.keywords:
             return
-        row = self.rows.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0, **self.facts})
+        row = self.running.setdefault(report.nodeid, {"outcome": "passed", "seconds": 0.0, **self.facts})
         row["seconds"] = round(row["seconds"] + report.duration, 1)
         if report.outcome != "passed":
             row["outcome"] = report.outcome
             row["why"] = " ".join(reason(report).split())[-300:]
         row |= dict(report.user_properties)
 
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        """Merge and write; a test that was interrupted has no row."""
+        if nodeid in self.running:
+            self.write(self.rows() | {nodeid: self.running.pop(nodeid)})
+
     def pytest_sessionfinish(self) -> None:
-        """Merge and write."""
-        if self.rows:
-            old = json.loads(self.path.read_text())["tests"] if self.path.is_file() else {}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(summary(self.kept(old) | self.rows), indent=1) + "\n")
+        """Take out the rows of tests that are gone."""
+        rows = self.rows()
+        if (kept := self.kept(rows)) != rows:
+            self.write(kept)
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """What the file holds."""
+        return json.loads(self.path.read_text())["tests"] if self.path.is_file() else {}
+
+    def write(self, rows: dict[str, dict[str, Any]]) -> None:
+        """Replace the file in one step."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_name(f".{self.path.name}.part")
+        beside.write_text(json.dumps(summary(rows), indent=1) + "\n")
+        beside.replace(self.path)
 
     def kept(self, old: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Rows of the file whose tests still exist, as far as this run can tell."""
+        """Rows of the file whose tests still exist, as far as this run can tell; of other seeds: whose functions do."""
         if not self.whole_files:
             return old
+        functions = {name.partition("[")[0] for name in self.known}
         files = {name.partition("::")[0] for name in self.known}
-        here = {name: row for name, row in old.items() if (self.root / name.partition("::")[0]).is_file()}
-        return {name: row for name, row in here.items() if name in self.known or name.partition("::")[0] not in files}
+        found = {}
+        for name, row in old.items():
+            file, function = name.partition("::")[0], name.partition("[")[0]
+            there = function in functions if "seed" in row else name in self.known
+            if (self.root / file).is_file() and (there or file not in files):
+                found[name] = row
+        return found
 
 
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the file holds: totals, versions, rows by name."""
     kills = [row for row in rows.values() if "victim" in row]
     generated = [row for row in rows.values() if "silent_wrongs" in row]
+    seeds = {row["seed"] for row in generated}
     return {
         "summary": {
             **Counter(row["outcome"] for row in rows.values()),
             "seconds": round(sum(row["seconds"] for row in rows.values())),
             "kills": len(kills),
-            **{name: sum(row[name] for row in generated) for name in ("cases", "tracebacks", "silent_wrongs")},
             "kills_survived": sum(bool(row.get("survived")) and row["outcome"] == "passed" for row in kills),
+            **{name: sum(row[name] for row in generated) for name in ("cases", "tracebacks", "silent_wrongs")},
+            "seeds": sorted(seeds),
         },
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "tests": dict(sorted(rows.items())),
@@ -105,14 +144,18 @@ def reason(report: pytest.TestReport) -> str:
     return str(crash.message).splitlines()[0] if crash is not None else str(report.longrepr)
 
 
-def commit() -> str:
-    """The commit that is tested, with ``+`` where tracked files differ from it; empty outside git."""
+def commit(record: Path) -> str:
+    """The commit that is tested, with ``+`` where tracked files but the record differ from it; empty outside git."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    tracked, name = ["status", "--porcelain", "--untracked-files=no", "--", "."], record.resolve()
+    if name.is_relative_to(PROJECT):
+        tracked.append(f":(exclude){name.relative_to(PROJECT)}")
+    changed = git(*tracked)
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
 
 
 def machine() -> str:
