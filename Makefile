@@ -1,7 +1,7 @@
 # make repro: install, start the local services, run the whole pipeline, say where to look.   make help: the rest.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install check-system repro study libero libero-table test quick check-long check-gpu lint format up down status ui deploy worker pin-images clean-workspace
+.PHONY: help install check-system repro study libero libero-table test quick check-long check-gpu lint format docs up down status ui deploy worker pin-images clean-workspace
 
 PRESET ?=
 VENV := .venv
@@ -106,6 +106,13 @@ lint: $(VENV)/.installed-test ## ruff and mypy
 format: $(VENV)/.installed-test ## let ruff rewrite
 	ruff check --fix .
 	ruff format .
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(BEAT) 'pip install wav[docs]' -- $(VENV)/bin/python -m pip install -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.installed-docs ## the docs site in site/: links checked, whole without a network (open site/index.html)
+	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 up: $(VENV)/.installed ## local Prefect and S3 servers on 127.0.0.1 (idempotent)
 	@python -m infra.local.services up

@@ -1,0 +1,78 @@
+"""What of the docs is made from the code says what it says; the README is a report card; the site knows its pages."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from infra.docs import diagrams, reference, results
+from wav.config import Runtime, Settings
+
+PROJECT = Path(__file__).resolve().parents[1]
+DOCS = PROJECT / "docs"
+
+
+@pytest.mark.parametrize("name", ["architecture.svg", "pipeline.svg"])
+def test_pictures_show_the_code_as_it_is(name: str) -> None:
+    drawn = diagrams.drawings()[name]
+    assert (DOCS / "images" / name).read_text() == drawn, "draw them again: python -m infra.docs.diagrams"
+
+
+def test_the_readme_quotes_its_json_and_fits_a_screen_or_three() -> None:
+    text = (PROJECT / "README.md").read_text()
+    assert results.put_in(text) == text, "write the table again: python -m infra.docs.results"
+    assert results.table() in text
+    assert len(text.splitlines()) <= 150
+    assert (DOCS / "images" / "imagined.gif").stat().st_size < 1.5e6
+
+
+def test_every_parameter_has_a_meaning() -> None:
+    said = reference.comments((PROJECT / "params.yaml").read_text())
+    empty = [name for name, field in reference.fields(Settings) if not reference.meaning(name, field, said)]
+    assert not empty, "say what these are behind their values in params.yaml"
+
+
+def test_the_parameters_page_has_defaults_limits_and_presets() -> None:
+    page = reference.parameters()
+    for name, _ in reference.fields(Settings):
+        section, _, rest = name.partition(".")
+        assert f"| `{rest}` |" in page.split(f"## {section}\n")[1].split("\n## ")[0], name
+    assert "libero: `28`" in page
+    assert "`cosine`" in page
+    assert "at least 1" in page
+
+
+def test_every_environment_variable_has_its_row() -> None:
+    page = (DOCS / "reference" / "environment.md").read_text()
+    rows = set(re.findall(r"`(WAV_\w+)`", "".join(re.findall(r"^\| (`WAV_.*?) \|", page, flags=re.M))))
+    files = [file for room in ("wav", "flows", "infra") for file in (PROJECT / room).rglob("*.py")]
+    read = set(re.findall(r"(?<!\w)WAV_[A-Z][A-Z0-9_]*[A-Z](?![A-Z_{])", "".join(file.read_text() for file in files)))
+    assert rows == read | {f"WAV_{name.upper()}" for name in Runtime.model_fields}
+    for name, field in Runtime.model_fields.items():
+        default = "." if name == "workspace" else str(field.default)
+        cell = f"`{default}`" if default else ""
+        assert re.search(rf"^\| `WAV_{name.upper()}` \| {re.escape(cell)} ?\|", page, flags=re.M), name
+
+
+def test_every_error_sentence_leads_to_a_page() -> None:
+    found = reference.errors()
+    assert sum(len(sentences) for modules in found.values() for sentences in modules.values()) > 300
+    for room in found:
+        target = reference.EXPLAINED[room][1]
+        assert (DOCS / "reference" / target).is_file(), room
+    page = reference.error_page()
+    assert "`wav.stages`" in page
+    assert "unknown; the stages are" in page
+
+
+def test_the_site_knows_every_page() -> None:
+    def pages(part: object) -> list[str]:
+        if isinstance(part, str):
+            return [part]
+        return [page for inner in (part.values() if isinstance(part, dict) else part) for page in pages(inner)]  # type: ignore[attr-defined]
+
+    named = pages(yaml.safe_load((PROJECT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(named) == sorted(page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md"))
