@@ -1,9 +1,9 @@
 """The one console script ``wav``: thin commands, each of which calls its room.
 
-``wav act EXPORT`` runs an exported policy in a simulator, ``wav serve EXPORT`` behind a port, ``wav doctor`` checks the
-machine, ``wav config check`` checks a parameter file, ``wav summary`` says what one costs, ``wav export-hdf5`` writes
-demonstrations as LIBERO's files, ``wav storage`` lists, fetches, verifies and thins out checkpoints. Errors that are
-the input's fault are one line on stderr and exit status 1.
+``wav act EXPORT`` runs an exported policy in a simulator, ``wav serve EXPORT`` behind a port, ``wav demo EXPORT`` on a
+page that shows what it imagines, ``wav doctor`` checks the machine, ``wav config check`` checks a parameter file,
+``wav summary`` says what one costs, ``wav export-hdf5`` writes demonstrations as LIBERO's files, ``wav storage`` lists,
+fetches, verifies and thins out checkpoints. Errors that are the input's fault are one line on stderr and exit status 1.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from functools import partial
 from pathlib import Path
 
 from wav.config import DataSettings, Runtime, load_settings
-from wav.errors import ConfigError, SimulationError, exit_status, print_any_name
+from wav.errors import ConfigError, ServiceError, SimulationError, exit_status, print_any_name
 from wav.local import adopt_local_services
 from wav.planning import VARIANTS
+
+EXTRAS = "simulators need `pip install '.[sim]'`, stages and stores `pip install '.[train]'`"
 
 
 def _say(line: str) -> None:
@@ -111,6 +113,22 @@ def _serve_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     command.add_argument("--sessions", type=_positive, default=64, help="connections at a time (default: 64)")
     command.add_argument("--keep-memory", action="store_true", help="a new prompt does not begin an episode")
     command.set_defaults(run=serve)
+
+
+def demo(arguments: argparse.Namespace) -> int:
+    """``wav demo``: an exported policy beside a simulator on a page of this machine, until SIGINT or SIGTERM."""
+    from wav.demo.server import demo as run
+
+    run(arguments.export, port=arguments.port, device=Runtime().device, say=_say)
+    return 0
+
+
+def _demo_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Options of ``wav demo``."""
+    command = commands.add_parser("demo", help="a page that shows what an exported policy imagines")
+    command.add_argument("export", type=Path, help="folder that the export stage wrote")
+    command.add_argument("--port", type=int, default=8080, help="of 127.0.0.1; 0: any (default: 8080)")
+    command.set_defaults(run=demo)
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -397,6 +415,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _act_parser(commands)
     _serve_parser(commands)
+    _demo_parser(commands)
     _eval_parser(commands)
     _libero_table_parser(commands)
     _doctor_parser(commands)
@@ -417,7 +436,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         adopt_local_services()
-        return int(arguments.run(arguments))
+        try:
+            return int(arguments.run(arguments))
+        except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] in ("wav", "flows"):
+                raise
+            raise ServiceError(f"{error.name}: this package is missing; {EXTRAS}") from None
 
     return exit_status(run, f"wav {arguments.command}: ", "stopped")
 
