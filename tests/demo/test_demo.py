@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import http.client
 import io
 import json
@@ -56,10 +57,12 @@ class FakePool:
         return self.replies
 
 
+policy = functools.cache(lambda: tiny.policy("tabletop"))
+
+
 def session(**planner: Any) -> Session:
-    policy = tiny.policy("tabletop")
-    policy.planner = policy.planner.model_copy(update=planner)
-    return Session(policy, FakePool())  # type: ignore[arg-type]
+    policy().planner = tiny.PLANNER.model_copy(update=planner)
+    return Session(policy(), FakePool())  # type: ignore[arg-type]
 
 
 def asking(do: str, **changes: Any) -> dict[str, Any]:
@@ -81,23 +84,23 @@ def picture(source: str) -> np.ndarray:
 
 
 def test_what_is_shown_is_what_the_policy_does() -> None:
-    one, policy = session(), tiny.policy("tabletop")
+    one = session()
     told = answers(one, "begin")
     before: list[Any] = []
-    policy.reset(0, f"tabletop/{TASK}/3", 7)
+    policy().reset(0, f"tabletop/{TASK}/3", 7)
     answers(one, "plan", variant="unplanned", K=1)  # another look at the same state changes nothing
     for call in range(3):
         told = answers(one, "plan") if call == 0 else answers(one, "step")
         now = one.pool.seen()
         seen = Observation(now.images, now.state, "lift the red cube")
-        output = policy.act([seen], [0], with_value=True, with_future=True)
+        output = policy().act([seen], [0], with_value=True, with_future=True)
         plan = told["plan"]
         np.testing.assert_allclose(plan["actions"], output.actions[0], atol=1e-4)
         np.testing.assert_allclose(plan["returns"], output.returns[0], atol=1e-4)
         np.testing.assert_allclose([c["score"] for c in plan["candidates"]], output.plan.candidates[0], atol=1e-4)
         assert sorted(c["rank"] or 0 for c in plan["candidates"]) == [0, 1, 2]
         assert [future["m"] for future in told["futures"]] == [0, 1, 2]
-        strip = policy.decode_future(output.future[0]).transpose(2, 1, 0, 3, 4).reshape(32, -1, 3)
+        strip = policy().decode_future(output.future[0]).transpose(2, 1, 0, 3, 4).reshape(32, -1, 3)
         assert np.abs(picture(plan["frames"]).astype(int) - strip).mean() < 12  # a JPEG of noise
         if call:
             assert told["scene"]["steps"] == 4 * call
