@@ -57,7 +57,7 @@ COMMANDS: list[tuple[list[str], int]] = [
     (["storage", "get"], 3),
     (["storage", "verify"], 2),
     (["storage", "gc"], 4),
-    (["storage", "--store"], 3),
+    (["storage", "ls", "--store"], 3),
     (["act"], 4),
     (["eval", "--replay"], 3),
     (["export-hdf5"], 4),
@@ -157,10 +157,7 @@ def run(argv: list[str]) -> None:
     out, err = (io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True) for _ in range(2))
     status: object = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = cli.main(argv)
-        except SystemExit as end:  # argparse
-            status = end.code
+        status = cli.main(argv)
     said = err.buffer.getvalue().decode(errors="replace")  # type: ignore[attr-defined]
     printed = out.buffer.getvalue()  # type: ignore[attr-defined]
     lines = [line for line in said.splitlines() if not line.startswith(("WARNING", "usage:", " "))]

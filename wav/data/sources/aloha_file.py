@@ -164,7 +164,7 @@ def find_cameras(
                 "recorders of this kind do (they give RGB to OpenCV); look at one and declare "
                 "ingest.aloha_hdf5.channels: bgr (exchanged) or rgb"
             )
-        first = next(_pictures(have[name], name, 1))
+        first = next(pictures(have[name], name, 1))
         cameras[view] = (name, (first.shape[0], first.shape[1]))
     return cameras
 
@@ -175,10 +175,10 @@ def images(file: Any, name: str, steps: int, prepare: Preparation, options: Aloh
     if not isinstance(found, h5py.Dataset) or len(found) != steps:
         raise DataError(f"camera {name} has {0 if found is None else len(found)} frames where qpos has {steps} rows")
     swapped = -1 if options.channels == "bgr" else 1
-    return prepare.stack((frame[..., ::swapped] for frame in _pictures(found, name, steps)), steps)
+    return prepare.stack((frame[..., ::swapped] for frame in pictures(found, name, steps)), steps)
 
 
-def _pictures(found: Any, name: str, count: int) -> Iterator[Images]:
+def pictures(found: Any, name: str, count: int) -> Iterator[Images]:
     """Frames as stored: raw (T, H, W, 3), JPEGs in rows padded with zeros, or JPEGs as strings of any length."""
     for step in range(count):
         stored, where = found[step], f"camera {name}: frame {step}"

@@ -145,7 +145,7 @@ def _describe(
     return TaskFile(
         path=path,
         task=task_name(path),
-        instruction=_instruction(where, attributes, task_name(path)),
+        instruction=instruction(where, attributes, task_name(path)),
         demos=demos,
         lengths=lengths,
         cameras=cameras,
@@ -160,7 +160,7 @@ def _describe(
     )
 
 
-def _instruction(where: str, attributes: Any, task: str) -> str:
+def instruction(where: str, attributes: Any, task: str) -> str:
     """The language command of problem_info, or LIBERO's rule for file names (no scene, spaces) where it is missing."""
     info = attribute_json(attributes.get("problem_info"), f"{where}: problem_info")
     raw = info.get("language_instruction", "")

@@ -1,0 +1,108 @@
+"""The commands of the console script ``wav``, one module for each group of ``wav --help``, in the order of use.
+
+A command is a function with type hints: its docstring is its help, what it returns its exit status. Heavy modules are
+imported inside it, so that help and completion are quick::
+
+    @command(GROUP, "wav doctor", "wav doctor --json")
+    def doctor(as_json: Json = False) -> int:
+        '''Check renderer, versions, services and disk.'''
+        from wav.doctor import run_checks
+        ...
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from wav.errors import exit_status
+from wav.local import adopt_local_services
+
+#: what every parser of options has in common; errors of ours are one line, so no decorated tracebacks
+_COMMON: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False}
+_COMMON["context_settings"] = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(
+    name="wav",
+    help="World-Value-Action policies: data, training, evaluation, serving.",
+    epilog="wav COMMAND --help has examples. In a shell with completion: wav --install-completion.",
+    **_COMMON,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="for a program: JSON on stdout, everything else on stderr")]
+Params = Annotated[Path, typer.Option(help="parameter file")]
+Workers = Annotated[int, typer.Option(min=0, help="simulator processes; 0: WAV_WORKERS, else the cores")]
+Seed = Annotated[int, typer.Option(help="seed of the policy's noise")]
+ExecuteSteps = Annotated[int, typer.Option(min=1, help="actions executed per policy call")]
+
+
+def command(
+    group: str, *examples: str, name: str = "", parent: typer.Typer = app
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Make a function a command.
+
+    Args:
+        group: heading under which ``wav --help`` lists it.
+        examples: command lines at the end of its help.
+        name: instead of the function's.
+        parent: a group of commands with a first word of its own (:func:`family`).
+    """
+
+    def register(function: Callable[..., int]) -> Callable[..., int]:
+        title = name or function.__name__.strip("_").replace("_", "-")
+        spoken = f"wav {title}" if parent is app else f"wav {parent.info.name} {title}"
+
+        @functools.wraps(function)
+        def run(**values: Any) -> None:
+            def call() -> int:
+                adopt_local_services()
+                return function(**values)
+
+            raise typer.Exit(exit_status(call, f"{spoken}: ", "stopped"))
+
+        parent.command(title, rich_help_panel=group, epilog=_epilog(examples))(run)
+        return function
+
+    return register
+
+
+def family(group: str, name: str, text: str) -> typer.Typer:
+    """A first word that several commands share, such as ``storage``."""
+    made = typer.Typer(name=name, help=text, **_COMMON)
+    app.add_typer(made, rich_help_panel=group)
+    return made
+
+
+def _epilog(examples: Iterable[str]) -> str:
+    """Examples one a line; square brackets would be read as colours, as in every text of typer's."""
+    return "\n\n".join(["Examples:", *(f"  {line}" for line in examples)]).replace("[", r"\[")
+
+
+def say(line: str) -> None:
+    """One line of output."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def tell(line: str) -> None:
+    """One line of progress, beside the output."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
+
+
+def say_json(numbers: Any) -> None:
+    """Plain data as JSON; paths as text."""
+    say(json.dumps(numbers, indent=1, default=str))
+
+
+def simulators(workers: int) -> int:
+    """Simulator processes: ``--workers``, else WAV_WORKERS, else the cores."""
+    from wav.config import Runtime
+
+    return workers or Runtime().workers or len(os.sched_getaffinity(0))
