@@ -2,18 +2,13 @@
 
 import dataclasses
 import json
-import os
 import re
-import shlex
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import av
 import pytest
-from typer.main import get_command
 
 from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav import cli, doctor
@@ -22,8 +17,6 @@ from wav.evaluation.act import act_episodes
 from wav.policy.export import export_policy, policy_from_stages
 from wav.sim.registry import select_tasks
 
-#: groups of wav --help
-PANELS = ("Begin", "Data", "Parameters", "Policies", "Evaluation", "Object store")
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
 
 
@@ -107,42 +100,6 @@ def test_usage_errors_exit_with_two(capsys):
     said = capsys.readouterr().err
     assert "'--episodes': Input should be greater than or equal to 1" in said
     assert "Did you mean 'doctor'?" in said
-
-
-def commands(parent=None, first=()):
-    """Every command with its words."""
-    for name, command in (parent or get_command(cli.app)).commands.items():
-        words = (*first, name)
-        yield from commands(command, words) if hasattr(command, "commands") else [(words, command)]
-
-
-def test_help_lists_the_groups_in_the_order_of_use_and_every_command_has_examples_that_fit(capsys):
-    assert run(capsys, "--help")[0] == 0
-    every = list(commands())
-    panels = list(dict.fromkeys(command.rich_help_panel for words, command in every if len(words) == 1))
-    assert panels == [p for p in PANELS if p in panels]
-    for words, command in every:
-        status, out, _ = run(capsys, *words, "--help")
-        lines = [line.strip() for line in command.epilog.replace("\\[", "[").splitlines()]
-        examples = [line for line in lines if line.startswith("wav ")]
-        assert status == 0
-        assert examples, words
-        assert "\x1b" not in out, "no colours where the output is no terminal"
-        for example in examples:
-            assert example in " ".join(out.split()), "shown as it is"
-            typed = shlex.split(example)[1:]
-            assert tuple(typed[: len(words)]) == words
-            command.make_context("wav", typed[len(words) :])  # reads the command line, runs nothing
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
-def test_completion(shell):
-    """What a shell asks for at TAB, with wav's own completion script."""
-    line = {"COMP_WORDS": "wav st", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "wav st"}
-    asked = os.environ | line | {"_WAV_COMPLETE": f"complete_{shell}"}
-    done = subprocess.run([sys.executable, "-m", "wav.cli"], env=asked, capture_output=True, text=True, check=False)
-    assert "storage" in done.stdout
-    assert "doctor" not in done.stdout
 
 
 def test_config_check(tmp_path, capsys):

@@ -14,17 +14,21 @@ from wav.inspection import Inspection, Undeclared
 from wav.parameter_files import merge
 
 _SHOWN = 10  # instructions, and reasons of quarantine
-#: what ``source.json`` says of a dataset or of its first file -> (what it is, its parameter, how readers tell it)
+#: what ``source.json`` says of a dataset or of its first file -> (what it is, its parameters, how readers tell it)
 _FOUND = {
-    "rotation_stored": ("pictures are stored", "image_rotation", "attributes of the file"),
-    "rows_reversed": ("rows of pictures reversed", "", "attributes of the file"),
-    "gripper_stored": ("gripper commands", "gripper", "as the fingers move, and the format's rule"),
-    "state_stored": ("state is stored as", "rotation", "names and width of its columns; numbers were checked"),
-    "observation": ("a frame was recorded", "alignment", "the simulator's states beside the joints"),
-    "actions_lead_steps": ("actions lead states by, in steps", "shift", "measured"),
-    "grippers": ("ranges of grippers by column", "raw_grippers", "measured"),
-    "channels": ("colours of pictures", "channels", "declared, or raw pictures"),
-    "success": ("success", "", "a dataset of each demonstration"),
+    "rotation_stored": ("pictures are stored", ("image_rotation",), "attributes of the file"),
+    "rows_reversed": ("rows of pictures reversed", (), "attributes of the file"),
+    "gripper_stored": ("gripper commands", ("gripper",), "as the fingers move, and the format's rule"),
+    "state_stored": (
+        "state is stored as",
+        ("rotation", "unit"),
+        "names and width of its columns, numbers checked",
+    ),
+    "observation": ("a frame was recorded", ("alignment",), "the simulator's states beside the joints"),
+    "actions_lead_steps": ("actions lead states by, in steps", ("shift",), "measured"),
+    "grippers": ("ranges of grippers by column", ("raw_grippers",), "measured"),
+    "channels": ("colours of pictures", ("channels",), "declared, or raw pictures"),
+    "success": ("success", (), "a dataset of each demonstration"),
 }
 
 
@@ -60,16 +64,20 @@ def _conventions(found: Inspection) -> Iterator[str]:
         return
     source, store = found.conventions["source"], found.conventions["store"]
     source = source | (source.get("files") or [{}])[0]
-    open_fields = {one.field.rpartition(".")[2] for one in found.undeclared}
     yield "conventions, and how they were told"
-    for key, (what, option, how) in _FOUND.items():
-        if key in source and source[key] not in ("", {}):
-            declared = f"ingest.{found.survey.reader}.{option}" in found.told
-            how = "NOT KNOWN: tried here with this" if option in open_fields else "declared" if declared else how
-            yield f"  {what}: {source[key]} ({how})"
-    kind = "NOT KNOWN: tried here with this" if "action" in open_fields else "names and widths of state and action"
-    yield f"  actions: {store['action']} ({kind})"
+    for key, (what, options, how) in _FOUND.items():
+        if key in source and source[key] not in ("", "absolute", {}):
+            yield f"  {what}: {source[key]} ({_how(found, options, how)})"
+    yield f"  actions: {store['action']} ({_how(found, ('action',), 'names and widths of state and action')})"
     yield f"  state in the store: {store['state_layout']}"
+
+
+def _how(found: Inspection, options: tuple[str, ...], usual: str) -> str:
+    """How a value was told: not at all, by the user, or as readers tell it."""
+    names = {f"ingest.{found.survey.reader}.{option}" for option in options}
+    if names & {one.field for one in found.undeclared}:
+        return "NOT KNOWN: tried here with this"
+    return "declared" if names & set(found.told) else usual
 
 
 def _open(found: Inspection) -> Iterator[str]:

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
-from wav.errors import exit_status
+from wav.errors import ServiceError, exit_status
 from wav.local import adopt_local_services
 
 #: what every parser of options has in common; errors of ours are one line, so no decorated tracebacks
@@ -62,7 +62,12 @@ def command(
         def run(**values: Any) -> None:
             def call() -> int:
                 adopt_local_services()
-                return function(**values)
+                try:
+                    return function(**values)
+                except ModuleNotFoundError as error:
+                    if not error.name or error.name.partition(".")[0] in ("wav", "flows"):
+                        raise
+                    raise ServiceError(f"{error.name}: not installed; pip install 'wav[all]'") from None
 
             raise typer.Exit(exit_status(call, f"{spoken}: ", "stopped"))
 
