@@ -35,6 +35,7 @@ app = typer.Typer(
     **_COMMON,
 )
 
+EXTRAS = "simulators need `pip install '.[sim]'`, stages and stores `pip install '.[train]'`"
 Json = Annotated[bool, typer.Option("--json", help="for a program: JSON on stdout, everything else on stderr")]
 Params = Annotated[Path, typer.Option(help="parameter file")]
 Workers = Annotated[int, typer.Option(min=0, help="simulator processes; 0: WAV_WORKERS, else the cores")]
@@ -67,7 +68,7 @@ def command(
                 except ModuleNotFoundError as error:
                     if not error.name or error.name.partition(".")[0] in ("wav", "flows"):
                         raise
-                    raise ServiceError(f"{error.name}: not installed; pip install 'wav[all]'") from None
+                    raise ServiceError(f"{error.name}: this package is missing; {EXTRAS}") from None
 
             raise typer.Exit(exit_status(call, f"{spoken}: ", "stopped"))
 

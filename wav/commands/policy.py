@@ -1,4 +1,4 @@
-"""Policies: an export in a simulator, or behind a port."""
+"""Policies: an export in a simulator, behind a port, or on a page that shows what it imagines."""
 
 from __future__ import annotations
 
@@ -90,4 +90,14 @@ def serve(
         keep_memory=keep_memory,
     )
     run(export, options, batch_size=batch_size, device=Runtime().device, say=say)
+    return 0
+
+
+@command(GROUP, "wav demo export", "wav demo export --port 0")
+def demo(export: Export, port: Annotated[int, typer.Option(help="of 127.0.0.1; 0: any")] = 8080) -> int:
+    """Show what an exported policy imagines, and does, on a page of this machine until SIGINT or SIGTERM."""
+    from wav.config import Runtime
+    from wav.demo.server import demo as run
+
+    run(export, port=port, device=Runtime().device, say=say)
     return 0
