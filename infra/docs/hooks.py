@@ -70,3 +70,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"{match[1]}{posixpath.relpath(copied(path), here or '.')}{anchor})"
 
     return _MARK.sub(lambda match: _TABLES[match[1]]() if match[1] in _TABLES else match[0], _LINK.sub(lead, markdown))
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Names in docstrings (Sphinx writes :meth:`name`) as code alone."""
+    return re.sub(r":(?:mod|meth|func|class|data|attr):<code>[~!]?", "<code>", html)
