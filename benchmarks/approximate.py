@@ -27,7 +27,6 @@ from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.rollout import Scheduler
 from wav.inference.backends import planner_model
 from wav.io.files import write_json
-from wav.planning.planner import Planner
 from wav.planning.types import Plan, RowKey, SeededNoise
 from wav.policy.export import load_export
 from wav.policy.policy import Policy
@@ -139,7 +138,7 @@ def planned(policy: Policy, option: Option, call: Call, warm: Plan | None) -> Pl
     noise = SeededNoise([RowKey(option.seed, call.row, call.call)])
     means = None if warm is None else warm.means
     context = policy.model.begin(*call.inputs)
-    planner = Planner(policy.model, option.settings, policy.returns, policy.levels)
+    planner = policy.make_planner(option.settings)
     return planner.plan(context, noise, warm=means)
 
 

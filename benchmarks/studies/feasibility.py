@@ -141,7 +141,7 @@ def policy_chunks(policy: Policy, branch: Branch, variant: Variant) -> NDArray[n
     """COUNT chunks (COUNT, A, 7) of the policy from a branch, each of noises of its own."""
     name = f"feasibility/{branch.task}/{branch.index}/{branch.step}"
     noise = SeededNoise([RowKey(SEED, name, draw) for draw in range(COUNT)], policy.model.device)
-    planner = Planner(policy.model, policy.planner, policy.returns, policy.levels)
+    planner = policy.make_planner()
     with torch.inference_mode():
         plan = planner.plan(policy.context([branch.seen] * COUNT), noise, variant=variant)
     return policy.actions(plan.actions.float().cpu().numpy())

@@ -17,7 +17,6 @@ from wav.data.windows import split_episodes
 from wav.evaluation.held_out import held_out_share, held_out_values, observed
 from wav.evaluation.pictures import evenly
 from wav.io.files import write_bytes
-from wav.planning.planner import Planner
 from wav.planning.scores import phi
 from wav.planning.types import Gaussian, RowKey, SeededNoise
 from wav.policy.policy import Policy
@@ -59,7 +58,7 @@ def chosen_and_rejected(policy: Policy, store: EpisodeStore, out: Path, episodes
     One row each in ``out/futures-I.png``, the real future of the demonstration below them; the first view is shown.
     """
     settings, view = policy.planner.model_copy(update={"iterations": 1}), policy.data.views[0]
-    planner, shapes = Planner(policy.model, settings, policy.returns, policy.levels), policy.model.shapes
+    planner, shapes = policy.make_planner(settings), policy.model.shapes
     for number, index in enumerate(held_out(store)[:episodes]):
         episode, stride, frames = store[index], policy.data.frame_stride, policy.data.future_frames
         noise = SeededNoise([RowKey(0, f"futures/{index}", 0)], policy.model.device)

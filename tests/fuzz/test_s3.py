@@ -142,6 +142,16 @@ def test_s3_faults(
     tally.finish(record_property)
 
 
+@pytest.mark.parametrize("kind", ["too_many", "too_many_html"])
+def test_too_many_requests_is_asked_again(kind: str, server: FakeS3) -> None:
+    with FaultProxy(server.endpoint) as proxy:
+        store = S3Store("b", endpoint=proxy.endpoint, attempts=3)
+        for operation in (lambda: store.put_bytes("a", DATA), lambda: same(store.get_bytes("a"), DATA)):
+            fault = proxy.arm(kind)
+            operation()
+            assert fault.hits == 1
+
+
 def test_the_kinds_are_at_least_forty() -> None:
     assert len(set(ALL)) >= 40
 

@@ -139,7 +139,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         try:
             yield temporary
             _sync_tree(temporary)
-            _replace_folder(temporary, path)
+            replace_folder(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -180,8 +180,11 @@ def _sync_tree(folder: Path) -> None:
         fsync_path(Path(root))
 
 
-def _replace_folder(new: Path, path: Path) -> None:
-    """Rename ``new`` to ``path``; where ``path`` exists the two are exchanged, so that the name never vanishes."""
+def replace_folder(new: Path, path: Path) -> None:
+    """Rename ``new`` to ``path``; where ``path`` exists the two are exchanged, so that the name never vanishes.
+
+    The former content is gone or, after an exchange, under the name ``new``: remove that.
+    """
     if not path.exists():
         os.rename(new, path)
     elif not _exchange(new, path):  # file systems without RENAME_EXCHANGE: two renames

@@ -34,7 +34,7 @@ from wav.io.files import canonical_digest, file_digest, read_json
 from wav.io.readers import understood
 from wav.planning import VARIANTS, Variant
 from wav.planning.planner import Planner
-from wav.planning.types import Levels, RowKey, SeededNoise
+from wav.planning.types import Levels, PlannerModel, RowKey, SeededNoise
 from wav.policy.output import PlanSummary, PolicyOutput, concatenate, host, summary
 from wav.policy.parts import check_observation, check_parts
 from wav.sim.env import Observation
@@ -224,6 +224,10 @@ class Policy:
             raise
         return concatenate(parts)
 
+    def make_planner(self, settings: PlannerSettings | None = None, model: PlannerModel | None = None) -> Planner:
+        """A planner on this policy's model, returns and noise levels, by its settings or others."""
+        return Planner(model or self.model, settings or self.planner, self.returns, self.levels)
+
     def context(self, histories: Sequence[Sequence[Observation]]) -> Any:
         """The model's handle of rows that have seen these observations at their policy calls, the newest last.
 
@@ -293,7 +297,7 @@ class Policy:
         keys = [RowKey(s.seed, s.episode, s.call) for s in padded]
         warm = self._warm(padded) if settings.warm_start else None
         noise = SeededNoise(keys, self.model.device)
-        planner = Planner(model, settings, self.returns, self.levels)
+        planner = self.make_planner(settings, model)
         result = planner.plan(context, noise, variant=variant, warm=warm, with_value=with_value)
         future = None
         if with_future:

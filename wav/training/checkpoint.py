@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from wav.errors import CheckpointError, StorageError
-from wav.io.files import MANIFEST, require_free_space
+from wav.io.files import MANIFEST, replace_folder, require_free_space
 from wav.io.storage.base import ObjectStore, disk_errors, patiently
 from wav.io.storage.commit import Retention, publish, read_manifest, retain, seal
 from wav.seeding import derive_seed
@@ -173,8 +173,8 @@ class Checkpoints:
         def complete() -> None:
             seal(part, {"step": state.step, **self.layout.meta(), **(facts or {})})
             with disk_errors(final):
-                shutil.rmtree(final, ignore_errors=True)
-                part.rename(final)
+                replace_folder(part, final)
+                shutil.rmtree(part, ignore_errors=True)
             self._prune()
             self.uploader.submit(final)
 

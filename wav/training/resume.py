@@ -52,7 +52,7 @@ def newest_checkpoint(folder: Path, store: ObjectStore, prefix: str) -> Path | N
                 return local[name]
             except DamagedError as error:
                 LOG.warning("checkpoint ignored: %s", error)
-                shutil.rmtree(local[name])
+                remove(local[name])
         if name in stored:
             try:
                 return _download(store, f"{prefix}/{name}", folder / name)

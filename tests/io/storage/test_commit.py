@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -103,6 +104,25 @@ def test_other_content_under_a_prefix_is_never_mixed(tmp_path: Path, store: Obje
     publish(store, second, "run/x")
     fetch(store, "run/x", tmp_path / "back")
     assert (tmp_path / "back" / "a.txt").read_text() == "two"
+
+
+def test_a_folder_that_is_replaced_leaves_nothing_of_itself(tmp_path: Path, store: ObjectStore) -> None:
+    """Not even where a kill let its files wait under the name of the next download."""
+    folder = folder_of(tmp_path / "c")
+    seal(folder, {"step": 3})
+    publish(store, folder, "run/x")
+    back = folder_of(tmp_path / "back", "former")
+    for _ in range(2):
+        (back / "surplus").write_text("former")
+        fetch(store, "run/x", back)
+        assert sorted(p.name for p in back.iterdir()) == ["a.txt", MANIFEST, "sub"]
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    waiting = tmp_path / f".again.{hashlib.sha256((back / MANIFEST).read_bytes()).hexdigest()[:12]}.part"
+    folder_of(waiting, "former")
+    (waiting / "surplus").write_text("former")
+    fetch(store, "run/x", tmp_path / "again")
+    assert sorted(p.name for p in (tmp_path / "again").iterdir()) == ["a.txt", MANIFEST, "sub"]
+    assert not waiting.exists()
 
 
 def test_damaged_object_is_refused(tmp_path: Path, store: ObjectStore) -> None:

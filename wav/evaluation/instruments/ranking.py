@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from wav.planning.planner import Planner
 from wav.planning.scores import phi
 from wav.planning.types import Gaussian, RowKey, SeededNoise, pick
 
@@ -44,7 +43,7 @@ class Candidates:
 def candidates(policy: Policy, branch: Branch, count: int, seed: int = 0) -> Candidates:
     """Candidates of a branch; none depends on how many there are."""
     settings = policy.planner.model_copy(update={"iterations": 1, "video_samples": count, "video_elites": 1})
-    planner = Planner(policy.model, settings, policy.returns, policy.levels)
+    planner = policy.make_planner(settings)
     noise = SeededNoise([RowKey(seed, f"ranking/{branch.task}/{branch.index}/{branch.step}", 0)], policy.model.device)
     shapes, tokens = policy.model.shapes, []
     with torch.inference_mode():
@@ -61,7 +60,7 @@ def candidates(policy: Policy, branch: Branch, count: int, seed: int = 0) -> Can
 
 def scores(policy: Policy, found: Sequence[Candidates], samples: int) -> NDArray[np.float64]:
     """Scores (states, M) of candidates, judged on their first ``samples`` values."""
-    planner = Planner(policy.model, policy.planner, policy.returns)
+    planner = policy.make_planner()
     each = [phi(planner.scores(one.values[:, :, :samples]), policy.planner)[0] for one in found]
     return torch.stack(each).double().cpu().numpy()
 

@@ -15,7 +15,6 @@ import torch
 from wav.data.windows import split_episodes
 from wav.evaluation.held_out import held_out_share, observed
 from wav.evaluation.pictures import evenly
-from wav.planning.planner import Planner
 from wav.planning.types import RowKey, SeededNoise
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def noise_use(
         variance over its draws, averaged over states, as a share of the variance when all three are drawn. Few draws
         may take a share above 1, and what noises do together is in none of them.
     """
-    planner = Planner(policy.model, policy.planner, policy.returns, policy.levels)
+    planner = policy.make_planner()
     keys = tuple(RowKey(seed, f"use/{index}", 0) for index in range(len(histories)))
     valued = policy.model.shapes.value is not None
 

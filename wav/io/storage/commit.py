@@ -26,6 +26,7 @@ from wav.io.files import (
     fsync_path,
     manifest_data,
     manifest_files,
+    replace_folder,
 )
 from wav.io.storage.base import DamagedError, ObjectStore, TransferError, disk_errors
 
@@ -131,6 +132,7 @@ def fetch(store: ObjectStore, prefix: str, folder: Path) -> Manifest:
         raise DamagedError(f"{store.uri(prefix)}: no manifest, so no complete commit; choose another prefix")
     digest = hashlib.sha256(manifest.to_json().encode()).hexdigest()[:12]
     temporary = folder.with_name(f".{folder.name}.{digest}.part")
+    listed = {entry.path for entry in manifest.files}
 
     def get(entry: FileRecord) -> None:
         target = temporary / entry.path
@@ -140,19 +142,15 @@ def fetch(store: ObjectStore, prefix: str, folder: Path) -> Manifest:
     try:
         with disk_errors(folder):
             temporary.mkdir(parents=True, exist_ok=True)
-            for killed in temporary.rglob(".*.part"):
-                killed.unlink()
+            for path in sorted(temporary.rglob("*")):  # of a transfer that was killed, or of a folder that was replaced
+                if path.is_file() and path.relative_to(temporary).as_posix() not in listed:
+                    path.unlink()
         with ThreadPoolExecutor(DOWNLOADS) as pool:
             list(pool.map(get, manifest.files))
         with disk_errors(folder):
             (temporary / MANIFEST).write_text(manifest.to_json())
-            old = folder.with_name(f".{folder.name}.gone")  # a folder that is removed in place could be met half empty
-            shutil.rmtree(old, ignore_errors=True)
-            if folder.exists():
-                folder.rename(old)
-            temporary.rename(folder)
-            fsync_path(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            replace_folder(temporary, folder)
+            shutil.rmtree(temporary, ignore_errors=True)
     except TransferError:
         raise
     except StorageError:
