@@ -14,11 +14,12 @@ Every flow has the same shape::
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -35,6 +36,7 @@ from flows.artifacts import publish_markdown, publish_numbers, publish_objects, 
 from flows.memory import PeakMemory
 from flows.provenance import hash_table, parent_run, run_url
 from flows.server import run_flow, show
+from wav.cluster import Cluster, open_cluster
 from wav.config import Runtime, Settings, load_settings
 from wav.errors import ServiceError, WavError, exit_status
 from wav.io.files import write_json
@@ -65,6 +67,20 @@ class StageRun:
     def path(self, relative: str) -> Path:
         """A file or folder of the workspace."""
         return self.workspace / relative
+
+    @contextlib.contextmanager
+    def cluster(self) -> Iterator[Cluster | None]:
+        """The cluster of WAV_DASK, or None where the stage runs here."""
+        if not self.runtime.dask:
+            yield None
+            return
+        with open_cluster(self.runtime.dask, self.runtime.workers) as cluster:
+            yield cluster
+
+    @property
+    def gpu(self) -> bool:
+        """Whether a GPU is asked for, here and of the cluster's workers."""
+        return self.runtime.device.startswith("cuda")
 
     def scratch(self, relative: str) -> Path:
         """A git-ignored folder that survives the run: resume state and caches."""

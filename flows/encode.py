@@ -28,9 +28,22 @@ def encode_all(run: StageRun) -> None:
     episodes.verify()
     run.logger.info("codec %s: fitting or loading", settings.codec)
     codec = fit_codec(episodes, data, settings)
-    with tempfile.TemporaryDirectory(dir=run.scratch("text")) as folder, Progress("latents", run.logger) as progress:
+    with (
+        tempfile.TemporaryDirectory(dir=run.scratch("text")) as folder,
+        Progress("latents", run.logger) as progress,
+        run.cluster() as cluster,
+    ):
         text = build_text_encoder(settings, data, episodes.instructions, Path(folder) / "encoder")
-        encode_store(episodes, codec, text, data, run.path("data/latents"), progress=progress)
+        encode_store(
+            episodes,
+            codec,
+            text,
+            data,
+            run.path("data/latents"),
+            progress=progress,
+            run=cluster and cluster.mapper(gpu=run.gpu),
+            device=run.runtime.device if run.gpu else "cpu",
+        )
 
 
 @step("picture reconstructions")

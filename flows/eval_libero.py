@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from prefect import flow
 
 from flows.artifacts import Progress, publish_images, publish_markdown, publish_numbers, publish_values
 from flows.common import StageRun, finish, main, start, step
-from flows.policy import assemble
+from flows.policy import assemble, options, parts
 from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
@@ -25,6 +25,7 @@ from wav.evaluation.instruments.swap import swaps
 from wav.evaluation.instruments.use import held_out_histories, noise_use
 from wav.evaluation.protocol import other_instructions
 from wav.evaluation.report import build_report
+from wav.evaluation.shares import Elsewhere, policy_of_stages
 from wav.evaluation.start import check_all
 from wav.evaluation.tables import metrics_table
 from wav.evaluation.unsimulated import without_simulator
@@ -45,11 +46,14 @@ def load(run: StageRun) -> tuple[Policy, Checkpoint]:
     return assemble(run, run.settings.eval_libero.batch_size)
 
 
-def closed_loop(run: StageRun, policy: Policy, digest: str, store: EpisodeStore | None) -> dict[str, Any]:
+def closed_loop(
+    run: StageRun, policy: Policy, digest: str, store: EpisodeStore | None, load: Callable[[], Policy]
+) -> dict[str, Any]:
     """Start checks, then all episodes of all variants; finished ones of an interrupted run of the same key are kept.
 
     A suite without simulator has none of that, and its metrics say so.
-    ``store`` holds the demonstrations the policy was trained on, where they are at hand.
+    ``store`` holds the demonstrations the policy was trained on, where they are at hand; ``load`` loads the policy on a
+    cluster's worker.
     """
     data, settings, out = run.settings.data, run.settings.eval_libero, run.path("reports/eval")
     if not has_simulator(data.suite):
@@ -57,6 +61,7 @@ def closed_loop(run: StageRun, policy: Policy, digest: str, store: EpisodeStore 
     with (
         Progress("episodes", run.logger) as progress,
         SimPool(data.suite, data, workers=run.runtime.workers, slots=settings.batch_size) as pool,
+        run.cluster() as cluster,
     ):
         began = check_all(policy, data, pool=pool, out=out, store=store)
         return evaluate(
@@ -75,6 +80,7 @@ def closed_loop(run: StageRun, policy: Policy, digest: str, store: EpisodeStore 
                 f"{state.successes}/{state.finished} solved ({state.label})",
                 left=state.eta_seconds,
             ),
+            elsewhere=cluster and Elsewhere(cluster.mapper(gpu=run.gpu), load),
         )
 
 
@@ -125,7 +131,8 @@ def instruments(run: StageRun, policy: Policy, metrics: dict[str, Any], store: E
 @step("roll out")
 def roll_out(run: StageRun, policy: Policy, checkpoint: Checkpoint) -> dict[str, Any]:
     """The joint model in closed loop."""
-    return closed_loop(run, policy, checkpoint.digest, EpisodeStore.open(run.path("data/episodes")))
+    load = functools.partial(policy_of_stages, *parts(run), **options(run, run.settings.eval_libero.batch_size))
+    return closed_loop(run, policy, checkpoint.digest, EpisodeStore.open(run.path("data/episodes")), load)
 
 
 @step("look inside")

@@ -7,7 +7,9 @@ object store. ``python -m flows.eval_run`` is the same without a worker.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +121,10 @@ def prepare_export(export: Path, workspace: Path, folder: Path, changes: Changes
 
 
 @step("roll out")
-def roll_out(run: StageRun, policy: Policy, digest: str) -> dict[str, Any]:
+def roll_out(run: StageRun, policy: Policy, digest: str, load: Callable[[], Policy]) -> dict[str, Any]:
     """An exported policy in closed loop, beside the workspace's demonstrations where it was trained on them."""
     store = own_store(policy, source_workspace(run.workspace) / "data" / "episodes")
-    metrics = stage.closed_loop(run, policy, digest, store)
+    metrics = stage.closed_loop(run, policy, digest, store, load)
     stage.instruments(run, policy, metrics, store)
     return metrics
 
@@ -131,13 +133,15 @@ def evaluate_export(export: Path, folder: Path) -> None:
     """Evaluate an exported policy in the run's folder."""
     run = start("eval_libero", str(folder))
     digest = str(verify_export(export)["checkpoint"]["digest"])
-    policy = load_export(
-        export,
+    load = functools.partial(
+        load_export,
+        export.resolve(),
         batch_size=run.settings.eval_libero.batch_size,
         device=run.runtime.device,
         planner=run.settings.planner,
     )
-    metrics = roll_out(run, policy, digest)
+    policy = load()
+    metrics = roll_out(run, policy, digest, load)
     stage.report(run, metrics)
     row = {"export": str(export), "dvc": dvc_hash(export), "weights": digest}
     publish_table("checkpoint", [row], "evaluated policy")

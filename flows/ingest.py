@@ -20,7 +20,7 @@ STRIP_FRAMES = 8
 @step("collect demonstrations")
 def collect(run: StageRun) -> None:
     """Run the source into the episode store, with progress."""
-    with Progress("demonstrations", run.logger) as progress:
+    with Progress("demonstrations", run.logger) as progress, run.cluster() as cluster:
 
         def callback(done: int, total: int, accepted: int) -> None:
             progress(done, total, f"{accepted} accepted")
@@ -31,6 +31,7 @@ def collect(run: StageRun) -> None:
             run.path("data/episodes"),
             workers=run.runtime.workers,
             callback=callback,
+            run=cluster and cluster.mapper(in_child=True),
         )
 
 

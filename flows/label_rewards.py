@@ -21,10 +21,17 @@ PLOTTED_RETURNS = 20
 def label(run: StageRun) -> None:
     """Terms and returns of every episode, with progress."""
     data, settings = run.settings.data, run.settings.label_rewards
-    with Progress("reward labels", run.logger) as progress:
+    with Progress("reward labels", run.logger) as progress, run.cluster() as cluster:
         episodes = EpisodeStore.open(run.path("data/episodes"))
         episodes.verify()
-        label_store(episodes, settings, data.action_chunk, run.path("data/rewards"), progress=progress)
+        label_store(
+            episodes,
+            settings,
+            data.action_chunk,
+            run.path("data/rewards"),
+            progress=progress,
+            run=cluster and cluster.mapper(),
+        )
 
 
 @step("plot rewards")

@@ -8,10 +8,11 @@ import pytest
 from wav.config import DataSettings, IngestSettings
 from wav.data.episode import Episode
 from wav.data.sources import open_source
-from wav.data.sources.scripted import ScriptedSource, in_order
+from wav.data.sources.scripted import ScriptedSource
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError, SimulationError
 from wav.ingest import ingest
+from wav.shards import in_order
 
 DATA = DataSettings(image_height=16, image_width=16, tasks=("lift_red_cube", "lift_green_cube"))
 SETTINGS = IngestSettings(episodes_per_task=4, noise=0.1, detour=0.25, seed=3)
@@ -131,3 +132,25 @@ def test_sources_by_name():
             open_source(DATA, SETTINGS.model_copy(update={"source": source}))
     with pytest.raises(ConfigError, match="did you mean 'lift_red_cube'"):
         open_source(DATA.model_copy(update={"tasks": ("lift_red_cub",)}), SETTINGS)
+
+
+def test_demonstrations_recorded_elsewhere_are_the_same_and_recorded_once(tmp_path, monkeypatch):
+    def elsewhere(limit, ran):
+        def run(function, jobs, workers):
+            for number, outcome in enumerate(shuffled(0)(function, jobs, workers)):
+                if number == limit:
+                    raise KeyboardInterrupt
+                ran.append(outcome)
+                yield outcome
+
+        return run
+
+    here, out = run_ingest(tmp_path / "here"), tmp_path / "there"
+    first, second = [], []
+    source = ScriptedSource(DATA, SETTINGS, record)
+    with pytest.raises(KeyboardInterrupt):
+        ingest(DATA, SETTINGS, out, source=source, run=elsewhere(5, first))
+    assert ingest(DATA, SETTINGS, out, source=source, run=elsewhere(99, second)).digest == here.digest
+    assert len(first) == 5
+    assert len(second) == 12 - 5  # twelve tries in all
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "there"}

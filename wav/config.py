@@ -159,6 +159,7 @@ class Runtime(BaseSettings):
     threads: int = Field(0, ge=0, le=4096, description="torch threads of a stage of one process; 0: the cores")
     workers: int = Field(0, ge=0, le=4096, description="simulator processes; 0: the machine's cores")
     workspace: Path = Field(Path(), description="folder that holds params.yaml and the stages' outputs")
+    dask: str = Field("", description="where data and evaluation run: empty: here; local; tcp://host:8786 (Dask)")
     launcher: str = Field("", description="several nodes: starts a module on all of them, as deepspeed and srun do")
 
     def __init__(self, **values: Any) -> None:

@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from wav.data.episode import Episode
 from wav.data.sources import Source, open_source
-from wav.data.sources.staging import DatasetSource, Staged, collect, staging_folder
+from wav.data.sources.staging import DatasetSource, Staged, collect
 from wav.data.store import EpisodeStore, Rejection
 from wav.data.writer import EpisodeStoreWriter
 from wav.errors import ConfigError, DataError
 from wav.io.files import require_free_space
+from wav.shards import Mapper, staging_folder
 from wav.sim.registry import has_simulator
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def ingest(
     workers: int = 0,
     callback: Progress | None = None,
     source: Source | DatasetSource | None = None,
+    run: Mapper | None = None,
 ) -> IngestReport:
     """Write the episodes of a source to the store at ``out`` (replaced as a whole, or left alone on an error).
 
@@ -89,6 +91,7 @@ def ingest(
         workers: simulator or reading processes; 0: the machine's cores.
         callback: told (tried, wanted, accepted) after every episode (datasets: every few).
         source: a source to read instead of ``settings.source``.
+        run: runs the jobs elsewhere than in this machine's processes (:mod:`wav.cluster`); they are resumable then.
 
     Raises:
         ConfigError: the source or a task is unknown, or the pictures are rendered otherwise than evaluation's.
@@ -109,9 +112,9 @@ def ingest(
         progress = _Tally(bar, expected, callback)
         count = workers or os.cpu_count() or 1
         if isinstance(source, DatasetSource):
-            _write_dataset(source, writer, out, count, progress)
+            _write_dataset(source, writer, out, count, progress, run)
         else:
-            for outcome in source.outcomes(count):
+            for outcome in source.outcomes(count, _kept(run, out)):
                 if isinstance(outcome, Episode):
                     writer.add(outcome)
                 else:
@@ -127,6 +130,15 @@ def ingest(
         seconds=time.monotonic() - began,
         digest=store.digest,
     )
+
+
+def _kept(run: Mapper | None, out: Path) -> Mapper | None:
+    """``run`` with what it recorded kept beside the output until that is complete."""
+    if run is None:
+        return None
+    from wav.data.sources.scripted import kept
+
+    return kept(run, staging_folder(out))
 
 
 def _check_render(source: Source | DatasetSource, data: DataSettings) -> None:
@@ -162,7 +174,12 @@ def _quarantine(writer: EpisodeStoreWriter, rejection: Rejection) -> None:
 
 
 def _write_dataset(
-    source: DatasetSource, writer: EpisodeStoreWriter, out: Path, workers: int, progress: _Tally
+    source: DatasetSource,
+    writer: EpisodeStoreWriter,
+    out: Path,
+    workers: int,
+    progress: _Tally,
+    run: Mapper | None,
 ) -> None:
     """Read a dataset's jobs, continuing what an interrupted run left, and put them together in their order.
 
@@ -170,7 +187,7 @@ def _write_dataset(
         DataError: a task of data.tasks has no episode that is fit.
     """
     parts: list[Staged] = []
-    for staged in collect(source.jobs(), source.conventions(), staging_folder(out), workers):
+    for staged in collect(source.jobs(), source.conventions(), staging_folder(out), workers, run):
         parts.append(staged)
         progress(staged.accepted, len(staged.rejected))
     present: set[str] = set()

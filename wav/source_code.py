@@ -24,6 +24,7 @@ PLUMBING = (
     "flows/common.py",
     "flows/artifacts.py",
     "wav/__init__.py",
+    "wav/cluster.py",
     "wav/config.py",
     "wav/errors.py",
     "wav/io/storage/",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from wav.evaluation import protocol
 from wav.evaluation.protocol import EpisodeSpec
 from wav.evaluation.records import read_record
 from wav.evaluation.rollout import Scheduler
+from wav.evaluation.shares import Elsewhere
 from wav.sim.registry import task_specs
 from wav.sim.workers import SimPool
 
@@ -44,6 +46,11 @@ def records(out):
         value = dataclasses.asdict(read_record(path))
         found[f"{path.parent.name}/{path.stem}"] = {k: v for k, v in value.items() if k != "wall_seconds"}
     return found
+
+
+def one_by_one(function, jobs, workers):
+    """Runs shares in this process."""
+    return ((index, function(*job)) for index, job in enumerate(jobs))
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -71,7 +78,10 @@ def test_results_do_not_depend_on_workers_order_or_a_kill(suite, tmp_path, monke
         module = sys.modules["wav.evaluation.evaluate"]  # the package has a function of that name
         monkeypatch.setattr(module, "build_episodes", lambda *a: tiny.backwards(build(*a)))
         tiny.run(suite, tmp_path / "backwards", pool)
-    assert records(tmp_path / "backwards") == expected
+        elsewhere = Elsewhere(one_by_one, functools.partial(tiny.policy, suite))
+        metrics = tiny.run(suite, tmp_path / "elsewhere", pool, elsewhere=elsewhere)
+    assert records(tmp_path / "backwards") == records(tmp_path / "elsewhere") == expected
+    assert metrics["timing"]["policy_rows"] >= len(expected)
 
 
 class Sabotaged(SimPool):

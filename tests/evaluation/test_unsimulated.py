@@ -29,7 +29,7 @@ def test_nothing_runs_and_the_results_say_so(tmp_path):
     stale.write_text("{}")
     robot = settings().model_copy(update={"data": DATA.model_copy(update={"suite": "piper"})})
     run = SimpleNamespace(settings=robot, path=lambda relative: tmp_path / relative)
-    metrics = eval_libero.closed_loop(run, None, "weights", None)
+    metrics = eval_libero.closed_loop(run, None, "weights", None, None)
     assert metrics == json.loads((out / "metrics.json").read_text())
     assert metrics["checkpoint"] == "weights"
     reason = "not applicable, suite 'piper' has no simulator"

@@ -12,8 +12,8 @@ from wav.io.readers import read_json, understood
 __all__ = ["Codec", "PCACodec", "load_codec", "psnr"]
 
 
-def load_codec(source: str | Path) -> Codec:
-    """Codec from a folder that :meth:`Codec.save` wrote, or an LTX VAE from a folder or hub id.
+def load_codec(source: str | Path, device: str = "cpu") -> Codec:
+    """Codec from a folder that :meth:`Codec.save` wrote, or an LTX VAE from a folder or hub id on ``device``.
 
     Raises:
         DataError: the folder holds no readable codec. ServiceError: a hub id that is not in the local cache.
@@ -23,7 +23,7 @@ def load_codec(source: str | Path) -> Codec:
     if not file.is_file():
         from wav.codec.ltx import LTXCodec  # imports torch and diffusers: only where needed
 
-        return LTXCodec.from_pretrained(str(source))
+        return LTXCodec.from_pretrained(str(source), device)
     remedy = "run the encode stage again"
     with understood(file, remedy):
         kind = read_json(file, remedy)["kind"]
@@ -32,5 +32,5 @@ def load_codec(source: str | Path) -> Codec:
         if kind == "ltx":
             from wav.codec.ltx import LTXCodec
 
-            return LTXCodec.load(folder)
+            return LTXCodec.load(folder, device)
     raise DataError(f"{file}: codec kind {shown(kind)} is unknown; known are pca and ltx")

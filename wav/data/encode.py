@@ -9,7 +9,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wav.codec import Codec, PCACodec, load_codec, psnr
+from wav.data.episode_shards import on_shards, opened
 from wav.data.latents import FORMAT, REMEDY, VERSION, FrameGrid, LatentStore
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError
 from wav.io.arrays import ArrayWriter
 from wav.io.files import atomic_folder, require_free_space, write_manifest
 from wav.seeding import numpy_generator
+from wav.shards import Mapper, staging_folder
 from wav.text import TextEncoder, build_small
 
 if TYPE_CHECKING:
@@ -33,6 +38,10 @@ LTX_HUB_ID = "Lightricks/LTX-Video"
 _CHUNK_BYTES = 1 << 26  # raw pixels gathered at once
 _FIT_BYTES = 1 << 28  # raw pixels of the clips (and of the frames) a codec is fitted on
 _PSNR_FRAMES = 128  # per view
+_BLOCK_ROWS = 256  # copied at once
+
+#: rows of image.npy (n, V, C, h, w) and of clip.npy (n, V, C, f, h, w)
+Block = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 def fit_codec(episodes: EpisodeStore, data: DataSettings, settings: EncodeSettings, device: str = "cpu") -> Codec:
@@ -106,6 +115,8 @@ def encode_store(
     out: str | Path,
     progress: Callable[[int, int], None] | None = None,
     instructions: Sequence[str] = (),
+    run: Mapper | None = None,
+    device: str = "cpu",
 ) -> LatentStore:
     """Encode a whole episode store into ``out``, atomically and in bounded memory.
 
@@ -117,6 +128,8 @@ def encode_store(
         out: folder.
         progress: called with (frames done, frames in total).
         instructions: further instructions to encode beside the episodes' own and "".
+        run: encodes shards elsewhere (:mod:`wav.cluster`); what is done is kept until the store is complete.
+        device: that the codec is loaded on there.
 
     Raises:
         DataError: the store's views or image size are not those of ``data``, a text is too long.
@@ -140,7 +153,13 @@ def encode_store(
         np.save(folder / "text_mask.npy", mask)
         codec.save(folder / "codec", reference=True)
         text_encoder.save(folder / "text_encoder", reference=True)
-        _write_latents(folder, episodes, codec, grid, progress)
+        if run is None:
+            blocks = _encoded(episodes, range(len(episodes)), codec, grid)
+        else:
+            blocks = _encoded_elsewhere(episodes, codec, grid, staging_folder(out), run, device)
+        rows = _rows(episodes, codec, grid)
+        require_free_space(folder, 4 * episodes.frames * sum(math.prod(row) for row in rows))
+        _write_blocks(folder, rows, blocks, progress and (lambda done: progress(done, episodes.frames)))
         content = {
             "episodes": episodes.digest,
             "codec": codec.digest,
@@ -155,41 +174,79 @@ def encode_store(
             "psnr": _quality(folder, episodes, codec, grid),
         }
         write_manifest(folder, FORMAT, VERSION, content)
+    shutil.rmtree(staging_folder(out), ignore_errors=True)
     return LatentStore.open(out, episodes)
 
 
-def _write_latents(
-    folder: Path,
-    episodes: EpisodeStore,
-    codec: Codec,
-    grid: FrameGrid,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    """Write image.npy and clip.npy, a bounded number of frames at a time."""
-    views = episodes.conventions.views
-    h, w = (n // codec.spatial for n in (episodes.conventions.image_height, episodes.conventions.image_width))
-    latent_frames = 1 + (grid.future_frames - 1) // codec.temporal
-    image_row, clip_row = (len(views), codec.channels, h, w), (len(views), codec.channels, latent_frames, h, w)
-    require_free_space(folder, 4 * episodes.frames * int(np.prod(image_row) + np.prod(clip_row)))
-    clip_bytes = episodes.conventions.image_height * episodes.conventions.image_width * 3 * grid.future_frames
+def _rows(episodes: EpisodeStore, codec: Codec, grid: FrameGrid) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a row of image.npy and of clip.npy."""
+    views, conventions = len(episodes.conventions.views), episodes.conventions
+    h, w = (n // codec.spatial for n in (conventions.image_height, conventions.image_width))
+    frames = 1 + (grid.future_frames - 1) // codec.temporal
+    return (views, codec.channels, h, w), (views, codec.channels, frames, h, w)
+
+
+def _encoded(episodes: EpisodeStore, which: range, codec: Codec, grid: FrameGrid) -> Iterator[Block]:
+    """Latents of the episodes ``which``, a bounded number of frames at a time."""
+    views, conventions = episodes.conventions.views, episodes.conventions
+    clip_bytes = conventions.image_height * conventions.image_width * 3 * grid.future_frames
     step = max(1, _CHUNK_BYTES // clip_bytes)
-    done = 0
+    for index in which:
+        episode = episodes[index]
+        for start in range(0, episode.length, step):
+            stop = min(start + step, episode.length)
+            rows = grid.rows(start, stop, episode.length)
+            frames = [codec.encode_frames(np.asarray(episode.images[v][start:stop])) for v in views]
+            clips = [codec.encode_clips(np.asarray(episode.images[v][rows])) for v in views]
+            yield np.stack(frames, axis=1), np.stack(clips, axis=1)
+
+
+@lru_cache(maxsize=1)
+def _codec_on(folder: str, device: str) -> Codec:
+    return load_codec(folder, device)
+
+
+def encode_shard(
+    path: str, digest: str, which: range, codec: str, stride: int, future_frames: int, device: str, folder: str
+) -> None:
+    """Leave the latents of the episodes ``which`` of the store at ``path`` in ``folder``; ``codec`` is a folder."""
+    episodes, grid, made_by = opened(path, digest), FrameGrid(stride, future_frames), _codec_on(codec, device)
+    with atomic_folder(folder) as new:
+        _write_blocks(new, _rows(episodes, made_by, grid), _encoded(episodes, which, made_by, grid))
+
+
+def _encoded_elsewhere(
+    episodes: EpisodeStore, codec: Codec, grid: FrameGrid, staging: Path, run: Mapper, device: str
+) -> Iterator[Block]:
+    """As :func:`_encoded` for the whole store, a shard at a time."""
+    saved = staging.with_name(f"{staging.name}.codec-{codec.digest[:16]}")  # the name tells apart what it makes
+    codec.save(saved, reference=True)
+    arguments = (str(saved), grid.stride, grid.future_frames, device)
+    try:
+        for _, folder in on_shards(encode_shard, episodes, arguments, staging, run):
+            image, clip = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("image", "clip"))
+            for start in range(0, len(image), _BLOCK_ROWS):
+                yield image[start : start + _BLOCK_ROWS], clip[start : start + _BLOCK_ROWS]
+    finally:
+        shutil.rmtree(saved, ignore_errors=True)
+
+
+def _write_blocks(
+    folder: Path,
+    rows: tuple[tuple[int, ...], tuple[int, ...]],
+    blocks: Iterable[Block],
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write image.npy and clip.npy."""
     with (
-        ArrayWriter(folder / "image.npy", image_row, np.float32) as image_file,
-        ArrayWriter(folder / "clip.npy", clip_row, np.float32) as clip_file,
+        ArrayWriter(folder / "image.npy", rows[0], np.float32) as image_file,
+        ArrayWriter(folder / "clip.npy", rows[1], np.float32) as clip_file,
     ):
-        for index in range(len(episodes)):
-            episode = episodes[index]
-            for start in range(0, episode.length, step):
-                stop = min(start + step, episode.length)
-                rows = grid.rows(start, stop, episode.length)
-                frames = [codec.encode_frames(np.asarray(episode.images[v][start:stop])) for v in views]
-                clips = [codec.encode_clips(np.asarray(episode.images[v][rows])) for v in views]
-                image_file.append(np.stack(frames, axis=1))
-                clip_file.append(np.stack(clips, axis=1))
-                done += stop - start
-                if progress:
-                    progress(done, episodes.frames)
+        for image, clip in blocks:
+            image_file.append(image)
+            clip_file.append(clip)
+            if progress:
+                progress(image_file.rows)
 
 
 def _quality(folder: Path, episodes: EpisodeStore, codec: Codec, grid: FrameGrid) -> dict[str, dict[str, float]]:

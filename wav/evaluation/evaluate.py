@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
 from wav.data.conventions import Conventions
 from wav.data.statistics import check_statistics
-from wav.errors import ConfigError
+from wav.errors import ConfigError, ServiceError
 from wav.evaluation import pictures
 from wav.evaluation.protocol import (
     EpisodeSpec,
@@ -29,11 +29,14 @@ from wav.evaluation.protocol import (
     versions,
 )
 from wav.evaluation.records import EpisodeRecord, finished_record, record_path, summarise, write_record
-from wav.evaluation.rollout import Rollout, Scheduler
+from wav.evaluation.rollout import Clock, Rollout, Scheduler
 from wav.io.files import write_json
 from wav.planning import Variant
 from wav.policy.policy import Policy
 from wav.sim.workers import SimPool
+
+if TYPE_CHECKING:
+    from wav.evaluation.shares import Elsewhere
 
 log = logging.getLogger(__name__)
 
@@ -137,6 +140,7 @@ def evaluate(
     start: Mapping[str, Any] | None = None,
     limits: Mapping[str, int] | None = None,
     progress: Callable[[Progress], None] | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> dict[str, Any]:
     """Run every episode that is not finished yet and write records, videos, pictures and ``metrics.json``.
 
@@ -153,6 +157,7 @@ def evaluate(
         start: what :func:`wav.evaluation.start.check_all` found, kept in ``metrics.json``.
         limits: steps by task within which success is reported too (:func:`wav.evaluation.within.step_limits`).
         progress: called after every episode.
+        elsewhere: where the episodes run, if not in ``pool``.
 
     Returns:
         The content of ``metrics.json``.
@@ -166,8 +171,9 @@ def evaluate(
     variants, left_out = applicable(settings.eval_libero.variants, with_value)
     for variant, reason in left_out.items():
         log.warning("evaluation: variant %s is %s", variant, reason)
-    session = _Session(settings, policy, Path(out), checkpoint, progress, variants)
-    timing = session.run(pool, with_value)
+    wanted = settings.eval_libero.model_copy(update={"variants": variants})
+    session = Session(settings, policy, Path(out), checkpoint, progress, build_episodes(settings.data, wanted))
+    timing = session.run(pool, with_value, elsewhere)
     session.remove_stale()
     metrics = summarise([session.records[spec] for spec in session.episodes], timing, limits)
     metrics["not_applicable"], metrics["start"] = left_out, dict(start or {})
@@ -175,8 +181,8 @@ def evaluate(
     return metrics
 
 
-class _Session:
-    """The episodes of one evaluation, their records, and what is written when one finishes."""
+class Session:
+    """Episodes of one evaluation, their records, and what is written when one finishes."""
 
     def __init__(
         self,
@@ -185,19 +191,37 @@ class _Session:
         out: Path,
         checkpoint: str,
         progress: Callable[[Progress], None] | None,
-        variants: tuple[Variant, ...],
+        episodes: Sequence[EpisodeSpec],
     ) -> None:
         self.settings, self.policy, self.out, self.progress = settings, policy, out, progress
         self.checkpoint, self.conventions = checkpoint, policy.conventions.to_json()
         self.versions = versions(policy.compiled)
-        wanted = settings.eval_libero.model_copy(update={"variants": variants})
-        self.episodes = build_episodes(settings.data, wanted)
+        self.episodes = episodes
         self.records: dict[EpisodeSpec, EpisodeRecord] = {}
         self.began, self.resumed = time.perf_counter(), 0
 
-    def run(self, pool: SimPool, with_value: bool) -> dict[str, float]:
+    def run(self, pool: SimPool, with_value: bool, elsewhere: Elsewhere | None) -> dict[str, float]:
         """Run the episodes that are left; where the time went."""
-        waiting, protocol = self.resume(), self.settings.eval_libero
+        waiting, began = self.resume(), time.perf_counter()
+        if elsewhere is None:
+            clock = self.roll_out(waiting, pool, with_value)
+        else:
+            clock = asdict(Clock())
+            for share, part in elsewhere.roll_out(self, waiting, with_value):
+                clock = {name: seconds + part[name] for name, seconds in clock.items()}
+                self._take(share)
+        wall = time.perf_counter() - began
+        return {
+            **clock,
+            "wall_seconds": wall,
+            "episodes_run": len(waiting),
+            "episodes_resumed": self.resumed,
+            "episodes_per_hour": 3600 * len(waiting) / wall if waiting else 0.0,
+        }
+
+    def roll_out(self, specs: Sequence[EpisodeSpec], pool: SimPool, with_value: bool) -> dict[str, float]:
+        """Run these episodes here; where the time went."""
+        protocol = self.settings.eval_libero
         scheduler = Scheduler(
             pool,
             self.policy,
@@ -206,16 +230,17 @@ class _Session:
             with_value=with_value,
             on_finish=self.finish,
         )
-        began = time.perf_counter()
-        scheduler.run(waiting)
-        wall = time.perf_counter() - began
-        return {
-            **asdict(scheduler.clock),
-            "wall_seconds": wall,
-            "episodes_run": len(waiting),
-            "episodes_resumed": self.resumed,
-            "episodes_per_hour": 3600 * len(waiting) / wall if waiting else 0.0,
-        }
+        scheduler.run(specs)
+        return asdict(scheduler.clock)
+
+    def _take(self, share: Sequence[EpisodeSpec]) -> None:
+        """Take over the records of episodes that ran elsewhere."""
+        if lost := self.left(share):
+            raise ServiceError(
+                f"{record_path(self.out, lost[0])}: was written elsewhere and is not here; let all workers share this "
+                "folder's disk"
+            )
+        self._report(share[-1])
 
     def key(self, spec: EpisodeSpec) -> str:
         """Key of the episode's record."""
@@ -243,14 +268,19 @@ class _Session:
         for folder in {path.parent for path in paths}:
             for path in set(folder.glob("*.json")) - paths:
                 path.unlink()
-        for spec in self.episodes:
-            record = finished_record(record_path(self.out, spec), self.key(spec))
-            if record is not None and not (spec.record and not self.video_path(spec).exists()):
-                self.records[spec] = record
+        waiting = self.left(self.episodes)
         self.resumed = len(self.records)
         if self.resumed:
             log.info("evaluation: %d of %d episodes are already there", self.resumed, len(self.episodes))
-        return [spec for spec in self.episodes if spec not in self.records]
+        return waiting
+
+    def left(self, specs: Sequence[EpisodeSpec]) -> list[EpisodeSpec]:
+        """Those that have no finished record of the same key; the others' are taken over."""
+        for spec in specs:
+            record = finished_record(record_path(self.out, spec), self.key(spec))
+            if record is not None and not (spec.record and not self.video_path(spec).exists()):
+                self.records[spec] = record
+        return [spec for spec in specs if spec not in self.records]
 
     def finish(self, rollout: Rollout) -> None:
         """Pictures first, then the record that marks the episode as finished."""

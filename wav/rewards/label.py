@@ -7,19 +7,22 @@ Rewards are labels: they are computed once per episode store, never while traini
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wav.data.episode_shards import on_shards, opened
 from wav.data.reward_store import FORMAT, VERSION, RewardStore
 from wav.data.statistics import Statistics, compute_statistics
 from wav.data.store import EpisodeStore
 from wav.errors import DataError
 from wav.io.files import atomic_folder, write_manifest
 from wav.rewards.terms import RewardTerms, episode_rewards
+from wav.shards import Mapper, staging_folder
 
 if TYPE_CHECKING:
     from wav.config import LabelRewardsSettings
@@ -59,12 +62,32 @@ def value_channels(terms: RewardTerms, settings: LabelRewardsSettings, action_ch
     return np.concatenate([terms.weighted, value[:, None]], axis=1)
 
 
+def label_episodes(
+    episodes: EpisodeStore, which: range, settings: LabelRewardsSettings, action_chunk: int
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """(episodes done of the whole store, values (T, K + 1) of one episode) for the episodes ``which``."""
+    for index in which:
+        terms = episode_rewards(episodes[index], settings, episodes.conventions.views)
+        yield index + 1, value_channels(terms, settings, action_chunk)
+
+
+def label_shard(
+    path: str, digest: str, which: range, settings: LabelRewardsSettings, action_chunk: int, folder: str
+) -> None:
+    """Leave the values of the episodes ``which`` of the store at ``path`` in ``folder``."""
+    episodes = opened(path, digest)
+    values = [part for _, part in label_episodes(episodes, which, settings, action_chunk)]
+    with atomic_folder(folder) as new:
+        np.save(new / "values.npy", np.concatenate(values))
+
+
 def label_store(
     episodes: EpisodeStore,
     settings: LabelRewardsSettings,
     action_chunk: int,
     out: str | Path,
     progress: Callable[[int, int], None] | None = None,
+    run: Mapper | None = None,
 ) -> RewardStore:
     """Label every episode and write ``out`` atomically: values.npy, statistics.json, manifest.json.
 
@@ -74,19 +97,25 @@ def label_store(
         action_chunk: steps of a return where ``settings.horizon`` is 0.
         out: folder.
         progress: called with (episodes done, episodes in total).
+        run: labels shards elsewhere (:mod:`wav.cluster`); what is done is kept until the store is complete.
 
     Raises:
         DataError: an episode without the views or sizes the reward needs, or a value that is not finite.
         StorageError: the disk is full.
     """
-    labels: list[NDArray[np.float32]] = []
-    for index in range(len(episodes)):
-        terms = episode_rewards(episodes[index], settings, episodes.conventions.views)
-        labels.append(value_channels(terms, settings, action_chunk))
-        if progress:
-            progress(index + 1, len(episodes))
-    if not labels:
+    if not len(episodes):
         raise DataError(f"{episodes.path}: holds no episode to label; run the ingest stage again")
+    labels: list[NDArray[np.float32]] = []
+    if run is None:
+        parts = label_episodes(episodes, range(len(episodes)), settings, action_chunk)
+    else:
+        shards = on_shards(label_shard, episodes, (settings, action_chunk), staging_folder(out), run)
+        parts = ((which.stop, np.load(folder / "values.npy")) for which, folder in shards)
+    for done, part in parts:
+        labels.append(part)
+        if progress:
+            progress(done, len(episodes))
+    terms = episode_rewards(episodes[0], settings, episodes.conventions.views)
     values = np.concatenate(labels)
     with atomic_folder(out) as folder:
         np.save(folder / "values.npy", values)
@@ -102,4 +131,5 @@ def label_store(
             "settings": settings.model_dump(mode="json"),
         }
         write_manifest(folder, FORMAT, VERSION, content)
+    shutil.rmtree(staging_folder(out), ignore_errors=True)
     return RewardStore.open(out, episodes)

@@ -175,13 +175,52 @@ class _Host(threading.Thread):
         return SimReply(None, error=f"{reply}; its output is in {self.process.log}")
 
 
+class Caller:
+    """One simulator process that runs functions; replaced when it dies or stalls, and started at the first call.
+
+    Args:
+        number: which of the caller's processes this is (:class:`WorkerProcess`).
+        job_seconds: a call that takes longer is taken for stalled.
+    """
+
+    def __init__(self, number: int = 0, job_seconds: float = JOB_SECONDS) -> None:
+        self._number, self._seconds, self.stopped = number, job_seconds, False
+        self.process: WorkerProcess | None = None
+
+    def call(self, function: Callable[..., Any], job: tuple[Any, ...]) -> Any:
+        """``function(*job)``, or the exception it ended with.
+
+        Where its process dies it is run again, :data:`JOB_ATTEMPTS` times in all: a killed simulator must not cost a
+        demonstration that another machine would have recorded.
+        """
+        for last in (*[False] * (JOB_ATTEMPTS - 1), True):
+            process = self.process = self.process or WorkerProcess(self._number)
+            try:
+                return process.ask("call", (function, job), self._seconds)
+            except SimulationError as error:
+                process.kill()
+                self.process = None
+                if last or self.stopped:
+                    return error
+                log.warning("%s; its job is run again", error)
+        raise AssertionError("unreachable")
+
+    def stop(self) -> None:
+        """End a call that is under way in another thread: nobody takes its result."""
+        self.stopped = True
+        if (process := self.process) is not None:
+            process.process.kill()
+
+    def close(self) -> None:
+        """End the process."""
+        if self.process is not None:
+            self.process.close()
+
+
 def map_in_processes(
     function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int = 0, job_seconds: float = JOB_SECONDS
 ) -> Iterator[tuple[int, Any]]:
-    """Run ``function(*job)`` for every job in simulator processes.
-
-    A job whose process dies or stalls is run again in a fresh one, :data:`JOB_ATTEMPTS` times in all: a killed
-    simulator must not cost a demonstration that another machine would have recorded.
+    """Run ``function(*job)`` for every job in simulator processes (:class:`Caller`).
 
     Args:
         function: importable at top level.
@@ -192,36 +231,22 @@ def map_in_processes(
     Yields:
         (index of the job, result, or the exception it ended with) as they finish, in no particular order.
     """
-    count = min(worker_count(workers), len(jobs))
+    callers = [Caller(number, job_seconds) for number in range(min(worker_count(workers), len(jobs)))]
     todo, stopped = deque(enumerate(jobs)), threading.Event()
-    done: queue.Queue[tuple[int, Any]] = queue.Queue(maxsize=max(1, count))  # results wait for whoever takes them
-    running: dict[int, WorkerProcess] = {}
+    done: queue.Queue[tuple[int, Any]] = queue.Queue(
+        maxsize=max(1, len(callers))
+    )  # results wait for whoever takes them
 
-    def attempt(number: int, job: tuple[Any, ...]) -> Any:
-        process = running.get(number) or running.setdefault(number, WorkerProcess(number))
-        try:
-            return process.ask("call", (function, job), job_seconds)
-        except SimulationError as error:
-            process.kill()
-            del running[number]
-            return error
-
-    def serve(number: int) -> None:
+    def serve(caller: Caller) -> None:
         while todo and not stopped.is_set():
             try:
                 index, job = todo.popleft()
             except IndexError:  # another thread took the last one
                 break
-            for last in (*[False] * (JOB_ATTEMPTS - 1), True):
-                result = attempt(number, job)
-                if last or stopped.is_set() or not isinstance(result, SimulationError):
-                    break
-                log.warning("%s; its job is run again", result)
-            done.put((index, result))
-        if number in running:
-            running[number].close()
+            done.put((index, caller.call(function, job)))
+        caller.close()
 
-    threads = [threading.Thread(target=serve, args=(number,), daemon=True) for number in range(count)]
+    threads = [threading.Thread(target=serve, args=(caller,), daemon=True) for caller in callers]
     left = len(jobs)
     try:
         for thread in threads:
@@ -234,7 +259,7 @@ def map_in_processes(
         stopped.set()
         while any(thread.is_alive() for thread in threads):
             if left:  # nobody takes the other results
-                for process in list(running.values()):
-                    process.process.kill()
+                for caller in callers:
+                    caller.stop()
             with contextlib.suppress(queue.Empty):
                 done.get(timeout=0.05)

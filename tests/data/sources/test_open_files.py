@@ -66,7 +66,7 @@ def test_files_of_one_episode_each_do_not_pile_up(data, lerobot_settings, tmp_pa
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("tasks", [(), TASKS[1:]])  # of one task: every other episode, each sought
 def test_jobs_of_one_file_in_any_process_read_the_same(data, lerobot_settings, tmp_path, monkeypatch, workers, tasks):
-    from wav.data.sources.staging import grouped
+    from wav.shards import grouped
 
     monkeypatch.setattr("wav.data.sources.lerobot.grouped", lambda sizes: grouped(sizes, 1))
     episodes = libero_episodes(6)

@@ -10,10 +10,10 @@ import pytest
 
 from tests.data.sources.datasets import TASKS, changed, libero_file
 from wav.data.sources import open_source, staging
-from wav.data.sources.staging import grouped, staging_folder
 from wav.data.store import EpisodeStore
 from wav.errors import DataError
 from wav.ingest import ingest
+from wav.shards import grouped, staging_folder
 
 pytestmark = pytest.mark.simulator
 

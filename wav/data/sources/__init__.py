@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # the parameter file's check reads the names alone
     from wav.data.episode import Episode
     from wav.data.sources.staging import DatasetSource
     from wav.data.store import Rejection
+    from wav.shards import Mapper
 
 #: ingest.source -> "module:class"
 SOURCES = {
@@ -39,8 +40,8 @@ class Source(Protocol):
         """Number of episodes wanted, for progress."""
         ...
 
-    def outcomes(self, workers: int) -> Iterator[Episode | Rejection]:
-        """Episodes and rejections, in an order that depends on the settings alone, never on ``workers``."""
+    def outcomes(self, workers: int, run: Mapper | None = None) -> Iterator[Episode | Rejection]:
+        """Episodes and rejections, in an order that depends on the settings alone, never on ``workers`` or ``run``."""
         ...
 
 

@@ -27,9 +27,10 @@ from wav.data.sources.aloha_file import find_cameras, images, language, length, 
 from wav.data.sources.damage import unreadable
 from wav.data.sources.frames import Preparation, described, preparation
 from wav.data.sources.libero_file import flat, is_hidden
-from wav.data.sources.staging import DatasetSource, Job, grouped
+from wav.data.sources.staging import DatasetSource, Job
 from wav.data.store import Rejection
 from wav.errors import ConfigError, DataError
+from wav.shards import grouped
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings

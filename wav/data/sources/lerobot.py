@@ -23,10 +23,11 @@ from wav.data.sources.frames import described
 from wav.data.sources.lerobot_entries import Entry, read_entries
 from wav.data.sources.lerobot_episodes import Plan, check_units, gripper_samples, read_episodes
 from wav.data.sources.lerobot_meta import Dataset, Feature, open_dataset, parquet_columns
-from wav.data.sources.staging import DatasetSource, Job, grouped
+from wav.data.sources.staging import DatasetSource, Job
 from wav.data.sources.state_names import StateColumns, named_pose, state_columns
 from wav.data.state import STATE_LAYOUT
 from wav.errors import ConfigError, DataError
+from wav.shards import grouped
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings, LeRobotOptions

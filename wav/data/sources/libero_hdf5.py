@@ -27,10 +27,11 @@ from wav.data.episode import Episode
 from wav.data.sources import checks
 from wav.data.sources.frames import Preparation, described, preparation
 from wav.data.sources.libero_file import TaskFile, dataset_files, flat, observations, open_task_file, task_name
-from wav.data.sources.staging import DatasetSource, Job, grouped
+from wav.data.sources.staging import DatasetSource, Job
 from wav.data.state import encode_state
 from wav.data.store import Rejection
 from wav.errors import ConfigError, DataError
+from wav.shards import grouped
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings

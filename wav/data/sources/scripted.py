@@ -7,43 +7,75 @@ order, is a pure function of the settings whatever the number of processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.store import Rejection
 from wav.errors import DataError, SimulationError
+from wav.io.files import atomic_folder, canonical_digest, read_json, write_json
+from wav.shards import Mapper, in_order, made
 from wav.sim.env import TaskSpec
 from wav.sim.registry import select_tasks
+from wav.source_code import module_digests
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
 
 Recorder = Callable[..., Episode]
-#: (function, jobs, workers) -> (job index, result or exception) in any order
-Mapper = Callable[[Recorder, Sequence[tuple[Any, ...]], int], Iterable[tuple[int, "Episode | Exception"]]]
 
 TRIES_PER_EPISODE = 2
 
 
-def in_order(
-    results: Iterable[tuple[int, Episode | Exception]], count: int
-) -> Iterator[tuple[int, Episode | Exception]]:
-    """Yield (job index, result) in job order, holding back only what came early.
+def record_shard(record: Recorder, arguments: tuple[Any, ...], folder: str) -> None:
+    """Record one demonstration and leave it in ``folder``, whatever it is worth."""
+    episode = record(*arguments)
+    fields = {name: value for name, value in vars(episode).items() if name != "images"}
+    arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
+    views = {f"images.{view}": frames for view, frames in episode.images.items()}
+    with atomic_folder(folder) as new:
+        np.savez(new / "arrays.npz", **arrays, **views)
+        rest = {name: value for name, value in fields.items() if name not in arrays}
+        write_json(new / "episode.json", rest | {"views": list(episode.views)})
 
-    Raises:
-        SimulationError: results end before all ``count`` jobs have one.
+
+def _recorded(folder: Path) -> Episode:
+    """What :func:`record_shard` left."""
+    rest = read_json(folder / "episode.json", f"remove {folder}")
+    with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
+        images = {view: arrays[f"images.{view}"] for view in rest.pop("views")}
+        return Episode(images=images, **rest, **{name: arrays[name] for name in arrays if "." not in name})
+
+
+def kept(run: Mapper, staging: Path) -> Mapper:
+    """``run`` for a recorder, whose demonstrations are kept in ``staging``, so that none is recorded twice.
+
+    A recorder's arguments are settings, texts and numbers.
     """
-    waiting: dict[int, Episode | Exception] = {}
-    following = 0
-    for index, result in results:
-        waiting[index] = result
-        while following in waiting:
-            yield following, waiting.pop(following)
-            following += 1
-    if following != count:
-        raise SimulationError(f"demonstrations: {count - following} of {count} never came back; run again")
+
+    def mapped(record: Recorder, jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[tuple[int, Any]]:
+        what = [recording_code(), record.__module__, record.__qualname__]
+        keys = [canonical_digest([*what, *(_plain(value) for value in job)]) for job in jobs]
+        wanted = {key: (record, job) for key, job in zip(keys, jobs, strict=True)}
+        for index, outcome in made(record_shard, wanted, staging, run, prune=False):
+            yield index, _recorded(outcome) if isinstance(outcome, Path) else outcome
+
+    return mapped
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+
+
+@lru_cache(maxsize=1)
+def recording_code() -> str:
+    """Digest of the code that decides a demonstration."""
+    return canonical_digest(module_digests(("wav.sim.demonstrations", "wav.sim.worker")))
 
 
 class ScriptedSource:
@@ -72,8 +104,10 @@ class ScriptedSource:
         """Episodes wanted over all tasks."""
         return self.settings.episodes_per_task * len(self.tasks)
 
-    def outcomes(self, workers: int) -> Iterator[Episode | Rejection]:
+    def outcomes(self, workers: int, run: Mapper | None = None) -> Iterator[Episode | Rejection]:
         """Task by task the first tries in index order, then further tries for the tasks that came short.
+
+        ``run`` records elsewhere than in this machine's processes.
 
         Raises:
             DataError: a task has too few successes after all tries; names it and its last rejection.
@@ -95,20 +129,20 @@ class ScriptedSource:
                     )
                 jobs += [(task, self.settings.first_index + tried[task] + i) for i in range(more)]
                 tried[task] += more
-            for outcome in self._round(jobs, workers):
+            for outcome in self._round(jobs, workers, run):
                 if isinstance(outcome, Rejection):
                     last[outcome.task] = outcome.reason
                 else:
                     missing[outcome.task] -= 1
                 yield outcome
 
-    def _round(self, jobs: list[tuple[str, int]], workers: int) -> Iterator[Episode | Rejection]:
+    def _round(self, jobs: list[tuple[str, int]], workers: int, run: Mapper | None) -> Iterator[Episode | Rejection]:
         """Record the demonstrations of (task, initial state) jobs, in job order."""
-        record, run = self._functions()
+        record, here = self._functions()
         settings = self.settings
         how = (self.data, settings.noise, settings.detour, settings.seed)
         arguments = [(self.data.suite, task, index, *how, self._style(task, index)) for task, index in jobs]
-        for number, result in in_order(run(record, arguments, workers), len(jobs)):
+        for number, result in in_order((run or here)(record, arguments, workers), len(jobs)):
             task, index = jobs[number]
             yield self._judge(task, index, result)
 

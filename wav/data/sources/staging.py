@@ -28,13 +28,12 @@ from wav.data.store import EpisodeStore, Rejection
 from wav.data.writer import EpisodeStoreWriter
 from wav.errors import DataError, SimulationError, StorageError
 from wav.io.files import canonical_digest, read_json, require_free_space, write_json
+from wav.shards import Mapper
 from wav.source_code import digests, modules
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
 
-#: Pixels of one job: small enough for progress and many processes, large enough for few shards.
-JOB_BYTES = 128 * 2**20
 _LOG = logging.getLogger(__name__)
 
 
@@ -117,24 +116,6 @@ def reader_code() -> str:
     return canonical_digest(digests(modules(("wav.data.sources",), unused=("wav/sim",))))
 
 
-def grouped(sizes: Sequence[int], limit: int = JOB_BYTES) -> Iterator[range]:
-    """Consecutive indices whose sizes add up to at most ``limit`` (a larger one stays alone)."""
-    start = total = 0
-    for index, size in enumerate(sizes):
-        if index > start and total + size > limit:
-            yield range(start, index)
-            start, total = index, 0
-        total += size
-    if start < len(sizes):
-        yield range(start, len(sizes))
-
-
-def staging_folder(out: str | Path) -> Path:
-    """Where the jobs of an ingest into ``out`` are kept until it is complete: beside it, on the same disk."""
-    out = Path(out).absolute()
-    return out.with_name(f".{out.name}.staging")
-
-
 def stage(
     read: Callable[..., Iterator[Episode | Rejection]],
     arguments: tuple[Any, ...],
@@ -185,7 +166,9 @@ def _prune(folder: Path, keys: set[str]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def collect(jobs: Sequence[Job], conventions: Conventions, folder: Path, workers: int) -> Iterator[Staged]:
+def collect(
+    jobs: Sequence[Job], conventions: Conventions, folder: Path, workers: int, run: Mapper | None = None
+) -> Iterator[Staged]:
     """Run the jobs that have no finished stage yet.
 
     Args:
@@ -193,6 +176,7 @@ def collect(jobs: Sequence[Job], conventions: Conventions, folder: Path, workers
         conventions: of the episodes they give.
         folder: the staging folder; kept by the caller until the final store is complete.
         workers: reading processes; with 1 everything runs in this one.
+        run: runs the jobs elsewhere (:mod:`wav.cluster`).
 
     Yields:
         finished jobs, those of an earlier run first, the others as they finish.
@@ -215,7 +199,7 @@ def collect(jobs: Sequence[Job], conventions: Conventions, folder: Path, workers
     require_free_space(folder, sum(jobs[index].bytes for index in todo))
     meant = conventions.to_json()
     arguments = [(jobs[i].read, jobs[i].arguments, jobs[i].key, meant, str(folder)) for i in todo]
-    for number, error in _run(arguments, workers):
+    for number, error in (run or _run)(arguments, workers):
         index = todo[number]
         if error is not None:
             raise _explained(error, jobs[index])
