@@ -80,12 +80,14 @@ def test_array_writer_on_a_full_device():
 
 def test_leftovers_of_dead_writers_are_removed(tmp_path):
     dead, alive = tmp_path / ".out.tmp-99999999", tmp_path / f".out.tmp-{os.getppid()}"
-    dead.mkdir()
-    alive.mkdir()
+    foreign = tmp_path / ".out.tmp-another.machine-99999999"
+    for left in (dead, alive, foreign):
+        left.mkdir()
     with files.atomic_folder(tmp_path / "out") as folder:
         write(folder, 1.0)
     assert not dead.exists()
     assert alive.exists()
+    assert foreign.exists()
 
 
 def test_file_in_the_way(tmp_path):

@@ -18,6 +18,8 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,6 +34,8 @@ from wav.io.readers import understood
 MANIFEST = "manifest.json"
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+#: process ids of several machines, and of containers above all, are the same ones
+_HOST = re.sub(r"[^\w.]", "_", platform.node())
 
 
 def inside(folder: str | Path, name: str) -> Path:
@@ -134,7 +138,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.tmp-{_HOST}-{os.getpid()}")
         temporary.mkdir()
         try:
             yield temporary
@@ -145,9 +149,15 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove temporary siblings of ``path`` whose process is gone (or is this one, which holds none yet)."""
-    for old in path.parent.glob(f".{path.name}.tmp-*"):
-        pid = old.name.rpartition("-")[2]
+    """Remove temporary siblings of ``path`` whose process is gone (or is this one, which holds none yet).
+
+    Those of other machines, which share the disk, are theirs: their processes cannot be seen from here.
+    """
+    start = f".{path.name}.tmp-"
+    for old in path.parent.glob(f"{start}*"):
+        host, _, pid = old.name.removeprefix(start).rpartition("-")
+        if host not in ("", "old", _HOST):
+            continue
         if not pid.isdigit() or int(pid) == os.getpid() or not _alive(int(pid)):
             shutil.rmtree(old, ignore_errors=True)
 
