@@ -21,7 +21,8 @@ def leave() -> None:
     raise SystemExit(3)
 
 
-def parent_of(folder: str) -> None:
-    """In a simulator process: leave a file that names it and its parent, and never end."""
+def child_and_wait(folder: str) -> None:
+    """In a simulator process: leave a file that names it and its parent, wait until ``folder/go`` is there."""
     (Path(folder) / f"child-{os.getpid()}-{os.getppid()}").touch()
-    time.sleep(600)
+    while not (Path(folder) / "go").exists():
+        time.sleep(0.05)
