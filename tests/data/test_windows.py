@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from wav.data import windows
 from wav.data.statistics import Statistics, compute_statistics
 from wav.data.store import EpisodeStore
-from wav.data.windows import BatchSampler, WindowDataset, sample_memory, split_episodes
+from wav.data.windows import BatchSampler, WindowDataset, sample_memory, scattered, split_episodes
 from wav.data.writer import EpisodeStoreWriter
 from wav.errors import ConfigError, DataError
 
@@ -116,7 +117,7 @@ def test_content_against_a_plain_loop(dataset, parts, data):
 
 def test_past_the_end_the_robot_stops_and_holds(dataset, parts):
     """Spec section 7, item 14: zero motion (not the last delta again), gripper held."""
-    last = np.flatnonzero(np.diff(np.append(dataset._episode, -1)))
+    last = np.flatnonzero(np.diff(np.append(dataset.places(np.arange(len(dataset)))[0], -1)))
     batch = dataset.batch(last, np.random.default_rng(0))
     actions = dataset.statistics.denormalize_actions(batch.actions[..., :7])
     assert actions[:, 1:, :6].abs().max() < 1e-6
@@ -218,3 +219,25 @@ def test_micro_batches_and_captions(dataset, parts):
     assert torch.equal(batch.to("cpu").future, batch.future)
     np.testing.assert_array_equal(dataset.empty_text, parts[1].text[0])
     np.testing.assert_array_equal(dataset.empty_text_mask, parts[1].text_mask[0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 64, 65, 1000])
+def test_scattered_is_a_permutation_that_the_generator_decides(n: int) -> None:
+    orders = [scattered(np.arange(n), n, np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(np.sort(orders[0]), np.arange(n))
+    np.testing.assert_array_equal(orders[0], orders[1])
+    assert n < 10 or (orders[0] != orders[2]).any()
+    if n == 1000:  # neighbours are sent apart: a third of n on average, as chance would
+        assert 280 < np.abs(np.diff(orders[0])).mean() < 390
+
+
+def test_large_sets_are_drawn_without_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "PERMUTED", 10)
+    sampler = BatchSampler(12, 5, seed=1)
+    drawn = np.concatenate([sampler.indices(step) for step in range(12)])
+    for epoch in range(5):
+        assert sorted(drawn[12 * epoch : 12 * epoch + 12]) == list(range(12))
+    monkeypatch.undo()
+    huge = BatchSampler(10**11, 64, seed=1).indices(10**6)
+    assert len(set(huge.tolist())) == 64
+    assert 0 <= huge.min() < huge.max() < 10**11

@@ -14,10 +14,11 @@ episode) is the row order of ``data/rewards`` and ``data/latents``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +44,11 @@ REMEDY = "make the episodes again with `dvc repro ingest`"
 CARRIED = ("episode_id", "task", "instruction", "success", "init_index", "seed", "source", "style")
 
 
-@dataclass(frozen=True)
-class EpisodeInfo:
-    """One row of the episode table. ``start`` is the first row in its shard, ``offset`` in the whole store."""
+class EpisodeInfo(NamedTuple):
+    """One row of the episode table. ``start`` is the first row in its shard, ``offset`` in the whole store.
+
+    A tuple, because a store may hold a million of them.
+    """
 
     episode_id: str
     task: str
@@ -72,17 +75,27 @@ class Rejection:
     reason: str
 
 
-def _check_table(episodes: Sequence[EpisodeInfo], frames: int) -> None:
-    """ValueError where the episodes are not one after the other, all frames and no others."""
-    kinds = {"str": str, "int": int, "bool": bool}
-    offset = 0
-    for info in episodes:
-        for field in fields(info):
-            if type(getattr(info, field.name)) is not kinds[str(field.type)]:
-                raise ValueError(f"episodes: {field.name} = {shown(getattr(info, field.name))}")
-        if info.offset != offset or info.length < 1 or not 0 <= info.start <= offset or info.shard < 0:
+_FIELDS = itemgetter(*EpisodeInfo._fields)
+_TYPES = tuple(get_type_hints(EpisodeInfo).values())
+
+
+def _read_table(rows: list[dict[str, Any]], frames: int) -> Iterator[EpisodeInfo]:
+    """The episodes of a manifest, whose ``rows`` go; ValueError where they are not one after the other, all frames."""
+    offset, shard, start = 0, -1, 0
+    known: dict[str, str] = {}
+    rows.reverse()
+    while rows:
+        row = rows.pop()
+        values = _FIELDS(row)
+        if len(row) != len(values) or tuple(map(type, values)) != _TYPES:
+            raise ValueError(f"episodes: {shown(row)}")
+        info = EpisodeInfo._make(known.setdefault(v, v) if type(v) is str else v for v in values)
+        if info.start == 0:
+            shard, start = shard + 1, 0
+        if (info.offset, info.shard, info.start) != (offset, shard, start) or info.length < 1:
             raise ValueError(f"episodes: {shown(info.episode_id)} is not where the one before ends")
-        offset += info.length
+        offset, start = offset + info.length, start + info.length
+        yield info
     if offset != frames:
         raise ValueError(f"frames = {frames}: the episodes have {offset}")
 
@@ -91,12 +104,14 @@ class EpisodeStore:
     """Read access to a store; open it with :meth:`open`. ``store[i]`` is an :class:`Episode` of zero-copy views."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path, self._manifest = path, manifest
+        self.path = path
         self.conventions = Conventions.from_json(manifest["conventions"], str(path / MANIFEST))
-        self.episodes = tuple(EpisodeInfo(**row) for row in manifest["episodes"])
-        self.frames = int(manifest["frames"])
-        _check_table(self.episodes, self.frames)
-        self.digest = manifest_digest(manifest)
+        self.frames, self.digest, self._files = (
+            int(manifest["frames"]),
+            manifest_digest(manifest),
+            manifest_files(manifest),
+        )
+        self.episodes = tuple(_read_table(manifest["episodes"], self.frames))
         self.statistics = Statistics.load(path / "statistics.json", REMEDY)
         self.rejected = tuple(Rejection(**row) for row in read_json(path / "quarantine.json", REMEDY))
         #: (E + 1,) first row of every episode in the concatenated frame order, and the total at the end
@@ -105,7 +120,8 @@ class EpisodeStore:
         self._shard_offsets = np.array(
             [*(info.offset for info in self.episodes if info.start == 0), self.frames], dtype=np.int64
         )
-        self._shards = [self._map_shard(index) for index in range(len(self._shard_offsets) - 1)]
+        starts = [info for info in self.episodes if info.start == 0]
+        self._shards = [self._map_shard(index, first) for index, first in enumerate(starts)]
 
     @classmethod
     def open(cls, path: str | Path) -> EpisodeStore:
@@ -118,9 +134,8 @@ class EpisodeStore:
         with understood(path, REMEDY):
             return cls(path, read_manifest(path, FORMAT, VERSION, remedy=REMEDY))
 
-    def _map_shard(self, index: int) -> dict[str, NDArray[Any]]:
-        """Memory-map the files of one shard."""
-        first = next(info for info in self.episodes if info.shard == index)
+    def _map_shard(self, index: int, first: EpisodeInfo) -> dict[str, NDArray[Any]]:
+        """Memory-map the files of one shard, which ``first`` begins."""
         rows = int(self._shard_offsets[index + 1] - self._shard_offsets[index])
         want, folder = self.conventions, self.path / f"shard-{index:05d}"
         image = (rows, want.image_height, want.image_width, 3)
@@ -155,23 +170,34 @@ class EpisodeStore:
 
     def images(self, view: str, rows: NDArray[np.integer]) -> NDArray[np.uint8]:
         """Frames (n, H, W, 3) of one view at rows (n,) of the concatenated order."""
+        return self._gather(f"images.{view}", rows)
+
+    def rows(self, field: Literal["state", "actions", "labels"], rows: NDArray[np.integer]) -> NDArray[np.float32]:
+        """Rows (n, D) of a field at rows (n,) of the concatenated order; "labels" are the actions to learn."""
+        return self._gather(field, rows)
+
+    def _gather(self, name: str, rows: NDArray[np.integer]) -> NDArray[Any]:
         rows = np.asarray(rows, dtype=np.int64)
-        name = f"images.{view}"
-        result = np.empty((len(rows), *self._shards[0][name].shape[1:]), np.uint8)
+        first = self._field(0, name)
+        result = np.empty((len(rows), *first.shape[1:]), first.dtype)
         shards = np.searchsorted(self._shard_offsets, rows, side="right") - 1
         for shard in np.unique(shards):
             here = shards == shard
-            result[here] = self._shards[shard][name][rows[here] - self._shard_offsets[shard]]
+            result[here] = self._field(shard, name)[rows[here] - self._shard_offsets[shard]]
         return result
+
+    def _field(self, shard: int, name: str) -> NDArray[Any]:
+        """A file of one shard."""
+        arrays = self._shards[shard]
+        return arrays.get("expert_actions", arrays["actions"]) if name == "labels" else arrays[name]
 
     def concatenated(self, field: Literal["state", "actions", "labels"]) -> NDArray[np.float32]:
         """Rows (frames, D) of a field over the whole store; "labels" are the actions to learn."""
-        parts = [s.get("expert_actions", s["actions"]) if field == "labels" else s[field] for s in self._shards]
-        return np.concatenate(parts)
+        return np.concatenate([self._field(shard, field) for shard in range(len(self._shards))])
 
     def file_digests(self) -> dict[str, str]:
         """SHA-256 by path of every file of the store."""
-        return {record.path: record.sha256 for record in manifest_files(self._manifest)}
+        return {record.path: record.sha256 for record in self._files}
 
     def verify(self, images: bool = True) -> None:
         """Compare every file's content with the manifest's SHA-256; DataError names the first that differs.
@@ -179,5 +205,5 @@ class EpisodeStore:
         ``images``: those too, which are nearly all of the store.
         """
         remedy = f"remove {self.path}, then {REMEDY}"  # DVC takes the folder for unchanged
-        records = [record for record in manifest_files(self._manifest) if images or "/images." not in record.path]
+        records = [record for record in self._files if images or "/images." not in record.path]
         check_files(records, self.path, remedy=remedy, digests=True)

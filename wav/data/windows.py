@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from wav.data.reward_store import RewardStore
 
 Split = Literal["train", "validation"]
+#: Windows of which an epoch's order is a list in memory (half a gigabyte for the two that are kept).
+PERMUTED = 2**25
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,27 @@ class WindowBatch:
         return self._map(lambda value: value[start:stop])
 
 
+def scattered(places: NDArray[np.int64], n: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Images (B,) of ``places`` (B,) under a random permutation of range(n) that is never written down.
+
+    A Feistel network of six rounds permutes the numbers of as many bits as n - 1 has, rounded up to an even count; one
+    that falls outside is sent on until it falls inside (cycle walking), less than four times on average.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    keys = generator.integers(0, 2**64, 12, np.uint64)
+    result = places.astype(np.uint64)
+    outside = np.ones(len(places), bool)
+    while outside.any():
+        left, right = result[outside] >> half, result[outside] & mask
+        for add, multiply in keys.reshape(6, 2):
+            mixed = (right + add) * (multiply | np.uint64(1))  # modulo 2^64
+            left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(29))) >> np.uint64(32) & mask)
+        result[outside] = left << half | right
+        outside = result >= n
+    return result.astype(np.int64)
+
+
 class BatchSampler:
     """Endless shuffled epochs; the state is one integer, the global step.
 
@@ -98,12 +121,14 @@ class BatchSampler:
         self._share = slice(rank * share, (rank + 1) * share)
         self._epochs: dict[int, NDArray[np.int64]] = {}
 
-    def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        """Permutation of one epoch; the last two are kept."""
+    def _shuffled(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The windows at these places of an epoch's order."""
+        if self.n > PERMUTED:
+            return scattered(places, self.n, numpy_generator(self.seed, "epoch", epoch))
         if epoch not in self._epochs:
             self._epochs = {old: order for old, order in self._epochs.items() if old == epoch - 1}
             self._epochs[epoch] = numpy_generator(self.seed, "epoch", epoch).permutation(self.n)
-        return self._epochs[epoch]
+        return self._epochs[epoch][places]
 
     def indices(self, step: int) -> NDArray[np.int64]:
         """(batch_size / ranks,) window indices of this rank at a global step."""
@@ -111,7 +136,7 @@ class BatchSampler:
         result = np.empty(len(places), np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            result[here] = self._epoch(int(epoch))[places[here]]
+            result[here] = self._shuffled(int(epoch), places[here])
         return result
 
     def draws(self, step: int, count: int) -> NDArray[np.float64]:
@@ -196,20 +221,15 @@ class WindowDataset:
         rows = {instruction: row for row, instruction in enumerate(latents.instructions)}
         self._text_row = np.array([rows[info.instruction] for info in episodes.episodes], dtype=np.int64)
         self._start, self._length = episodes.offsets[:-1], np.diff(episodes.offsets)
-        labels = episodes.concatenated("labels")
-        self._actions = self.statistics.normalize_actions(labels)
-        self._states = self.statistics.normalize_state(episodes.concatenated("state"))
-        self._values = None if rewards is None else self.statistics.normalize_values(np.array(rewards.values))
-        self._hold = self.statistics.normalize_actions(self._holding(episodes, labels))
-        chosen = split_episodes(episodes, split, validation_share)
-        lengths = self._length[chosen]
-        self._episode = np.repeat(chosen, lengths)
-        self._step = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        self._episodes, self._values = episodes, None if rewards is None else rewards.values
+        self._hold = self.statistics.normalize_actions(self._holding(episodes))
+        self._chosen = split_episodes(episodes, split, validation_share)
+        self._ends = np.cumsum(self._length[self._chosen])
 
     @staticmethod
-    def _holding(episodes: EpisodeStore, labels: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _holding(episodes: EpisodeStore) -> NDArray[np.float32]:
         """(E, A) action that continues every episode past its end: no motion for deltas, the gripper held."""
-        hold = labels[episodes.offsets[1:] - 1].copy()
+        hold = episodes.rows("labels", episodes.offsets[1:] - 1)
         kind = episodes.conventions.action
         if kind == DELTA_ACTIONS:
             hold[:, :-1] = 0.0
@@ -221,7 +241,13 @@ class WindowDataset:
         return hold
 
     def __len__(self) -> int:
-        return len(self._step)
+        return int(self._ends[-1])
+
+    def places(self, indices: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(B,) episodes and (B,) steps of the windows at ``indices``."""
+        which = np.searchsorted(self._ends, indices, side="right")
+        episode = self._chosen[which]
+        return episode, np.asarray(indices - (self._ends[which] - self._length[episode]))
 
     @property
     def empty_text(self) -> torch.Tensor:
@@ -247,14 +273,19 @@ class WindowDataset:
         earlier = self.data.memory_frames - 1
         if isinstance(draws, np.random.Generator):
             draws = draws.random((len(indices), earlier))
-        episode, step = self._episode[indices], self._step[indices]
+        episode, step = self.places(indices)
         start, length = self._start[episode], self._length[episode]
         memory = np.concatenate([sample_memory(step, self.data.memory_horizon, draws), step[:, None]], axis=1)
         memory += start[:, None]
         ahead = step[:, None] + np.arange(self.data.action_chunk)
         rows = start[:, None] + np.minimum(ahead, length[:, None] - 1)
         past = ahead >= length[:, None]
-        actions = np.where(past[..., None], self._hold[episode][:, None], self._actions[rows])
+        states = self.statistics.normalize_state(self._at("state", rows))
+        labels = self.statistics.normalize_actions(self._at("labels", rows))
+        actions = np.where(past[..., None], self._hold[episode][:, None], labels)
+        values = None
+        if self._values is not None:
+            values = torch.from_numpy(self.statistics.normalize_values(self._values[rows]))
         text_row = self._text_row[episode]
         frames = torch.from_numpy(self._image[memory])  # (B, Fm, V, C, h, w)
         return WindowBatch(
@@ -262,9 +293,14 @@ class WindowDataset:
             future=torch.from_numpy(self._clip[start + step]),
             text=torch.from_numpy(self._text[text_row]),
             text_mask=torch.from_numpy(self._text_mask[text_row]),
-            state=torch.from_numpy(self._states[start + step]),
-            actions=torch.from_numpy(np.concatenate([actions, self._states[rows]], axis=-1)),
-            values=None if self._values is None else torch.from_numpy(self._values[rows]),
+            state=torch.from_numpy(states[:, 0].copy()),
+            actions=torch.from_numpy(np.concatenate([actions, states], axis=-1)),
+            values=values,
             episode=torch.from_numpy(episode),
             step=torch.from_numpy(step),
         )
+
+    def _at(self, field: Literal["state", "labels"], rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows (B, A, D) of the episode store at rows (B, A)."""
+        found = self._episodes.rows(field, rows.reshape(-1))
+        return found.reshape(*rows.shape, found.shape[-1])

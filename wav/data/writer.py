@@ -102,7 +102,7 @@ class EpisodeStoreWriter:
             has_expert=episode.expert_actions is not None,
             offset=self.frames,
         )
-        self._table.append(asdict(row))
+        self._table.append(row._asdict())
         self._ids.add(episode.episode_id)
         self._labels.append(np.array(episode.labels()))
         self._states.append(np.array(episode.state))
@@ -142,7 +142,7 @@ class EpisodeStoreWriter:
                 self._digests[target] = digest
         for index, info in enumerate(store.episodes):
             episode = store[index]
-            self._table.append({**asdict(info), "shard": base + info.shard, "offset": self.frames})
+            self._table.append({**info._asdict(), "shard": base + info.shard, "offset": self.frames})
             self._ids.add(info.episode_id)
             self._labels.append(np.array(episode.labels()))
             self._states.append(np.array(episode.state))

@@ -32,6 +32,8 @@ from wav.io.readers import read_json as read_json  # the way back from write_jso
 from wav.io.readers import understood
 
 MANIFEST = "manifest.json"
+#: an episode takes about 400 bytes
+MANIFEST_BYTES = 1 << 32
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 #: process ids of several machines, and of containers above all, are the same ones
@@ -372,7 +374,7 @@ def read_manifest(folder: str | Path, name: str, version: int, *, remedy: str) -
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {remedy}")
     path = folder / MANIFEST
-    manifest = check_format(read_json(path, remedy), name, version, str(path), remedy)
+    manifest = check_format(read_json(path, remedy, limit=MANIFEST_BYTES), name, version, str(path), remedy)
     with understood(path, remedy):
         check_files(manifest_files(manifest), folder, remedy=remedy)
     return manifest

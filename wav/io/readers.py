@@ -66,13 +66,13 @@ def read_text(path: str | Path, remedy: str, error: type[WavError] = DataError, 
         raise error(f"{path}: line {line} is not UTF-8 text ({problem.reason}); {remedy}") from None
 
 
-def read_json(path: str | Path, remedy: str, error: type[WavError] = DataError) -> Any:
-    """Read a JSON file.
+def read_json(path: str | Path, remedy: str, error: type[WavError] = DataError, limit: int = TEXT_BYTES) -> Any:
+    """Read a JSON file of at most ``limit`` bytes.
 
     Raises:
         DataError (or ``error``): it is missing or not JSON; the message ends in ``remedy``.
     """
-    return parse_json(read_text(path, remedy, error), str(path), remedy, error)
+    return parse_json(read_text(path, remedy, error, limit), str(path), remedy, error)
 
 
 def parse_json(text: str | bytes, where: str, remedy: str, error: type[WavError] = DataError) -> Any:
