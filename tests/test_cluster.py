@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.helpers.cluster_jobs import begin_and_wait, child_and_wait, leave
-from wav.cluster import Cluster, open_cluster
+from wav.cluster import Cluster, describe, open_cluster
 from wav.errors import ConfigError, ServiceError
 from wav.local import PROJECT
 from wav.processes import Child, Group
@@ -115,6 +115,12 @@ def test_jobs_survive_a_killed_worker_and_other_code_is_refused(processes, tmp_p
     twice = [index for index in range(4) if len(begun(tmp_path, index)) == 2]
     assert [begun(tmp_path, index, first) for index in twice] == [[first]]
     assert foreign not in begun(tmp_path)
+
+
+def test_a_process_that_is_older_than_its_code_says_so(monkeypatch, tmp_path):
+    code = describe(("wav.flow_matching",), str(tmp_path))["code"]
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: 0.0)
+    assert describe(("wav.flow_matching",), str(tmp_path))["code"] == f"{code}, changed since it was started"
 
 
 @needs_dask

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from wav.errors import ConfigError, ServiceError, WavError
 from wav.io.files import canonical_digest
+from wav.local import PROJECT
 from wav.shards import Mapper
 from wav.source_code import module_digests
 
@@ -46,8 +47,16 @@ _log = logging.getLogger(__name__)
 
 
 def describe(entries: tuple[str, ...], folder: str) -> dict[str, str]:
-    """What must be equal where a job runs: code of the modules that decide it, versions, the sight of ``folder``."""
-    found = {"code": canonical_digest(module_digests(entries))[:12], "python": platform.python_version()}
+    """What must be equal where a job runs: code of the modules that decide it, versions, the sight of ``folder``.
+
+    A process that was started before its files changed may run either, and says so.
+    """
+    import psutil
+
+    digests, started = module_digests(entries), psutil.Process().create_time()
+    changed = any((PROJECT / path).stat().st_ctime > started for path in digests)
+    code = canonical_digest(digests)[:12] + ", changed since it was started" * changed
+    found = {"code": code, "python": platform.python_version()}
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -183,16 +192,17 @@ class _Run:
         """(index of the job, its result or exception) in any order."""
         left = len(self.jobs)
         while left:
+            found: list[tuple[int, Any]] = []
             try:
                 client = self._connected()
                 self._look(client)
-                found = [outcome for address in list(self.workers) for outcome in self._serve(client, address)]
+                for address in self.workers:
+                    found += self._serve(client, address)
             except (OSError, RuntimeError, ValueError) as error:  # what Dask raises once its scheduler is gone
                 if isinstance(error, WavError):
                     raise
                 _log.warning("%s: lost (%s); connecting again", self.name, error or type(error).__name__)
                 self.close()
-                continue
             for index in [index for index in self.todo if self.attempts[index] >= ATTEMPTS]:
                 self.todo.remove(index)
                 found.append((index, ServiceError(f"job {index + 1} of {len(self.jobs)} ended {ATTEMPTS} workers")))
@@ -284,19 +294,20 @@ class _Run:
         if problem or other:
             self._refuse(address, problem or f"has {', '.join(other)}")
 
-    def _serve(self, client: Client, address: str) -> Iterator[tuple[int, Any]]:
-        """Take what a worker has finished, and give it the next job."""
-        worker = self.workers[address]
-        if worker.task is not None and worker.task.status != "pending":
-            task, job, worker.task, worker.job = worker.task, worker.job, None, None
+    def _serve(self, client: Client, address: str) -> list[tuple[int, Any]]:
+        """What a worker has finished; an idle one is given the next job."""
+        worker, task = self.workers[address], self.workers[address].task
+        if task is not None and task.status != "pending":
+            job, worker.task, worker.job = worker.job, None, None
             outcome, problem = _result(task)
-            if job is None:
-                self._judge(address, outcome or {}, problem)
-            elif problem:
+            if job is not None and not problem:
+                return [(job, outcome)]  # the next one at the next look, lest a failure there lose this outcome
+            if job is not None:
                 self._again(job, problem, task.status == "error")
             else:
-                yield job, outcome
+                self._judge(address, outcome or {}, problem)
         if worker.task is None and not worker.refused and self.todo:
             worker.job = self.todo.popleft()
             arguments = (self.function, self.jobs[worker.job], self.folder, self.in_child)
             worker.task = client.submit(_run, *arguments, workers=[address], pure=False)
+        return []
