@@ -88,13 +88,13 @@ def training(sizes: Sizes, encoders: float, share: float) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     per_gpu = sizes.batch // GPUS
     for stage in STAGES:
-        train = Train(stage, sizes.batch, gradient_checkpointing=True, action_probability=0.7)
+        train = Train(stage, sizes.batch, gradient_checkpointing="on", action_probability=0.7)
         cost = accounting.training_cost(accounted(sizes), train)  # type: ignore[arg-type]
         kept = cost.total - cost.recomputed
         head = 0.0 if stage != "train_value" else 2 * accounted(sizes).tokens * sizes.model.width * sizes.latent
         baseline = cost.total + encoders + baseline_extra(sizes, stage != "train_value") + head
         rows[stage] = {"baseline": baseline, "ours": cost.total, "ours_without_recomputing": kept}
-        for name, recomputed in (("activations_gib", True), ("activations_gib_without_recomputing", False)):
+        for name, recomputed in (("activations_gib", "on"), ("activations_gib_without_recomputing", "off")):
             chosen: Any = replace(train, gradient_checkpointing=recomputed, precision="bf16")
             rows[stage][name] = accounting.activation_bytes(accounted(sizes), chosen, per_gpu) / 2**30
     mean = sum(row["baseline"] for row in rows.values()) / len(rows)

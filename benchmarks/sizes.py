@@ -69,7 +69,7 @@ class Train:
     weight_decay: float = 1e-5
     clip: float = 1.0
     precision: str = "fp32"
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: str = "off"
     action_probability: float = 0.8
     weight_action: float = 1.0
     weight_value: float = 0.1

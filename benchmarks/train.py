@@ -60,7 +60,7 @@ class Run:
         self.device = next(model.parameters()).device
         if "tokens" in parts:
             baseline(model, checkpointing=False)
-        if "checkpointing" in parts or train.gradient_checkpointing:
+        if "checkpointing" in parts or train.gradient_checkpointing == "on":
             model.enable_gradient_checkpointing()
         self.model = model.train()
         settings: Any = train
@@ -215,7 +215,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     pool = [windows(sizes, encoders, sizes.batch, seed) for seed in range(POOL)]
     stages = {}
     for stage in arguments.stage or STAGES:
-        train = Train(stage, sizes.batch, DROPOUT[stage], gradient_checkpointing=arguments.checkpointing)
+        again = "on" if arguments.checkpointing else "off"
+        train = Train(stage, sizes.batch, DROPOUT[stage], gradient_checkpointing=again)
         stages[stage] = stage_result(
             train, sizes, encoders, pool, dtype, arguments.steps, arguments.budget, arguments.factors
         )

@@ -40,7 +40,7 @@ FEW = replace(SIZES, layers=2)
 
 @pytest.mark.parametrize("stage", ["pretrain_video", "train_joint"])
 def test_few_layers_tell_what_many_cost(stage: str) -> None:
-    train = getattr(SMALL, stage).model_copy(update={"gradient_checkpointing": False})
+    train = getattr(SMALL, stage).model_copy(update={"gradient_checkpointing": "off"})
     cost = training_cost(SIZES, train)
     assert (cost.forward, cost.backward) == pytest.approx(_step(SIZES, train, checkpointing=False), rel=1e-6)
     assert cost.recomputed == 0
@@ -48,7 +48,7 @@ def test_few_layers_tell_what_many_cost(stage: str) -> None:
 
 def test_gradient_checkpointing_repeats_the_blocks() -> None:
     plain, again = (
-        training_cost(FEW, SMALL.train_value.model_copy(update={"gradient_checkpointing": on})) for on in (False, True)
+        training_cost(FEW, SMALL.train_value.model_copy(update={"gradient_checkpointing": on})) for on in ("off", "on")
     )
     assert (again.forward, again.backward) == (plain.forward, plain.backward)
     assert 0 < again.recomputed < again.forward / 2  # the video expert is frozen: the value expert's blocks alone
@@ -56,7 +56,7 @@ def test_gradient_checkpointing_repeats_the_blocks() -> None:
 
 def test_a_step_by_hand() -> None:
     """The video stage: products with weights cost twice as much backwards, which is two thirds of a step."""
-    cost = training_cost(SIZES, SMALL.pretrain_video.model_copy(update={"gradient_checkpointing": False}))
+    cost = training_cost(SIZES, SMALL.pretrain_video.model_copy(update={"gradient_checkpointing": "off"}))
     tokens, width = SIZES.tokens, SIZES.width
     weights = SIZES.layers * 2 * tokens * 14 * width**2
     assert 0.8 * weights < cost.forward < 1.6 * weights

@@ -127,9 +127,9 @@ def test_a_policy_is_its_weights_and_settings_not_its_scores(tmp_path: Path) -> 
     assert promotion.policy_identity(export("c", "2", 1, 0.5)) != first
     assert promotion.policy_identity(export("d", "1", 2, 0.5)) != first
     same = json.loads((export("e", "1", 1, 0.5) / "settings.json").read_text())
-    for compile in (False, True):
+    for compile in (False, True, "auto", "off", "on"):
         (tmp_path / "e" / "settings.json").write_text(json.dumps(same | {"export": {"compile": compile}}))
-        assert (promotion.policy_identity(tmp_path / "e") == first) is not compile
+        assert (promotion.policy_identity(tmp_path / "e") == first) is not (compile in (True, "on"))
     (tmp_path / "a" / "settings.json").write_text("{}")
     with pytest.raises(CheckpointError, match="incomplete"):
         promotion.policy_identity(tmp_path / "a")

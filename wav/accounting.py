@@ -125,7 +125,8 @@ def training_cost(sizes: Sizes, train: TrainSettings) -> TrainingCost:
         return TrainingCost(0.0, 0.0, 0.0)
     steps = functools.cache(lambda few, checkpointing: _step(few, train, checkpointing))
     forward, backward = (of_layers(lambda few, i=i: steps(few, False)[i], sizes) for i in (0, 1))  # type: ignore[misc]
-    whole = of_layers(lambda few: steps(few, True)[1], sizes) if train.gradient_checkpointing else backward
+    again = train.gradient_checkpointing != "off"  # auto: at the most
+    whole = of_layers(lambda few: steps(few, True)[1], sizes) if again else backward
     return TrainingCost(forward, backward, whole - backward)
 
 

@@ -151,7 +151,7 @@ def policy_identity(export: Path) -> str:
     try:
         parts = {name: settings[name] for name in ("data", "model", "planner")}
         found = {"checkpoint": manifest["checkpoint"], "dtype": manifest["dtype"], "settings": parts}
-        if settings.get("export", {}).get("compile"):  # rounds otherwise
+        if settings.get("export", {}).get("compile") in (True, "on"):  # rounds otherwise; auto: as the machine does
             found["compile"] = True
     except (KeyError, TypeError):
         raise CheckpointError(f"{export}: its manifest or settings are incomplete; {remedy}") from None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
 from wav.data.sources import SOURCES
@@ -21,6 +21,11 @@ LARGEST = 2**31 - 1
 Name = Annotated[str, Field(pattern=r"^\w[\w.:-]*$", max_length=100)]
 #: lists whose entries are names
 UNIQUE = ("tasks", "views", "variants")
+#: A switch that may decide for itself. YAML 1.1 reads on and off as booleans, which mean the same.
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value),
+]
 
 
 class Section(BaseModel):
@@ -229,10 +234,10 @@ class TrainSettings(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     ranks: int = Field(1, ge=1, le=10000, description="processes on this node (GPUs)")
     nodes: int = Field(1, ge=1, le=10000, description="machines (WAV_LAUNCHER)")
-    gradient_checkpointing: bool | Literal["auto"] = Field(
-        False, description="recompute blocks in the backward pass; auto: only as many as the free memory asks for"
+    gradient_checkpointing: Switch = Field(
+        "off", description="recompute blocks backwards; auto: only as many layers as the free memory asks for"
     )
-    compile: bool | Literal["auto"] = Field(
+    compile: Switch = Field(
         "auto", description="blocks by torch.compile; auto: on a GPU (on a CPU it was measured not to pay)"
     )
     checkpoint_every: int = Field(500, ge=1)
@@ -426,4 +431,6 @@ class ExportSettings(Section):
 
     name: str = Field("wav-tabletop", pattern=r"^[A-Za-z0-9._-]+$")
     dtype: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = Field(False, description="plan on compiled code and CUDA graphs; no effect where CPU kernels run")
+    compile: Switch = Field(
+        "auto", description="plan on compiled code and CUDA graphs; auto: on a GPU; no effect where CPU kernels run"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from wav.config import DataSettings, ModelSettings, PlannerSettings
 from wav.errors import ConfigError
 from wav.inference import fused
-from wav.inference.backends import noise_shapes, planner_model
+from wav.inference.backends import compiles_here, noise_shapes, planner_model
 from wav.inference.compiled import CompiledPlannerModel
 from wav.inference.cpu import kernels
 from wav.inference.fused import FusedPlannerModel
@@ -89,6 +90,25 @@ def test_half_precision(kind: Any) -> None:
     assert (actions - wanted).abs().mean() < 0.1 * wanted.abs().mean()
 
 
+def test_planning_compiles_by_itself_where_its_tools_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compiles(device: str, kind: str = "paper") -> bool:
+        weight = SimpleNamespace(device=torch.device(device))
+        config = SimpleNamespace(action_kind=kind)
+        return compiles_here(SimpleNamespace(parameters=lambda: iter([weight]), config=config))  # type: ignore[arg-type]
+
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr("shutil.which", lambda name: name if name == "gcc" else None)
+    assert compiles("cuda:0")
+    assert not compiles("cpu")
+    assert not compiles("cuda:0", "mine")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert not caplog.text
+    assert not compiles("cuda:0")
+    assert "planning is not compiled, this machine has not a C compiler" in caplog.text
+
+
 def test_backends_by_name(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     model, shapes = make().model, make().shapes
 
@@ -104,7 +124,7 @@ def test_backends_by_name(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCap
         with caplog.at_level(logging.INFO):
             assert chosen("compiled") is (FusedPlannerModel if here else CompiledPlannerModel)
         assert chosen("compiled", torch.bfloat16) is CompiledPlannerModel
-    assert caplog.text.count("compile = True: no effect here") == 1
+    assert caplog.text.count("export.compile = on: no effect here") == 1
     with pytest.raises(ConfigError, match=r"backend = 'cpu': its kernels do not compute torch.float32 on cpu"):
         chosen("cpu")
     with pytest.raises(ConfigError, match="backend = 'gpu': unknown; use auto, torch, compiled or cpu"):

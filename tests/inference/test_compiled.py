@@ -149,7 +149,7 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(compiled, "_compiled", lambda function, backend: fails)
-    with pytest.raises(ConfigError, match=r"compile = True: video_features .*\(no compiler here\); leave it False"):
+    with pytest.raises(ConfigError, match=r"export.compile = on: video_features .*\(no compiler here\); set it to off"):
         features_of(make(CompiledPlannerModel), 0)
 
 

@@ -130,17 +130,17 @@ def test_bfloat16_halves_the_weights(policy, exported, tmp_path):
 
 def test_compiled_code_is_a_setting_of_the_export(policy, exported, tmp_path, monkeypatch, caplog):
     """It travels with the folder and can be overridden; where the CPU kernels run the log says that it does nothing."""
-    setting = SETTINGS.model_copy(update={"export": SETTINGS.export.model_copy(update={"compile": True})})
+    setting = SETTINGS.model_copy(update={"export": SETTINGS.export.model_copy(update={"compile": "on"})})
     out = export_policy(*policy, tmp_path / "export", settings=setting, metrics=None)
     monkeypatch.setattr(kernels, "available", lambda: False)
     assert load_export(out, device="cpu").compiled
-    assert not load_export(out, device="cpu", compile=False).compiled
+    assert not load_export(out, device="cpu", compile="off").compiled
     assert not load_export(exported, device="cpu").compiled
-    assert load_export(exported, device="cpu", compile=True).compiled
+    assert load_export(exported, device="cpu", compile="on").compiled
     monkeypatch.setattr(kernels, "available", lambda: True)
     with caplog.at_level(logging.INFO):
         assert not load_export(out, device="cpu").compiled
-    assert "compile = True: no effect here" in caplog.text
+    assert "export.compile = on: no effect here" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["model/config.json", "statistics.json", "README.md", "codec"])

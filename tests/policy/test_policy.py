@@ -110,7 +110,7 @@ def test_compiled_code_acts_alike(make_policy: Any, monkeypatch: pytest.MonkeyPa
     """Batches of any size are padded to one shape: only the first call compiles."""
     monkeypatch.setattr(kernels, "available", lambda: False)
     monkeypatch.setattr(compiled, "BACKEND", "eager")
-    policy, plain = make_policy(compile=True), make_policy()
+    policy, plain = make_policy(compile="on"), make_policy()
     assert (policy.compiled, plain.compiled) == (True, False)
     for rows in ([0, 1], [2]):
         for one, two in zip(run(policy, rows, with_value=True), run(plain, rows, with_value=True), strict=True):

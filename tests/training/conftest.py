@@ -19,7 +19,7 @@ from wav.data.episode import Episode
 from wav.data.store import EpisodeStore
 from wav.data.writer import EpisodeStoreWriter
 from wav.rewards.label import label_store
-from wav.training.launch import RENDEZVOUS
+from wav.training import RENDEZVOUS
 from wav.training.spec import TrainPaths, TrainSpec, make_spec
 
 TRAIN = {

@@ -19,7 +19,7 @@ world = init_world("cpu")
 assert world.mean([float(world.rank)]) == [0.5]
 found = [c.laddr.ip for c in psutil.Process().net_connections("inet") if c.status == psutil.CONN_LISTEN]
 print("listens", *found, flush=True)
-world.any(True)
+world.most(1)
 dist.destroy_process_group()
 Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
 (Path(sys.argv[1]) / "metrics.json").write_text("{}")

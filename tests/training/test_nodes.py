@@ -18,8 +18,9 @@ import pytest
 from tests.test_cancel import until
 from wav.errors import ConfigError
 from wav.io.storage.commit import read_manifest
+from wav.training import RENDEZVOUS
 from wav.training.engine import adopt_launcher
-from wav.training.launch import RENDEZVOUS, launch
+from wav.training.launch import launch
 from wav.training.spec import TrainSpec, read_checkpoint_file
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", RENDEZVOUS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -67,11 +68,13 @@ def test_auto_recomputes_only_what_memory_asks_for(spec_of, monkeypatch: pytest.
 
     def layers(free: float) -> int:
         monkeypatch.setattr("wav.training.preflight.psutil.virtual_memory", lambda: memory(int(free / 0.9) + 1))
-        return layers_to_recompute(spec, inputs, objective, 4, world)
+        return layers_to_recompute(spec, inputs, objective, 4, world).layers
 
     assert layers(state + 2 * needed) == 0
     assert layers(state + 0.95 * needed) == 1
     assert layers(state) == spec.model.layers == 2
+    said = layers_to_recompute(spec, inputs, objective, 4, world).text
+    assert re.match(r"2 of 2 layers are recomputed: 0\.0 GiB free, about .* for 4 samples' activations", said)
 
 
 def test_preflight(spec_of, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,14 @@ def test_key_follows_what_changes_the_result(spec_of) -> None:
         assert spec_of(**{section: change}).key != key, (section, change)
 
 
+@pytest.mark.parametrize(("written", "read"), [(True, "on"), (False, "off"), ("on", "on"), ("auto", "auto")])
+def test_switches_are_booleans_too(written: object, read: str) -> None:
+    """As parameter files and exports from before have them, and as YAML 1.1 reads on and off."""
+    found = settings(train_joint={"gradient_checkpointing": written, "compile": written})
+    assert found.train_joint.gradient_checkpointing == found.train_joint.compile == read
+    assert Settings.model_validate({"export": {"compile": written}}).export.compile == read
+
+
 def test_key_follows_the_inputs_and_the_code(spec_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = spec_of()
     other = tmp_path / "latents"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -48,7 +50,7 @@ def planner_model(model: WAVTransformer, shapes: NoiseShapes, backend: Backend =
 
         return CompiledPlannerModel(model, shapes)
     if backend == "compiled":
-        log.info("compile = True: no effect here, planning runs on the CPU kernels, which are faster")
+        log.info("export.compile = on: no effect here, planning runs on the CPU kernels, which are faster")
     if backend == "cpu" and not kernels_compute:
         raise ConfigError(
             f"backend = 'cpu': its kernels do not compute {weight.dtype} on {weight.device.type} here "
@@ -59,6 +61,23 @@ def planner_model(model: WAVTransformer, shapes: NoiseShapes, backend: Backend =
     if backend in ("auto", "cpu", "compiled"):
         return kernels.CpuPlannerModel(model, shapes)
     raise ConfigError(f"backend = {backend!r}: unknown; use auto, torch, compiled or cpu")
+
+
+def compiles_here(model: WAVTransformer) -> bool:
+    """Whether ``export.compile: auto`` compiles planning: the paper's experts on a GPU, with the compiler's tools.
+
+    Where a tool is missing the log says so: the first plan is no time to find out.
+    """
+    if next(model.parameters()).device.type != "cuda" or model.config.action_kind != "paper":
+        return False
+    from torch.utils._triton import has_triton  # imports the compiler
+
+    missing = [] if has_triton() else ["Triton for this GPU"]
+    if not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
+        missing.append("a C compiler")
+    if missing:
+        log.warning("export.compile = auto: planning is not compiled, this machine has not %s", " or ".join(missing))
+    return not missing
 
 
 def noise_shapes(

@@ -135,7 +135,9 @@ class CompiledPlannerModel(FusedPlannerModel):
         except RuntimeError as error:
             self._pool = None
             reason = " ".join(str(error).split())[:500]
-            raise ConfigError(f"compile = True: {key[0]} cannot be compiled here ({reason}); leave it False") from error
+            raise ConfigError(
+                f"export.compile = on: {key[0]} cannot be compiled here ({reason}); set it to off"
+            ) from error
         self._calls[key] = found
         log.info("%s: compiled for its shapes in %.1f s", key[0], time.perf_counter() - start)
         return result

@@ -36,6 +36,7 @@ from wav.io.files import (
 from wav.io.readers import understood
 from wav.model.loading import load_model
 from wav.policy.policy import Policy
+from wav.sections import Switch
 
 FORMAT, VERSION = "wav-policy", 1
 CARD = "model_card.md.j2"
@@ -265,7 +266,7 @@ def load_export(
     batch_size: int = 8,
     device: str = "auto",
     planner: PlannerSettings | None = None,
-    compile: bool | None = None,
+    compile: Switch | bool | None = None,
 ) -> Policy:
     """Load a verified export; ``planner`` and ``compile`` override its settings.
 

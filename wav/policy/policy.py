@@ -28,7 +28,7 @@ from wav.config import CouplingSettings, DataSettings, ExportSettings, PlannerSe
 from wav.data.conventions import DELTA_ACTIONS, Conventions
 from wav.data.statistics import Statistics
 from wav.errors import CheckpointError, DataError
-from wav.inference.backends import noise_shapes, planner_model
+from wav.inference.backends import compiles_here, noise_shapes, planner_model
 from wav.inference.threads import on_threads
 from wav.io.files import canonical_digest, file_digest, read_json
 from wav.io.readers import understood
@@ -37,6 +37,7 @@ from wav.planning.planner import Planner
 from wav.planning.types import Levels, PlannerModel, RowKey, SeededNoise
 from wav.policy.output import PlanSummary, PolicyOutput, concatenate, host, summary
 from wav.policy.parts import check_observation, check_parts
+from wav.sections import Switch
 from wav.sim.env import Observation
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ class Policy:
         device: cpu, cuda, cuda:1, or auto.
         prompts: instruction -> embedding (L, Ct), mask (L,).
         digest: names the weights.
-        compile: plan on compiled code and CUDA graphs (:mod:`wav.inference.compiled`), where the CPU kernels do
-            not run.
+        compile: ``on``: plan on compiled code and CUDA graphs (:mod:`wav.inference.compiled`), where the CPU kernels
+            do not run; ``auto``: where :func:`wav.inference.backends.compiles_here`.
         coupling: section ``coupling`` as trained with: the noise levels at which planning reads video features and
             values; None: none, the paper's form.
 
@@ -99,7 +100,7 @@ class Policy:
         device: str = "cpu",
         prompts: Mapping[str, Prompt] | None = None,
         digest: str = "",
-        compile: bool = False,
+        compile: Switch | bool = "off",
         coupling: CouplingSettings | None = None,
     ) -> None:
         self.codec, self.text_encoder, self.statistics = codec, text_encoder, statistics
@@ -112,7 +113,9 @@ class Policy:
         grid = (data.image_height // codec.spatial, data.image_width // codec.spatial)
         future = 1 + (data.future_frames - 1) // codec.temporal
         shapes = noise_shapes(model, len(data.views), grid, future, data.action_chunk)
-        self.model = planner_model(model.to(device).eval(), shapes, "compiled" if compile else "auto")
+        model = model.to(device).eval()
+        compiled = compile in ("on", True) or (compile == "auto" and compiles_here(model))
+        self.model = planner_model(model, shapes, "compiled" if compiled else "auto")
         self._prompts: dict[str, Prompt] = dict(prompts or {})
         self._rows: dict[Hashable, _Row] = {}
 
@@ -123,7 +126,7 @@ class Policy:
         batch_size: int = 8,
         device: str = "auto",
         planner: PlannerSettings | None = None,
-        compile: bool | None = None,
+        compile: Switch | bool | None = None,
     ) -> Policy:
         """Load a policy folder: model/, codec/, text_encoder/, statistics.json, conventions.json, settings.json.
 

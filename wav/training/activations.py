@@ -72,10 +72,11 @@ def activation_bytes(sizes: Sizes, train: TrainSettings, micro_batch: int) -> fl
     """Estimate of the activations kept for the backward pass of one micro-batch.
 
     Every block's output is kept (the experts read it). With gradient checkpointing one video block's inner tensors
-    are alive on top, otherwise those of all blocks; a frozen video part keeps its outputs alone. ``auto`` counts as on.
+    are alive on top, otherwise those of all blocks; a frozen video part keeps its outputs alone. ``auto`` counts as on:
+    it is what a pass needs at the least.
     """
     number = 2 if train.precision == "bf16" else 4
-    video, kept = sizes.tokens * sizes.width, 1 if train.gradient_checkpointing else sizes.layers
+    video, kept = sizes.tokens * sizes.width, sizes.layers if train.gradient_checkpointing == "off" else 1
     elements: float = sizes.layers * video
     if train.stage != "train_value":
         elements += kept * SAVED_PER_TOKEN * video

@@ -6,6 +6,7 @@ exactly what it would have drawn. :mod:`wav.training.objectives` computes the lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -52,6 +53,10 @@ class Draws:
     action_level: Tensor
     action_noise: Tensor
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Draws:
+        """The same with every tensor changed."""
+        return Draws(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
 
 @dataclass(frozen=True)
 class StepInputs:
@@ -62,9 +67,16 @@ class StepInputs:
     roles: Roles
 
     def to(self, device: torch.device) -> StepInputs:
-        """The same on ``device``."""
-        moved = {f.name: getattr(self.draws, f.name).to(device, non_blocking=True) for f in fields(Draws)}
-        return StepInputs(self.batch.to(device), Draws(**moved), self.roles)
+        """The same on ``device``; the host waits for no copy from page-locked memory."""
+        return StepInputs(
+            self.batch.to(device, non_blocking=True),
+            self.draws.map(lambda value: value.to(device, non_blocking=True)),
+            self.roles,
+        )
+
+    def pin_memory(self) -> StepInputs:
+        """The same in page-locked memory."""
+        return StepInputs(self.batch.pin_memory(), self.draws.map(torch.Tensor.pin_memory), self.roles)
 
 
 class Random(Protocol):

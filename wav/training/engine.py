@@ -20,7 +20,7 @@ from torch import nn
 from torch._C._distributed_c10d import FileStore, HashStore
 
 from wav.errors import ConfigError
-from wav.training.launch import RENDEZVOUS
+from wav.training import RENDEZVOUS
 from wav.training.optimizer import build_optimizer
 
 if TYPE_CHECKING:
@@ -29,7 +29,29 @@ if TYPE_CHECKING:
     from wav.config import TrainSettings
 
 _NEVER = 2**31 - 1
+#: Elements of a gradient bucket, DeepSpeed's own default; it has that size however few parameters are trained.
+BUCKET = 500_000_000
 T = TypeVar("T")
+
+
+class Fetched:
+    """Numbers of a device tensor on their way to the host.
+
+    Reading them waits until they have arrived, and for nothing that was launched after them.
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._host = values.to("cpu", non_blocking=True)  # into page-locked memory
+        self._arrived = torch.cuda.Event() if values.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def numbers(self) -> list[float]:
+        """The numbers of a vector."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        found: list[float] = self._host.tolist()
+        return found
 
 
 @dataclass(frozen=True)
@@ -53,13 +75,16 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def any(self, flag: bool) -> bool:
-        """Whether ``flag`` holds on some rank (a collective)."""
-        if self.ranks == 1:
-            return flag
-        box = torch.tensor([int(flag)], device=self.device)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX)
-        return bool(box.item())
+    def ask_most(self, number: int) -> Fetched:
+        """The largest of the ranks' numbers (a collective), on its way: nobody waits before it is read."""
+        box = torch.full((1,), number, dtype=torch.int64, device=self.device)
+        if self.ranks > 1:
+            dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return Fetched(box)
+
+    def most(self, number: int) -> int:
+        """The largest of the ranks' numbers (a collective)."""
+        return int(self.ask_most(number).numbers()[0])
 
     def mean(self, values: list[float]) -> list[float]:
         """Element-wise mean over the ranks (a collective)."""
@@ -164,6 +189,11 @@ def quiet_stderr() -> Iterator[None]:
         os.close(sink)
 
 
+def clips_here(settings: TrainSettings) -> bool:
+    """Whether :mod:`.step` clips, which needs the norm anyway; elsewhere DeepSpeed does, where it holds gradients."""
+    return settings.zero_stage == 0 and settings.precision == "fp32"
+
+
 def deepspeed_config(settings: TrainSettings, plan: BatchPlan, device_type: str) -> dict[str, Any]:
     """DeepSpeed's configuration of a run (``infra/deepspeed/`` holds those of the paper's size).
 
@@ -173,13 +203,13 @@ def deepspeed_config(settings: TrainSettings, plan: BatchPlan, device_type: str)
         device_type: ``cpu`` or ``cuda``.
     """
     zero: dict[str, Any] = {"stage": settings.zero_stage}
-    if device_type == "cpu":
+    if device_type == "cpu" or settings.batch_size == plan.micro * plan.accumulation:  # one rank reduces nothing
         zero["overlap_comm"] = False
     return {
         "train_batch_size": settings.batch_size,
         "train_micro_batch_size_per_gpu": plan.micro,
         "gradient_accumulation_steps": plan.accumulation,
-        "gradient_clipping": settings.clip,
+        "gradient_clipping": 0.0 if clips_here(settings) else settings.clip,
         "bf16": {"enabled": settings.precision == "bf16"},
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -205,12 +235,16 @@ def init_engine(
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its build needs a compiler and 85 s
     optimizer = build_optimizer(module, settings)
     config = deepspeed_config(settings, plan, world.device.type)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    config["zero_optimization"]["reduce_bucket_size"] = min(BUCKET, trained)
     if universal:
         config["checkpoint"] = {"load_universal": True}
     engine: DeepSpeedEngine
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     if settings.zero_stage == 3:
         clear_padding(engine, world)
+    if hasattr(engine.optimizer, "check_overflow"):
+        engine.optimizer.check_overflow = lambda *_, **__: None  # the norm tells the same of the same gradients
     return engine
 
 

@@ -22,11 +22,10 @@ from pathlib import Path
 from wav.config import Runtime
 from wav.errors import ConfigError, TrainingError
 from wav.processes import Child, Group, ending
+from wav.training import RENDEZVOUS
 from wav.training.spec import TrainSpec
 
 ERROR_MARK = "ERROR: "
-#: the file through which the ranks of one machine find each other; what another launcher starts has MASTER_ADDR instead
-RENDEZVOUS = "WAV_RENDEZVOUS_FILE"
 _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 

@@ -57,12 +57,8 @@ class Trainer:
         sizes = (spec.data.memory_frames, spec.data.action_dim)
         self.objective = build_objective(self.settings, self.model, *sizes, spec.coupling)
         self.parameters, self.trained = count_parameters(self.objective)
-        if self.settings.gradient_checkpointing:
-            self.model.enable_gradient_checkpointing()
-        if self.settings.gradient_checkpointing == "auto":
-            self.model.recomputed_layers = layers_to_recompute(spec, inputs, self.objective, self.plan.micro, world)
-            self._say(f"{spec.stage}: {self.model.recomputed_layers} of {spec.model.layers} layers are recomputed")
-        if self.settings.compile is True or (self.settings.compile == "auto" and world.device.type == "cuda"):
+        self._save_memory()
+        if self.settings.compile == "on" or (self.settings.compile == "auto" and world.device.type == "cuda"):
             prepare_compiler()
             self.model.compile_blocks()
         layout = Layout(world.ranks, self.settings.zero_stage, self.settings.precision)
@@ -84,8 +80,19 @@ class Trainer:
         self.recorder = Recorder(spec.work / "live", world.is_main)
         self.losses = LossMean()
         self.interrupted = False
+        self._asked = world.ask_most(False)
         self._resume(found)
         self._begin = time.monotonic()
+
+    def _save_memory(self) -> None:
+        """Let blocks be computed again backwards, as ``gradient_checkpointing`` says."""
+        if self.settings.gradient_checkpointing == "off":
+            return
+        self.model.enable_gradient_checkpointing()
+        if self.settings.gradient_checkpointing == "auto":
+            chosen = layers_to_recompute(self.spec, self.inputs, self.objective, self.plan.micro, self.world)
+            self.model.recomputed_layers = chosen.layers
+            self._say(f"{self.spec.stage}: {chosen.text}")
 
     def _resume(self, found: Found | None) -> None:
         state = self.checkpoints.resume(found, self.engine, self.ema) if found else None
@@ -116,7 +123,7 @@ class Trainer:
         """Optimiser step ``step`` (from 1), and what falls due after it: a row, validation, a checkpoint."""
         last = step == self.settings.steps
         record = last or step % self.settings.log_every == 0
-        stop = self.world.any(self.interrupted)
+        stop = self._stops()
         save = last or stop or step % self.settings.checkpoint_every == 0
         done = update(self.engine, self.ema, self.settings, step, inputs)
         self._check(step, done)
@@ -130,7 +137,7 @@ class Trainer:
                 self._spiked(step, row["loss"])
             row |= {"learning_rate": learning_rate(self.settings, step - 1)}
             if done.norm is not None and not done.dropped:
-                row["grad_norm"] = done.norm
+                row["grad_norm"] = float(done.norm)
             if self.engine.skipped_steps:
                 row["skipped_steps"] = float(self.engine.skipped_steps)
             row["time/samples_per_second"] = progress.rate(step)
@@ -145,6 +152,13 @@ class Trainer:
         if stop and not last:
             self._say(f"{self.spec.stage}: interrupted at step {step}, which is saved; run again to go on")
             raise SystemExit(INTERRUPTED)
+
+    def _stops(self) -> bool:
+        """Whether some rank is interrupted; of the others each knows what they were a step ago, and waits for none."""
+        if self.world.ranks == 1:
+            return self.interrupted
+        asked, self._asked = self._asked, self.world.ask_most(self.interrupted)
+        return bool(asked.numbers()[0])
 
     def _save(self, step: int, waited: float, needed: bool) -> None:
         """Write a checkpoint; one that is not ``needed`` may fail (a full disk), the next one tries again."""
@@ -166,10 +180,10 @@ class Trainer:
         if done.dropped and count <= most:
             self._say(f"WARNING: {self.spec.stage}: step {step} is dropped, its gradients are not finite ({count})")
         elif done.dropped or not math.isfinite(loss):
-            good = self.checkpoints.newest()
+            good, norm = self.checkpoints.newest(), None if done.norm is None else float(done.norm)
             raise TrainingError(
                 f"{self.spec.stage}.learning_rate = {self.settings.learning_rate}: loss {loss}, gradient norm "
-                f"{done.norm} at step {step}, training diverged; lower it, or set max_skipped_steps (now {most}) to go "
+                f"{norm} at step {step}, training diverged; lower it, or set max_skipped_steps (now {most}) to go "
                 f"on without such steps (the last good checkpoint is {good or 'none yet'})"
             )
 

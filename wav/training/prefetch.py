@@ -56,7 +56,8 @@ class Prefetcher:
 
     def __iter__(self) -> Iterator[list[StepInputs]]:
         device, todo = self._source.world.device, iter(self._steps)
-        with ThreadPoolExecutor(1, "prefetch") as pool:
+        prepare = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())  # else it pins on GPU 0
+        with ThreadPoolExecutor(1, "prefetch", *prepare) as pool:
             ahead = deque(pool.submit(self._prepare, step) for step in islice(todo, AHEAD))
             while ahead:
                 begin = time.perf_counter()
@@ -67,9 +68,7 @@ class Prefetcher:
 
     def _prepare(self, step: int) -> list[StepInputs]:
         inputs = self._source.step(step)
-        if self._source.world.device.type != "cuda":
-            return inputs
-        return [StepInputs(micro.batch.pin_memory(), micro.draws, micro.roles) for micro in inputs]
+        return [micro.pin_memory() for micro in inputs] if self._source.world.device.type == "cuda" else inputs
 
 
 def validation_inputs(

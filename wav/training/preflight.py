@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import psutil
@@ -96,12 +97,21 @@ def state_bytes(parameters: int, trained: int, layout: Layout) -> int:
     return weights + gradients + moments + 4 * trained // layout.ranks
 
 
-def layers_to_recompute(spec: TrainSpec, inputs: Inputs, objective: Objective, micro: int, world: World) -> int:
+@dataclass(frozen=True)
+class Recomputed:
+    """How many layers are recomputed, and what that was decided from, for the log."""
+
+    layers: int
+    text: str
+
+
+def layers_to_recompute(spec: TrainSpec, inputs: Inputs, objective: Objective, micro: int, world: World) -> Recomputed:
     """Layers that a pass over ``micro`` samples must recompute to fit beside weights, gradients and moments.
 
     Between none and all layers the activations shrink by the same amount for each
     (:func:`~wav.training.activations.activation_bytes`, an estimate). The weights are on the CPU still, so what is free
     now is free for all of it; a tenth is left for what is not counted: buffers, fragmentation, the libraries' own.
+    A collective: every rank recomputes what the fullest one must, because ZeRO-3 gathers weights in every pass.
     """
     every, trained = count_parameters(objective)
     state = state_bytes(every, trained, Layout(world.ranks, spec.train.zero_stage, spec.train.precision))
@@ -111,13 +121,17 @@ def layers_to_recompute(spec: TrainSpec, inputs: Inputs, objective: Objective, m
         free = psutil.virtual_memory().available // world.ranks
     sizes = sizes_of(spec, inputs, objective.model)
     kept, least = (
-        activation_bytes(sizes, spec.train.model_copy(update={"gradient_checkpointing": on}), micro)
-        for on in (False, True)
+        activation_bytes(sizes, spec.train.model_copy(update={"gradient_checkpointing": switch}), micro)
+        for switch in ("off", "on")
     )
-    room = 0.9 * free - state
-    if kept <= room:
-        return 0
-    return min(spec.model.layers, math.ceil((kept - room) / max(1.0, (kept - least) / spec.model.layers)))
+    room, most = 0.9 * free - state, spec.model.layers
+    too_many = math.ceil(max(0.0, kept - room) / max(1.0, (kept - least) / most))
+    layers = world.most(min(most, too_many))
+    return Recomputed(
+        layers,
+        f"{layers} of {most} layers are recomputed: {free / 2**30:.1f} GiB free, about {state / 2**30:.1f} for weights "
+        f"and optimiser, {least / 2**30:.1f} to {kept / 2**30:.1f} for {micro} samples' activations",
+    )
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from wav.training.engine import Fetched, clips_here
+
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
@@ -20,10 +22,13 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class Done:
-    """What an optimiser step gave: mean losses, the gradient norm before clipping, and whether it was dropped."""
+    """What an optimiser step gave: mean losses, the gradient norm before clipping, and whether it was dropped.
+
+    The norm stays where it was computed: turning it into a number waits for the device.
+    """
 
     losses: Row
-    norm: float | None
+    norm: torch.Tensor | float | None
     dropped: bool
 
 
@@ -32,25 +37,25 @@ def update(engine: DeepSpeedEngine, ema: Ema, settings: TrainSettings, step: int
 
     A step whose gradients are not finite is dropped on every layout. With ZeRO 1 to 3 and bf16 DeepSpeed does so
     itself, in silence (0.19.8: ``skipped_steps`` counts them); with ZeRO 0 in fp32 it would put them into the weights.
+    That question is the one time that a step waits for the device; losses arrive by then.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(settings, step - 1) * group.get("scale", 1.0)
-    passes, skipped = LossMean(), engine.skipped_steps
-    norm: float | None = None
+    passes, skipped = [], engine.skipped_steps
+    clipped: torch.Tensor | None = None
     for index, micro in enumerate(inputs):
         loss, parts = engine(micro)
+        passes.append(Losses(loss, parts))
         engine.backward(loss)
-        if index == len(inputs) - 1:
-            norm = gradient_norm(engine)
-        if norm is None or math.isfinite(norm):
+        if index == len(inputs) - 1 and clips_here(settings):
+            clipped = clip_gradients(engine, settings.clip)
+        if clipped is None or torch.isfinite(clipped):
             engine.step()
         else:
             drop_step(engine)
-        passes.add(as_row(loss, parts))
-    if norm is None and (kept := engine.get_global_grad_norm()) is not None:
-        norm = float(kept)
+    norm = engine.get_global_grad_norm() if clipped is None else clipped
     ema.update(step)
-    return Done(passes.mean(), norm, engine.skipped_steps > skipped)
+    return Done(mean_row([losses.row() for losses in passes]), norm, engine.skipped_steps > skipped)
 
 
 def drop_step(engine: DeepSpeedEngine) -> None:
@@ -66,13 +71,11 @@ def drop_step(engine: DeepSpeedEngine) -> None:
 @torch.no_grad()
 def evaluate(engine: DeepSpeedEngine, ema: Ema, inputs: list[StepInputs]) -> Row:
     """Mean losses of the averaged weights on micro-batches that are always the same."""
-    losses = LossMean()
     engine.eval()
     with ema.swapped():
-        for micro in inputs:
-            losses.add(as_row(*engine(micro)))
+        losses = [Losses(*engine(micro)) for micro in inputs]
     engine.train()
-    return losses.mean()
+    return mean_row([found.row() for found in losses])
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:
@@ -85,18 +88,22 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - settings.warmup_steps) / length))
 
 
-def gradient_norm(engine: DeepSpeedEngine) -> float | None:
-    """Gradient norm before clipping, between backward and step; None where DeepSpeed keeps it (ZeRO 1-3, bf16)."""
-    if engine.zero_optimization() or engine.bfloat16_enabled():
-        return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return float(torch.nn.utils.get_total_norm(gradients))
+def clip_gradients(engine: DeepSpeedEngine, most: float) -> torch.Tensor:
+    """Clip the gradients to the norm ``most``, between backward and step; the norm that they had."""
+    trained = [p for p in engine.module.parameters() if p.grad is not None]
+    return torch.nn.utils.clip_grad_norm_(trained, most)
 
 
-def as_row(loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> Row:
-    """A loss and its parts as floats, fetched from the device at once."""
-    values = torch.stack([loss.detach().float(), *parts.values()]).tolist()
-    return dict(zip(["loss", *parts], values, strict=True))
+class Losses:
+    """A loss and its parts, which come from the device while it goes on."""
+
+    def __init__(self, loss: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+        self._names = ["loss", *parts]
+        self._values = Fetched(torch.stack([loss.detach().float(), *parts.values()]))
+
+    def row(self) -> Row:
+        """The losses as floats."""
+        return dict(zip(self._names, self._values.numbers(), strict=True))
 
 
 class LossMean:

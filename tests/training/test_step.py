@@ -1,0 +1,121 @@
+"""What an optimiser step costs besides its products: one wait for the device, and memory for what trains alone."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.training.conftest import settings
+from tests.training.micro import CAPTION, CHANNELS, Empty, objective_of, random_batch
+from wav.model import build_model
+from wav.training.draws import SeededRandom
+from wav.training.ema import Ema
+from wav.training.engine import init_engine, init_world, plan_batch
+from wav.training.objectives.base import Objective
+from wav.training.step import Done, update
+
+MODEL = {"heads": 4, "head_dim": 48}
+STATE = 16  #: bytes for a trained parameter: two moments, an average, and a gradient or a master copy; in float32
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a number is taken out of a tensor, for which a GPU would have to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def living() -> int:
+    """Bytes of all storages that tensors of this process name."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    storages = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+Probe = Callable[[Objective, Callable[[int], Done], int], Any]
+
+
+def trained(stage: str, probe: Probe, **changes: Any) -> Any:
+    """What ``probe`` finds in a process of its own.
+
+    It is given the objective, a function that takes a training step, and the bytes of all tensors before there was a
+    model.
+    """
+
+    def child(sender: Any) -> None:
+        torch.set_num_threads(1)
+        os.environ.update({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+        config, world, before = settings(model=MODEL), init_world("cpu"), living()
+        model = build_model(config.model, config.data, CHANNELS, CAPTION).train()
+        objective = objective_of(stage, model, **changes)
+        engine = init_engine(objective, objective.settings, plan_batch(objective.settings, 1), world)
+        ema = Ema(engine.module, 0.9, 0, 1)
+
+        def step(number: int) -> Done:
+            inputs = objective.draw(random_batch(), Empty(), SeededRandom(0, number), number)
+            return update(engine, ema, objective.settings, number, [inputs])
+
+        sender.send(probe(objective, step, before))
+
+    import deepspeed  # noqa: F401  # paid once, before the children
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process: Any = context.Process(target=child, args=(sender,))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()  # EOFError where the child failed; it said why
+    finally:
+        process.join(60)
+
+
+def waits(objective: Objective, step: Callable[[int], Done], before: int) -> int:
+    """Waits of the third step; ZeRO-3 looks at what is called in the first two."""
+    step(1)
+    step(2)
+    with Waits() as mode:
+        step(3)
+    return mode.count
+
+
+def bytes_beside(objective: Objective, step: Callable[[int], Done], before: int) -> float:
+    """Bytes for a frozen parameter beside its weight: what neither weights nor trained parameters account for."""
+    step(1)
+    step(2)
+    trains, frozen = (sum(p.numel() for p in objective.parameters() if p.requires_grad is on) for on in (True, False))
+    assert frozen > 4 * trains
+    weights = sum(p.numel() * p.element_size() for p in objective.parameters())
+    return (living() - before - weights - STATE * trains) / frozen
+
+
+LAYOUTS = [
+    pytest.param(0, "fp32", id="zero 0, fp32"),
+    pytest.param(2, "bf16", id="zero 2, bf16"),
+    pytest.param(1, "bf16", id="zero 1, bf16", marks=pytest.mark.long),
+    pytest.param(2, "fp32", id="zero 2, fp32", marks=pytest.mark.long),
+    pytest.param(3, "bf16", id="zero 3, bf16", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("zero", "precision"), LAYOUTS)
+def test_a_step_waits_once_for_the_device(zero: int, precision: str) -> None:
+    """To learn whether its gradients are finite, which DeepSpeed asks twice in a row in ZeRO 1 and 2."""
+    assert trained("pretrain_video", waits, zero_stage=zero, precision=precision) == (2 if zero in (1, 2) else 1)
+
+
+@pytest.mark.parametrize(("zero", "precision"), LAYOUTS)
+def test_frozen_parameters_cost_their_weights_alone(zero: int, precision: str) -> None:
+    """The value stage: no gradient, moments, average or float32 copy of the video expert; a copy would be 2 bytes."""
+    assert trained("train_value", bytes_beside, zero_stage=zero, precision=precision) < 1
