@@ -1,7 +1,7 @@
 # make repro: install, start the local services, run the whole pipeline, say where to look.   make help: the rest.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install check-system repro study libero libero-table test quick check-long check-gpu lint format docs up down status ui deploy worker pin-images clean-workspace
+.PHONY: help install check-system repro study libero libero-table test quick check-long gpu lint format docs up down status ui deploy worker pin-images clean-workspace
 
 PRESET ?=
 VENV := .venv
@@ -94,9 +94,10 @@ check-long: check-system $(VENV)/.installed-test ## the slow checks; KILLS=n: n 
 	@$(BEAT) 'pytest' -- python -m pytest -m long --record benchmarks/results/check-long.json --seed $(or $(SEED),0) \
 		$(if $(RESUME),--resume) $(TESTS)
 
-# On a machine with torch, diffusers, safetensors, numpy and pytest alone: the same pytest line without the installs.
-check-gpu: $(VENV)/.installed-test ## checks on a CUDA GPU (skipped, with the reason, without one)
-	@$(BEAT) 'pytest' -- python -m pytest --confcutdir=tests/gpu tests/gpu -rs
+# Needs torch, diffusers, safetensors and numpy, and no install: any Python that has them does (PYTHON=...).
+# ARGS="--part plan", "--trial" (tiny sizes on a CPU), ...: benchmarks/gpu.py --help
+gpu: ## everything measured and checked on a CUDA GPU, in fifteen minutes; ARGS=--trial: the parts themselves, on a CPU
+	@$(or $(wildcard $(VENV)/bin/python),$(PYTHON),python3) benchmarks/gpu.py $(if $(findstring --trial,$(ARGS)),,--json benchmarks/results/gpu.json) $(ARGS)
 
 lint: $(VENV)/.installed-test ## ruff and mypy
 	ruff check .

@@ -69,6 +69,11 @@ class Train:
     weight_decay: float = 1e-5
     clip: float = 1.0
     precision: str = "fp32"
+    zero_stage: int = 0
+    optimizer: str = "adamw"
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    micro_batch_size: int = 0
     gradient_checkpointing: str = "off"
     action_probability: float = 0.8
     weight_action: float = 1.0

@@ -82,7 +82,7 @@ def test_the_sizes_are_those_of_the_parameter_files() -> None:
 
 def test_the_realtime_planner_measured_on_a_gpu_is_the_presets() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from gpu import COUPLED, REALTIME
+    from gpu_planning import COUPLED, REALTIME
 
     from wav.config import load_settings
     from wav.planning.types import Levels

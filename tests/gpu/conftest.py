@@ -1,4 +1,4 @@
-"""Checks on a CUDA GPU (``make check-gpu``); they need torch, diffusers, safetensors, numpy and pytest alone.
+"""Checks on a CUDA GPU (``make gpu``); they need torch, diffusers, safetensors, numpy and pytest alone.
 
 Without a GPU every one is skipped and says so. ``WAV_GPU_TESTS_DEVICE=cpu`` runs them on a CPU instead, to try the
 checks themselves.

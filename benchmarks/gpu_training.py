@@ -1,0 +1,213 @@
+"""Training steps on a GPU, parts of ``benchmarks/gpu.py``: without an engine, and through DeepSpeed as training runs.
+
+Random weights and windows. Without an engine a step is forward, backward, clipping, fused AdamW on a float32 master
+copy and the average of the weights; with it, what :func:`wav.training.step.update` does. In both the draws are made a
+thread ahead, and steps follow one another without a wait, so that what the host does beside the device shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from gpu_planning import chosen_sizes, device_of, kernels, seconds_of
+from projection import accounted
+from sizes import Sizes, Train
+from torch import Tensor, nn
+
+from wav.code_cache import prepare_compiler
+from wav.data.windows import WindowBatch
+from wav.model import build_model
+from wav.training.activations import activation_bytes
+from wav.training.draws import StepInputs
+from wav.training.ema import Ema
+from wav.training.engine import World, init_engine, init_world, plan_batch
+from wav.training.objectives import build_objective
+from wav.training.objectives.base import Objective
+from wav.training.prefetch import Prefetcher, Source
+from wav.training.step import update
+
+if TYPE_CHECKING:
+    from gpu import Report
+
+STAGES = ("pretrain_video", "train_value", "train_joint")
+WARM, TIMED, PROFILED = 3, 8, 2
+DECAY = 0.999
+Step = Callable[[int, list[StepInputs]], Any]
+
+
+class Windows:
+    """Random windows in the place of a data set: the same at every step."""
+
+    def __init__(self, sizes: Sizes, count: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(count, *shape, generator=generator)
+
+        frames = (sizes.views, sizes.latent)
+        self.batch = WindowBatch(
+            memory=normal(*frames, sizes.memory, *sizes.grid),
+            future=normal(*frames, sizes.future, *sizes.grid),
+            text=normal(sizes.text_tokens, sizes.caption),
+            text_mask=torch.ones(count, sizes.text_tokens, dtype=torch.bool),
+            state=normal(sizes.state_dim),
+            actions=normal(sizes.chunk, sizes.action_channels),
+            values=normal(sizes.chunk, sizes.value_channels),
+            episode=torch.zeros(count, dtype=torch.int64),
+            step=torch.arange(count),
+        )
+
+    def at(self, sampler: Any, step: int) -> WindowBatch:
+        """The windows."""
+        return self.batch
+
+
+class MasterCopy:
+    """AdamW on float32 copies of the weights, without an engine."""
+
+    def __init__(self, module: nn.Module, settings: Train, fused: bool) -> None:
+        self.weights = [p for p in module.parameters() if p.requires_grad]
+        self.masters = [p.detach().float().clone() for p in self.weights]
+        self.clip = settings.clip
+        betas = (settings.beta1, settings.beta2)
+        self.optimizer = torch.optim.AdamW(
+            self.masters, lr=1e-5, betas=betas, weight_decay=settings.weight_decay, fused=fused
+        )
+
+    def step(self) -> None:
+        """Clip, update, and let the weights follow."""
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            assert weight.grad is not None
+            master.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self.masters, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_copy_(self.weights, self.masters)
+
+
+def without_engine(objective: Objective, settings: Train, world: World) -> Step:
+    """A training step on plain PyTorch."""
+    cuda = world.device.type == "cuda"
+    objective.to(world.device, torch.bfloat16 if cuda else torch.float32)
+    optimizer, ema = MasterCopy(objective, settings, fused=cuda), Ema(objective, DECAY, 0, 1)
+
+    def step(number: int, inputs: list[StepInputs]) -> None:
+        loss, _ = objective(inputs[0])
+        loss.backward()
+        optimizer.step()
+        ema.update(number)
+
+    return step
+
+
+def through_engine(objective: Objective, settings: Train, world: World) -> Step:
+    """A training step as :mod:`wav.training.loop` takes it."""
+    train: Any = settings
+    engine = init_engine(objective, train, plan_batch(train, 1), world)
+    ema = Ema(engine.module, DECAY, 0, 1)
+    return lambda number, inputs: update(engine, ema, train, number, inputs)
+
+
+def measured(
+    settings: Train, arguments: argparse.Namespace, world: World, make: Callable[..., Step], compiled: bool
+) -> dict[str, Any]:
+    """Samples a second, the kernels' busy share, and memory, of one stage stepped by what ``make`` gives."""
+    sizes, device = chosen_sizes(arguments), world.device
+    train: Any = settings  # has what a section of the parameters has, as far as it is read
+    before = give_back(device)
+    with device:
+        model = build_model(sizes.model, sizes, sizes.latent, sizes.caption, sizes.value_channels)  # type: ignore[arg-type]
+    if settings.gradient_checkpointing == "on":
+        model.enable_gradient_checkpointing()
+    if compiled:
+        prepare_compiler()
+        model.compile_blocks(backend="eager" if arguments.trial else "inductor")
+    objective = build_objective(train, model.train(), sizes.memory, sizes.action_dim)
+    step = make(objective, settings, world)
+    many: Any = Windows(sizes, settings.batch_size)
+    source = Source(many, many, objective, plan_batch(train, 1), world)
+    batches = iter(Prefetcher(source, 0, WARM + TIMED + PROFILED))
+    first = seconds_of(lambda: step(1, next(batches)), device)
+    seconds_of(lambda: [step(number, next(batches)) for number in range(2, WARM + 1)], device)
+    last = WARM + TIMED + 1
+    seconds = seconds_of(lambda: [step(number, next(batches)) for number in range(WARM + 1, last)], device) / TIMED
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    busy = kernels(lambda: [step(last + n, inputs) for n, inputs in enumerate(batches)], device)
+    estimated = activation_bytes(accounted(sizes), train, settings.batch_size) / 2**30
+    row = {
+        "samples_per_second": round(settings.batch_size / seconds, 2),
+        "seconds_per_step": round(seconds, 4),
+        "first_step_seconds": round(first, 1),
+        "peak_gib": round(memory, 1),
+        "of_it_from_before_gib": round(before, 1),
+        "activations_estimated_gib": round(estimated, 1),
+    }
+    if busy:
+        row |= {
+            "kernels_busy_share": round(busy["busy_ms"] / PROFILED / 1e3 / seconds, 3),
+            "profile_of_two_steps": busy,
+        }
+    return row
+
+
+def give_back(device: torch.device) -> float:
+    """Give back what earlier rows held; the GiB that still lie there, which should be none."""
+    gc.collect()
+    if device.type != "cuda":
+        return 0.0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device) / 2**30
+
+
+def row_of(report: Report, name: str, find: Callable[[], dict[str, Any]]) -> None:
+    """Report a row, or why there is none: too little memory, a compiler that gives up; the other rows count."""
+    try:
+        report(name, find())
+    except RuntimeError as error:
+        report(name, {"error": " ".join(str(error).split())[:300]})
+
+
+def settings_of(stage: str, arguments: argparse.Namespace, **changes: Any) -> Train:
+    """A stage's section at the batch that is measured."""
+    batch = 4 if arguments.trial else arguments.batch
+    return replace(Train(stage, batch, precision="fp32" if arguments.trial else "bf16"), **changes)
+
+
+def train(arguments: argparse.Namespace, report: Report) -> None:
+    """Plain steps: compiled, eager, and eager with every layer recomputed."""
+    world = World(0, 1, device_of(arguments))
+    for name, switch, compiled in (("compiled", "off", True), ("eager", "off", False), ("recomputed", "on", False)):
+        for stage in STAGES:
+            settings = settings_of(stage, arguments, gradient_checkpointing=switch)
+            find = partial(measured, settings, arguments, world, without_engine, compiled)
+            row_of(report, f"{stage}, {name}", find)
+
+
+def engine(arguments: argparse.Namespace, report: Report) -> None:
+    """DeepSpeed's steps, ZeRO 2 and 1, between two turns of plain ones; all of them compiled."""
+    if find_spec("deepspeed") is None:
+        report("missing", "not run: deepspeed is not installed")
+        return
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    world = init_world(str(device_of(arguments)))
+    turns: tuple[tuple[str, Callable[..., Step], int], ...] = (
+        ("plain", without_engine, 0),
+        ("zero 2", through_engine, 2),
+        ("zero 1", through_engine, 1),
+        ("plain again", without_engine, 0),
+    )
+    for stage in STAGES:
+        for name, make, zero in turns:
+            settings = settings_of(stage, arguments, zero_stage=zero)
+            row_of(report, f"{stage}, {name}", partial(measured, settings, arguments, world, make, True))
+    torch.distributed.destroy_process_group()
