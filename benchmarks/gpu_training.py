@@ -85,8 +85,8 @@ class MasterCopy:
     def step(self) -> None:
         """Clip, update, and let the weights follow."""
         for master, weight in zip(self.masters, self.weights, strict=True):
-            assert weight.grad is not None
-            master.grad, weight.grad = weight.grad.float(), None
+            if weight.grad is not None:  # no sample may have had its role
+                master.grad, weight.grad = weight.grad.float(), None
         torch.nn.utils.clip_grad_norm_(self.masters, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
