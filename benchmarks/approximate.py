@@ -20,7 +20,7 @@ import torch
 from counting import machine
 from torch import Tensor
 
-from wav.config import PlannerSettings
+from wav.config import DataSettings, PlannerSettings
 from wav.evaluation.act import exported_data
 from wav.evaluation.intervals import paired_difference, wilson
 from wav.evaluation.protocol import EpisodeSpec
@@ -130,7 +130,7 @@ def exported_suite(folder: Path) -> str:
     """Suite that the export was trained on."""
     from wav.io.files import read_json
 
-    return str(read_json(folder / "settings.json", "export the policy again")["data"]["suite"])
+    return DataSettings.model_validate(read_json(folder / "settings.json", "export the policy again")["data"]).suite
 
 
 def planned(policy: Policy, option: Option, call: Call, warm: Plan | None) -> Plan:

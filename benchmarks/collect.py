@@ -20,8 +20,8 @@ from typing import Any
 import yaml
 
 from wav.config import load_settings
+from wav.data.names import in_libero
 from wav.data.store import EpisodeStore
-from wav.sim.registry import LIBERO_SUITES
 from wav.stages import STAGES
 
 #: what a preset's numbers are and are not, so that nobody quotes them for something else
@@ -55,7 +55,7 @@ def simulator(workspace: Path) -> dict[str, Any]:
     """What the demonstrations were simulated with; for LIBERO also the name of its assets, where they have one."""
     conventions = EpisodeStore.open(workspace / "data" / "episodes").conventions
     found: dict[str, Any] = dict(conventions.simulator)
-    if conventions.suite in LIBERO_SUITES:
+    if in_libero(conventions.suite):
         from wav.sim.libero.assets import assets_digest, find_assets
 
         folder = find_assets()

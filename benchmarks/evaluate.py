@@ -308,7 +308,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     settings = load_settings(ROOT / "params.yaml")
     if arguments.suite != settings.data.suite:
-        data = DataSettings.model_validate(settings.data.model_dump() | {"suite": arguments.suite, "tasks": ()})
+        data = DataSettings.model_validate(settings.data.model_dump() | {"suites": (arguments.suite,), "tasks": ()})
         tasks = tuple(spec.name for spec in select_tasks(arguments.suite, ())[: arguments.tasks])
         settings = settings.model_copy(update={"data": data.model_copy(update={"tasks": tasks})})
     before = machine()

@@ -173,15 +173,22 @@ def _tell(run: Retrain, verdict: Verdict, candidate: Champion, metrics: Path) ->
     url = run.store.uri(promotion.pointer_key(run.name))
     text = f"**{title}**: {verdict.reason}\n\nchampion pointer: `{url}`\n\n"
     publish_markdown("verdict", text + metrics_table(read_json(metrics, "run dvc repro eval_libero")), "promotion")
-    rows = [{"name": "candidate", "policy": candidate.policy, "success": round(candidate.rate, 4)}]
-    if run.current:
-        rows += [{"name": "champion", "policy": run.current[0].policy, "success": round(run.current[0].rate, 4)}]
+    policies = {"candidate": candidate} | ({"champion": run.current[0]} if run.current else {})
+    rows = [{"name": name, "policy": found.policy, **_rates(found)} for name, found in policies.items()]
     publish_table("policies", rows, "candidate and champion")
     if verdict.difference:
-        publish_table("comparison", [asdict(verdict.difference)], "candidate minus champion, same episodes")
+        compared = {run.name: verdict.difference, **verdict.suites}
+        rows = [{"suite": suite, **asdict(difference)} for suite, difference in compared.items()]
+        publish_table("comparison", rows, "candidate minus champion, same episodes")
     locked = locked_hashes(run.checkout.folder)
     publish_table("dvc", [{"path": path, "dvc": value} for path, value in locked.items()], "what dvc.lock names")
     tell_stages(run)
+
+
+def _rates(found: Champion) -> dict[str, float]:
+    """Success in all and, of several suites, on each."""
+    own = promotion.suite_outcomes(found.outcomes)
+    return {"success": round(found.rate, 4)} | {s: round(sum(o.values()) / len(o), 4) for s, o in own.items()}
 
 
 def tell_stages(run: Retrain) -> None:

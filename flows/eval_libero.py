@@ -15,6 +15,7 @@ from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
 from wav.evaluation.evaluate import evaluate
+from wav.evaluation.extras.table import evaluated_table, markdown
 from wav.evaluation.held_out import held_out_values
 from wav.evaluation.instruments import INSTRUMENTS
 from wav.evaluation.instruments.executed import all_returns
@@ -30,7 +31,7 @@ from wav.evaluation.start import check_all
 from wav.evaluation.tables import metrics_table
 from wav.evaluation.unsimulated import without_simulator
 from wav.evaluation.within import step_limits
-from wav.io.files import write_json
+from wav.io.files import write_json, write_text
 from wav.policy.export import Checkpoint
 from wav.policy.policy import Policy
 from wav.sim.futures import Branch, branches
@@ -152,9 +153,12 @@ def picture(run: StageRun, policy: Policy) -> None:
 
 @step("report")
 def report(run: StageRun, metrics: dict[str, Any]) -> None:
-    """``reports/index.html`` and the same tables and pictures on the flow run."""
+    """``reports/index.html``, and its tables in ``reports/eval/table.md`` and, with pictures, on the flow run."""
     build_report(run.workspace, run.settings)
-    publish_markdown("results", metrics_table(metrics), f"success on {run.settings.data.suite}")
+    table = evaluated_table(metrics)
+    text = metrics_table(metrics) + ("" if table is None else f"\n\nLIBERO, success in %:\n\n{markdown(table)}")
+    write_text(run.path("reports/eval/table.md"), text)
+    publish_markdown("results", text, f"success on {run.settings.data.suite}")
     for kind in ("strips", "predictions"):
         pictures = sorted(run.path(f"reports/eval/{kind}").glob("*.png"))
         if pictures:

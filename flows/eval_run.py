@@ -20,7 +20,7 @@ from flows.artifacts import publish_table
 from flows.common import StageRun, begin_deployed, by_hand, finish, start, step
 from flows.isolation import isolate, prepare, source_workspace
 from flows.provenance import dvc_hash
-from wav.config import load_settings, parse_settings
+from wav.config import DataSettings, load_settings, parse_settings
 from wav.errors import CheckpointError, ConfigError
 from wav.evaluation.start import own_store
 from wav.io.files import atomic_folder, inside
@@ -95,7 +95,7 @@ def wanted_changes(
     seed: int | None,
 ) -> Changes:
     """The flow's parameters as changes of ``params.yaml``; what was not given is left out."""
-    data = {"suite": suite or None, "tasks": tasks}
+    data = {"suites": suite.split("+") if suite else None, "tasks": tasks}
     protocol = {"episodes_per_task": episodes or None, "variants": variants, "seed": seed}
     sections = {"data": data, "eval_libero": protocol, "planner": planner or {}}
     return {name: {key: v for key, v in values.items() if v is not None} for name, values in sections.items()}
@@ -108,11 +108,12 @@ def prepare_export(export: Path, workspace: Path, folder: Path, changes: Changes
         ConfigError: another suite than the policy's, or a bad value.
     """
     path, remedy = export / "settings.json", "export the policy again (`dvc repro export`)"
-    own, asked = read_json(path, remedy), changes.get("data", {}).get("suite")
+    own, asked = read_json(path, remedy), changes.get("data", {}).get("suites")
     with understood(path, remedy, CheckpointError):
-        if asked and asked != own["data"]["suite"]:
-            raise ConfigError(f"suite = {asked!r}: {export} was trained on {own['data']['suite']!r}; leave suite out")
-        raw = {name: dict(own[name]) for name in ("data", "model", "planner")}
+        data = DataSettings.model_validate(own["data"])
+        raw = {"data": data.model_dump(mode="json"), **{name: dict(own[name]) for name in ("model", "planner")}}
+    if asked and tuple(asked) != data.suites:
+        raise ConfigError(f"suite = {'+'.join(asked)!r}: {export} was trained on {data.suite!r}; leave suite out")
     here = load_settings(workspace / "params.yaml")
     raw |= {name: getattr(here, name).model_dump(mode="json") for name in ("eval_libero", "label_rewards")}
     for section, values in changes.items():

@@ -73,6 +73,10 @@ __all__ = [
 ]
 
 
+#: Sources that tell several suites apart.
+OF_SEVERAL = ("scripted", "libero_hdf5", "lerobot")
+
+
 class Settings(Section):
     """All of params.yaml."""
 
@@ -106,6 +110,11 @@ class Settings(Section):
             raise ValueError(
                 f"data.views = {list(data.views)}: {len(data.views)} views, model.max_views = {self.model.max_views}; "
                 "name fewer views or raise model.max_views"
+            )
+        if len(data.suites) > 1 and self.ingest.source not in OF_SEVERAL:
+            raise ValueError(
+                f"data.suites = {list(data.suites)}: {self.ingest.source} does not tell which suite an episode is of; "
+                f"set ingest.source to one of {', '.join(OF_SEVERAL)}, or name one suite"
             )
         if self.eval_libero.execute_steps > data.action_chunk:
             raise ValueError(

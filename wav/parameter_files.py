@@ -7,6 +7,8 @@ and everything else replace what params.yaml says.
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from wav.errors import ConfigError, cut, shown
 from wav.io.readers import read_yaml
 
 PRESETS = "presets"
+_LOG = logging.getLogger(__name__)
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
@@ -32,11 +35,21 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """The mapping in a YAML file; ``data.suite`` of earlier versions as ``data.suites``, so that it lies over that."""
     raw = read_yaml(path, "run inside the project folder or give the path of a parameter file", ConfigError)
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must hold sections such as data: and model:, found {type(raw).__name__}; fix it")
-    return raw
+    data = raw.get("data")
+    if not isinstance(data, dict) or "suite" not in data or "suites" in data:
+        return raw
+    _told(path)
+    return {**raw, "data": {"suites" if name == "suite" else name: value for name, value in data.items()}}
+
+
+@functools.cache
+def _told(path: Path) -> None:
+    """Say once that a file has the earlier name."""
+    _LOG.warning("%s: data.suite is a list now and called data.suites; write data: {suites: [...]}", path)
 
 
 def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:

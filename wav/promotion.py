@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from wav.io.files import canonical_digest, file_digest, inside, read_json
 from wav.io.storage import ObjectInfo, ObjectStore
 
 FORMAT = 2
-#: success of one episode by ``task/initial state``
+#: success of one episode by ``task/initial state``; of several suites the task's name begins with its own
 Outcomes = dict[str, bool]
 ROUNDING = 1e-9  #: of rates that are compared
 
@@ -108,12 +108,13 @@ class Champion:
 class Verdict:
     """What becomes of a candidate (unchanged: it is the champion itself), and why in one sentence.
 
-    ``difference`` is candidate minus champion.
+    ``difference`` is candidate minus champion, ``suites`` the same on each of several suites.
     """
 
     kind: Literal["promoted", "refused", "unchanged"]
     reason: str
     difference: Difference | None = None
+    suites: Mapping[str, Difference] = field(default_factory=dict)
 
     @property
     def promote(self) -> bool:
@@ -125,7 +126,8 @@ class Verdict:
 class Rules:
     """What a candidate may lose and must reach; success rates in [0, 1].
 
-    ``margin``: against the champion, the interval of the difference included. ``total``: against the best champion so
+    ``margin``: against the champion, the interval of the difference included; of several suites none may certainly
+    lose more. ``total``: against the best champion so
     far, so that many small losses cannot add up; the champion's own weights may lose no more by a change of the code.
     ``floor``: the lower end of the candidate's Wilson interval; 0 lets a policy without a success pass.
     """
@@ -191,7 +193,7 @@ def read_outcomes(folder: Path, variant: str, checkpoint: str) -> Outcomes:
         DataError: no records of that variant, a damaged one, or one of other weights.
     """
     outcomes: Outcomes = {}
-    for path in sorted((folder / "episodes" / variant).glob("*.json")):
+    for path in sorted((folder / "episodes" / variant).rglob("*.json")):
         record = read_record(path)
         if record.checkpoint != checkpoint:
             raise DataError(
@@ -217,6 +219,15 @@ def compare(candidate: Outcomes, champion: Outcomes) -> Difference:
     return paired_difference([candidate[name] for name in names], [champion[name] for name in names])
 
 
+def suite_outcomes(outcomes: Outcomes) -> dict[str, Outcomes]:
+    """Suite -> its outcomes, where they are of several."""
+    found: dict[str, Outcomes] = {}
+    for name, solved in outcomes.items():
+        if name.count("/") == 2:
+            found.setdefault(name.partition("/")[0], {})[name] = solved
+    return found
+
+
 def judge(candidate: Outcomes, champion: Champion | None, rules: Rules) -> Verdict:
     """What becomes of a candidate: above the floor, not worse than the champion, not far below the best one so far.
 
@@ -238,14 +249,21 @@ def judge(candidate: Outcomes, champion: Champion | None, rules: Rules) -> Verdi
     if champion is None:
         return Verdict("promoted", "there was no champion")
     difference = compare(candidate, champion.outcomes)
+    before = suite_outcomes(champion.outcomes)
+    suites = {suite: compare(own, before[suite]) for suite, own in suite_outcomes(candidate).items()}
     told = f"difference {difference.difference:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
     told += f" over {difference.episodes} episodes, margin {rules.margin:g}"
     if difference.low < -rules.margin:
-        return Verdict("refused", f"may be worse than the champion: {told}", difference)
+        return Verdict("refused", f"may be worse than the champion: {told}", difference, suites)
+    for suite, own in suites.items():
+        if own.high < -rules.margin:
+            lost = f"{suite}: difference {own.difference:+.3f} [{own.low:+.3f}, {own.high:+.3f}]"
+            return Verdict("refused", f"worse than the champion on {lost}, margin {rules.margin:g}", difference, suites)
     if champion.best - rate.success_rate > rules.total + ROUNDING:
         told = f"{rate.success_rate:.3f} where {champion.best_policy[:12]} reached {champion.best:.3f}"
-        return Verdict("refused", f"too far below the best champion so far: {told}, total {rules.total:g}", difference)
-    return Verdict("promoted", f"not worse than the champion: {told}", difference)
+        reason = f"too far below the best champion so far: {told}, total {rules.total:g}"
+        return Verdict("refused", reason, difference, suites)
+    return Verdict("promoted", f"not worse than the champion: {told}", difference, suites)
 
 
 def champion_after(candidate: Champion, over: Champion | None, took_back: Iterable[str] = ()) -> Champion:
@@ -302,6 +320,8 @@ def keep_verdict(store: ObjectStore, name: str, candidate: Champion, verdict: Ve
     content = {**facts, "verdict": verdict.kind, "reason": verdict.reason, "episodes": len(candidate.outcomes)}
     if verdict.difference is not None:
         content["difference"] = verdict.difference.as_dict()
+    if verdict.suites:
+        content["suites"] = {suite: own.as_dict() for suite, own in verdict.suites.items()}
     store.put_if_absent(key, json.dumps(content, indent=1, sort_keys=True).encode())
 
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from typing_extensions import Self
 
+from wav.data.names import LIBERO_SUITES, full_name, joined, own_task
 from wav.data.sources import SOURCES
 from wav.errors import shown
 from wav.planning import VARIANTS, Variant
@@ -20,7 +21,7 @@ LARGEST = 2**31 - 1
 #: part of a file's name
 Name = Annotated[str, Field(pattern=r"^\w[\w.:-]*$", max_length=100)]
 #: lists whose entries are names
-UNIQUE = ("tasks", "views", "variants")
+UNIQUE = ("suites", "tasks", "views", "variants")
 #: A switch that may decide for itself. YAML 1.1 reads on and off as booleans, which mean the same.
 Switch = Annotated[
     Literal["auto", "on", "off"],
@@ -48,8 +49,15 @@ class Section(BaseModel):
 class DataSettings(Section):
     """What a sample is: shared by every stage. Times are in environment steps (20 Hz), sizes in pixels."""
 
-    suite: str = Field("tabletop", description="task suite: tabletop, libero_spatial, libero_object, ...")
-    tasks: tuple[str, ...] = Field(("lift_red_cube", "lift_green_cube"), description="tasks of the suite; empty: all")
+    suites: tuple[Name, ...] = Field(
+        ("tabletop",),
+        min_length=1,
+        validation_alias=AliasChoices("suites", "suite"),
+        description="task suites: tabletop, or one or more of libero_spatial, libero_object, ...",
+    )
+    tasks: tuple[str, ...] = Field(
+        ("lift_red_cube", "lift_green_cube"), description="of the suite; of several: SUITE/TASK; empty: all"
+    )
     views: tuple[Name, ...] = Field(("agentview", "wrist"), min_length=1, max_length=3)
     image_height: int = Field(64, ge=16, le=512)
     image_width: int = Field(64, ge=16, le=512)
@@ -65,6 +73,33 @@ class DataSettings(Section):
     frame_stride: int = Field(3, ge=1, le=1000, description="environment steps between future frames")
     action_chunk: int = Field(15, ge=1, le=10000, description="actions decoded per call")
     text_tokens: int = Field(16, ge=4, le=10000, description="instruction length in tokens, padded")
+
+    @property
+    def suite(self) -> str:
+        """The suite, or what the suites are together (:mod:`wav.data.names`)."""
+        return joined(self.suites)
+
+    @field_validator("suites", mode="before")
+    @classmethod
+    def _one(cls, value: object) -> object:
+        """One suite's name alone, as ``data.suite`` held it."""
+        return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> DataSettings:
+        odd = next((name for name in self.suites if name not in LIBERO_SUITES), None)
+        if odd is not None and len(self.suites) > 1:
+            raise ValueError(
+                f"suites = {list(self.suites)}: {odd!r} is none of LIBERO's suites ({', '.join(LIBERO_SUITES)}), which "
+                "alone share robot, cameras and conventions; name one suite, or several of these"
+            )
+        for task in self.tasks if len(self.suites) > 1 else ():
+            if own_task("", task)[0] not in self.suites:
+                raise ValueError(
+                    f"tasks: {shown(task)}: of several suites a task is named with its own, such as "
+                    f"{full_name(self.suites[0], task)!r}"
+                )
+        return self
 
 
 class ModelSettings(Section):
@@ -401,7 +436,7 @@ class PlannerSettings(Section):
 
 
 class EvalLiberoSettings(Section):
-    """Closed-loop evaluation (the suite evaluated is data.suite)."""
+    """Closed-loop evaluation (on data.suites)."""
 
     episodes_per_task: int = Field(25, ge=1, le=50)
     variants: tuple[Variant, ...] = Field(VARIANTS, min_length=1)

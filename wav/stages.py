@@ -165,10 +165,10 @@ _TABLE = (
     ),
     Stage(
         "eval_libero",
-        "closed-loop success with intervals, planned and unplanned, on the suite of data.suite",
+        "closed-loop success with intervals, planned and unplanned, on data.suites",
         sections=("data", "model", "label_rewards", "planner", "eval_libero"),
         inputs=("data/episodes", "data/latents", "data/rewards", *_JOINT),
-        outputs=("reports/index.html",),
+        outputs=("reports/index.html", "reports/eval/table.md"),
         kept=tuple(f"reports/eval/{name}" for name in ("episodes", "videos", "strips", "predictions", "values.json")),
         metrics="reports/eval/metrics.json",
         modules=("wav.sim.worker",),

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 from wav.config import Settings, load_preset, load_settings, parameter_text
+from wav.data.names import in_libero
 from wav.errors import exit_status
 from wav.local import PROJECT
-from wav.sim.registry import LIBERO_SUITES
 
 #: what a stage's command and dependencies name; linked, not copied
 LINKED = ("wav", "flows")
@@ -72,7 +72,7 @@ def require_simulator(folder: Path) -> None:
     Raises:
         ServiceError: LIBERO is not installed, has other versions than needed, or has no assets; names the command.
     """
-    if load_settings(folder / "params.yaml").data.suite in LIBERO_SUITES:
+    if in_libero(load_settings(folder / "params.yaml").data.suite):
         from wav.sim.libero import assets as libero_assets
 
         libero_assets.check_versions()

@@ -170,7 +170,7 @@ def _assets(monkeypatch, tmp_path):
 def export_for(stages, suite: str, conventions: Conventions | None = None) -> Path:
     """The untrained policy as if it had been trained on ``suite``."""
     folder, (policy, checkpoint) = stages
-    settings = SETTINGS.model_copy(update={"data": DATA.model_copy(update={"suite": suite, "text_tokens": 32})})
+    settings = SETTINGS.model_copy(update={"data": DATA.model_copy(update={"suites": (suite,), "text_tokens": 32})})
     policy.conventions = conventions or dataclasses.replace(Conventions.for_simulator(DATA), suite=suite, simulator={})
     return export_policy(policy, checkpoint, folder / suite, settings=settings, metrics=None)
 
@@ -208,7 +208,7 @@ def test_the_table_of_a_random_policy(stages, tmp_path, capsys, monkeypatch):
         "wav.evaluation.protocol.select_tasks",
         lambda suite, names: tuple(dataclasses.replace(spec, max_steps=6) for spec in select_tasks(suite, names)),
     )
-    data = DATA.model_copy(update={"suite": "libero_10"})
+    data = DATA.model_copy(update={"suites": ("libero_10",)})
     upside_down = dataclasses.replace(Conventions.for_simulator(data), image_rotation="none")
     chosen = ["--suite", "libero_object", "--task", task, "--episodes", "1", "--variant", "unplanned"]
     options = [*chosen, "--batch-size", "2", "--workers", "1", "--out", tmp_path / "out"]

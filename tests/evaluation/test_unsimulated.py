@@ -27,7 +27,7 @@ def test_nothing_runs_and_the_results_say_so(tmp_path):
     stale = out / "episodes" / "planned" / "lift_red_cube-000.json"
     stale.parent.mkdir(parents=True)
     stale.write_text("{}")
-    robot = settings().model_copy(update={"data": DATA.model_copy(update={"suite": "piper"})})
+    robot = settings().model_copy(update={"data": DATA.model_copy(update={"suites": ("piper",)})})
     run = SimpleNamespace(settings=robot, path=lambda relative: tmp_path / relative)
     metrics = eval_libero.closed_loop(run, None, "weights", None, None)
     assert metrics == json.loads((out / "metrics.json").read_text())

@@ -35,7 +35,7 @@ STEPS = 8
 def settings(suite: str) -> Settings:
     """Two tasks, two initial states, planned and unplanned, a few steps each."""
     tasks = tuple(list(task_specs(suite))[:2])
-    data = DataSettings.model_validate(SHAPES.model_dump() | {"suite": suite, "tasks": tasks})
+    data = DataSettings.model_validate(SHAPES.model_dump() | {"suites": (suite,), "tasks": tasks})
     protocol = EvalLiberoSettings(
         episodes_per_task=2,
         variants=("planned", "unplanned"),

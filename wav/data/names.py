@@ -1,11 +1,18 @@
-"""Names of tasks, which become names of files, keys in reports and addresses in a store."""
+"""Names of suites and tasks, which become names of files, keys in reports and addresses in a store.
+
+One model may be trained on several of LIBERO's suites. Together they are a suite of their own, whose name joins theirs
+(``libero_spatial+libero_goal``); as names of tasks may repeat from suite to suite, its tasks carry theirs before them
+(``libero_goal/open_the_middle_drawer_of_the_cabinet``). A task of one suite alone has its bare name.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import unicodedata
+from collections.abc import Sequence
 
+LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 LONGEST = 120
 """Characters of a task's name: file systems take 255 bytes, and reports add to it."""
 _PLAIN = re.compile(rf"[A-Za-z0-9_.+-]{{1,{LONGEST}}}")
@@ -13,9 +20,41 @@ _PLAIN = re.compile(rf"[A-Za-z0-9_.+-]{{1,{LONGEST}}}")
 _TOLD = re.compile(r"[a-z0-9_\s]|[.,;:!?'\"()-](?![0-9])")
 
 
+def joined(suites: Sequence[str]) -> str:
+    """Name of the suite that ``suites`` are together."""
+    return "+".join(suites)
+
+
+def suites_of(suite: str) -> tuple[str, ...]:
+    """Inverse of :func:`joined`."""
+    return tuple(suite.split("+"))
+
+
+def in_libero(suite: str) -> bool:
+    """Whether it is one of LIBERO's suites, or several."""
+    return set(suites_of(suite)) <= set(LIBERO_SUITES)
+
+
+def task_in(suite: str, own: str, task: str) -> str:
+    """Name in ``suite`` of the task that its suite ``own`` calls ``task``."""
+    return task if suite == own else f"{own}/{task}"
+
+
+def own_task(suite: str, task: str) -> tuple[str, str]:
+    """Inverse of :func:`task_in`: the one suite that a task of ``suite`` is of, and its bare name."""
+    own, _, name = task.rpartition("/")
+    return own or suite, name
+
+
+def full_name(suite: str, task: str) -> str:
+    """``SUITE/TASK`` of a task of ``suite``, whether that is several or one."""
+    return "/".join(own_task(suite, task))
+
+
 def is_plain(name: str) -> bool:
-    """Whether a task's name can be a file's everywhere."""
-    return _PLAIN.fullmatch(name) is not None and not name.startswith(".")
+    """Whether a task's name can be a file's everywhere; before it may stand its suite, which is then the folder's."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(_PLAIN.fullmatch(part) and not part.startswith(".") for part in parts)
 
 
 def task_name(instruction: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from wav.config import DataSettings, EvalLiberoSettings
+from wav.data.names import in_libero, own_task, suites_of
 from wav.errors import CheckpointError, ConfigError
 from wav.evaluation import pictures
 from wav.evaluation.evaluate import applicable, check_start
@@ -17,15 +18,15 @@ from wav.io.readers import understood
 from wav.planning import Variant
 from wav.policy.export import load_export
 from wav.policy.policy import Policy
-from wav.sim.registry import LIBERO_SUITES, select_tasks
+from wav.sim.registry import select_tasks
 from wav.sim.workers import SimPool
 
 
-def exported_data(folder: Path, suite: str, tasks: Sequence[str]) -> DataSettings:
+def exported_data(folder: Path, suite: str = "", tasks: Sequence[str] = ()) -> DataSettings:
     """Section ``data`` of an export, with other tasks or another of LIBERO's suites where asked for.
 
-    LIBERO's suites share robot, cameras and conventions, so a policy of one can be run on any; without ``tasks`` on all
-    tasks of a suite that is not its own.
+    LIBERO's suites share robot, cameras and conventions, so a policy of some can be run on any; without ``tasks`` on
+    all tasks of suites that are not its own.
 
     Raises:
         ConfigError: the export was made for another simulator.
@@ -35,16 +36,17 @@ def exported_data(folder: Path, suite: str, tasks: Sequence[str]) -> DataSetting
     settings = read_json(path, remedy, CheckpointError)
     with understood(path, remedy, CheckpointError):
         data = DataSettings.model_validate(settings["data"])
-    if data.suite != suite:
-        if not {data.suite, suite} <= set(LIBERO_SUITES):
+    if suite and data.suite != suite:
+        if not (in_libero(data.suite) and in_libero(suite)):
             raise ConfigError(f"--suite = {suite}: {folder} was trained on {data.suite!r}; give --suite {data.suite}")
-        data = data.model_copy(update={"suite": suite, "tasks": ()})
+        own = tuple(name for of, name in (own_task(data.suite, task) for task in data.tasks) if of == suite)
+        data = data.model_copy(update={"suites": suites_of(suite), "tasks": own})
     return data.model_copy(update={"tasks": tuple(tasks)}) if tasks else data
 
 
 def policy_for_suite(policy: Policy, data: DataSettings) -> Policy:
     """The policy; one of LIBERO's with its conventions under the name of the suite it is run on (changed in place)."""
-    if {policy.conventions.suite, data.suite} <= set(LIBERO_SUITES):
+    if in_libero(policy.conventions.suite) and in_libero(data.suite):
         policy.conventions = dataclasses.replace(policy.conventions, suite=data.suite)
     return policy
 
@@ -68,7 +70,7 @@ def act_episodes(
 
     Args:
         folder: the export, verified first.
-        suite: must be the export's.
+        suite: the export's (several of LIBERO's joined by +), or another of LIBERO's.
         episodes: how many in all.
         tasks: names of the suite; empty: those of the export.
         variant: ``planned``, ``unplanned`` or ``temperature``.
@@ -98,9 +100,8 @@ def act_episodes(
     for number in range(episodes):
         task, index = chosen[number % len(chosen)], number // len(chosen)
         recorded = videos is not None
-        spec = EpisodeSpec(
-            suite, task.name, index, variant, task.name, task.instruction, task.max_steps, seed, number, recorded
-        )
+        own, limit = own_task(suite, task.name)[0], task.max_steps
+        spec = EpisodeSpec(own, task.name, index, variant, task.name, task.instruction, limit, seed, number, recorded)
         specs.append(spec)
     results: dict[EpisodeSpec, bool] = {}
 
@@ -109,11 +110,11 @@ def act_episodes(
         results[spec] = rollout.success
         verdict = "success" if rollout.success else "failure"
         value = f", value {rollout.values[0]:.3f} to {rollout.values[-1]:.3f}" if rollout.values else ""
-        line = f"{suite}: {spec.task} (initial state {spec.init_index}): {verdict} after {rollout.steps} steps{value}"
-        report(line)
+        where = f"{spec.suite}: {spec.task} (initial state {spec.init_index})"
+        report(f"{where}: {verdict} after {rollout.steps} steps{value}")
         if videos is not None and rollout.frames:
             frames = [pictures.join_views(frame, data.views) for frame in rollout.frames]
-            pictures.write_mp4(Path(videos) / f"{suite}-{variant}-{spec.name}.mp4", frames, data.control_hz)
+            pictures.write_mp4(Path(videos) / f"{spec.picture}.mp4", frames, data.control_hz)
 
     with pool_factory(suite, data, min(workers, slots), slots) as pool:
         Scheduler(

@@ -46,12 +46,14 @@ def _labelled(figure: Figure, axes: Axes, xlabel: str, ylabel: str = "") -> str:
 
 
 def success_rates(metrics: Mapping[str, Any], variants: Sequence[str]) -> str:
-    """Success rates with Wilson intervals, per task and overall, one colour per variant."""
-    tasks = [*metrics[variants[0]]["tasks"], "all"]
+    """Success rates with Wilson intervals, per task (or suite, of several) and overall, one colour per variant."""
+    suites = metrics.get("suites", {})
+    tasks = [*(suites or metrics[variants[0]]["tasks"]), "all"]
     figure, axes = _figure(1.6 + 1.5 * len(tasks), 2.8)
     width = 0.8 / len(variants)
     for c, variant in enumerate(variants):
-        rates = [*metrics[variant]["tasks"].values(), metrics[variant]]
+        parts = [own[variant] for own in suites.values()] or list(metrics[variant]["tasks"].values())
+        rates = [*parts, metrics[variant]]
         x = np.arange(len(tasks)) + (c - (len(variants) - 1) / 2) * width
         mid = np.array([100 * r["success_rate"] for r in rates])
         low = mid - [100 * r["wilson_low"] for r in rates]

@@ -257,7 +257,7 @@ class Session:
 
     def video_path(self, spec: EpisodeSpec) -> Path:
         """Video of a recorded episode."""
-        return self.out / "videos" / f"{spec.suite}-{spec.group}-{spec.name}.mp4"
+        return self.out / "videos" / f"{spec.picture}.mp4"
 
     def resume(self) -> list[EpisodeSpec]:
         """Take over finished records of the same key; the episodes that are left.
@@ -363,7 +363,7 @@ class Session:
         """Remove records and pictures of episodes that this evaluation does not ask for; make the folders."""
         keep = {record_path(self.out, spec) for spec in self.episodes}
         names = {self.video_path(spec).stem for spec in self.episodes if spec.record}
-        for path in (self.out / "episodes").glob("*/*.json"):
+        for path in (self.out / "episodes").rglob("*.json"):
             if path not in keep:
                 path.unlink()
         for folder in ("videos", "strips", "predictions"):

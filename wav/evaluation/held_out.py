@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wav.codec.base import psnr
+from wav.config import DataSettings
 from wav.data.episode import Episode
+from wav.data.names import own_task
 from wav.data.store import EpisodeStore
 from wav.data.windows import split_episodes
 from wav.errors import DataError
@@ -90,7 +92,7 @@ def held_out_values(
         copied = np.broadcast_to(current, real.shape)
         frames.append({"psnr": min(99.0, psnr(decoded, real)), "psnr_copy": min(99.0, psnr(copied, real))})
         if call in pictured:
-            path = out / "predictions" / f"{data.suite}-{_ROW}-{episode.task}-step{step:03d}.png"
+            path = out / "predictions" / f"{_picture(data, episode)}-step{step:03d}.png"
             pictures.write_png(path, pictures.prediction_grid(real, decoded), 96 * 2 * len(data.views))
     _imagine(policy, settings, episode, out)
     result: dict[str, Any] = {
@@ -113,8 +115,14 @@ def _imagine(policy: Policy, settings: EvaluationSettings, episode: Episode, out
     first = observed(episode, 0, data.views)
     imagined = policy.generate_video(first, chunks, seed=settings.eval_libero.seed, episode=_ROW)[:, 1:]
     real = _future(episode, 0, data.views, data.frame_stride, imagined.shape[1])
-    path = out / "predictions" / f"{data.suite}-{_ROW}-{episode.task}-imagined.png"
+    path = out / "predictions" / f"{_picture(data, episode)}-imagined.png"
     pictures.write_png(path, pictures.prediction_grid(real, imagined), 96 * 2 * len(data.views))
+
+
+def _picture(data: DataSettings, episode: Episode) -> str:
+    """How the files of its pictures begin."""
+    suite, task = own_task(data.suite, episode.task)
+    return f"{suite}-{_ROW}-{task}"
 
 
 def held_out_share(store: EpisodeStore) -> float:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import wav
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
 from wav.data.conventions import Conventions
+from wav.data.names import full_name, own_task
 from wav.errors import ConfigError
 from wav.inference.cpu import kernels
 from wav.io.files import canonical_digest
@@ -44,6 +45,7 @@ _PACKAGES = ("torch", "numpy", "mujoco", "robosuite")
 class EpisodeSpec:
     """One episode to run.
 
+    ``suite`` is the one that the task is of; of several the task's name carries it too (:mod:`wav.data.names`).
     ``instructed`` is the task whose instruction is given: ``task`` unless swapped. ``row`` modulo the batch size is the
     episode's place in the policy's batch: matrix products round differently from place to place. ``protocol_steps`` is
     the suite's published limit where ``max_steps`` is longer, else 0.
@@ -73,13 +75,18 @@ class EpisodeSpec:
 
     @property
     def name(self) -> str:
-        """``<task>-<index>``: the record's file name within its group."""
+        """``<task>-<index>``: the record's file within its group; of several suites in a folder of its own."""
         return f"{self.task}-{self.init_index:03d}"
+
+    @property
+    def picture(self) -> str:
+        """Stem of the files of its video and strip."""
+        return f"{self.suite}-{self.group}-{own_task(self.suite, self.name)[1]}"
 
     @property
     def noise_name(self) -> str:
         """What the noise may depend on besides seed and call: never the variant or the instruction."""
-        return f"{self.suite}/{self.task}/{self.init_index}"
+        return f"{full_name(self.suite, self.task)}/{self.init_index}"
 
 
 def _other_task(name: str, names: Sequence[str], specs: Mapping[str, TaskSpec]) -> str | None:
@@ -112,7 +119,7 @@ def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[Ep
         longer = settings.budget == "reference" and instructed == task and limit < REFERENCE_BUDGET
         steps, within = (REFERENCE_BUDGET, limit) if longer else (limit, 0)
         row = index * len(names) + names.index(task)
-        common = (data.suite, task, index, variant, instructed, sentence)
+        common = (own_task(data.suite, task)[0], task, index, variant, instructed, sentence)
         return EpisodeSpec(*common, steps, settings.seed, row, record, within)
 
     episodes: list[EpisodeSpec] = []

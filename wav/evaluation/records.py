@@ -172,7 +172,8 @@ def summarise(
     """The content of metrics.json: a section per variant, swapped probes, paired differences, timing.
 
     Everything is about success within the protocol's limits, whatever the budget, so that it compares; under
-    ``budget: reference`` section ``reference`` holds in addition, per variant, success within the longer limit.
+    ``budget: reference`` section ``reference`` holds in addition, per variant, success within the longer limit. Of
+    several suites ``suites`` holds the same sections for each.
 
     Args:
         records: of all finished episodes.
@@ -186,6 +187,33 @@ def summarise(
     if not records:
         raise DataError("no episodes to summarise: eval_libero.variants and episodes_per_task must ask for some")
     own = [record for record in records if not record.swapped]
+    probes = [record for record in records if record.swapped]
+    swapped = {c: _swapped([r for r in probes if r.variant == c]) for c in dict.fromkeys(r.variant for r in probes)}
+    suites = list(dict.fromkeys(record.suite for record in own))
+    conventions = records[0].conventions
+    metrics = {"suite": conventions.get("suite", records[0].suite), "seed": records[0].seed}
+    metrics |= {"checkpoint": records[0].checkpoint} | _results(own, limits or {})
+    if len(suites) > 1:
+        metrics["suites"] = {s: _results([r for r in own if r.suite == s], limits or {}) for s in suites}
+    return metrics | {
+        "swapped": swapped,
+        "timing": dict(timing),
+        "budget": records[0].budget,
+        "versions": records[0].versions,
+        "statistics": records[0].statistics,
+        "render": records[0].render,
+        "image_size": [conventions.get("image_height"), conventions.get("image_width")],
+    }
+
+
+def by_suite(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Suite -> its sections in the content of a metrics.json, with what holds for all of them."""
+    common = {name: metrics[name] for name in ("not_applicable", "versions") if name in metrics}
+    return {suite: {**own, **common} for suite, own in (metrics.get("suites") or {metrics["suite"]: metrics}).items()}
+
+
+def _results(own: Sequence[EpisodeRecord], limits: Mapping[str, int]) -> dict[str, Any]:
+    """The sections about success in episodes, none of them swapped."""
     tasks = list(dict.fromkeys(record.task for record in own))
     variants = list(dict.fromkeys(record.variant for record in own))
     by_variant = {c: {(r.task, r.init_index): r for r in own if r.variant == c} for c in variants}
@@ -193,7 +221,7 @@ def summarise(
     def solved(record: EpisodeRecord) -> bool:
         return record.solved
 
-    metrics: dict[str, Any] = {"suite": records[0].suite, "seed": records[0].seed, "checkpoint": records[0].checkpoint}
+    metrics: dict[str, Any] = {}
     for variant, found in by_variant.items():
         metrics[variant] = _rates(found.values(), tasks, solved) | _steps(found.values(), solved)
     if any(record.max_steps > record.protocol_steps for record in own):
@@ -209,15 +237,4 @@ def summarise(
         metrics["paired_within"] = _paired(by_variant, soon)
         for variant, found in by_variant.items():
             metrics[variant]["within"] = _rates(found.values(), tasks, soon)
-    probes = [record for record in records if record.swapped]
-    swapped = {c: _swapped([r for r in probes if r.variant == c]) for c in dict.fromkeys(r.variant for r in probes)}
-    conventions = records[0].conventions
-    return metrics | {
-        "swapped": swapped,
-        "timing": dict(timing),
-        "budget": records[0].budget,
-        "versions": records[0].versions,
-        "statistics": records[0].statistics,
-        "render": records[0].render,
-        "image_size": [conventions.get("image_height"), conventions.get("image_width")],
-    }
+    return metrics

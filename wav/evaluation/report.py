@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from wav import plots
 from wav.evaluation import charts
+from wav.evaluation.extras.table import evaluated_table, legend, lines_of
 from wav.evaluation.records import EpisodeRecord, read_record
 from wav.evaluation.tables import columns, differences, findings, rows
 from wav.io.files import read_json, write_text
@@ -48,6 +49,8 @@ class Page:
     rows: list[tuple[str, list[str]]] = field(default_factory=list)
     differences: list[tuple[str, str, Mapping[str, Any]]] = field(default_factory=list)
     findings: list[str] = field(default_factory=list)
+    libero: list[list[str]] = field(default_factory=list)
+    libero_legend: list[str] = field(default_factory=list)
     success_chart: Item | None = None
     rollouts: list[Item] = field(default_factory=list)
     strips: list[Item] = field(default_factory=list)
@@ -109,6 +112,8 @@ def collect(workspace: Path, suite: str) -> Page:
             page.metrics = metrics
             page.columns, page.rows = [heading for heading, _ in columns(metrics)], rows(metrics)
             page.differences = differences(metrics)
+            if (table := evaluated_table(metrics)) is not None:
+                page.libero, page.libero_legend = lines_of(table), legend(table)
             page.success_chart = _chart("success", charts.success_rates(metrics, page.variants))
             _planning(page, list(records.values()))
     else:
@@ -152,9 +157,10 @@ def _items(page: Page, paths: Iterable[Path], captions: Mapping[str, str] | None
 def _records(evaluation: Path) -> dict[str, EpisodeRecord]:
     """``<suite>-<variant>-<task>-<index>`` -> record."""
     records = {}
-    for path in sorted((evaluation / "episodes").glob("*/*.json")):
+    for path in sorted((evaluation / "episodes").rglob("*.json")):
         record = read_record(path)
-        records[f"{record.suite}-{path.parent.name}-{path.stem}"] = record
+        group = path.relative_to(evaluation / "episodes").parts[0]
+        records[f"{record.suite}-{group}-{path.stem}"] = record
     return records
 
 

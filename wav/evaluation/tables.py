@@ -20,9 +20,11 @@ def columns(metrics: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def rows(metrics: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Rows of the results table, (heading, a cell per column) each: every task, all, and how soon."""
+    """Rows of the results table, (heading, a cell per column) each: every task, every suite, all, and how soon."""
     shown = [rates for _, rates in columns(metrics)]
     found = [(task, [_rate(rates["tasks"][task]) for rates in shown]) for task in shown[0]["tasks"]]
+    for suite, own in metrics.get("suites", {}).items():
+        found.append((f"all of {suite}", [_rate(rates) for _, rates in columns(own)]))
     found.append(("all", [_rate(rates) for rates in shown]))
     if "within" in metrics:
         cells = [_rate(rates["within"]) if "within" in rates else "" for rates in shown]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from wav.data.names import full_name
 from wav.errors import DataError
 from wav.seeding import derive_seed, numpy_generator
 from wav.sim.arm import Action, Expert
@@ -155,7 +156,7 @@ def record_demonstration(
 
     success, _ = run_expert(env, suite, task, init_index, noise, detour, seed, keep, style)
     return Episode(
-        episode_id=f"{suite}/{task}/{init_index:05d}",
+        episode_id=f"{full_name(suite, task)}/{init_index:05d}",
         task=task,
         instruction=task_specs(suite)[task].instruction,
         images={view: np.stack([o.images[view] for o in observations]) for view in data.views},

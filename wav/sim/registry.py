@@ -1,4 +1,7 @@
-"""The suites that can be simulated, by name. A suite's modules are imported when it is first used, and no other's."""
+"""The suites that can be simulated, by name. A suite's modules are imported when it is first used, and no other's.
+
+Several of LIBERO's suites are one as well (:mod:`wav.data.names`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import difflib
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from wav.data.names import LIBERO_SUITES, in_libero, suites_of
 from wav.errors import ConfigError
 from wav.sim.arm import Expert
 from wav.sim.env import SimEnv, TaskSpec
@@ -13,18 +17,18 @@ from wav.sim.env import SimEnv, TaskSpec
 if TYPE_CHECKING:
     from wav.config import DataSettings
 
-LIBERO_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 SUITES = ("tabletop", *LIBERO_SUITES)
 """Suites with a simulator."""
 
 
 def is_libero(suite: str) -> bool:
     """Whether the suite is one of LIBERO's; ConfigError with the nearest known name for one without simulator."""
-    if suite not in SUITES:
-        near = difflib.get_close_matches(suite, SUITES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; the suites are {', '.join(SUITES)}"
-        raise ConfigError(f"data.suite = {suite!r}: unknown suite{hint}")
-    return suite in LIBERO_SUITES
+    for name in suites_of(suite):
+        if name not in SUITES:
+            near = difflib.get_close_matches(name, SUITES, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; the suites are {', '.join(SUITES)}"
+            raise ConfigError(f"data.suites: {name!r}: unknown suite{hint}")
+    return in_libero(suite)
 
 
 def has_simulator(suite: str) -> bool:
@@ -33,7 +37,7 @@ def has_simulator(suite: str) -> bool:
     Raises:
         ConfigError: the name is nearly that of a suite with a simulator.
     """
-    if suite not in SUITES and not difflib.get_close_matches(suite, SUITES, n=1):
+    if not any(difflib.get_close_matches(name, SUITES, n=1) for name in suites_of(suite)):
         return False
     is_libero(suite)
     return True
@@ -65,7 +69,7 @@ def make_env(suite: str, data: DataSettings) -> SimEnv:
     if is_libero(suite):
         from wav.sim.libero.env import LiberoEnv
 
-        return LiberoEnv(data.model_copy(update={"suite": suite}))
+        return LiberoEnv(data.model_copy(update={"suites": suites_of(suite)}))
     from wav.sim.tabletop.env import TabletopEnv
 
     return TabletopEnv(data)
@@ -88,7 +92,7 @@ def simulator_versions(suite: str = "tabletop") -> dict[str, str]:
     Raises:
         ServiceError: a LIBERO suite, and LIBERO is not ready here (:func:`wav.sim.libero.assets.bootstrap`).
     """
-    if suite in LIBERO_SUITES:
+    if in_libero(suite):
         from wav.sim.libero import assets as libero_assets
 
         return libero_assets.simulator_versions()
@@ -96,9 +100,9 @@ def simulator_versions(suite: str = "tabletop") -> dict[str, str]:
 
 
 def initial_states_digest(suite: str) -> str:
-    """Digest of LIBERO's initial states; empty for suites that draw theirs. DataError if of another release."""
-    if suite not in LIBERO_SUITES:
+    """Digests of LIBERO's initial states; empty for suites that draw theirs. DataError if of another release."""
+    if not in_libero(suite):
         return ""
     from wav.sim.libero.tasks import init_digest
 
-    return init_digest(suite)
+    return "+".join(init_digest(own) for own in suites_of(suite))

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from wav.data.names import LIBERO_SUITES
 from wav.errors import DataError
 from wav.seeding import derive_seed, numpy_generator
 from wav.sim.demonstrations import begin, kept_env
 from wav.sim.env import Observation, SimEnv
-from wav.sim.registry import LIBERO_SUITES
 
 if TYPE_CHECKING:
     from wav.config import DataSettings
@@ -113,7 +113,7 @@ def _begin_recorded(
     from wav.sim.recorded import begin_recorded, read_recorded
 
     if not isinstance(env, LiberoEnv):
-        raise DataError(f"{start.episode_id}: comes from LIBERO's HDF5; data.suite must be one of {LIBERO_SUITES}")
+        raise DataError(f"{start.episode_id}: comes from LIBERO's HDF5; data.suites must be of {LIBERO_SUITES}")
     recorded = read_recorded(Path(start.file), start.demo)
     return begin_recorded(env, start.task, max(start.index, 0), recorded, first, action)
 

@@ -230,7 +230,7 @@ def test_tasks_of_one_instruction_are_refused(data, lerobot_settings, root):
     lerobot_dataset(root, libero_episodes(), "v2.1")
     tasks = ("KITCHEN_SCENE1_open_the_drawer", "KITCHEN_SCENE2_open_the_drawer")
     with pytest.raises(ConfigError, match=r"data\.tasks: 'KITCHEN_SCENE1_.*' and 'KITCHEN_SCENE2_.*' have one instruc"):
-        open_source(data.model_copy(update={"suite": "libero_90", "tasks": tasks}), lerobot_settings)
+        open_source(data.model_copy(update={"suites": ("libero_90",), "tasks": tasks}), lerobot_settings)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def bimanual(count=2, steps=10):
 
 @pytest.mark.parametrize("version", ["v2.1", "v3.0"])
 def test_bimanual_dataset_passes_through(data, root, tmp_path, version):
-    changes = {"views": ("top", "left_wrist", "right_wrist"), "state_dim": 14, "action_dim": 14, "suite": "piper"}
+    changes = {"views": ("top", "left_wrist", "right_wrist"), "state_dim": 14, "action_dim": 14, "suites": ("piper",)}
     data = data.model_copy(update={**changes, "control_hz": 30})
     settings = IngestSettings(source="lerobot", path=str(root), lerobot=LeRobotOptions(image_rotation="camera"))
     episodes = bimanual()
@@ -387,7 +387,7 @@ def test_bimanual_dataset_passes_through(data, root, tmp_path, version):
 
 
 def test_equal_names_of_state_and_action_mean_joint_targets(data, root, tmp_path):
-    changes = {"views": ("top",), "state_dim": 14, "action_dim": 14, "suite": "piper", "control_hz": 30}
+    changes = {"views": ("top",), "state_dim": 14, "action_dim": 14, "suites": ("piper",), "control_hz": 30}
     names = {"motors": [f"joint_{i}" for i in range(14)]}
     lerobot_dataset(root, bimanual(), "v3.0", fps=30, names=names, images=True)
     settings = IngestSettings(source="lerobot", path=str(root), lerobot=LeRobotOptions(image_rotation="camera"))

@@ -55,7 +55,7 @@ def test_pictures_that_evaluation_would_not_draw_are_refused(data, lerobot_setti
     fast = data.model_copy(update={"render": "fast"})
     with pytest.raises(ConfigError, match=r"data\.render = 'fast': .* rendered with 'full'.*set data\.render: full"):
         ingest(fast, lerobot_settings, tmp_path / "out", workers=1)
-    real = fast.model_copy(update={"suite": "my_robot"})  # nothing is drawn for a robot without simulator
+    real = fast.model_copy(update={"suites": ("my_robot",)})  # nothing is drawn for a robot without simulator
     assert ingest(real, lerobot_settings, tmp_path / "out", workers=1).episodes == 3
 
 

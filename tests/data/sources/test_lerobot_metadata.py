@@ -290,7 +290,7 @@ def test_joints_become_radians(data, root, tmp_path, unit, factor):
     pictures = libero_episodes(1)[0]["images"]
     episodes = [{"action": j * scale, "state": j * scale, "images": pictures, "task": "reach"} for j in joints]
     lerobot_dataset(root, episodes, "v3.0", images=True, names=names)
-    data = data.model_copy(update={"suite": "so101", "state_dim": 6, "action_dim": 6})
+    data = data.model_copy(update={"suites": ("so101",), "state_dim": 6, "action_dim": 6})
     settings = IngestSettings(source="lerobot", path=str(root), lerobot=LeRobotOptions(image_rotation="camera"))
     with pytest.raises(ConfigError, match=r"which is no angle in radians; declare ingest\.lerobot\.unit: degree, perc"):
         open_source(data, settings)

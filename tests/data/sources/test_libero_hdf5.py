@@ -343,7 +343,7 @@ def test_other_suites_folders_and_two_files_of_a_task_are_refused(data, libero, 
     settings = hdf5_settings.model_copy(update={"path": str(libero.parent / "all")})
     with pytest.raises(ConfigError, match="holds libero_goal but no folder 'libero_object'"):
         open_source(data, settings)
-    goal = data.model_copy(update={"suite": "libero_goal"})
+    goal = data.model_copy(update={"suites": ("libero_goal",)})
     assert len(open_source(goal, settings).files) == 2
     folder = libero.parent / "all" / "libero_goal"
     (folder / "no_noops").mkdir()

@@ -364,7 +364,7 @@ def test_an_object_drawn_on_a_fixture_stands_there_whatever_was_reset_before(env
 def test_every_task_loads_and_renders(suite):
     from wav.sim.libero.env import LiberoEnv
 
-    environment = LiberoEnv(SPATIAL.model_copy(update={"suite": suite}))
+    environment = LiberoEnv(SPATIAL.model_copy(update={"suites": (suite,)}))
     for task in task_specs(suite):
         observation = environment.reset(task, 0)
         assert all(image.std() > 5 for image in observation.images.values()), task

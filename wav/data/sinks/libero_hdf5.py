@@ -32,6 +32,7 @@ from scipy.spatial.transform import Rotation
 
 from wav.data.conventions import DELTA_ACTIONS, Conventions
 from wav.data.episode import Episode
+from wav.data.names import full_name, in_libero
 from wav.data.sources import checks
 from wav.data.sources.libero_file import AFTER, BEFORE, CAMERAS
 from wav.data.state import STATE_LAYOUT
@@ -55,7 +56,7 @@ class ExportReport:
 
     folder: Path
     files: dict[str, int]
-    """File name -> demonstrations in it, in the order of the store's tasks."""
+    """File name, of several suites below their folders, -> demonstrations in it, in the order of the store's tasks."""
     frames: int
 
 
@@ -95,6 +96,7 @@ def export_hdf5(
     with atomic_folder(folder) as temporary:
         for task, infos in tasks.items():
             name = f"{task}_demo.hdf5"
+            (temporary / name).parent.mkdir(exist_ok=True)
             with _hdf5_file(temporary / name) as file:
                 group = file.create_group("data")
                 _write_task(group, store, task, infos, alignment, progress)
@@ -191,7 +193,7 @@ def _write_task(
 def _attributes(have: Conventions, task: str, instruction: str) -> dict[str, Any]:
     """What LIBERO's files say about themselves, and what made the pictures."""
     problem, bddl = _problem(have.suite, task)
-    name = bddl[0] if bddl else f"bddl_files/{have.suite}/{task}.bddl"
+    name = bddl[0] if bddl else f"bddl_files/{full_name(have.suite, task)}.bddl"
     kwargs = {
         "robots": ["Panda"],
         "controller": "OSC_POSE",
@@ -217,9 +219,7 @@ def _attributes(have: Conventions, task: str, instruction: str) -> dict[str, Any
 
 def _problem(suite: str, task: str) -> tuple[str, tuple[str, str] | None]:
     """Name of LIBERO's problem class, and (place below LIBERO's folder, text) of the task's definition if installed."""
-    from wav.sim.registry import LIBERO_SUITES
-
-    if suite not in LIBERO_SUITES:
+    if not in_libero(suite):
         return suite, None
     from wav.sim.libero.tasks import bddl_file
 
@@ -230,7 +230,7 @@ def _problem(suite: str, task: str) -> tuple[str, tuple[str, str] | None]:
         return suite, None
     found = re.search(r"\(problem\s+(\w+)", text)
     problem = found.group(1).replace("LIBERO_", "Libero_") if found else suite
-    return problem, (f"bddl_files/{suite}/{task}.bddl", text)
+    return problem, (f"bddl_files/{full_name(suite, task)}.bddl", text)
 
 
 def _write_demo(demo: Any, episode: Episode, alignment: str) -> None:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wav.data.names import in_libero
 from wav.data.store import EpisodeInfo, EpisodeStore
 from wav.errors import DataError
-from wav.sim.registry import LIBERO_SUITES
 from wav.sim.replay import ReplayStart, begin_scripted, smallest_pictures
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def recover_states(
     from wav.sim.workers import map_in_processes
 
     suite, made = store.conventions.suite, dict(store.conventions.simulator)
-    if suite not in LIBERO_SUITES:
+    if not in_libero(suite):
         raise DataError(f"{store.path}: conventions.suite = {suite!r}: only LIBERO's suites have LIBERO's states")
     if made != (here := simulator_versions(suite)):
         raise DataError(f"{store.path}: was simulated with {made}, here is {here}; the states cannot be had here")

@@ -12,12 +12,12 @@ end-effector state; anything else is declared in ``action``. What an end-effecto
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from wav.data.conventions import ABSOLUTE_ACTIONS, DELTA_ACTIONS, Conventions
-from wav.data.names import is_plain, task_name
+from wav.data.names import is_plain, own_task, task_name
 from wav.data.sources import checks
 from wav.data.sources.frames import described
 from wav.data.sources.lerobot_entries import Entry, read_entries
@@ -28,6 +28,7 @@ from wav.data.sources.state_names import StateColumns, named_pose, state_columns
 from wav.data.state import STATE_LAYOUT
 from wav.errors import ConfigError, DataError
 from wav.shards import grouped
+from wav.sim.registry import select_tasks
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings, LeRobotOptions
@@ -134,8 +135,8 @@ def _chosen(
 ) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     """Entries of the wanted tasks, at most ``episodes_per_task`` sound ones of each, and their task names."""
     wanted: dict[str, str] = {}
-    for task in data.tasks:
-        key = task_name(re.sub(r"^[A-Z_]*SCENE\d+_", "", task))
+    for task in _wanted_tasks(data):
+        key = task_name(re.sub(r"^[A-Z_]*SCENE\d+_", "", own_task(data.suite, task)[1]))
         same = wanted.setdefault(key, task)
         if same != task:
             raise ConfigError(
@@ -157,6 +158,17 @@ def _chosen(
         have = sorted({task_name(text) for entry in listed for text in entry.instructions})
         raise ConfigError(f"data.tasks: {missing[0]!r} is not in {dataset.root}; it holds {', '.join(have[:50])}")
     return tuple(entries), tuple(names)
+
+
+def _wanted_tasks(data: DataSettings) -> Sequence[str]:
+    """Tasks of ``data.tasks``; of several suites all of them where it names none, as no episode says which it is of.
+
+    Raises:
+        ServiceError: LIBERO, which knows its suites' tasks, is not installed.
+    """
+    if data.tasks or len(data.suites) == 1:
+        return data.tasks
+    return [task.name for task in select_tasks(data.suite, ())]
 
 
 def _plan(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from wav.data.conventions import ABSOLUTE_ACTIONS, DELTA_ACTIONS
 from wav.data.episode import Episode
+from wav.data.names import full_name
 from wav.data.sources import checks
 from wav.data.sources.frames import decode_image, preparation
 from wav.data.sources.lerobot_entries import Entry
@@ -105,7 +106,7 @@ def read_episodes(
 ) -> Iterator[Episode | Rejection]:
     """Episodes one by one; one that is not sound comes as a Rejection with file, episode and field."""
     for entry, task in zip(entries, names, strict=True):
-        name = f"{data.suite}/{task or 'no_task'}/episode_{entry.index:06d}"
+        name = f"{full_name(data.suite, task or 'no_task')}/episode_{entry.index:06d}"
         try:
             if entry.fault:
                 raise DataError(entry.fault)

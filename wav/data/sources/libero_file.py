@@ -17,12 +17,11 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from wav.data.names import is_plain
+from wav.data.names import LIBERO_SUITES, is_plain, suites_of, task_in
 from wav.data.names import task_name as plain_name
 from wav.data.sources import checks
 from wav.data.sources.damage import unreadable
 from wav.errors import ConfigError, DataError
-from wav.sim.registry import LIBERO_SUITES
 
 if TYPE_CHECKING:
     from wav.config import DatasetOptions, DataSettings, IngestSettings, LiberoHdf5Options
@@ -74,12 +73,12 @@ def dataset_files(path: str, suite: str) -> list[Path]:
         )
     if root.is_file():
         return [root]
-    folder = root / suite if (root / suite).is_dir() else root
+    folder = _folder(root, suite) or root
     others = [name for name in LIBERO_SUITES if name != suite and (root / name).is_dir()]
     if folder == root and others:
         raise ConfigError(
-            f"ingest.path = {path!r}: holds {', '.join(others)} but no folder {suite!r}; set data.suite to one of "
-            f"them, or add the files of {suite}"
+            f"ingest.path = {path!r}: holds {', '.join(others)} but no folder {suite!r}; name one of them in "
+            f"data.suites, or add the files of {suite}"
         )
     found = sorted(path for path in folder.rglob("*.hdf5") if not is_hidden(path, folder))
     if not found:
@@ -87,6 +86,23 @@ def dataset_files(path: str, suite: str) -> list[Path]:
             f"ingest.path = {path!r}: holds no *.hdf5 file; give the folder of LIBERO's *_demo.hdf5 files"
         )
     return found
+
+
+def _folder(root: Path, suite: str) -> Path | None:
+    """The folder of a suite's files below ``root``, as LIBERO or as OpenVLA's regeneration calls it."""
+    return next((root / name for name in (suite, f"{suite}_no_noops") if (root / name).is_dir()), None)
+
+
+def task_files(path: str, suite: str) -> list[tuple[Path, str]]:
+    """The HDF5 files of a suite, or of several in a folder each below ``path``, and the tasks they are of."""
+    root, suites = Path(path).expanduser(), suites_of(suite)
+    lacking = next((own for own in suites if len(suites) > 1 and _folder(root, own) is None), None)
+    if lacking is not None and path and root.exists():
+        raise ConfigError(
+            f"ingest.path = {path!r}: has no folder {lacking!r}; give a folder with one for each of data.suites "
+            f"({', '.join(suites)})"
+        )
+    return [(file, task_in(suite, own, task_name(file))) for own in suites for file in dataset_files(path, own)]
 
 
 def is_hidden(path: Path, root: Path) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import h5py
@@ -24,9 +25,10 @@ from numpy.typing import NDArray
 
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
+from wav.data.names import full_name
 from wav.data.sources import checks
 from wav.data.sources.frames import Preparation, described, preparation
-from wav.data.sources.libero_file import TaskFile, dataset_files, flat, observations, open_task_file, task_name
+from wav.data.sources.libero_file import TaskFile, flat, observations, open_task_file, task_files
 from wav.data.sources.staging import DatasetSource, Job
 from wav.data.state import encode_state
 from wav.data.store import Rejection
@@ -52,8 +54,7 @@ class LiberoHdf5Source(DatasetSource):
                 f"data.state_dim, data.action_dim = {data.state_dim}, {data.action_dim}: LIBERO HDF5 has 8 and 7; "
                 "set them so, or choose another ingest.source"
             )
-        paths = dataset_files(settings.path, data.suite)
-        wanted = [(p, task_name(p)) for p in paths]
+        wanted = task_files(settings.path, data.suite)
         known = {task for _, task in wanted}
         missing = [task for task in data.tasks if task not in known]
         if missing:
@@ -68,7 +69,8 @@ class LiberoHdf5Source(DatasetSource):
                 f"ingest.path = {settings.path!r}: {twice[0]} and {twice[1]} are of one task; give a folder with one "
                 "file for each task"
             )
-        self.files = [open_task_file(path, data, settings) for _, path in chosen]
+        names = dict(wanted)
+        self.files = [replace(open_task_file(path, data, settings), task=names[path]) for _, path in chosen]
         checks.check_instructions((file.instruction for file in self.files), data.text_tokens)
         differing = next((f for f in self.files if (f.render, f.simulator) != self._made()), None)
         if differing is not None:
@@ -156,7 +158,7 @@ def read_demos(
     prepare = preparation(file.rotation, target, file.mirrored, data.image_height, data.image_width)
     with h5py.File(file.path, "r") as opened:
         for demo in demos:
-            name = f"{data.suite}/{file.task}/{demo}"
+            name = f"{full_name(data.suite, file.task)}/{demo}"
             try:
                 group = opened["data"].get(demo)
                 if not isinstance(group, h5py.Group):

@@ -16,6 +16,7 @@ import numpy as np
 
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
+from wav.data.names import full_name
 from wav.data.store import Rejection
 from wav.errors import DataError, SimulationError
 from wav.io.files import atomic_folder, canonical_digest, read_json, write_json
@@ -162,7 +163,9 @@ class ScriptedSource:
             return Rejection(result.episode_id, task, reason)
         # a simulator that fails before any has worked is a missing renderer or the like, not a bad episode
         if isinstance(result, DataError) or (isinstance(result, SimulationError) and self._accepted):
-            return Rejection(f"{self.data.suite}/{task}/{index:05d}", task, f"{type(result).__name__}: {result}")
+            return Rejection(
+                f"{full_name(self.data.suite, task)}/{index:05d}", task, f"{type(result).__name__}: {result}"
+            )
         raise result
 
     def _fault(self, episode: Episode) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from wav.data.names import own_task, suites_of
 from wav.data.store import EpisodeInfo, EpisodeStore
 from wav.errors import DataError
 from wav.evaluation.intervals import wilson
@@ -71,7 +72,8 @@ def _start(info: EpisodeInfo, ingest: IngestSettings, suite: str) -> ReplayStart
         from wav.data.sources.libero_file import dataset_files
 
         name, _, demo = rest.rpartition("#")
-        path = next((path for path in dataset_files(ingest.path, suite) if path.name == name), None)
+        files = dataset_files(ingest.path, own_task(suite, info.task)[0])
+        path = next((path for path in files if path.name == name), None)
         if path is None:
             raise DataError(
                 f"{info.episode_id}: its file {name} is not under ingest.path = {ingest.path!r}; restore it"
@@ -107,7 +109,7 @@ def replay(
         ServiceError: the simulator is not ready here.
     """
     suite = store.conventions.suite
-    data = data.model_copy(update={"suite": suite, "views": store.conventions.views})
+    data = data.model_copy(update={"suites": suites_of(suite), "views": store.conventions.views})
     versions = simulator_versions(suite)
     jobs, skipped = [], []
     for i in evenly(len(store), episodes or len(store)):

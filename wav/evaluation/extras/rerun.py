@@ -119,7 +119,8 @@ def rerun_episode(
             "give the export of that training run (--export)"
         )
     spec, planner = _asked(record, path)
-    data = exported_data(export, record.suite, (record.task,)).model_copy(update={"render": record.render})
+    suite = str(record.conventions.get("suite", record.suite))  # several, where the episode was one of theirs
+    data = exported_data(export, suite, (record.task,)).model_copy(update={"render": record.render})
     compile = record.versions.get("kernels", "").endswith(COMPILED)
     policy = Policy.load(export, batch_size=record.batch[0], device=device, planner=planner, compile=compile)
     policy = policy_for_suite(policy, data)
@@ -129,7 +130,7 @@ def rerun_episode(
     value_expert = policy.model.shapes.value is not None
     applicable((spec.variant,), value_expert, f"{path}: variant")
     finished: list[Rollout] = []
-    with pool_factory(record.suite, data, 1, 1) as pool:
+    with pool_factory(suite, data, 1, 1) as pool:
         Scheduler(
             pool,
             policy,

@@ -1,8 +1,8 @@
-"""LIBERO's table: an exported policy over the four suites, beside the published figures.
+"""LIBERO's table: a policy over the four suites, beside the published figures.
 
-``wav libero-table [EXPORT]`` (``make libero-table``) is the ordinary evaluation (:func:`wav.evaluation.evaluate`) once
-per suite, under ``OUT/<suite>/``: every episode is recorded, an interrupted table goes on where it stopped, and
-``OUT/table.json`` and ``OUT/table.md`` are rewritten after each suite.
+It is made from the metrics of an evaluation on some of them: that of stage ``eval_libero``, whose report shows it, or
+that of ``wav libero-table [EXPORT]`` (``make libero-table``), which evaluates an exported policy on all four. There,
+too, every episode is recorded, and an interrupted evaluation goes on where it stopped.
 
 A published figure is marked where it differs from ours by more than the intervals: zero lies outside Newcombe's
 interval of the difference, made from both sides' Wilson intervals.
@@ -12,23 +12,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings, parse_settings
+from wav.data.names import in_libero, joined
 from wav.errors import ConfigError
 from wav.evaluation.act import exported_data, policy_for_suite
 from wav.evaluation.evaluate import Progress, evaluate
 from wav.evaluation.extras.published import AVERAGE, EPISODES, PUBLISHED, SUITES, TASKS, Published
 from wav.evaluation.intervals import Rate, independent_difference, wilson
+from wav.evaluation.records import by_suite
 from wav.evaluation.start import check_all, own_store
 from wav.evaluation.verdict import refuse_failed
 from wav.io.files import read_json, write_json, write_text
 from wav.planning import VARIANTS
 from wav.policy.export import verify_export
 from wav.policy.policy import Policy
-from wav.sim.registry import LIBERO_SUITES, simulator_versions
+from wav.sim.registry import simulator_versions
 from wav.sim.workers import SimPool
 
 #: Seconds between two lines of progress.
@@ -42,7 +44,7 @@ class EvaluationProtocol:
 
     suites: tuple[str, ...] = tuple(SUITES)
     tasks: tuple[str, ...] = ()
-    """Of every suite, for a trial; empty: all, which alone compares with published figures."""
+    """For a trial, of several suites as SUITE/TASK; empty: all, which alone compares with published figures."""
     episodes: int = EPISODES
     variants: tuple[str, ...] = VARIANTS
     execute_steps: int = 8
@@ -70,7 +72,7 @@ class EvaluationProtocol:
 
 @dataclass(frozen=True)
 class _Sections:
-    """What the evaluation of one suite reads."""
+    """What the evaluation reads."""
 
     data: DataSettings
     planner: PlannerSettings
@@ -112,7 +114,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Table:
-    """Everything the table shows; ``metrics`` are the suites' ``metrics.json``."""
+    """Everything the table shows; ``metrics`` holds the sections of each suite."""
 
     metrics: Mapping[str, Mapping[str, Any]]
     rows: tuple[Row, ...]
@@ -139,7 +141,7 @@ def libero_table(
         workers: simulator processes.
         device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
         demonstrations: episode store; where the policy was trained on it, its replay's verdict counts, and its pictures
-            are compared with those of the suite it is of.
+            are compared with those of the tasks it is of.
         report: called with lines of progress.
 
     Raises:
@@ -151,33 +153,29 @@ def libero_table(
     for suite in protocol.suites:
         if suite not in SUITES:
             raise ConfigError(f"--suite = {suite}: not in the table; its suites are {', '.join(SUITES)}")
-    heading = _heading(export, protocol)
-    simulator_versions(protocol.suites[0])
+    suite, heading = joined(protocol.suites), _heading(export, protocol)
+    simulator_versions(suite)
     policy = Policy.load(export, batch_size=protocol.batch_size, device=device)
     store = own_store(policy, demonstrations) if demonstrations is not None else None
     if store is not None:
         refuse_failed(store)
-    metrics: dict[str, dict[str, Any]] = {}
-    table = make_table(metrics, heading, complete=not protocol.tasks)
-    for suite in protocol.suites:
-        report(f"{suite}: {SUITES[suite]}")
-        data = exported_data(export, suite, protocol.tasks).model_copy(update={"tasks": protocol.tasks})
-        policy_for_suite(policy, data)
-        same = store if store is not None and store.conventions.suite == suite else None
-        with SimPool(suite, data, workers=workers, slots=protocol.batch_size) as pool:
-            metrics[suite] = evaluate(
-                _Sections(data, policy.planner, protocol.settings(data)),
-                policy,
-                out / suite,
-                pool=pool,
-                checkpoint=heading["checkpoint"],
-                with_value=policy.model.shapes.value is not None,
-                start=check_all(policy, data, pool=pool, out=out / suite, store=same).as_dict(),
-                progress=_told(suite, report),
-            )
-        table = make_table(metrics, heading, complete=not protocol.tasks)
-        write_json(out / "table.json", as_json(table))
-        write_text(out / "table.md", markdown(table))
+        store.conventions = replace(store.conventions, suite=suite)
+    data = exported_data(export, suite, protocol.tasks).model_copy(update={"tasks": protocol.tasks})
+    policy_for_suite(policy, data)
+    with SimPool(suite, data, workers=workers, slots=protocol.batch_size) as pool:
+        metrics = evaluate(
+            _Sections(data, policy.planner, protocol.settings(data)),
+            policy,
+            out / suite,
+            pool=pool,
+            checkpoint=heading["checkpoint"],
+            with_value=policy.model.shapes.value is not None,
+            start=check_all(policy, data, pool=pool, out=out / suite, store=store).as_dict(),
+            progress=_told(suite, report),
+        )
+    table = make_table(by_suite(metrics), heading, complete=not protocol.tasks)
+    write_json(out / "table.json", as_json(table))
+    write_text(out / "table.md", markdown(table))
     return table
 
 
@@ -190,9 +188,10 @@ def _heading(export: Path, protocol: EvaluationProtocol) -> dict[str, Any]:
     """
     manifest = verify_export(export)
     own = read_json(export / "settings.json", "export the policy again (`dvc repro export`)")
-    if own["data"]["suite"] not in LIBERO_SUITES:
+    data = exported_data(export)
+    if not in_libero(data.suite):
         raise ConfigError(
-            f"{export}: trained on {own['data']['suite']!r}, whose scenes and conventions are not LIBERO's; "
+            f"{export}: trained on {data.suite!r}, whose scenes and conventions are not LIBERO's; "
             "give an export trained on LIBERO data (presets/libero.yaml)"
         )
     return {
@@ -200,7 +199,7 @@ def _heading(export: Path, protocol: EvaluationProtocol) -> dict[str, Any]:
         "name": manifest.get("name"),
         "checkpoint": str(manifest["checkpoint"]["digest"]),
         "dtype": manifest.get("dtype"),
-        "trained_on": {"suite": own["data"]["suite"], "tasks": own["data"]["tasks"]},
+        "trained_on": {"suite": data.suite, "tasks": data.tasks},
         "planner": own["planner"],
         "protocol": asdict(protocol),
     }
@@ -229,7 +228,7 @@ def make_table(
     """Rows and comparisons from the suites' metrics.
 
     Args:
-        metrics: suite -> content of its ``metrics.json``.
+        metrics: suite -> its sections (:func:`wav.evaluation.records.by_suite`).
         heading: what was evaluated, for the reader.
         complete: whether all tasks of each suite were evaluated; otherwise nothing is compared.
         published: rows to compare with.
@@ -287,10 +286,22 @@ def as_json(table: Table, published: Sequence[Published] = PUBLISHED) -> dict[st
 
 def markdown(table: Table, published: Sequence[Published] = PUBLISHED) -> str:
     """The table for people: our rows with intervals, then the published ones, marked where they differ."""
-    columns = (*SUITES, AVERAGE)
-    heading, protocol, planner = table.heading, table.heading["protocol"], table.heading["planner"]
-    tasks = ", ".join(protocol["tasks"]) or f"all {TASKS} tasks of a suite"
     lines = [
+        *(_title(table.heading) if table.heading else ()),
+        "| | " + " | ".join([*SUITES.values(), AVERAGE]) + " |",
+        "|---" * (len(SUITES) + 2) + "|",
+    ]
+    ours = len(table.rows)
+    for number, (name, *cells) in enumerate(lines_of(table, published)):
+        lines.append(f"| {f'**{name}**' if number < ours else name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"- {line}" for line in legend(table, published))]) + "\n"
+
+
+def _title(heading: Mapping[str, Any]) -> list[str]:
+    """What was evaluated, and how."""
+    protocol, planner = heading["protocol"], heading["planner"]
+    tasks = ", ".join(protocol["tasks"]) or f"all {TASKS} tasks of a suite"
+    return [
         f"LIBERO: {heading['name']} ({heading['export']}, weights {heading['checkpoint'][:12]}), trained on "
         f"{heading['trained_on']['suite']}",
         "",
@@ -298,22 +309,24 @@ def markdown(table: Table, published: Sequence[Published] = PUBLISHED) -> str:
         f"planner K = {planner['iterations']}, M = {planner['video_samples']}, N = {planner['value_samples']}, "
         f"seed {protocol['seed']}; success in %, 95% Wilson intervals.",
         "",
-        "| | " + " | ".join([*SUITES.values(), AVERAGE]) + " |",
-        "|---" * (len(columns) + 1) + "|",
     ]
-    for row in table.rows:
-        lines.append(f"| **{row.name}** | " + " | ".join(_ours(row.rates.get(c)) for c in columns) + " |")
+
+
+def lines_of(table: Table, published: Sequence[Published] = PUBLISHED) -> list[list[str]]:
+    """Name and five cells of each of our rows, then of the published ones, marked where they differ."""
+    columns = (*SUITES, AVERAGE)
     marks: dict[tuple[str, str], str] = {}
     for c in table.comparisons:
         if c.larger:
             marks[c.published, c.column] = marks.get((c.published, c.column), "") + _MARKS[c.budget]
-    for entry in published:
-        cells = [
-            f"{entry.percent[c]:.1f}{marks.get((entry.name, c), '')}" if c in entry.percent else "" for c in columns
+    theirs = [
+        [
+            f"{entry.name} ({entry.date})",
+            *(f"{entry.percent[c]:.1f}{marks.get((entry.name, c), '')}" if c in entry.percent else "" for c in columns),
         ]
-        lines.append(f"| {entry.name} ({entry.date}) | " + " | ".join(cells) + " |")
-    sources = [f"{entry.name}: {entry.source}." for entry in published]
-    return "\n".join([*lines, "", *(f"- {line}" for line in [*_legend(table), *sources])]) + "\n"
+        for entry in published
+    ]
+    return [*([row.name, *(_ours(row.rates.get(c)) for c in columns)] for row in table.rows), *theirs]
 
 
 def _ours(rate: Rate | None) -> str:
@@ -323,8 +336,8 @@ def _ours(rate: Rate | None) -> str:
     return f"{100 * rate.success_rate:.1f} [{100 * rate.wilson_low:.1f}, {100 * rate.wilson_high:.1f}]"
 
 
-def _legend(table: Table) -> list[str]:
-    """What the marks mean, what planning changed on the same episodes, what could not be evaluated."""
+def legend(table: Table, published: Sequence[Published] = PUBLISHED) -> list[str]:
+    """What the marks mean, what planning changed on the same episodes, what could not be evaluated; the sources."""
     if table.comparisons:
         lines = ["`*` differs from this policy (same variant) by more than the intervals of both."]
         if any(row.budget == "reference" for row in table.rows):
@@ -340,4 +353,13 @@ def _legend(table: Table) -> list[str]:
                 f"[{low:+.1f}, {high:+.1f}]."
             )
         lines += [f"{suite}: {name}: {why}." for name, why in metrics.get("not_applicable", {}).items()]
-    return lines
+    return lines + [f"{entry.name}: {entry.source}." for entry in published]
+
+
+def evaluated_table(metrics: Mapping[str, Any]) -> Table | None:
+    """The table of an evaluation, from the content of its metrics.json; None where it was on other suites."""
+    found = by_suite(metrics)
+    if not set(found) <= set(SUITES) or not any(variant in metrics for variant in VARIANTS):
+        return None
+    whole = all(len(own[v]["tasks"]) == TASKS for own in found.values() for v in VARIANTS if v in own)
+    return make_table(found, {}, complete=whole)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wav.data.names import own_task
 from wav.errors import ConfigError, DataError, SimulationError
 from wav.seeding import derive_seed
 from wav.sim.env import Observation
@@ -60,7 +61,7 @@ def _global_seed(*index: int | str) -> Iterator[None]:
 
 
 class LiberoEnv(RobosuiteEnv):
-    """One LIBERO suite's simulator (:class:`wav.sim.env.SimEnv`); every task is a scene of its own.
+    """Simulator of one or several LIBERO suites (:class:`wav.sim.env.SimEnv`); every task is a scene of its own.
 
     Raises:
         ConfigError: a view LIBERO does not have.
@@ -107,7 +108,7 @@ class LiberoEnv(RobosuiteEnv):
             SimulationError: LIBERO finds no placement.
         """
         scene = self._select(task)
-        with _global_seed(self.suite, task, index):
+        with _global_seed(*own_task(self.suite, task), index):
             _attempt(scene.reset, f"{self.suite}: {task}, initial state {index}")
         robot = scene.robots[0]
         use_fast_control(robot)
@@ -135,7 +136,7 @@ class LiberoEnv(RobosuiteEnv):
 
     def _build(self, task: str) -> Any:
         """LIBERO's environment of one task, its fixtures drawn from the task's own seed."""
-        with _global_seed(self.suite, task, "build"):
+        with _global_seed(*own_task(self.suite, task), "build"):
             return _attempt(lambda: self._new_scene(task), f"{self.suite}: {task}")
 
     def _new_scene(self, task: str) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wav.data.names import own_task, suites_of, task_in
 from wav.errors import DataError
 from wav.sim.env import TaskSpec
 from wav.sim.libero.assets import INSTALL, package_folder
@@ -39,13 +40,18 @@ _MAX_BYTES = 64 * 2**20
 
 
 def task_specs(suite: str) -> dict[str, TaskSpec]:
-    """Tasks of ``suite`` by name, in LIBERO's order; every task is a scene of its own.
+    """Tasks of ``suite`` (or several) by name, in LIBERO's order; every task is a scene of its own.
 
     Raises:
         ServiceError: hf-libero is not installed.
         DataError: its list of tasks cannot be read.
     """
-    return {n: TaskSpec(n, instruction(n), n, LIMITS[suite]) for n in _task_names(package_folder())[suite]}
+    found = {}
+    for own in suites_of(suite):
+        for task in _task_names(package_folder())[own]:
+            name = task_in(suite, own, task)
+            found[name] = TaskSpec(name, instruction(task), name, LIMITS[own])
+    return found
 
 
 @functools.cache
@@ -70,7 +76,8 @@ def instruction(task: str) -> str:
 
 def bddl_file(suite: str, task: str) -> Path:
     """The task's problem definition."""
-    return package_folder() / "bddl_files" / suite / f"{task}.bddl"
+    own, name = own_task(suite, task)
+    return package_folder() / "bddl_files" / own / f"{name}.bddl"
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
@@ -152,12 +159,13 @@ def init_digest(suite: str) -> str:
 
 
 def _init_file(suite: str, task: str) -> Path:
-    return package_folder() / "init_files" / suite / f"{task}.pruned_init"
+    own, name = own_task(suite, task)
+    return package_folder() / "init_files" / own / f"{name}.pruned_init"
 
 
 def initial_states(suite: str, task: str) -> NDArray[np.float64]:
     """The task's 50 initial states (50, width) of evaluation; DataError if damaged or of another number."""
-    init_digest(suite)
+    init_digest(own_task(suite, task)[0])
     states = read_init_file(_init_file(suite, task))
     if len(states) != INIT_STATES:
         raise DataError(f"{_init_file(suite, task)}: holds {len(states)} states, not {INIT_STATES}; reinstall LIBERO")
