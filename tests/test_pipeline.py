@@ -20,7 +20,7 @@ import yaml
 from infra.local.workspace import make_workspace
 from tests.free_ports import find_free
 from tests.helpers.local_services import prefect_client
-from wav.config import Settings, load_preset, load_settings
+from wav.config import DataSettings, Settings, load_preset, load_settings
 from wav.errors import ConfigError
 from wav.parameter_files import merge
 from wav.source_code import code_digest, stage_modules
@@ -242,6 +242,36 @@ def test_mappings_are_merged_and_lists_replaced(tmp_path: Path) -> None:
         load_settings(tmp_path / "presets" / "p.yaml")
     with pytest.raises(ConfigError, match=r"PRESET = 'smock': no presets/smock\.yaml; did you mean 'smoke'\?"):
         load_preset("smock")
+
+
+def test_the_earlier_name_of_suites_is_read_with_a_note_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "presets").mkdir()
+    (tmp_path / "params.yaml").write_text("data: {suites: [tabletop]}\n")
+    (tmp_path / "presets" / "mine.yaml").write_text("data: {suite: my_robot, tasks: []}\n")
+    for _ in range(2):
+        data = load_settings(tmp_path / "presets" / "mine.yaml").data
+        assert (data.suites, data.suite, data.tasks) == (("my_robot",), "my_robot", ())
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        "data.suite is a list now and called data.suites; write data: {suites: [...]}"
+    ]
+    assert DataSettings.model_validate({"suite": "libero_10"}).suites == ("libero_10",), "of an earlier export"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{suites: [libero_goal, tabletop]}", "'tabletop' is none of LIBERO's suites"),
+        ("{suites: [libero_goal, libero_10], tasks: [turn_it]}", "with its own, such as 'libero_goal/turn_it'"),
+        ("{suites: [libero_goal, libero_goal]}", "names something twice"),
+        ("{suites: []}", "at least 1 item"),
+        ("{suites: [libero_goal], suite: libero_10}", "data.suite: unknown parameter; did you mean 'suites'?"),
+        ("{suites: [libero_goal, libero_10], tasks: []}\ningest: {source: aloha_hdf5}", "does not tell which suite"),
+    ],
+)
+def test_suites_that_do_not_fit_together_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "params.yaml").write_text(f"data: {text}\n")
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_settings(tmp_path / "params.yaml")
 
 
 def test_a_stage_sees_only_its_sections() -> None:

@@ -61,6 +61,22 @@ def test_a_loss_against_the_best_so_far_is_bounded() -> None:
     assert after.refused == ("p7", "p9")
 
 
+def test_a_gain_on_other_suites_does_not_pay_for_a_certain_loss_on_one() -> None:
+    def of(suite: str, solved: int) -> Outcomes:
+        return {f"{suite}/lift/{i:03d}": i < solved for i in range(50)}
+
+    current = replace(CHAMPION, outcomes=of("libero_goal", 30) | of("libero_10", 40))
+    verdict = promotion.judge(of("libero_goal", 50) | of("libero_10", 25), current, Rules(margin=0.1, total=1, floor=0))
+    assert verdict.difference is not None
+    assert verdict.difference.difference == pytest.approx(0.05)
+    assert verdict.reason.startswith("worse than the champion on libero_10: difference -0.300 [")
+    assert {suite: own.difference for suite, own in verdict.suites.items()} == pytest.approx(
+        {"libero_goal": 0.4, "libero_10": -0.3}
+    )
+    assert promotion.judge(of("libero_goal", 50) | of("libero_10", 39), current, Rules(total=1, floor=0)).promote
+    assert promotion.suite_outcomes(CHAMPION.outcomes) == {}
+
+
 @pytest.mark.parametrize("name", ["margin", "total", "floor"])
 def test_rules_are_rates(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name} = 1.5: must lie in \[0, 1\]"):

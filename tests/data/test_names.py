@@ -2,7 +2,7 @@
 
 import pytest
 
-from wav.data.names import LONGEST, is_plain, task_name
+from wav.data.names import LONGEST, full_name, in_libero, is_plain, joined, own_task, suites_of, task_in, task_name
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,20 @@ def test_other_instructions_stay_apart_and_are_plain():
 def test_names_that_files_cannot_have_are_told():
     assert is_plain("KITCHEN_SCENE4_open_the_drawer")
     assert not any(is_plain(name) for name in ("", ".", "a/b", "a b", "盒子", "x" * (LONGEST + 1)))
+
+
+def test_tasks_of_several_suites_carry_theirs():
+    both = joined(["libero_goal", "libero_10"])
+    assert (suites_of(both), in_libero(both), in_libero("libero_goal"), in_libero("libero_goal+tabletop")) == (
+        ("libero_goal", "libero_10"),
+        True,
+        True,
+        False,
+    )
+    assert task_in("libero_goal", "libero_goal", "turn_it") == "turn_it", "artefacts of one suite keep their names"
+    name = task_in(both, "libero_goal", "turn_it")
+    assert name == "libero_goal/turn_it"
+    assert own_task(both, name) == own_task("libero_goal", "turn_it") == ("libero_goal", "turn_it")
+    assert full_name(both, name) == full_name("libero_goal", "turn_it") == name
+    assert is_plain(name)
+    assert not any(is_plain(bad) for bad in ("libero_goal/", "libero_goal/.x", "../x", "libero_goal/a/b"))

@@ -52,9 +52,9 @@ def full_name(suite: str, task: str) -> str:
 
 
 def is_plain(name: str) -> bool:
-    """Whether a task's name can be a file's everywhere; before it may stand its suite, which is then the folder's."""
-    parts = name.split("/")
-    return len(parts) <= 2 and all(_PLAIN.fullmatch(part) and not part.startswith(".") for part in parts)
+    """Whether a task's name can be a file's everywhere; one of LIBERO's suites may stand before it, as its folder."""
+    suite, _, bare = name.rpartition("/")
+    return _PLAIN.fullmatch(bare) is not None and not bare.startswith(".") and suite in ("", *LIBERO_SUITES)
 
 
 def task_name(instruction: str) -> str:

@@ -226,6 +226,17 @@ def test_an_episode_of_no_length_is_quarantined(data, lerobot_settings, root, tm
     assert "length = 0" in rejection.reason
 
 
+def test_a_merged_dataset_is_told_apart_by_its_instructions(data, lerobot_settings, root, tmp_path):
+    """LeRobot's LIBERO holds all suites in one: every episode gets the suite that knows its instruction."""
+    lerobot_dataset(root, libero_episodes(4), "v3.0")
+    first, second = sorted({info.task for info in run(data, lerobot_settings, tmp_path / "alone").episodes})
+    tasks = (f"libero_goal/{first}", f"libero_10/KITCHEN_SCENE3_{second}")
+    both = data.model_copy(update={"suites": ("libero_goal", "libero_10"), "tasks": tasks})
+    store = run(both, lerobot_settings, tmp_path / "out")
+    assert {info.task for info in store.episodes} == set(tasks)
+    assert {info.episode_id.rpartition("/")[0] for info in store.episodes} == set(tasks)
+
+
 def test_tasks_of_one_instruction_are_refused(data, lerobot_settings, root):
     lerobot_dataset(root, libero_episodes(), "v2.1")
     tasks = ("KITCHEN_SCENE1_open_the_drawer", "KITCHEN_SCENE2_open_the_drawer")

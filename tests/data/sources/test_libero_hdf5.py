@@ -337,6 +337,26 @@ def test_folder_of_suites_and_number_of_episodes(data, libero, hdf5_settings, tm
     assert len(store) == 4
 
 
+def test_several_suites_become_one_store(data, libero, hdf5_settings, tmp_path):
+    """Two suites with tasks of one name: each under its own, statistics over both."""
+    root, both = tmp_path / "suites", data.model_copy(update={"suites": ("libero_object", "libero_goal")})
+    shutil.copytree(libero, root / "libero_object")
+    settings = hdf5_settings.model_copy(update={"path": str(root), "episodes_per_task": 2})
+    with pytest.raises(ConfigError, match=r"has no folder 'libero_goal'; give a folder with one for each of data\.su"):
+        open_source(both, settings)
+    shutil.copytree(libero, root / "libero_goal_no_noops")  # as OpenVLA's regeneration calls it
+    store = run(both, settings, tmp_path / "out")
+    named = [f"{suite}/{task}" for suite in ("libero_goal", "libero_object") for task in sorted(TASKS)]
+    assert [info.task for info in store.episodes] == [task for task in named for _ in range(2)]
+    assert store.conventions.suite == "libero_object+libero_goal"
+    assert len({info.episode_id for info in store.episodes}) == 8
+    assert store.episodes[0].episode_id == f"{named[0]}/demo_0"
+    one = both.model_copy(update={"tasks": (named[-1],)})
+    assert {info.task for info in run(one, settings, tmp_path / "one").episodes} == {named[-1]}
+    with pytest.raises(ConfigError, match=r"data\.tasks: 'libero_goal/none' has no file"):
+        open_source(both.model_copy(update={"tasks": ("libero_goal/none",)}), settings)
+
+
 def test_other_suites_folders_and_two_files_of_a_task_are_refused(data, libero, hdf5_settings, tmp_path):
     (libero.parent / "all").mkdir()
     libero.rename(libero.parent / "all" / "libero_goal")

@@ -359,6 +359,25 @@ def test_an_object_drawn_on_a_fixture_stands_there_whatever_was_reset_before(env
 
 
 @needs_assets
+def test_a_task_is_the_same_alone_and_among_several_suites():
+    from wav.sim.libero.env import LiberoEnv
+
+    task, seen = "turn_on_the_stove", []
+    for suites, name in ((("libero_goal",), task), (("libero_10", "libero_goal"), f"libero_goal/{task}")):
+        data = SPATIAL.model_copy(update={"suites": suites, "image_height": 16, "image_width": 16})
+        (spec,) = select_tasks(data.suite, (name,))
+        assert (spec.max_steps, spec.instruction) == (300, "turn on the stove")
+        environment = LiberoEnv(data)
+        seen.append(environment.reset(name, 3))
+        assert environment.successes() == {name: False}
+        environment.close()
+    np.testing.assert_array_equal(seen[0].state, seen[1].state)
+    np.testing.assert_array_equal(seen[0].images["agentview"], seen[1].images["agentview"])
+    with pytest.raises(ConfigError, match="did you mean 'libero_goal/turn_on_the_stove'"):
+        select_tasks("libero_10+libero_goal", (task,))
+
+
+@needs_assets
 @pytest.mark.long
 @pytest.mark.parametrize("suite", ["libero_spatial", "libero_object", "libero_goal", "libero_10"])
 def test_every_task_loads_and_renders(suite):
