@@ -23,6 +23,7 @@ from pydantic import Field, ValidationError
 
 from wav.config import PlannerSettings, Section
 from wav.data.conventions import DELTA_ACTIONS
+from wav.data.names import full_name
 from wav.errors import ConfigError, SimulationError
 from wav.evaluation.evaluate import applicable
 from wav.inference.threads import on_threads
@@ -192,7 +193,7 @@ class Session:
     def _imagine(self, episode: Episode, ask: Ask) -> tuple[Any, Plan, dict[str, Any]]:
         """The model's handle of what is seen, the plan for it, and the plan as the page shows it."""
         policy, settings = self.policy, planner_settings(self.policy.planner, ask)
-        name = f"{policy.data.suite}/{episode.task.name}/{episode.index}"  # as in an evaluation (EpisodeSpec)
+        name = f"{full_name(policy.data.suite, episode.task.name)}/{episode.index}"  # as in an evaluation (EpisodeSpec)
         noise = SeededNoise([RowKey(self.seed, name, episode.call)], policy.model.device)
         context, valued = policy.context([list(episode.seen)]), policy.model.shapes.value is not None
         with on_threads(policy.model) as model:
