@@ -112,7 +112,7 @@ def publish_values(folder: Path) -> None:
 
 
 def pictured(episodes: EpisodeStore) -> dict[str, int]:
-    """The first episode of each task; of many tasks only of :data:`PICTURED_TASKS` at even distances, and says so."""
+    """The first episode of each task, by a name for files; of many tasks only :data:`PICTURED_TASKS`, and says so."""
     first: dict[str, int] = {}
     for index, info in enumerate(episodes.episodes):
         first.setdefault(info.task, index)
@@ -120,7 +120,7 @@ def pictured(episodes: EpisodeStore) -> dict[str, int]:
     chosen = names[:: -(-len(names) // PICTURED_TASKS) or 1]
     if len(chosen) < len(names):
         _LOG.info("pictures of %d of %d tasks", len(chosen), len(names))
-    return {name: first[name] for name in chosen}
+    return {name.replace("/", "."): first[name] for name in chosen}
 
 
 class Progress:
