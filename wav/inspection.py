@@ -152,7 +152,7 @@ def _propose(
     most = max(seen.instructions.values())
     end_effector = seen.reader in ("libero_hdf5", "robomimic_hdf5")
     data: dict[str, Any] = {
-        "suite": name,
+        "suites": [name],
         "tasks": [],
         "views": list(views) or list(base.data.views),
         **dict(zip(("image_height", "image_width"), _size(height, width, base), strict=True)),
@@ -169,7 +169,7 @@ def _propose(
     if seen.arms == 2:
         overlay["label_rewards"] = {"arms": 2, "weight": "1/16"}
     told = {
-        "data.suite": "the dataset's" if seen.suite else "the folder's name; a robot without a simulator",
+        "data.suites": "the dataset's" if seen.suite else "the folder's name; a robot without a simulator",
         "data.tasks": "all",
         "data.views": "one third-person view, and the wrist of each arm, left before right",
         "data.image_height": f"recorded {height} x {width}" if height else "",

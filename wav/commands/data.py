@@ -80,6 +80,7 @@ def render(
 ) -> int:
     """Write the first frame of an initial state as a picture."""
     from wav.config import DataSettings
+    from wav.data.names import suites_of
     from wav.errors import SimulationError
     from wav.evaluation.pictures import join_views, write_png
     from wav.sim.registry import select_tasks
@@ -87,7 +88,7 @@ def render(
 
     chosen = select_tasks(suite, (task,) if task else ())[0]
     sizes = {"image_height": size, "image_width": size, "render": quality}
-    data = DataSettings.model_validate({"suite": suite, "tasks": (chosen.name,), **sizes})
+    data = DataSettings.model_validate({"suites": suites_of(suite), "tasks": (chosen.name,), **sizes})
     tell(f"{suite}: starting the simulator")
     with SimPool(suite, data, workers=1, slots=1) as pool:
         pool.submit_reset(0, chosen.name, index)

@@ -26,7 +26,9 @@ class OneVariant(Enum):
 def libero_table(
     export: Annotated[Path, typer.Argument(help="the policy")] = Path("export"),
     suite: Annotated[list[str] | None, typer.Option(help="may be repeated; default: all four")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="a trial on one task; default: all ten")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="a trial on one task (of several suites SUITE/TASK); default: all")
+    ] = None,
     episodes: Annotated[int, typer.Option(min=1, help="initial states per task")] = 50,
     variant: Annotated[list[OneVariant] | None, typer.Option(help="may be repeated; default: all three")] = None,
     execute_steps: ExecuteSteps = 8,
