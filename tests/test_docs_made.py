@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
 
-from infra.docs import diagrams, reference, results
+from infra.docs import commands, diagrams, reference, results
+from wav.cli import app
 from wav.config import Runtime, Settings
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -43,6 +45,16 @@ def test_the_parameters_page_has_defaults_limits_and_presets() -> None:
     assert "libero: `28`" in page
     assert "`cosine`" in page
     assert "at least 1" in page
+
+
+def test_every_command_has_its_help_examples_and_options() -> None:
+    page = commands.command_page()
+    for spoken, command in commands.leaves(get_command(app)):
+        part = page.split(f"## {spoken}\n")[1].split("\n## ")[0]
+        assert " ".join(command.help.split()) in part, spoken
+        assert f"```sh\n{spoken}" in part, spoken
+    assert "| `--size` | `256` | pixels per side |" in page
+    assert "| `--index` | `0` | initial state |" in page
 
 
 def test_every_environment_variable_has_its_row() -> None:
