@@ -5,6 +5,7 @@ Seed 0 breaks an operation's first request, other seeds one drawn among all that
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def operations(store: S3Store, folder: Path) -> dict[str, Callable[[], None]]:
         "get_file": downloaded,
         "head": lambda: same(getattr(store.head("there/file"), "size", None), len(DATA)),
         "list": lambda: same([info.key for info in store.list("there/f")], ["there/file"]),
+        "claim": lambda: same(getattr(store.put_if_absent("new/claim", DATA), "size", None), len(DATA)),
         "absent": lambda: same(store.put_if_absent("there/file", b"x"), None),
         "delete": lambda: store.delete("there/other"),
         "versions": lambda: same(len(store.versions("there/file")), 1),
@@ -82,9 +84,14 @@ def operations(store: S3Store, folder: Path) -> dict[str, Callable[[], None]]:
 
 
 #: a server that says so plainly that an object is not there, or a condition lost, is believed
-BELIEVED = {("no_key", name) for name in ("head", "absent")} | {("precondition", "absent"), ("conflict", "absent")}
+BELIEVED = {("no_key", name) for name in ("head", "absent", "claim")}
+BELIEVED |= {(kind, name) for kind in ("precondition", "conflict") for name in ("absent", "claim")}
 #: of an empty answer to a question about an object nobody can tell that it is not the truth
 BELIEVED |= {(kind, "head") for kind in ("empty", "html", "redirect", "no_metadata")}
+
+
+#: operation -> what a success has stored
+WRITTEN = {"put_bytes": "new/bytes", "put_file": "new/file", "claim": "new/claim", "publish": "run/x/a.bin"}
 
 
 def run_kind(kind: str, times: int, server: FakeS3, folder: Path, tally: Tally, share: slice) -> None:
@@ -102,6 +109,7 @@ def run_kind(kind: str, times: int, server: FakeS3, folder: Path, tally: Tally, 
             store = S3Store("b", endpoint=proxy.endpoint, attempts=3)
             store._conditions = True  # what a sound check() has learnt
             after = drawn(tally, proxy, operations(store, folder)[name]) if tally.seed else 0
+            forget(server, folder)
             proxy.arm(kind, times=times, after=after)
             with tally.case(tally.counts["cases"], f"{kind} {name} {times} after {after}"):
                 try:
@@ -109,10 +117,17 @@ def run_kind(kind: str, times: int, server: FakeS3, folder: Path, tally: Tally, 
                 except WrongError:
                     if (kind, name) not in BELIEVED:
                         raise
-                written = {"put_bytes": "new/bytes", "put_file": "new/file"}.get(name)
-                if written:
-                    same(sound.get_bytes(written), DATA)
+                if name in WRITTEN and (kind, name) not in BELIEVED:
+                    same(server.objects.get(WRITTEN[name], (b"",))[0], DATA)
     same(sound.get_bytes("there/file"), DATA)
+
+
+def forget(server: FakeS3, folder: Path) -> None:
+    """Take away what an operation has made, so that a case cannot pass by what an earlier one made."""
+    for key in [key for key in server.objects if key.startswith(("new/", "run/"))]:
+        del server.objects[key]
+    shutil.rmtree(folder / "back", ignore_errors=True)
+    (folder / "target").unlink(missing_ok=True)
 
 
 def drawn(tally: Tally, proxy: FaultProxy, operation: Callable[[], None]) -> int:
@@ -140,6 +155,30 @@ def test_s3_faults(
             run_kind(kind, times, server, folder, tally, slice(number, None, 5) if always else slice(None))
     record_property("kinds", len(numbers))
     tally.finish(record_property)
+
+
+@pytest.mark.parametrize("kind", ["empty", "html"])
+def test_a_page_is_no_receipt(kind: str, server: FakeS3) -> None:
+    """Status 200 from something between that stores nothing: no commit and no champion is taken for written."""
+    with FaultProxy(server.endpoint) as proxy:
+        store = S3Store("b", endpoint=proxy.endpoint, attempts=2)
+        store._conditions = True
+        proxy.arm(kind, times=-1)
+        for write in (store.put_bytes, store.put_if_absent):
+            with pytest.raises(StorageError, match="not an S3 server's"):
+                write("a", DATA)
+    assert not server.objects
+
+
+def test_who_has_won_knows_it_although_the_answer_was_lost(server: FakeS3) -> None:
+    with FaultProxy(server.endpoint) as proxy:
+        store, other = S3Store("b", endpoint=proxy.endpoint), S3Store("b", endpoint=server.endpoint)
+        store._conditions = other._conditions = True
+        proxy.arm("reset_after", method="PUT")
+        assert store.put_if_absent("champion", b"mine") is not None
+        proxy.arm("reset", method="PUT")
+        assert other.put_if_absent("next", b"theirs") is not None
+        assert store.put_if_absent("next", b"mine") is None
 
 
 @pytest.mark.parametrize("kind", ["too_many", "too_many_html"])

@@ -262,10 +262,8 @@ class S3Store:
         start = self._key(prefix) if prefix else self._root()
         with self._explained(prefix):
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start):
-                if "IsTruncated" not in page:
-                    raise not_s3(self._where(), "no listing")
-                for item in page.get("Contents", []):
-                    found.append(self._listed(item))
+                self._check_listing(page)
+                found += [self._listed(item) for item in page.get("Contents", [])]
         return found
 
     def put_if_absent(self, key: str, data: bytes) -> ObjectInfo | None:
@@ -323,6 +321,7 @@ class S3Store:
             pages = self._client.get_paginator("list_object_versions").paginate(Bucket=self.bucket, Prefix=full)
             try:
                 for page in pages:
+                    self._check_listing(page)
                     for kind, marker in (("Versions", False), ("DeleteMarkers", True)):
                         found += [(self._listed(item), marker) for item in page.get(kind, []) if item["Key"] == full]
             except ClientError as error:
@@ -340,11 +339,15 @@ class S3Store:
                 reply = self._checksummed(lambda extra: self._client.put_object(**place, **extra, **condition))
             except ClientError as error:
                 if condition and code(error) in LOST_RACE | MISSING:
-                    return None
+                    retried = error.response.get("ResponseMetadata", {}).get("RetryAttempts")
+                    now = self._head(key, "") if retried else None  # the answer to our own first try may have been lost
+                    return now if now is not None and now.sha256 == digest else None
                 raise
+        if not reply.get("ETag"):  # a page or nothing, with status 200: nobody has stored anything
+            raise not_s3(self._where(), "an upload without ETag")
         if not self._checksums and not condition:
             self._read_back(key, digest)
-        return ObjectInfo(key, len(data), _version(reply), reply.get("ETag", ""), digest, 0.0)
+        return ObjectInfo(key, len(data), _version(reply), reply["ETag"], digest, 0.0)
 
     def _head(self, key: str, version: str) -> ObjectInfo | None:
         extra = {"VersionId": version} if version else {}
@@ -358,6 +361,11 @@ class S3Store:
             modified = reply["LastModified"].timestamp() if "LastModified" in reply else 0.0
             size, digest = reply["ContentLength"], reply.get("Metadata", {}).get("sha256", "")
         return ObjectInfo(key, size, _version(reply), reply.get("ETag", ""), digest, modified)
+
+    def _check_listing(self, page: dict[str, Any]) -> None:
+        """A page of something else with status 200 is no empty listing."""
+        if "IsTruncated" not in page:
+            raise not_s3(self._where(), "no listing")
 
     def _listed(self, item: dict[str, Any]) -> ObjectInfo:
         key = item["Key"][len(self._root()) :]

@@ -1,0 +1,102 @@
+"""Small generated files of robomimic and of ALOHA's recorders through every stage up to the trained policy.
+
+Both families of files end as a policy that acts: what ingest makes of them is what the later stages take.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.data.sources import test_aloha_hdf5 as aloha
+from tests.data.sources import test_robomimic_hdf5 as robomimic
+from wav.config import Settings, load_preset, parse_settings
+from wav.data.encode import build_text_encoder, encode_store, fit_codec
+from wav.data.store import EpisodeStore
+from wav.ingest import ingest
+from wav.policy.export import policy_from_stages
+from wav.rewards.label import label_store
+from wav.sim.env import Observation
+from wav.training.spec import TrainPaths, make_spec
+
+pytestmark = pytest.mark.long
+TRAIN = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "checkpoint_every": 2, "log_every": 1}
+INITIAL = {"pretrain_video": None, "train_value": "pretrain_video", "train_joint": "train_value"}
+STEPS = 24
+
+
+def preset(name: str, **sections: dict[str, Any]) -> Settings:
+    """A preset with two steps per training stage and other data."""
+    raw = load_preset(name).model_dump(mode="json")
+    for stage in INITIAL:
+        raw[stage] |= TRAIN
+    for section, changes in sections.items():
+        raw[section] |= changes
+    return parse_settings(raw, name)
+
+
+def of_aloha(folder: Path) -> Settings:
+    """Two arms with 14 joints: presets/piper-small.yaml."""
+    for number in range(4):
+        state, action = aloha.arms(number, STEPS)
+        more = {"action": action, "observations/qpos": state}
+        more |= {f"observations/images/{camera}": aloha.pictures(number, STEPS) for camera in aloha.CAMERAS}
+        aloha.write(folder / f"episode_{number}.hdf5", number, **more)
+    options = {"control_hz": 30, "instructions": {".": "fold the towel"}}
+    return preset("piper-small", ingest={"source": "aloha_hdf5", "path": str(folder), "aloha_hdf5": options})
+
+
+def of_robomimic(folder: Path) -> Settings:
+    """One arm with end-effector deltas: presets/smoke.yaml."""
+    folder.mkdir()
+    robomimic.write(folder / "image.hdf5", demos=4, steps=STEPS)
+    options = {"instructions": {"Lift": "lift the red cube"}}
+    source = {"source": "robomimic_hdf5", "path": str(folder / "image.hdf5"), "robomimic_hdf5": options}
+    return preset("smoke", data={"suite": "robomimic", "tasks": [], "render": "full"}, ingest=source)
+
+
+@pytest.mark.parametrize("make", [of_aloha, of_robomimic])
+def test_files_of_this_family_become_a_policy(
+    make: Callable[[Path], Settings], start: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = make(tmp_path / "set")
+    data = settings.data
+    ingest(data, settings.ingest, tmp_path / "episodes", workers=1)
+    episodes = EpisodeStore.open(tmp_path / "episodes")
+    assert len(episodes) == 4
+    label_store(episodes, settings.label_rewards, data.action_chunk, tmp_path / "rewards")
+    codec = fit_codec(episodes, data, settings.encode)
+    text = build_text_encoder(settings.encode, data, episodes.instructions, tmp_path / "t5")
+    encode_store(episodes, codec, text, data, tmp_path / "latents")
+    for stage, before in INITIAL.items():
+        paths = TrainPaths(
+            episodes=tmp_path / "episodes",
+            latents=tmp_path / "latents",
+            rewards=None if before is None else tmp_path / "rewards",
+            init=None if before is None else tmp_path / before,
+            output=tmp_path / stage,
+            cache=tmp_path / "cache",
+        )
+        spec = make_spec(stage, settings, paths, store=(tmp_path / "store").as_uri(), device="cpu", threads=1)
+        run = start(spec)
+        run.join(180)
+        assert run.exitcode == 0, run.log.read_text()
+        metrics = json.loads((tmp_path / stage / "metrics.json").read_text())
+        assert metrics["steps"] == 2
+        assert np.isfinite(metrics["loss"])
+        assert metrics["grad_norm"] > 0
+    policy, _ = policy_from_stages(
+        tmp_path / "train_joint", tmp_path / "latents", data, settings.planner, batch_size=1, device="cpu"
+    )
+    episode = episodes[0]
+    policy.reset("row", 0, 7)
+    images = {view: np.asarray(frames[0]) for view, frames in episode.images.items()}
+    output = policy.act([Observation(images, episode.state[0], episode.instruction)], ["row"], with_value=True)
+    assert output.actions.shape == (1, data.action_chunk, data.action_dim)
+    assert np.isfinite(output.actions).all()
+    assert np.isfinite(output.returns).all()
