@@ -163,9 +163,8 @@ def run(argv: list[str]) -> None:
     lines = [line for line in said.splitlines() if not line.startswith(("WARNING", "usage:", " "))]
     if "Traceback" in said or len(said) > 3 * MESSAGE_CHARACTERS + 6000:
         raise WrongError(f"{len(said)} characters: {said[:300]}")
-    if status not in (0, 1, 2) or (
-        status == 1 and len(lines) != 1 and b"FAIL" not in printed and b"BAD" not in printed
-    ):
+    told = any(word in printed for word in (b"FAIL", b"BAD", b'"ok": false'))  # in the report that was asked for
+    if status not in (0, 1, 2) or (status == 1 and len(lines) != 1 and not told):
         raise WrongError(f"status {status}, {len(lines)} lines: {said[-300:]}")
 
 
