@@ -67,7 +67,7 @@ def stages(tmp_path_factory) -> tuple[Path, Settings]:
 def test_the_preset_has_the_shape_of_the_large_one():
     """Same sections, same views, widths, reward and protocol as presets/piper.yaml; other sizes."""
     large, little = (load_preset(name).model_dump() for name in ("piper", "piper-small"))
-    for name in ("suite", "views", "state_dim", "action_dim", "control_hz"):
+    for name in ("suites", "views", "state_dim", "action_dim", "control_hz"):
         assert little["data"][name] == large["data"][name], name
     assert little["label_rewards"] == large["label_rewards"]
     assert little["ingest"] | {"path": ""} == large["ingest"] | {"path": ""}

@@ -57,7 +57,7 @@ def of_robomimic(folder: Path) -> Settings:
     robomimic.write(folder / "image.hdf5", demos=4, steps=STEPS)
     options = {"instructions": {"Lift": "lift the red cube"}}
     source = {"source": "robomimic_hdf5", "path": str(folder / "image.hdf5"), "robomimic_hdf5": options}
-    return preset("smoke", data={"suite": "robomimic", "tasks": [], "render": "full"}, ingest=source)
+    return preset("smoke", data={"suites": ["robomimic"], "tasks": [], "render": "full"}, ingest=source)
 
 
 @pytest.mark.parametrize("make", [of_aloha, of_robomimic])
