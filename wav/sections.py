@@ -469,3 +469,10 @@ class ExportSettings(Section):
     compile: Switch = Field(
         "auto", description="plan on compiled code and CUDA graphs; auto: on a GPU; no effect where CPU kernels run"
     )
+    encoders: Literal["named", "copied"] = Field(
+        "named", description="frozen encoders of a hub id: named (fetched where the export is loaded) or copied"
+    )
+    license: str = Field("apache-2.0", pattern=r"^[a-z0-9][a-z0-9.-]*$", description="of the weights, for the card")
+    datasets: tuple[Annotated[str, Field(pattern=r"^[\w-][\w.-]*/[\w.-]+$")], ...] = Field(
+        (), description="hub ids of what it was trained on, for the card"
+    )

@@ -18,6 +18,7 @@ from wav.config import PlannerSettings
 from wav.data.conventions import Conventions
 from wav.errors import DataError
 from wav.policy.output import PlanSummary, PolicyOutput
+from wav.policy.results import Results
 from wav.serving.server import Options, Server
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "clients" / "wav-client"))
@@ -41,7 +42,7 @@ class FakePolicy:
     def __init__(self, batch_size: int = 4, gated: bool = False) -> None:
         self.batch_size, self.data, self.digest = batch_size, DATA, "0" * 64
         self.conventions = Conventions.for_simulator(DATA, {})
-        self.planner = PlannerSettings(act_on="winner")
+        self.planner, self.results, self.execute_steps = PlannerSettings(act_on="winner"), Results(3), 3
         self.model = SimpleNamespace(shapes=SimpleNamespace(value=(6, 10)))
         self.statistics = SimpleNamespace(key=lambda name: SimpleNamespace(mean=(0.0,) * DATA.state_dim))
         self.gate, self.gated = threading.Semaphore(0), gated

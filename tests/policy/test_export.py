@@ -12,14 +12,15 @@ from wav.data.store import EpisodeStore
 from wav.errors import CheckpointError, DataError, StorageError, WavError
 from wav.evaluation.tables import metrics_table
 from wav.inference.cpu import kernels
-from wav.policy.export import export_policy, load_export, policy_from_stages, verify_export
-from wav.policy.policy import Observation
+from wav.policy.export import base_model, export_policy, load_export, policy_from_stages, verify_export
+from wav.policy.policy import Observation, Policy
 
 METRICS = {
     "suite": "tabletop",
     "seed": 7,
     "render": "fast",
     "budget": "protocol",
+    "execute_steps": 3,
     "planned": {
         "success_rate": 0.84,
         "episodes": 50,
@@ -90,12 +91,13 @@ def test_export_needs_nothing_else(exported, stages, policy, tmp_path):
 def test_card_and_manifest_tell_the_results(exported, policy):
     card = (exported / "README.md").read_text()
     assert "84% of 50 [71, 92]" in card
-    assert "wav act . --suite tabletop" in card
+    assert "wav act USER/NAME --suite tabletop" in card
+    assert "3 actions executed per call" in card
     assert "| gripper | -1 open, +1 close |" in card
     assert policy[1].digest[:16] in card
     manifest = verify_export(exported)
     assert manifest["checkpoint"]["digest"] == policy[1].digest
-    assert {"README.md", "metrics.json", "settings.json", "statistics.json"} <= {f["path"] for f in manifest["files"]}
+    assert {"metrics.json", "settings.json", "statistics.json"} <= {f["path"] for f in manifest["files"]}
     assert set(json.loads((exported / "settings.json").read_text())) == {
         "data",
         "model",
@@ -143,7 +145,54 @@ def test_compiled_code_is_a_setting_of_the_export(policy, exported, tmp_path, mo
     assert "export.compile = on: no effect here" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["model/config.json", "statistics.json", "README.md", "codec"])
+def test_an_export_knows_how_it_was_evaluated(exported, copy):
+    loaded = load_export(exported, device="cpu")
+    assert loaded.execute_steps == 3
+    assert loaded.results.to_json()["rates"]["planned"] == {
+        "episodes": 50,
+        "success_rate": 0.84,
+        "wilson_low": 0.71,
+        "wilson_high": 0.92,
+    }
+    (copy / "metrics.json").write_text('{"planned": {}}')
+    with pytest.raises(CheckpointError, match=r"metrics\.json: lacks 'episodes'"):
+        Policy.load(copy, device="cpu")
+
+
+def test_the_card_may_be_edited(copy):
+    (copy / "README.md").write_text("better words")
+    verify_export(copy)
+    (copy / "README.md").unlink()
+    verify_export(copy)
+
+
+@pytest.mark.parametrize(
+    ("init_from", "found"),
+    [
+        ("Lightricks/LTX-Video", "Lightricks/LTX-Video"),
+        ("agibot-world/Genie-Envisioner/GE_base_fast_v0.1.safetensors", "agibot-world/Genie-Envisioner"),
+        ("", ""),
+        ("weights", ""),
+        ("/weights/ltx", ""),
+    ],
+)
+def test_a_base_model_is_one_on_the_hub(init_from, found):
+    assert base_model(init_from) == found
+
+
+def test_encoders_of_the_hub_are_named_in_the_card(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(policy[0].text_encoder, "source", "google/t5-v1_1-xxl")
+    sizes = {}
+    for encoders in ("named", "copied"):
+        section = SETTINGS.export.model_copy(update={"encoders": encoders})
+        settings = SETTINGS.model_copy(update={"export": section})
+        out = export_policy(*policy, tmp_path / encoders, settings=settings, metrics=None)
+        assert ("[google/t5-v1_1-xxl]" in (out / "README.md").read_text()) == (encoders == "named")
+        sizes[encoders] = len(list((out / "text_encoder").iterdir()))
+    assert sizes["named"] == 1 < sizes["copied"]
+
+
+@pytest.mark.parametrize("name", ["model/config.json", "statistics.json", "codec"])
 def test_a_missing_part_is_named(copy, name):
     path = copy / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()

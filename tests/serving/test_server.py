@@ -70,6 +70,7 @@ def test_the_actions_are_those_of_the_policy_in_process(policy: Any) -> None:
 
 def test_memory_does_not_leak_between_episodes() -> None:
     with serving(FakePolicy()) as server, client(server) as one, client(server) as other:
+        assert one.metadata["execute_steps"] == one.metadata["results"]["execute_steps"] == 3  # as evaluated
         assert [told(one.act(message())) for _ in range(2)] == [(1, 0, 7), (2, 0, 7)]
         assert told(other.act(message())) == (1, 0, 7)
         one.reset()

@@ -64,6 +64,10 @@ def command(
             def call() -> int:
                 adopt_local_services()
                 try:
+                    if "export" in values:  # its folder, or its name on the hub
+                        from wav.policy.sharing import local_export
+
+                        values["export"] = local_export(values["export"])
                     return function(**values)
                 except ModuleNotFoundError as error:
                     if not error.name or error.name.partition(".")[0] in ("wav", "flows"):

@@ -1,4 +1,4 @@
-"""Policies: an export in a simulator, behind a port, or on a page that shows what it imagines."""
+"""Policies: an export in a simulator, behind a port, on a page that shows what it imagines, on the hub, in LeRobot."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from wav.commands import ExecuteSteps, Json, Seed, Workers, command, say, say_json, simulators, tell
+from wav.commands import Json, Seed, Workers, command, say, say_json, simulators, tell
 from wav.planning import Variant
 
 GROUP = "Policies"
-Export = Annotated[Path, typer.Argument(help="folder that the export stage wrote")]
+Export = Annotated[Path, typer.Argument(help="folder that the export stage wrote, or USER/NAME on the hub")]
+Repository = Annotated[str, typer.Argument(metavar="USER/NAME", help="on the Hugging Face hub")]
 Chosen = Annotated[Variant, typer.Option("--variant", help="with the search, without it, or its temperature alone")]
 
 
@@ -26,7 +27,9 @@ def act(
     episodes: Annotated[int, typer.Option(min=1, help="episodes in all")] = 2,
     variant: Chosen = "planned",
     seed: Seed = 7,
-    execute_steps: ExecuteSteps = 8,
+    execute_steps: Annotated[
+        int | None, typer.Option(min=1, help="actions executed per policy call; default: as evaluated")
+    ] = None,
     workers: Workers = 0,
     videos: Annotated[Path | None, typer.Option(help="folder for one mp4 per episode")] = None,
     as_json: Json = False,
@@ -63,7 +66,9 @@ def serve(
     api_key_env: Annotated[str, typer.Option(metavar="NAME", help="variable with the key that clients must send")] = "",
     variant: Chosen = "planned",
     seed: Seed = 7,
-    execute_steps: Annotated[int, typer.Option(min=1, help="actions of a chunk that clients are advised to do")] = 8,
+    execute_steps: Annotated[
+        int | None, typer.Option(min=1, help="actions of a chunk that clients are advised to do; default: as evaluated")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="requests planned together")] = 8,
     deadline: Annotated[float, typer.Option(help="seconds from a request to its reply")] = 30.0,
     sessions: Annotated[int, typer.Option(min=1, help="connections at a time")] = 64,
@@ -100,4 +105,43 @@ def demo(export: Export, port: Annotated[int, typer.Option(help="of 127.0.0.1; 0
     from wav.demo.server import demo as run
 
     run(export, port=port, device=Runtime().device, say=say)
+    return 0
+
+
+@command(GROUP, "wav push export USER/NAME", "wav push export USER/NAME --public")
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="EXPORT", help="folder that the export stage wrote")],
+    repository: Repository,
+    public: Annotated[bool, typer.Option("--public", help="make a new repository public; default: private")] = False,
+) -> int:
+    """Upload an export with its model card to the Hugging Face hub, in one commit."""
+    from wav.policy.sharing import push as upload
+
+    address, commit = upload(folder, repository, private=not public)
+    say(f"{address}: commit {commit[:12]}; Policy.load({repository!r}) loads it")
+    return 0
+
+
+@command(GROUP, "wav pull USER/NAME", "wav pull USER/NAME export --revision v1")
+def pull(
+    repository: Repository,
+    folder: Annotated[Path | None, typer.Argument(help="new folder; default: it stays in the hub cache")] = None,
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit; default: main")] = None,
+) -> int:
+    """Download an export from the Hugging Face hub and verify it; prints the folder."""
+    from wav.policy.sharing import pull as download
+
+    say(str(download(repository, folder, revision)))
+    return 0
+
+
+@command(GROUP, "wav export export --lerobot lerobot-export", name="export")
+def convert(
+    export: Export,
+    lerobot: Annotated[Path, typer.Option(metavar="FOLDER", help="new folder: the export, for LeRobot as well")],
+) -> int:
+    """Write an export with the files of another library beside its own."""
+    from wav.policy.lerobot import export_lerobot
+
+    say(str(export_lerobot(export, lerobot)))
     return 0

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from wav.config import DataSettings, EvalLiberoSettings
+from wav.config import DataSettings
 from wav.data.names import in_libero, own_task, suites_of
 from wav.errors import CheckpointError, ConfigError
 from wav.evaluation import pictures
@@ -59,7 +59,7 @@ def act_episodes(
     tasks: Sequence[str] = (),
     variant: Variant = "planned",
     seed: int = 7,
-    execute_steps: int = EvalLiberoSettings().execute_steps,
+    execute_steps: int | None = None,
     workers: int = 1,
     device: str = "auto",
     videos: Path | None = None,
@@ -75,7 +75,7 @@ def act_episodes(
         tasks: names of the suite; empty: those of the export.
         variant: ``planned``, ``unplanned`` or ``temperature``.
         seed: of the policy's noise.
-        execute_steps: actions executed of each chunk, at most the chunk's length.
+        execute_steps: actions executed of each chunk, at most the chunk's length; None: as in the export's evaluation.
         workers: simulator processes.
         device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
         videos: folder for one mp4 per episode, or None.
@@ -120,7 +120,7 @@ def act_episodes(
         Scheduler(
             pool,
             policy,
-            execute_steps=min(execute_steps, data.action_chunk),
+            execute_steps=min(execute_steps or policy.execute_steps, data.action_chunk),
             batch_size=slots,
             with_value=value_expert,
             on_finish=finish,

@@ -192,7 +192,8 @@ def summarise(
     suites = list(dict.fromkeys(record.suite for record in own))
     conventions = records[0].conventions
     metrics = {"suite": conventions.get("suite", records[0].suite), "seed": records[0].seed}
-    metrics |= {"checkpoint": records[0].checkpoint} | _results(own, limits or {})
+    metrics |= {"checkpoint": records[0].checkpoint, "execute_steps": records[0].execute_steps}
+    metrics |= _results(own, limits or {})
     if len(suites) > 1:
         metrics["suites"] = {s: _results([r for r in own if r.suite == s], limits or {}) for s in suites}
     return metrics | {

@@ -37,6 +37,7 @@ def without_simulator(settings: EvaluationSettings, out: Path, checkpoint: str) 
         "suite": suite,
         "seed": settings.eval_libero.seed,
         "checkpoint": checkpoint,
+        "execute_steps": settings.eval_libero.execute_steps,
         "not_applicable": dict.fromkeys(settings.eval_libero.variants, reason),
     }
     write_json(out / "metrics.json", metrics)

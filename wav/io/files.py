@@ -22,7 +22,7 @@ import platform
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -286,19 +286,21 @@ def check_files(
     *,
     remedy: str,
     digests: bool = False,
-    closed: bool = False,
+    closed: Collection[str] | None = None,
     error: type[WavError] = DataError,
 ) -> None:
     """Compare the files of ``folder`` with a manifest's records: sizes always, contents with ``digests``.
 
-    ``closed``: there may be no other file. Hidden ones (``.gitattributes``) are nobody's, and nothing reads them.
+    ``closed``: there may be no other files than these. Hidden ones (``.gitattributes``) are nobody's, and nothing reads
+    them.
 
     Raises:
         DataError (or ``error``): a file is missing, truncated or (with ``digests``) changed, or is one too many; names
             it and ends in ``remedy``.
     """
     records = tuple(records)
-    if closed and (odd := _unlisted(Path(folder), {MANIFEST, *(record.path for record in records)})):
+    listed = {MANIFEST, *(record.path for record in records)}
+    if closed is not None and (odd := _unlisted(Path(folder), listed.union(closed))):
         raise error(f"{odd}: is not in the manifest, so it is no part of this folder; remove it, or {remedy}")
     for record in records:
         path = Path(folder) / record.path
@@ -340,13 +342,18 @@ def manifest_data(name: str, version: int, files: Iterable[FileRecord], content:
 
 
 def write_manifest(
-    folder: str | Path, name: str, version: int, content: Mapping[str, Any], known: Mapping[str, str] | None = None
+    folder: str | Path,
+    name: str,
+    version: int,
+    content: Mapping[str, Any],
+    known: Mapping[str, str] | None = None,
+    exclude: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Write ``manifest.json`` with a record of every other file in the folder; see :func:`manifest_data`.
+    """Write ``manifest.json`` with a record of every other file but ``exclude``; see :func:`manifest_data`.
 
     ``known``: SHA-256 by path of files whose digest was computed when they were written.
     """
-    manifest = manifest_data(name, version, file_records(folder, known=known), content)
+    manifest = manifest_data(name, version, file_records(folder, (MANIFEST, *exclude), known), content)
     write_json(Path(folder) / MANIFEST, manifest)
     return manifest
 

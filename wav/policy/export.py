@@ -2,7 +2,8 @@
 
 An export holds what ``Policy.load`` reads (``model/``, ``codec/``, ``text_encoder/``, ``statistics.json``,
 ``conventions.json``, ``settings.json``) and ``metrics.json``, a model card (``README.md``) and ``manifest.json`` with
-the size and SHA-256 of every file. :func:`load_export` checks the manifest first.
+the size and SHA-256 of every file but the card, which nothing reads and people edit. :func:`load_export` checks the
+manifest first.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from wav.data.encode import codec_of, text_encoder_of
 from wav.data.latents import LatentStore
 from wav.data.statistics import Statistics, check_statistics
 from wav.errors import CheckpointError, DataError
+from wav.hub import is_hub_id
 from wav.io.files import (
     atomic_folder,
     canonical_digest,
@@ -39,7 +41,7 @@ from wav.policy.policy import Policy
 from wav.sections import Switch
 
 FORMAT, VERSION = "wav-policy", 1
-CARD = "model_card.md.j2"
+CARD = "README.md"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -190,11 +192,11 @@ def export_policy(
     }
     sections["coupling"] = policy.coupling.model_dump(mode="json")
     with atomic_folder(out) as folder:
-        _write_parts(policy, folder, _DTYPES[settings.export.dtype])
+        _write_parts(policy, folder, settings.export)
         write_json(folder / "settings.json", sections)
         if metrics is not None:
             write_json(folder / "metrics.json", metrics)
-        (folder / "README.md").write_text(model_card(policy, checkpoint, settings, metrics, table))
+        (folder / CARD).write_text(model_card(policy, checkpoint, settings, metrics, table))
         content = {
             "name": settings.export.name,
             "suite": settings.data.suite,
@@ -202,20 +204,20 @@ def export_policy(
             "checkpoint": asdict(checkpoint),
             "dtype": settings.export.dtype,
         }
-        write_manifest(folder, FORMAT, VERSION, content)
+        write_manifest(folder, FORMAT, VERSION, content, exclude=(CARD,))
     return Path(out)
 
 
-def _write_parts(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
+def _write_parts(policy: Policy, folder: Path, settings: ExportSettings) -> None:
     """Everything but the settings that ``Policy.load`` reads."""
     if policy.text_encoder is None:
         raise CheckpointError("policy.text_encoder = None: an export must understand any instruction; give it one")
-    model = policy.model.model
+    model, dtype, named = policy.model.model, _DTYPES[settings.dtype], settings.encoders == "named"
     if dtype != torch.float32:
         model = copy.deepcopy(model).to(dtype)
     model.save_pretrained(folder / "model")
-    policy.codec.save(folder / "codec")
-    policy.text_encoder.save(folder / "text_encoder")
+    policy.codec.save(folder / "codec", reference=named)
+    policy.text_encoder.save(folder / "text_encoder", reference=named)
     policy.statistics.save(folder / "statistics.json")
     write_json(folder / "conventions.json", policy.conventions.to_json())
 
@@ -229,8 +231,11 @@ def model_card(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("wav.policy"), undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    return environment.get_template(CARD).render(
+    return environment.get_template("model_card.md.j2").render(
         name=settings.export.name,
+        export=settings.export,
+        base_model=base_model(settings.model.init_from),
+        encoders=_named_encoders(policy) if settings.export.encoders == "named" else [],
         suite=settings.data.suite,
         tasks=settings.data.tasks,
         checkpoint=checkpoint,
@@ -245,6 +250,18 @@ def model_card(
     )
 
 
+def base_model(init_from: str) -> str:
+    """Hub id (owner/name) of the weights that training started from; empty for random ones and for local files."""
+    owner_and_name = "/".join(init_from.split("/")[:2])
+    return owner_and_name if is_hub_id(owner_and_name) and not Path(init_from).exists() else ""
+
+
+def _named_encoders(policy: Policy) -> list[str]:
+    """Hub ids of the frozen encoders that an export names."""
+    sources = [str(getattr(part, "source", "")) for part in (policy.codec, policy.text_encoder)]
+    return list(dict.fromkeys(source for source in sources if is_hub_id(source)))
+
+
 def verify_export(folder: str | Path) -> dict[str, Any]:
     """Check an export's manifest and every file's digest, and that it holds nothing else; returns the manifest.
 
@@ -254,7 +271,7 @@ def verify_export(folder: str | Path) -> dict[str, Any]:
     remedy = "export the policy again (`dvc repro export`)"
     try:
         manifest = read_manifest(folder, FORMAT, VERSION, remedy=remedy)
-        check_files(manifest_files(manifest), folder, remedy=remedy, digests=True, closed=True)
+        check_files(manifest_files(manifest), folder, remedy=remedy, digests=True, closed=(CARD,))
     except DataError as error:
         raise CheckpointError(str(error)) from None
     return manifest
@@ -268,10 +285,13 @@ def load_export(
     planner: PlannerSettings | None = None,
     compile: Switch | bool | None = None,
 ) -> Policy:
-    """Load a verified export; ``planner`` and ``compile`` override its settings.
+    """Load a verified export, or one on the hub by its name; ``planner`` and ``compile`` override its settings.
 
     Raises:
-        CheckpointError: a file is missing or altered.
+        CheckpointError: a file is missing or altered. ServiceError: the hub cannot be reached, or refuses.
     """
+    from wav.policy.sharing import local_export
+
+    folder = local_export(folder)
     verify_export(folder)
     return Policy.load(folder, batch_size=batch_size, device=device, planner=planner, compile=compile)

@@ -37,6 +37,7 @@ from wav.planning.planner import Planner
 from wav.planning.types import Levels, PlannerModel, RowKey, SeededNoise
 from wav.policy.output import PlanSummary, PolicyOutput, concatenate, host, summary
 from wav.policy.parts import check_observation, check_parts
+from wav.policy.results import Results
 from wav.sections import Switch
 from wav.sim.env import Observation
 
@@ -82,6 +83,7 @@ class Policy:
             do not run; ``auto``: where :func:`wav.inference.backends.compiles_here`.
         coupling: section ``coupling`` as trained with: the noise levels at which planning reads video features and
             values; None: none, the paper's form.
+        results: what its evaluation found (:mod:`wav.policy.results`); None: it was not evaluated.
 
     Raises:
         CheckpointError: model, codec, statistics and data settings do not belong together.
@@ -102,10 +104,11 @@ class Policy:
         digest: str = "",
         compile: Switch | bool = "off",
         coupling: CouplingSettings | None = None,
+        results: Results | None = None,
     ) -> None:
         self.codec, self.text_encoder, self.statistics = codec, text_encoder, statistics
         self.conventions, self.data, self.planner, self.batch_size = conventions, data, planner, batch_size
-        self.digest, self.coupling = digest, coupling or CouplingSettings()
+        self.digest, self.coupling, self.results = digest, coupling or CouplingSettings(), results or Results()
         self.levels = Levels.of(self.coupling)
         check_parts(model, codec, statistics, conventions, data)
         if device == "auto":
@@ -130,16 +133,20 @@ class Policy:
     ) -> Policy:
         """Load a policy folder: model/, codec/, text_encoder/, statistics.json, conventions.json, settings.json.
 
+        A name on the hub (``USER/NAME``) is fetched and verified first (:mod:`wav.policy.sharing`).
+
         ``planner`` and ``compile`` as in the folder's settings unless given.
 
         Raises:
             CheckpointError: a part is missing, unreadable, or does not belong to the others.
+            ServiceError: the hub cannot be reached, or refuses.
         """
         from wav.codec import load_codec
         from wav.model.loading import load_model
+        from wav.policy.sharing import local_export
         from wav.text import TextEncoder
 
-        folder, remedy = Path(folder), "export the policy again"
+        folder, remedy = local_export(folder), "export the policy again"
         for part in ("model", "codec", "text_encoder", "statistics.json", "conventions.json", "settings.json"):
             if not (folder / part).exists():
                 raise CheckpointError(f"{folder / part}: missing; {remedy} or give a policy folder")
@@ -168,7 +175,13 @@ class Policy:
             digest=canonical_digest([file_digest(file) for file in weights]),
             compile=compile,
             coupling=coupling,
+            results=Results.load(folder),
         )
+
+    @property
+    def execute_steps(self) -> int:
+        """Actions of a chunk to execute before the next call: as many as in its evaluation."""
+        return min(self.results.execute_steps, self.data.action_chunk)
 
     @property
     def compiled(self) -> bool:

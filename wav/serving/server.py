@@ -64,7 +64,7 @@ class Options:
     api_key: str = ""  #: what clients must send; empty: nothing
     variant: Variant = "planned"
     seed: int = 7
-    execute_steps: int = 8  #: actions of a chunk that clients are advised to execute
+    execute_steps: int | None = None  #: actions of a chunk that clients are advised to execute; None: as evaluated
     deadline: float = 30.0  #: seconds from a request to its reply
     sessions: int = 64  #: connections at a time
     max_message: int = 8 << 20  #: bytes
@@ -161,10 +161,10 @@ class Server:
     def _describe(self, policy: Policy) -> None:
         """What reads messages, and what clients are told of the policy."""
         options, self._reader = self.options, Reader(policy.data, policy.conventions)
-        steps = min(options.execute_steps, policy.data.action_chunk)
+        steps = min(options.execute_steps or policy.execute_steps, policy.data.action_chunk)
         self._about = {"variant": options.variant, "execute_steps": steps}
         about = {"server": f"wav {wav.__version__}", "checkpoint": policy.digest, "max_message": options.max_message}
-        about["reset_on_new_prompt"] = not options.keep_memory
+        about |= {"reset_on_new_prompt": not options.keep_memory, "results": policy.results.to_json()}
         self._metadata = pack(about | self._about | self._reader.metadata())
 
     def _answer_http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
