@@ -42,7 +42,7 @@ class WavPolicy(PreTrainedPolicy):
             raise ValueError(f"--policy.path: name a folder that `wav export --lerobot` made; {TRAINING}")
         self.policy = policy
         self.model = policy.model.model  # so that LeRobot counts its parameters
-        self._episode = 0
+        self._episode = -1
         self.reset()
 
     @classmethod
