@@ -47,7 +47,7 @@ class Results:
         metrics = read_json(path, _REMEDY, CheckpointError)
         with understood(path, f"holds no results; {_REMEDY}", CheckpointError):
             names = tuple(Rate.__dataclass_fields__)
-            rates = {v: Rate(*(metrics[v][name] for name in names)) for v in VARIANTS if v in metrics}
+            rates: dict[str, Rate] = {v: Rate(*(metrics[v][name] for name in names)) for v in VARIANTS if v in metrics}
             return cls(max(1, int(metrics.get("execute_steps", cls.execute_steps))), str(metrics["suite"]), rates)
 
     def to_json(self) -> dict[str, Any]:
