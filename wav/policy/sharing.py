@@ -154,7 +154,8 @@ def _sentence(error: BaseException) -> str:
     """What happened and what to do about it."""
     from huggingface_hub import constants
 
-    status, cause = None, error
+    status: int | None = None
+    cause: BaseException | None = error
     while status is None and cause is not None:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         cause = cause.__cause__ or cause.__context__
