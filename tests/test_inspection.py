@@ -48,6 +48,14 @@ def libero(folder: Path) -> Path:
     return libero_file(folder / "set" / "pick_up_the_bowl_demo.hdf5").parent
 
 
+def suites(folder: Path) -> Path:
+    """Two suites, and a task of one name in both."""
+    for suite in ("libero_goal", "libero_10"):
+        (folder / "set" / suite).mkdir(parents=True)
+        libero_file(folder / "set" / suite / "pick_up_the_bowl_demo.hdf5")
+    return folder / "set"
+
+
 def robomimic_file(folder: Path) -> Path:
     return robomimic(folder / "set.hdf5")
 
@@ -63,6 +71,7 @@ CASES = {
     "lerobot v2, images": (v2, {"ingest.lerobot.image_rotation": "180"}, 3),
     "degrees": (degrees, DEGREES, 3),
     "libero": (libero, {}, 3),
+    "several suites of libero": (suites, {}, 6),
     "robomimic": (robomimic_file, {"ingest.robomimic_hdf5.instructions": "{Lift: lift the red cube}"}, 3),
     "aloha": (
         two_arms,

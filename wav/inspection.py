@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from wav.config import Settings, parse_settings
 from wav.data.conventions import wrist_views
 from wav.data.episode import Episode
-from wav.data.names import task_name
+from wav.data.names import LIBERO_SUITES, task_name
 from wav.data.sources import open_source
+from wav.data.sources.libero_file import suite_folder
 from wav.data.sources.open_files import files_closed
 from wav.data.sources.recognise import recognise
 from wav.data.sources.staging import DatasetSource
@@ -147,12 +148,14 @@ def _propose(
     name = seen.suite or (task_name(path.stem.replace("-", " ")) or "robot")[:40]
     if not seen.suite and has_simulator(name):
         name = f"{name}_data"
+    suites = [suite for suite in LIBERO_SUITES if seen.reader == "libero_hdf5" and suite_folder(path, suite)] or [name]
+    name = name if len(suites) == 1 else "libero"
     longest = max(len(text.split()) + 1 for text in seen.instructions)
     height, width = next((seen.cameras[camera] for camera in views.values()), (0, 0))
     most = max(seen.instructions.values())
     end_effector = seen.reader in ("libero_hdf5", "robomimic_hdf5")
     data: dict[str, Any] = {
-        "suites": [name],
+        "suites": suites,
         "tasks": [],
         "views": list(views) or list(base.data.views),
         **dict(zip(("image_height", "image_width"), _size(height, width, base), strict=True)),

@@ -73,7 +73,7 @@ def dataset_files(path: str, suite: str) -> list[Path]:
         )
     if root.is_file():
         return [root]
-    folder = _folder(root, suite) or root
+    folder = suite_folder(root, suite) or root
     others = [name for name in LIBERO_SUITES if name != suite and (root / name).is_dir()]
     if folder == root and others:
         raise ConfigError(
@@ -88,7 +88,7 @@ def dataset_files(path: str, suite: str) -> list[Path]:
     return found
 
 
-def _folder(root: Path, suite: str) -> Path | None:
+def suite_folder(root: Path, suite: str) -> Path | None:
     """The folder of a suite's files below ``root``, as LIBERO or as OpenVLA's regeneration calls it."""
     return next((root / name for name in (suite, f"{suite}_no_noops") if (root / name).is_dir()), None)
 
@@ -96,7 +96,7 @@ def _folder(root: Path, suite: str) -> Path | None:
 def task_files(path: str, suite: str) -> list[tuple[Path, str]]:
     """The HDF5 files of a suite, or of several in a folder each below ``path``, and the tasks they are of."""
     root, suites = Path(path).expanduser(), suites_of(suite)
-    lacking = next((own for own in suites if len(suites) > 1 and _folder(root, own) is None), None)
+    lacking = next((own for own in suites if len(suites) > 1 and suite_folder(root, own) is None), None)
     if lacking is not None and path and root.exists():
         raise ConfigError(
             f"ingest.path = {path!r}: has no folder {lacking!r}; give a folder with one for each of data.suites "
