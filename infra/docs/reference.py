@@ -123,6 +123,8 @@ def parameters() -> str:
 EXPLAINED = {
     "wav.data": ("datasets", "../datasets.md"),
     "wav.ingest": ("datasets", "../datasets.md"),
+    "wav.inspection": ("your own dataset", "../howto/own-dataset.md"),
+    "wav.demo": ("the demo", "../demo.md"),
     "wav.rewards": ("rewards", "../rewards.md"),
     "wav.codec": ("formats on disk", "formats.md"),
     "wav.text": ("formats on disk", "formats.md"),
