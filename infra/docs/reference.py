@@ -134,7 +134,6 @@ EXPLAINED = {
     "wav.inference": ("planning", "../planning.md"),
     "wav.policy": ("formats on disk", "formats.md"),
     "wav.serving": ("serving", "../serving.md"),
-    "wav.demo": ("the demo", "../demo.md"),
     "wav.training": ("runbook", "../operations.md"),
     "wav.sim": ("LIBERO and the simulators", "../libero.md"),
     "wav.evaluation": ("LIBERO and evaluation", "../libero.md"),
