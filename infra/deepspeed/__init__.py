@@ -7,9 +7,11 @@ Training makes the same from the parameters (:func:`wav.training.engine.deepspee
   buffer is allocated whole at every step, a gigabyte in bf16, also for the few parameters of the value stage.
 - ``overlap_comm``: off on one rank and on a CPU. There is nothing to reduce, and it would take a second buffer and
   another stream; ZeRO 3 has it on by itself.
-- ``contiguous_gradients``: DeepSpeed's own, on. Without it the buffer is flattened anew at every reduction instead.
+- ``contiguous_gradients``: off on one rank. It copies every gradient into the buffer and out of it again; without it a
+  step of ZeRO 1 and 2 launches a copy less for each trained tensor, 7% fewer kernels in all (counted at the tiny size).
 - ``gradient_clipping``: 0 at ZeRO 0 in float32, where :mod:`wav.training.step` clips with the norm it needs anyway.
 - The look for overflow in bf16 (``check_grad_overflow``) stays on, because the norm is only judged where it is, but the
   pass over all gradients that comes before the norm is left out: it finds what the norm finds.
-- bf16 on one card: ZeRO 1 or 2, whose optimiser works on one flat float32 copy. ZeRO 0 updates tensor by tensor.
+- bf16 on one card: ZeRO 1 or 2, whose optimiser works on one flat float32 copy. ZeRO 0 goes from tensor to tensor: it
+  launches twice as many kernels and takes a number to the host for each trained tensor, at which a GPU is waited for.
 """

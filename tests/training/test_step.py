@@ -94,9 +94,10 @@ def bytes_beside(objective: Objective, step: Callable[[int], Done], before: int)
     """Bytes for a frozen parameter beside its weight: what neither weights nor trained parameters account for."""
     step(1)
     step(2)
-    trains, frozen = (sum(p.numel() for p in objective.parameters() if p.requires_grad is on) for on in (True, False))
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size(), p.requires_grad) for p in objective.parameters()]
+    trains, frozen = (sum(count for count, _, learns in sizes if learns is on) for on in (True, False))
     assert frozen > 4 * trains
-    weights = sum(p.numel() * p.element_size() for p in objective.parameters())
+    weights = sum(count * size for count, size, _ in sizes)
     return (living() - before - weights - STATE * trains) / frozen
 
 

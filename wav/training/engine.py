@@ -203,8 +203,11 @@ def deepspeed_config(settings: TrainSettings, plan: BatchPlan, device_type: str)
         device_type: ``cpu`` or ``cuda``.
     """
     zero: dict[str, Any] = {"stage": settings.zero_stage}
-    if device_type == "cpu" or settings.batch_size == plan.micro * plan.accumulation:  # one rank reduces nothing
+    alone = settings.batch_size == plan.micro * plan.accumulation  # one rank reduces nothing
+    if device_type == "cpu" or alone:
         zero["overlap_comm"] = False
+    if alone:
+        zero["contiguous_gradients"] = False
     return {
         "train_batch_size": settings.batch_size,
         "train_micro_batch_size_per_gpu": plan.micro,
