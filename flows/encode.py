@@ -27,7 +27,8 @@ def encode_all(run: StageRun) -> None:
     episodes = EpisodeStore.open(run.path("data/episodes"))
     episodes.verify()
     run.logger.info("codec %s: fitting or loading", settings.codec)
-    codec = fit_codec(episodes, data, settings)
+    device = run.runtime.device if run.gpu else "cpu"
+    codec = fit_codec(episodes, data, settings, device)
     with (
         tempfile.TemporaryDirectory(dir=run.scratch("text")) as folder,
         Progress("latents", run.logger) as progress,
@@ -42,7 +43,7 @@ def encode_all(run: StageRun) -> None:
             run.path("data/latents"),
             progress=progress,
             run=cluster and cluster.mapper(gpu=run.gpu),
-            device=run.runtime.device if run.gpu else "cpu",
+            device=device,
         )
 
 
