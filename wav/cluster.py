@@ -40,6 +40,8 @@ ATTEMPTS = 3
 PATIENCE_S = 300.0
 """How long a scheduler, or a worker that fits, is waited for."""
 _LOOK_S, _POLL_S, _CONNECT_S = 1.0, 0.05, 10.0
+_SAME, _CHANGED = "as at its start", "changed since its start"
+_IMPORTED = time.time()  # on a worker, nothing of this project is imported before a task asks for it here
 _PACKAGES = ("numpy", "torch", "mujoco", "robosuite", "h5py", "av")
 _START = "start one (dask scheduler --host ADDRESS --no-dashboard)"
 _REMEDY = "finished shards are kept: run the stage again"
@@ -49,14 +51,12 @@ _log = logging.getLogger(__name__)
 def describe(entries: tuple[str, ...], folder: str) -> dict[str, str]:
     """What must be equal where a job runs: code of the modules that decide it, versions, the sight of ``folder``.
 
-    A process that was started before its files changed may run either, and says so.
+    A process that imported this module before files changed may run either, and says so.
     """
-    import psutil
-
-    digests, started = module_digests(entries), psutil.Process().create_time()
-    changed = any((PROJECT / path).stat().st_ctime > started for path in digests)
-    code = canonical_digest(digests)[:12] + ", changed since it was started" * changed
-    found = {"code": code, "python": platform.python_version()}
+    digests = module_digests(entries)
+    changed = any((PROJECT / path).stat().st_ctime > _IMPORTED for path in digests)
+    found = {"code": canonical_digest(digests)[:12], "files": _CHANGED if changed else _SAME}
+    found["python"] = platform.python_version()
     for name in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
@@ -182,7 +182,7 @@ class _Run:
         self.folder = str(Path.cwd())
         own = (function.__module__,) if function.__module__.startswith("wav.") else ()  # else: not of this project
         self.entries = (*own, "wav.sim.worker")
-        self.here = describe(self.entries, self.folder)
+        self.here = describe(self.entries, self.folder) | {"files": _SAME}  # what is asked of workers
         self.todo, self.attempts = deque(range(len(jobs))), Counter[int]()
         self.workers: dict[str, _Worker] = {}
         self.client: Client | None = None
