@@ -14,7 +14,7 @@ from typer.main import get_command
 from wav import cli
 
 #: groups of wav --help
-PANELS = ("Begin", "Data", "Parameters", "Policies", "Evaluation", "Object store")
+PANELS = ("Begin", "Data", "Parameters", "Pipeline", "Policies", "Evaluation", "Object store")
 
 
 def run(capsys, *arguments):

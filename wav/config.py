@@ -12,14 +12,14 @@ import json
 import sys
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from ruamel.yaml import YAML
 
 from wav.errors import ConfigError, cut, exit_status, shown
-from wav.local import PROJECT
+from wav.local import project_folder
 from wav.parameter_files import explain, preset_path, read_parameters
 from wav.sections import (
     AlohaHdf5Options,
@@ -169,6 +169,9 @@ class Runtime(BaseSettings):
     workers: int = Field(0, ge=0, le=4096, description="simulator processes; 0: the machine's cores")
     workspace: Path = Field(Path(), description="folder that holds params.yaml and the stages' outputs")
     dask: str = Field("", description="where data and evaluation run: empty: here; local; tcp://host:8786 (Dask)")
+    track: Literal["", "tensorboard", "wandb", "mlflow"] = Field(
+        "", description="tracker of training metrics beside dvclive: tensorboard, wandb or mlflow"
+    )
     launcher: str = Field("", description="several nodes: starts a module on all of them, as deepspeed and srun do")
 
     def __init__(self, **values: Any) -> None:
@@ -192,7 +195,7 @@ def load_settings(path: str | Path = "params.yaml") -> Settings:
 
 def load_preset(name: str) -> Settings:
     """The project's params.yaml with ``presets/NAME.yaml`` over it; ConfigError as from :func:`load_settings`."""
-    return load_settings(preset_path(PROJECT, name))
+    return load_settings(preset_path(project_folder(), name))
 
 
 def parse_settings(raw: dict[str, Any], source: str = "parameters") -> Settings:

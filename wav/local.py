@@ -14,15 +14,23 @@ from pathlib import Path
 
 from wav.prefect_api import LOOPBACK, STRING, URL
 
+#: the folder of the package: the repository, or where pip puts packages
 PROJECT = Path(__file__).resolve().parents[1]
 
 #: variables that say which object store is meant; where one is set, the local one is not
 _STORE_CHOICE = ("WAV_STORE", "WAV_S3_ENDPOINT")
 
 
+def project_folder() -> Path:
+    """The project that the current folder lies in, known by params.yaml and presets/; else the repository."""
+    here = Path.cwd()
+    held = (folder for folder in (here, *here.parents) if (folder / "params.yaml").is_file())
+    return next((folder for folder in held if (folder / "presets").is_dir()), PROJECT)
+
+
 def local_folder() -> Path:
-    """Where the services keep their state: ``WAV_LOCAL_DIR``, else ``.local`` of the project folder."""
-    return Path(os.environ.get("WAV_LOCAL_DIR") or PROJECT / ".local").absolute()
+    """Where the services keep their state: ``WAV_LOCAL_DIR``, else ``.local`` of the project's folder."""
+    return Path(os.environ.get("WAV_LOCAL_DIR") or project_folder() / ".local").absolute()
 
 
 def read_env(path: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ A new parameter is a field here and a line in params.yaml. :mod:`wav.config` put
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
@@ -214,8 +215,10 @@ class IngestSettings(Section):
 
     @model_validator(mode="after")
     def _known_source(self) -> IngestSettings:
-        if self.source not in SOURCES:
-            raise ValueError(f"source = {self.source!r}: unknown; use one of {', '.join(SOURCES)}")
+        if self.source not in SOURCES and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.source):
+            raise ValueError(
+                f"source = {self.source!r}: unknown; use one of {', '.join(SOURCES)}, or module:Class of your own"
+            )
         return self
 
 

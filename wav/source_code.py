@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import io
 import re
 import tokenize
@@ -36,6 +37,7 @@ PLUMBING = (
     "wav/source_code.py",
     "wav/stages.py",
     "wav/training/launch.py",
+    "wav/training/tracking.py",
 )
 #: imports that no stage reaches: only for_simulator() needs the simulator, called where wav.sim is imported too;
 #: replay looks for the dataset's files under `wav replay` alone, never in an evaluation
@@ -54,6 +56,16 @@ def stage_modules(name: str) -> tuple[str, ...]:
 def digests(files: Iterable[str]) -> dict[str, str]:
     """File -> digest of its code, for files as :func:`stage_modules` and :func:`modules` name them."""
     return {path: code_digest(_root() / path) for path in files}
+
+
+def own_module(name: str) -> dict[str, str]:
+    """File -> digest of a module outside this project that a parameter names as ``module:Class``; else nothing."""
+    module, colon, _ = name.partition(":")
+    try:
+        spec = importlib.util.find_spec(module) if colon else None
+    except (ImportError, ValueError):  # the stage says that there is none
+        spec = None
+    return {Path(spec.origin).name: code_digest(Path(spec.origin))} if spec and spec.origin else {}
 
 
 def module_digests(entries: tuple[str, ...]) -> dict[str, str]:

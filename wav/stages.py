@@ -204,7 +204,6 @@ def dvc_stages() -> dict[str, Any]:
     found: dict[str, Any] = {
         CODE_STAGE: {
             "cmd": f"python -m wav.stages {CODE_STAGE}",
-            "deps": ["flows", "wav"],
             "outs": [{row.code: uncached} for row in STAGES.values()],
             "always_changed": True,
         }
@@ -258,12 +257,14 @@ def dvc_yaml() -> str:
 def write_code(workspace: Path) -> Iterator[str]:
     """Write each stage's ``reports/code/STAGE.json`` in ``workspace``; yields a line per stage for which it changed."""
     from wav.parameter_files import read_parameters
-    from wav.source_code import digests, stage_modules
+    from wav.source_code import digests, own_module, stage_modules
 
     parameters = workspace / "params.yaml"
     given = read_parameters(parameters) if parameters.is_file() else {}
     for row in STAGES.values():
         path, found = workspace / row.code, digests(stage_modules(row.name))
+        if row.name == "ingest":
+            found |= own_module(str((given.get("ingest") or {}).get("source")))
         for name in row.outside:
             section, _, field = name.partition(".")
             value = (given.get(section) or {}).get(field)

@@ -17,7 +17,7 @@ from pathlib import Path
 from wav.config import Settings, load_preset, load_settings, parameter_text
 from wav.data.names import in_libero
 from wav.errors import exit_status
-from wav.local import PROJECT
+from wav.local import project_folder
 
 #: what a stage's command and dependencies name; linked, not copied
 LINKED = ("wav", "flows")
@@ -41,28 +41,30 @@ def make_workspace(preset: str, folder: Path | None = None, cache: Path | None =
         ConfigError: no such preset, or it holds bad parameters.
     """
     note = f"# params.yaml with presets/{preset}.yaml over it, by make repro PRESET={preset}: edit those.\n"
-    return fill_workspace(folder or PROJECT / "workspaces" / preset, load_preset(preset), note, cache)
+    return fill_workspace(folder or project_folder() / "workspaces" / preset, load_preset(preset), note, cache)
 
 
 def fill_workspace(folder: Path, settings: Settings, note: str, cache: Path | None = None) -> Path:
     """Create or refresh ``folder`` as a workspace of ``settings``; ``note`` heads its params.yaml. The whole path."""
-    folder = folder.absolute()
+    folder, project = folder.absolute(), project_folder()
     (folder / ".dvc").mkdir(parents=True, exist_ok=True)
     _write_if_changed(folder / "params.yaml", note + parameter_text(settings))
     for name in COPIED:
-        _write_if_changed(folder / name, (PROJECT / name).read_text())
-    cache = (cache or PROJECT / ".dvc" / "cache").absolute()
-    text = (PROJECT / ".dvc" / "config").read_text()
-    text = text.replace("[core]\n", "[core]\n    no_scm = true\n", 1).replace("../infra", f"{PROJECT}/infra")
+        _write_if_changed(folder / name, (project / name).read_text())
+    cache = (cache or project / ".dvc" / "cache").absolute()
+    text = (project / ".dvc" / "config").read_text()
+    if "no_scm" not in text:
+        text = text.replace("[core]\n", "[core]\n    no_scm = true\n", 1)
+    text = text.replace("../infra", f"{project}/infra")
     text += f"[cache]\n    dir = {cache}\n"
     _write_if_changed(folder / ".dvc" / "config", text)
-    secrets = PROJECT / ".dvc" / "config.local"
+    secrets = project / ".dvc" / "config.local"
     if secrets.is_file() and not (folder / ".dvc" / "config.local").exists():
         (folder / ".dvc" / "config.local").symlink_to(secrets)
     for name in LINKED:
         link = folder / name
-        if not link.is_symlink():
-            link.symlink_to(os.path.relpath(PROJECT / name, folder), target_is_directory=True)
+        if not link.is_symlink() and (project / name).is_dir():  # a project of wav init has the package's
+            link.symlink_to(os.path.relpath(project / name, folder), target_is_directory=True)
     return folder
 
 
@@ -77,6 +79,12 @@ def require_simulator(folder: Path) -> None:
 
         libero_assets.check_versions()
         sys.stdout.write(f"LIBERO assets {libero_assets.find_assets()}\n")
+
+
+def with_project() -> dict[str, str]:
+    """The environment in which stages find modules of the user's own beside the project's params.yaml."""
+    found = filter(None, (str(project_folder()), os.environ.get("PYTHONPATH", "")))
+    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join(found)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.write(f"workspace {folder}\n")
         sys.stdout.flush()
         command = [sys.executable, "-m", "dvc", *(chosen.dvc or ["repro"])]
-        return subprocess.run(command, cwd=folder, check=False).returncode
+        return subprocess.run(command, cwd=folder, env=with_project(), check=False).returncode
 
     return exit_status(run)
 

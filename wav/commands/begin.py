@@ -1,6 +1,11 @@
-"""Begin: is this machine ready?"""
+"""Begin: is this machine ready, and where does a user's own work live?"""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from wav.commands import Json, command, say
 
@@ -25,3 +30,14 @@ def doctor(as_json: Json = False) -> int:
     if as_json:
         say(text(found))
     return 0 if good else 1
+
+
+@command(GROUP, "wav init my-project")
+def init(folder: Annotated[Path, typer.Argument(help="new or empty folder")]) -> int:
+    """Make a project outside the repository: parameters, presets, stages, an example reader."""
+    from wav.new_project import make_project
+
+    for name in make_project(folder):
+        say(f"  {name}")
+    say(f"{folder}: a project; next: cd {folder} && wav services up && wav repro --preset smoke")
+    return 0

@@ -37,7 +37,7 @@ from wav.training.objectives import build_objective
 from wav.training.output import Metrics, collect_state, publish_model, save_model, write_output
 from wav.training.prefetch import Prefetcher, Source, validation_inputs
 from wav.training.preflight import count_parameters, layers_to_recompute, preflight, verify_inputs
-from wav.training.record import Progress, Recorder
+from wav.training.record import Progress, Recorder, spec_tracker
 from wav.training.spec import TrainSpec, code_digest
 from wav.training.step import Done, LossMean, evaluate, learning_rate, update
 from wav.training.throughput import operations_per_sample, peak_memory, peak_operations, tokens_per_sample
@@ -77,7 +77,7 @@ class Trainer:
         self.held_out: list[StepInputs] = []
         if inputs.validation is not None and len(inputs.validation):
             self.held_out = validation_inputs(inputs.validation, self.objective, self.plan, world.device)
-        self.recorder = Recorder(spec.work / "live", world.is_main)
+        self.recorder = Recorder(spec.work / "live", world.is_main, spec_tracker(spec) if world.is_main else None)
         self.losses = LossMean()
         self.interrupted = False
         self._asked = world.ask_most(False)

@@ -11,7 +11,10 @@ from pathlib import Path
 
 from dvclive import Live
 
+from wav.config import Runtime
+from wav.training.spec import TrainSpec
 from wav.training.step import Row
+from wav.training.tracking import RunFacts, Tracker, open_tracker
 
 LOG = logging.getLogger("wav.training")
 PROGRESS_S = 8.0
@@ -45,15 +48,22 @@ class Progress:
         )  # fmt: skip
 
 
+def spec_tracker(spec: TrainSpec) -> Tracker | None:
+    """The tracker of a run that ``WAV_TRACK`` asks for; ConfigError as from :func:`.tracking.open_tracker`."""
+    sections = {name: getattr(spec, name).model_dump(mode="json") for name in ("data", "model", "train", "coupling")}
+    facts = RunFacts(f"{spec.stage}-{spec.key}", spec.paths.cache / "tracking", sections)
+    return open_tracker(Runtime().track, facts)
+
+
 class Recorder:
-    """Rows of metrics by step, mirrored as dvclive curves in ``folder``.
+    """Rows of metrics by step, mirrored as dvclive curves in ``folder``, and in a tracker where there is one.
 
     Rows are part of the checkpoint; :meth:`restore` rebuilds the curves from them, so a resumed run's curves hold
     every step once.
     """
 
-    def __init__(self, folder: Path, enabled: bool) -> None:
-        self.folder, self.enabled = folder, enabled
+    def __init__(self, folder: Path, enabled: bool, tracker: Tracker | None = None) -> None:
+        self.folder, self.enabled, self.tracker = folder, enabled, tracker
         self.rows: list[tuple[int, Row]] = []
         if enabled:
             shutil.rmtree(folder, ignore_errors=True)
@@ -73,6 +83,8 @@ class Recorder:
             self._live.step = step
             for name, value in row.items():
                 self._live.log_metric(name, value)
+            if self.tracker is not None:
+                self.tracker.log(step, row)
 
     def latest(self, name: str) -> float | None:
         """The last recorded value of a metric."""
@@ -92,3 +104,5 @@ class Recorder:
         """Finish the curves."""
         if self.enabled:
             self._live.end()
+            if self.tracker is not None:
+                self.tracker.close()

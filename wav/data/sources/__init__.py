@@ -1,7 +1,8 @@
 """Sources of demonstrations: one reader per format, behind one protocol.
 
 To add a source, write a module whose class takes (DataSettings, IngestSettings) and keeps :class:`Source`, and name
-it in :data:`SOURCES`; docs/extending/dataset-reader.md does so. No reader is imported before it is asked for.
+it in :data:`SOURCES`; docs/extending/dataset-reader.md does so. No reader is imported before it is asked for. Outside
+the repository ``ingest.source: module:Class`` names a reader without an entry here.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
+
+from wav.errors import ConfigError
 
 if TYPE_CHECKING:  # the parameter file's check reads the names alone
     from wav.config import DataSettings, IngestSettings
@@ -49,11 +52,20 @@ def open_source(data: DataSettings, settings: IngestSettings) -> Source | Datase
     """The source that ``settings.source`` names.
 
     Raises:
-        ConfigError: what lies at ``settings.path`` is known to be of another kind.
+        ConfigError: what lies at ``settings.path`` is known to be of another kind, or a reader of the user's own is not
+            found.
     """
     if settings.source != "scripted" and settings.path:
         from wav.data.sources.recognise import check_source
 
         check_source(Path(settings.path).expanduser(), settings.source)
-    module, _, name = SOURCES[settings.source].partition(":")
-    return cast("Source | DatasetSource", getattr(import_module(module), name)(data, settings))
+    module, _, name = SOURCES.get(settings.source, settings.source).partition(":")
+    try:
+        made = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        if settings.source in SOURCES:
+            raise
+        raise ConfigError(
+            f"ingest.source = {settings.source!r}: {error}; give module:Class of a file in the project's folder"
+        ) from None
+    return cast("Source | DatasetSource", made(data, settings))

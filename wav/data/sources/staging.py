@@ -11,6 +11,7 @@ does again only the jobs whose key (settings, reader code, source files) has no 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import shutil
 from abc import ABC, abstractmethod
@@ -29,7 +30,7 @@ from wav.data.writer import EpisodeStoreWriter
 from wav.errors import DataError, SimulationError, StorageError
 from wav.io.files import canonical_digest, read_json, require_free_space, write_json
 from wav.shards import Mapper
-from wav.source_code import digests, modules
+from wav.source_code import code_digest, digests, modules
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
@@ -99,7 +100,7 @@ class DatasetSource(ABC):
         files: Sequence[Path] = what["files"]
         key = canonical_digest(
             {
-                "code": reader_code(),
+                "code": [reader_code(), code_digest(Path(inspect.getfile(type(self))))],
                 "data": self.data.model_dump(mode="json"),
                 "ingest": self.settings.model_dump(mode="json"),
                 "conventions": self.conventions().to_json(),
