@@ -53,6 +53,8 @@ COMMANDS: list[tuple[list[str], int]] = [
     (["config", "check"], 2),
     (["config"], 2),
     (["summary"], 3),
+    (["inspect"], 3),
+    (["inspect", "folder", "--set"], 2),
     (["storage", "ls"], 2),
     (["storage", "get"], 3),
     (["storage", "verify"], 2),

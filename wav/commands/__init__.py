@@ -16,7 +16,8 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,6 +110,15 @@ def tell(line: str) -> None:
 def say_json(numbers: Any) -> None:
     """Plain data as JSON; paths as text."""
     say(json.dumps(numbers, indent=1, default=str))
+
+
+@contextmanager
+def busy(text: str) -> Iterator[None]:
+    """Something that moves on a terminal while nothing is printed; the block must print nothing itself."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
 
 
 def simulators(workers: int) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from wav.commands import Json, Params, Workers, command, say, say_json, simulators, tell
+from wav.commands import Json, Params, Workers, busy, command, say, say_json, simulators, tell
 
 GROUP = "Data"
 Store = Annotated[Path, typer.Argument(help="episode store that the stage ingest wrote")]
@@ -89,8 +89,7 @@ def render(
     chosen = select_tasks(suite, (task,) if task else ())[0]
     sizes = {"image_height": size, "image_width": size, "render": quality}
     data = DataSettings.model_validate({"suites": suites_of(suite), "tasks": (chosen.name,), **sizes})
-    tell(f"{suite}: starting the simulator")
-    with SimPool(suite, data, workers=1, slots=1) as pool:
+    with busy(f"{suite}: the simulator draws"), SimPool(suite, data, workers=1, slots=1) as pool:
         pool.submit_reset(0, chosen.name, index)
         reply = pool.wait()[0][1]
     if reply.observation is None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wav.commands import command, family, say
+from wav.commands import Json, busy, command, family, say, say_json
 
 if TYPE_CHECKING:
     from wav.io.storage import ObjectStore
@@ -38,11 +38,14 @@ def _print(lines: Iterable[str]) -> int:
     return 1 if bad else 0
 
 
-@command(GROUP, "wav storage ls", "wav storage ls training/pretrain_video", parent=storage)
-def ls(prefix: Annotated[str, typer.Argument(help="below this")] = "", store: Where = "") -> int:
+@command(GROUP, "wav storage ls", "wav storage ls training/pretrain_video --json", parent=storage)
+def ls(prefix: Annotated[str, typer.Argument(help="below this")] = "", store: Where = "", as_json: Json = False) -> int:
     """List complete commits, and uploads that are not complete."""
     from wav.io.storage import commands
 
+    if as_json:
+        say_json(list(commands.listed(_opened(store), prefix)))
+        return 0
     return _print(commands.ls(_opened(store), prefix))
 
 
@@ -51,7 +54,9 @@ def get(prefix: Commit, folder: Annotated[Path, typer.Argument(help="new folder"
     """Download a commit, verified; after a broken connection the same command goes on."""
     from wav.io.storage import commands
 
-    say(commands.get(_opened(store), prefix, folder))
+    with busy(f"{prefix}: downloading"):
+        line = commands.get(_opened(store), prefix, folder)
+    say(line)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -88,6 +89,9 @@ def test_console(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     publish(store, folder, f"{RUN}/checkpoints/step-00000003")
     assert main(["storage", "ls"]) == 0
     assert "step=3" in capsys.readouterr().out
+    assert main(["storage", "ls", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["state"], row["facts"], row["files"]) == ("complete", {"step": 3}, len(list(folder.iterdir())) - 1)
     assert main(["storage", "verify", f"{RUN}/checkpoints/step-00000003"]) == 0
     store.put_bytes(f"{RUN}/checkpoints/step-00000003/a.txt", b"two")
     assert main(["storage", "verify", f"{RUN}/checkpoints/step-00000003"]) == 1

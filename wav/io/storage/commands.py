@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from wav.errors import StorageError
 from wav.io.files import MANIFEST, FileRecord
@@ -19,10 +20,10 @@ from wav.io.storage.commit import Retention, discard, fetch, remote_manifest, su
 CHECKPOINTS = "/checkpoints/"
 
 
-def ls(store: ObjectStore, prefix: str = "") -> Iterator[str]:
-    """A line per commit below ``prefix``, then one per folder of a run that is not complete.
+def listed(store: ObjectStore, prefix: str = "") -> Iterator[dict[str, Any]]:
+    """Commits below ``prefix``, then folders of runs that are not complete: address, state, files, bytes, and facts.
 
-    Columns: address, files, size, and what the manifest says (step, validation loss, ranks).
+    Facts are what the manifest says (step, validation loss, ranks); of a damaged commit, ``error`` is what is wrong.
     """
     folders = _folders(store, prefix)
     for name, infos in folders.items():
@@ -31,14 +32,27 @@ def ls(store: ObjectStore, prefix: str = "") -> Iterator[str]:
         try:
             manifest = remote_manifest(store, name)
         except StorageError as error:
-            yield f"{store.uri(name)}  DAMAGED  {error}"
+            yield {"address": store.uri(name), "state": "DAMAGED", "error": str(error)}
             continue
         if manifest is not None:
-            facts = "  ".join(f"{key}={value}" for key, value in sorted(manifest.meta.items()))
-            yield f"{store.uri(name)}  {len(manifest.files)} files  {manifest.size / 2**20:.1f} MiB  {facts}".rstrip()
+            facts = dict(sorted(manifest.meta.items()))
+            size = {"files": len(manifest.files), "bytes": manifest.size}
+            yield {"address": store.uri(name), "state": "complete", **size, "facts": facts}
     for name, infos in folders.items():
         if not _complete(name, infos) and CHECKPOINTS in name:
-            yield f"{store.uri(name)}  INCOMPLETE  {len(infos)} objects, no manifest (on its way, or left by a crash)"
+            yield {"address": store.uri(name), "state": "INCOMPLETE", "files": len(infos)}
+
+
+def ls(store: ObjectStore, prefix: str = "") -> Iterator[str]:
+    """The lines of :func:`listed`: address, files, size, and what the manifest says."""
+    for row in listed(store, prefix):
+        if row["state"] == "DAMAGED":
+            yield f"{row['address']}  DAMAGED  {row['error']}"
+        elif row["state"] == "INCOMPLETE":
+            yield f"{row['address']}  INCOMPLETE  {row['files']} objects, no manifest (on its way, or left by a crash)"
+        else:
+            facts = "  ".join(f"{key}={value}" for key, value in row["facts"].items())
+            yield f"{row['address']}  {row['files']} files  {row['bytes'] / 2**20:.1f} MiB  {facts}".rstrip()
 
 
 def get(store: ObjectStore, prefix: str, folder: Path) -> str:
