@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from wav.data.conventions import wrist_views
 from wav.data.episode import Episode
 from wav.data.names import LIBERO_SUITES, task_name
 from wav.data.sources import open_source
+from wav.data.sources.damage import unreadable
 from wav.data.sources.libero_file import suite_folder
 from wav.data.sources.open_files import files_closed
 from wav.data.sources.recognise import recognise
@@ -124,6 +126,8 @@ def inspect(
         raise ConfigError(f"{path}: no such file or folder; give the folder of a dataset")
     found = recognise(path)
     if found is None:
+        for file in [path] if path.is_file() else islice(path.rglob("*.hdf5"), 1):
+            raise unreadable(file, "file of a known format", ValueError("unknown to every reader"))
         raise ConfigError(
             f"{path}: holds no robot data that is known by its content; give the folder that holds meta/ (LeRobot) or "
             "the HDF5 files (LIBERO, robomimic, ALOHA), or convert it to LeRobot v3.0"
