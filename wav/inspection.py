@@ -263,7 +263,7 @@ def _asked(
         tried[name] = place + 1
         why = noted[name].why if name in noted else question
         noted[name] = Undeclared(*_keyed(name, options[place]), why)
-    told = made.told | {"data.state_dim": _how_state(made.survey), "data.action_dim": ""}
+    told = dict(made.told) | {"data.state_dim": _how_state(made.survey), "data.action_dim": ""}
     return replace(made, undeclared=tuple(noted.values()), told=told)
 
 
@@ -306,7 +306,8 @@ def _read(made: Inspection, settings: Settings, count: int, progress: Callable[[
         if entry.fault:
             reason = f"episode {entry.index}: {' '.join(entry.fault.split())}"
             rejected[reason] = Rejection(f"episode_{entry.index:06d}", "", reason)
-    read, frames = 0, {}
+    read = 0
+    frames: dict[str, Mapping[str, NDArray[np.uint8]]] = {}
     for number, outcome in enumerate(_spread(source), 1):
         progress(number)
         if isinstance(outcome, Rejection):

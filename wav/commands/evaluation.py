@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 import typer
 
 from wav.commands import ExecuteSteps, Json, Seed, Workers, command, say, say_json, simulators, tell
-from wav.planning import Variant
 
 GROUP = "Evaluation"
 
@@ -17,9 +16,9 @@ GROUP = "Evaluation"
 class OneVariant(Enum):
     """Values of an option that may be repeated, which typer takes as an Enum alone."""
 
-    PLANNED: Variant = "planned"
-    UNPLANNED: Variant = "unplanned"
-    TEMPERATURE: Variant = "temperature"
+    PLANNED = "planned"
+    UNPLANNED = "unplanned"
+    TEMPERATURE = "temperature"
 
 
 @command(GROUP, "wav libero-table export", "wav libero-table export --suite libero_spatial --episodes 10 --json")
