@@ -21,7 +21,7 @@ def tests(arguments: argparse.Namespace, report: Report) -> None:
     if find_spec("pytest") is None:
         report("summary", "not run: pytest is not installed")
         return
-    command = [sys.executable, "-m", "pytest", "-q", "--confcutdir=tests/gpu", "tests/gpu", "-rs"]
+    command = [sys.executable, "-m", "pytest", "--confcutdir=tests/gpu", "tests/gpu", "-rs"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if arguments.trial:
         command += ["-k", "elites or bfloat16_plans or finite"]
