@@ -42,7 +42,8 @@ def begin(
 ) -> tuple[Expert, Observation]:
     """Initial state ``index`` of ``task`` with, at probability ``detour``, the arm moved elsewhere, unrecorded.
 
-    The style ``recover`` begins after a missed grasp instead, which is not recorded either.
+    The style ``recover`` begins after a missed grasp instead, which is not recorded either, for any task of the scene:
+    were it always for this one, the place of the hand would tell the task, and the instruction would not be learned.
 
     Returns:
         the task's expert and what the first recorded step sees.
@@ -50,9 +51,11 @@ def begin(
     observation = env.reset(task, index)
     expert = make_expert(suite, env, task)
     if style == "recover":
-        for action in miss(expert, rng):
+        specs = task_specs(suite)
+        names = sorted(name for name, spec in specs.items() if spec.scene == specs[task].scene)
+        for action in miss(make_expert(suite, env, names[rng.integers(len(names))]), rng):
             env.step(action, render=False)
-        return make_expert(suite, env, task), env.observe()
+        return expert, env.observe()
     if rng.random() < detour:
         target, yaw = expert.random_pose(rng)
         for _ in range(int(rng.integers(4, 22))):
