@@ -83,6 +83,13 @@ def test_the_last_action_is_executed_as_well(demonstrations):
     assert max(whole.position_error, cut.position_error) < 1e-6
 
 
+def test_a_recovery_is_replayed_from_its_missed_grasp(tmp_path):
+    episode = record_demonstration("tabletop", "lift_red_cube", 1012, DATA, 0.1, 0.5, INGEST.seed, "recover")
+    report = replay(write(tmp_path / "recover", [episode]), DATA, INGEST, workers=1)
+    assert (report.passed, report.episodes) == (True, 1)
+    assert report.worst["position_error"] < 1e-6
+
+
 def test_episodes_without_a_known_beginning_are_named(demonstrations, tmp_path):
     video = [dataclasses.replace(episode, source="lerobot:v3.0") for episode in demonstrations]
     with pytest.raises(DataError, match="no simulator state to start from"):

@@ -35,6 +35,7 @@ class ReplayStart:
     seed: int
     file: str = ""
     demo: str = ""
+    style: str = "direct"
 
 
 @dataclass(frozen=True)
@@ -95,14 +96,14 @@ def replay_episode(
 
 
 def begin_scripted(env: SimEnv, suite: str, start: ReplayStart) -> Observation:
-    """The expert's beginning: the initial state and, for some, a detour (:func:`wav.sim.demonstrations.begin`)."""
+    """The expert's beginning: the initial state, for some moved on (:func:`wav.sim.demonstrations.begin`)."""
     if start.episode_seed != derive_seed(start.seed, "expert", start.task, start.index) % 2**31:
         raise DataError(
             f"{start.episode_id}: was recorded under another ingest.seed than {start.seed}; "
             "replay with the parameters the store was made with"
         )
     rng = numpy_generator(start.seed, "expert", start.task, start.index)
-    return begin(env, suite, start.task, start.index, start.detour, rng)[1]
+    return begin(env, suite, start.task, start.index, start.detour, rng, start.style)[1]
 
 
 def _begin_recorded(

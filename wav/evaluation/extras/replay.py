@@ -65,7 +65,9 @@ class ReplayReport:
 def _start(info: EpisodeInfo, ingest: IngestSettings, suite: str) -> ReplayStart:
     """Where an episode begins; DataError if its source does not tell."""
     kind, _, rest = info.source.partition(":")
-    start = ReplayStart(info.episode_id, info.task, info.init_index, info.seed, ingest.detour, ingest.seed)
+    start = ReplayStart(
+        info.episode_id, info.task, info.init_index, info.seed, ingest.detour, ingest.seed, style=info.style
+    )
     if info.source.startswith("scripted"):
         return start
     if kind == "libero_hdf5":
