@@ -38,6 +38,7 @@ from wav.sim.registry import select_tasks
 from wav.sim.workers import SimPool
 
 STATES = 10  #: initial states that are tried
+SOON = 48  #: steps of an episode that is short enough to look at
 SIDE, BAR, GAP = 192, 44, 8  #: pixels of the animation's panels
 INK, GOOD, BAD = "#1b1b1b", "#1a7f37", "#b3261e"
 Frames = NDArray[np.uint8]
@@ -177,7 +178,7 @@ def steps_of(call: Call, title: str) -> bytes:
 
 
 def main() -> None:
-    """Run episodes until one is solved; draw it."""
+    """Run episodes until one is solved soon; draw it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("workspace", type=Path)
     parser.add_argument("--out", type=Path, default=PROJECT / "docs" / "images")
@@ -192,7 +193,7 @@ def main() -> None:
         for index in range(STATES):
             episode = run(policy, settings, pool, task.name, index, task.max_steps)
             print(f"initial state {index}: {'solved' if episode.solved else 'not solved'} after {episode.steps} steps")
-            if episode.solved:
+            if episode.solved and episode.steps <= SOON:
                 break
     milliseconds = 1000 * settings.data.frame_stride * 2 // settings.data.control_hz  # half the real speed
     arguments.out.mkdir(parents=True, exist_ok=True)

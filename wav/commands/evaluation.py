@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import typer
 
 from wav.commands import ExecuteSteps, Json, Seed, Workers, command, say, say_json, simulators, tell
-from wav.planning import Variant
 
 GROUP = "Evaluation"
 
@@ -52,7 +51,7 @@ def libero_table(
         suites=tuple(dict.fromkeys(suite or ())) or default.suites,
         tasks=tuple(dict.fromkeys(task or ())),
         episodes=episodes,
-        variants=tuple(dict.fromkeys(cast(Variant, one.value) for one in variant or ())) or default.variants,
+        variants=tuple(dict.fromkeys(one.value for one in variant or ())) or default.variants,
         execute_steps=execute_steps,
         batch_size=batch_size,
         budget=budget,

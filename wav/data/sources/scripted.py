@@ -40,7 +40,7 @@ def record_shard(record: Recorder, arguments: tuple[Any, ...], folder: str) -> N
     arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
     views = {f"images.{view}": frames for view, frames in episode.images.items()}
     with atomic_folder(folder) as new:
-        np.savez(new / "arrays.npz", **arrays, **views)
+        np.savez(new / "arrays.npz", allow_pickle=False, **arrays, **views)
         rest = {name: value for name, value in fields.items() if name not in arrays}
         write_json(new / "episode.json", rest | {"views": list(episode.views)})
 

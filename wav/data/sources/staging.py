@@ -200,7 +200,7 @@ def collect(
     require_free_space(folder, sum(jobs[index].bytes for index in todo))
     meant = conventions.to_json()
     arguments = [(jobs[i].read, jobs[i].arguments, jobs[i].key, meant, str(folder)) for i in todo]
-    for number, error in (run or _run)(arguments, workers):
+    for number, error in (run or _run)(stage, arguments, workers):
         index = todo[number]
         if error is not None:
             raise _explained(error, jobs[index])
@@ -210,17 +210,19 @@ def collect(
         yield staged
 
 
-def _run(arguments: list[tuple[Any, ...]], workers: int) -> Iterator[tuple[int, Exception | None]]:
+def _run(
+    function: Callable[..., None], arguments: Sequence[tuple[Any, ...]], workers: int
+) -> Iterator[tuple[int, Exception | None]]:
     """(number of the job, None or its error) as jobs finish."""
     if workers == 1 or len(arguments) == 1:
         with files_closed():
             for number, job in enumerate(arguments):
-                stage(*job)
+                function(*job)
                 yield number, None
         return
     from wav.sim.workers import map_in_processes
 
-    yield from map_in_processes(stage, arguments, workers)
+    yield from map_in_processes(function, arguments, workers)
 
 
 def _explained(error: Exception, job: Job) -> Exception:
