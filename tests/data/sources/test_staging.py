@@ -62,6 +62,20 @@ def test_store_does_not_depend_on_the_number_of_processes(data, hdf5_settings, t
     EpisodeStore.open(tmp_path / "two").verify()
 
 
+def test_jobs_of_a_dataset_run_where_a_mapper_takes_them(data, hdf5_settings, tmp_path, small_jobs):
+    taken = []
+
+    def elsewhere(function, jobs, processes):
+        for number, job in reversed(list(enumerate(jobs))):
+            taken.append(number)
+            yield number, function(*job)
+
+    here = ingest(data, hdf5_settings, tmp_path / "here", workers=1)
+    there = ingest(data, hdf5_settings, tmp_path / "there", workers=1, run=elsewhere)
+    assert len(taken) == 6
+    assert there.digest == here.digest
+
+
 def test_interrupted_ingest_continues(data, hdf5_settings, tmp_path, small_jobs, monkeypatch):
     whole = ingest(data, hdf5_settings, tmp_path / "whole", workers=1)
     out = tmp_path / "out"
