@@ -20,15 +20,14 @@ from typing import Any
 
 import torch
 from counting import machine, write_result
+from gpu_planning import COUPLED
 from sizes import SIZES, Model, Sizes
 from sizes import Planner as PlannerSizes
 from torch import Tensor
 
-from wav.config import load_settings
 from wav.inference.backends import noise_shapes, planner_model
 from wav.inference.cpu.kernels import description
 from wav.inference.threads import on_threads
-from wav.local import PROJECT
 from wav.model import build_model
 from wav.planning.planner import Planner
 from wav.planning.types import PAPER, Levels, RowKey, SeededNoise
@@ -81,8 +80,7 @@ class Robot:
 def measure(sizes: Sizes, threads: int, repeats: int) -> dict[str, Any]:
     """Seconds on one thread, on all, and on all with coupled experts, in turns."""
     robot = Robot(sizes)
-    coupled = Levels.of(load_settings(PROJECT / "params.yaml").coupling)
-    ways = {"one thread": (1, PAPER), "as shipped": (threads, PAPER), "coupled": (threads, coupled)}
+    ways = {"one thread": (1, PAPER), "as shipped": (threads, PAPER), "coupled": (threads, COUPLED)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     wanted = robot.call(1, PAPER)[1]
     worst = 0.0

@@ -64,12 +64,15 @@ def test_benchmarks_start(name: str) -> None:
 
 def test_the_sizes_are_those_of_the_parameter_files() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
+    from latency import COUPLED
     from projection import accounted
     from sizes import SIZES
 
     from wav.accounting import Sizes
     from wav.config import load_settings
+    from wav.planning.types import Levels
 
+    assert Levels.of(load_settings(ROOT / "params.yaml").coupling) == COUPLED
     for name, file in (("default", "params.yaml"), ("full", "presets/libero.yaml")):
         settings, sizes = load_settings(ROOT / file), SIZES[name]
         assert accounted(sizes) == Sizes.of(settings)

@@ -22,6 +22,7 @@ from tests.free_ports import find_free
 from tests.helpers.local_services import prefect_client
 from wav.config import DataSettings, Settings, load_preset, load_settings
 from wav.errors import ConfigError
+from wav.io.readers import read_yaml
 from wav.parameter_files import merge
 from wav.source_code import code_digest, stage_modules
 from wav.stages import CODE_STAGE, STAGES, TRAINING, dvc_yaml, write_code
@@ -372,7 +373,7 @@ def test_a_parameter_reruns_what_depends_on_it(
     before = (workspace / "params.yaml").read_text()
     name, value = edit.split("=")
     section, field = name.split(".")
-    changed = yaml.safe_load(before)
+    changed = read_yaml(workspace / "params.yaml", "")  # as DVC reads it: off is no boolean
     changed[section][field] = yaml.safe_load(value)
     (workspace / "params.yaml").write_text(yaml.safe_dump(changed))
     try:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from wav.errors import ConfigError
 from wav.io.storage.base import ObjectInfo, ObjectStore
@@ -27,9 +27,9 @@ def open_store(url: str, endpoint: str = "", region: str = "us-east-1") -> Objec
         ConfigError: the url is of no known kind, or an address holds credentials.
         StorageError: credentials are missing (S3 only; the server itself is first asked by ``check``).
     """
-    parts = urlsplit(url)
-    for name, value in (("WAV_STORE", parts.netloc), ("WAV_S3_ENDPOINT", urlsplit(endpoint).netloc)):
-        if "@" in value:  # not repeated in the message: it would land in a log
+    parts = _split("WAV_STORE", url)
+    for name, value in (("WAV_STORE", parts), ("WAV_S3_ENDPOINT", _split("WAV_S3_ENDPOINT", endpoint))):
+        if "@" in value.netloc:  # not repeated in the message: it would land in a log
             raise ConfigError(f"{name}: holds credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
     if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
         from wav.io.storage.file import FileStore
@@ -40,3 +40,11 @@ def open_store(url: str, endpoint: str = "", region: str = "us-east-1") -> Objec
 
         return S3Store(parts.netloc, parts.path.strip("/"), endpoint=endpoint, region=region)
     raise ConfigError(f"WAV_STORE = {url!r}: must be s3://bucket[/prefix] or file:///absolute/folder")
+
+
+def _split(name: str, url: str) -> SplitResult:
+    """The parts of an address; raises ConfigError where it is none."""
+    try:
+        return urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"{name}: is no address ({error}); write http://host:port or s3://bucket") from error
