@@ -63,17 +63,17 @@ def test_a_recovery_begins_at_a_missed_grasp_and_shows_the_way_out_alone(demonst
     labels = demonstrations["recover"][:, 6]
     assert (labels[:4] < 0).all(), "the hand opens first; how it came to miss is not recorded"
     assert int(((labels[1:] > 0) & (labels[:-1] < 0)).sum()) == 1
-    assert len(labels) < len(demonstrations["direct"])
 
 
-def test_before_a_recovery_the_hand_has_closed_and_holds_nothing():
+def test_before_a_recovery_the_hand_has_closed_on_something_and_nothing_is_lifted():
     env = make_env("tabletop", load_settings("params.yaml").data)
+    openings = []
     for index in range(1010, 1016):
         _, seen = begin(env, "tabletop", "lift_red_cube", index, 0.5, np.random.default_rng(index), "recover")
-        opening = float(seen.state[-2] - seen.state[-1])
-        assert opening < 0.07, "metres between the fingers, which stand 0.08 apart when open"
-        assert not env.successes()["lift_red_cube"]
+        openings.append(float(seen.state[-2] - seen.state[-1]))
+        assert not any(env.successes().values())
     env.close()
+    assert np.mean(openings) < 0.065, "metres between the fingers, which stand 0.08 apart when open"
 
 
 def test_shares_decide_the_styles_and_equal_names_draw_equal_styles():
