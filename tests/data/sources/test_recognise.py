@@ -73,6 +73,7 @@ KINDS = {
     "zarr": text("a.zarr/meta/episode_ends/zarr.json"),
     "zarr store": zipped,
     "Lance": text("a.lance/_versions/1.manifest"),
+    "episode store": text("manifest.json", "quarantine.json", "statistics.json"),
     "MCAP": content("a.bin", b"\x89MCAP0\r\n" + bytes(20)),
     "ROS bag": bag,
     "nothing": text("notes.json"),

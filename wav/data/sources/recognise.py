@@ -52,6 +52,8 @@ _BAG = Format("a ROS bag", "", "cut it into episodes and convert it to LeRobot v
 _MCAP_FILE = Format("an MCAP recording", "", _BAG.remedy)
 _LANCE = Format("a Lance table", "", f"{_CONVERT} with the tool that wrote it")
 
+_OWN = Format("an episode store that ingest has made", "", "it needs no ingest: put it at data/episodes of a workspace")
+
 
 def recognise(path: Path) -> Format | None:
     """The kind of data at a file or folder; None where it is none that is known."""
@@ -121,6 +123,7 @@ _FOLDERS: tuple[tuple[Format, Callable[[set[str]], bool]], ...] = (
     (_ZARR, _has("meta/episode_ends/zarr.json")),
     (_SWM, _has("ep_len.npz", "ep_offset.npz")),
     (_LANCE, _under(".lance/_versions/")),
+    (_OWN, _has("manifest.json", "quarantine.json", "statistics.json")),
 )
 
 
