@@ -68,7 +68,8 @@ class ThreadedPlannerModel:
     def video_features(self, context: Any, noise: Tensor, levels: tuple[float, ...]) -> SplitFeatures:
         """Features of noises (B, M, V, C, Ff, h, w); a row's candidates are dealt out where threads have no row."""
         rows = shares(noise.shape[0], self.threads)
-        worth = min(self.threads // len(rows), noise.shape[1] * context.memory[:1].numel() // WORTH)
+        numbers = context.memory[0, :, 0].numel() * self.model.width  # of the memory's tokens
+        worth = min(self.threads // len(rows), noise.shape[1] * numbers // WORTH)
         parts = [(row, part) for row in rows for part in shares(noise.shape[1], worth)]
 
         def features(part: Part) -> Features:

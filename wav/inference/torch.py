@@ -64,6 +64,11 @@ class TorchPlannerModel:
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
 
+    @property
+    def width(self) -> int:
+        """Width of a token in the video expert."""
+        return int(self.model.config.num_attention_heads * self.model.config.attention_head_dim)
+
     @torch.no_grad()
     def begin(self, memory: Tensor, text: Tensor, text_mask: Tensor | None, history: Tensor | None) -> Any:
         """Handle of B observations.
