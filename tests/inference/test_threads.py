@@ -159,3 +159,27 @@ def test_shares_are_even_and_complete(rows: int, count: int, sizes: list[int]) -
     parts = threads.shares(rows, count)
     assert [part.stop - part.start for part in parts] == sizes
     assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
+
+
+@pytest.mark.parametrize(("width", "shares"), [(256, 2), (64, 1)])
+def test_candidates_of_a_row_are_dealt_out_where_its_tokens_are_many(width, shares):
+    class Model:
+        independent_rows = True
+
+        def __init__(self) -> None:
+            self.width = width
+
+        def video_features(self, context, noise, levels):
+            return Features((), ())
+
+    @dataclasses.dataclass
+    class Context:
+        memory: torch.Tensor = dataclasses.field(default_factory=lambda: torch.zeros(1, 2, 32, 4, 4, 4))
+
+        def rows(self, rows):
+            return self
+
+    Features = dataclasses.make_dataclass("Features", ["layers", "other"])
+    model: Any = Model()
+    found = threads.ThreadedPlannerModel(model, 2).video_features(Context(), torch.zeros(1, 8, 1), (1.0,))
+    assert [part[1] for part in found.parts] == ([slice(0, 4), slice(4, 8)] if shares == 2 else [slice(0, 8)])
