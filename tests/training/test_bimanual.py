@@ -10,7 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
-from wav.config import AlohaHdf5Options, DataSettings, IngestSettings, Settings, load_preset, parse_settings
+from tests.training.every_stage import train, with_steps
+from wav.config import AlohaHdf5Options, DataSettings, IngestSettings, Settings, load_preset
 from wav.data.encode import build_text_encoder, encode_store, fit_codec
 from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
@@ -23,7 +24,6 @@ from wav.policy.policy import Policy
 from wav.rewards.label import label_store
 from wav.rewards.terms import episode_rewards
 from wav.sim.env import Observation
-from wav.training.spec import TrainPaths, make_spec
 
 PROJECT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(PROJECT / "benchmarks"))
@@ -37,17 +37,13 @@ TERMS = (
     *(f"{a}_state_{kind}" for a in ARMS for kind in ("velocity", "acceleration")),
     *(f"{a}_action_{kind}" for a in ARMS for kind in ("velocity", "acceleration")),
 )
-TRAIN = {"steps": 1, "batch_size": 4, "warmup_steps": 0, "checkpoint_every": 1, "log_every": 1}
-INITIAL = {"pretrain_video": None, "train_value": "pretrain_video", "train_joint": "train_value"}
 
 
 def small(root: Path) -> Settings:
     """presets/piper-small.yaml on the dataset at ``root``, with one training step per stage."""
     raw = load_preset("piper-small").model_dump(mode="json")
     raw["ingest"]["path"] = str(root)
-    for stage in INITIAL:
-        raw[stage] |= TRAIN
-    return parse_settings(raw, "piper-small")
+    return with_steps(raw, 1, "piper-small")
 
 
 @pytest.fixture(scope="module")
@@ -171,26 +167,10 @@ def test_every_training_stage_makes_a_step_and_the_policy_moves_two_arms(stages,
     folder, settings = stages
     model = build_from_settings(settings)
     assert (model.config.action_in_channels, model.config.value_in_channels) == (28, 17)
-    outputs: dict[str, Path] = {}
-    for stage, before in INITIAL.items():
-        paths = TrainPaths(
-            episodes=folder / "episodes",
-            latents=folder / "latents",
-            rewards=None if before is None else folder / "rewards",
-            init=None if before is None else outputs[before],
-            output=tmp_path / stage,
-            cache=tmp_path / "cache",
-        )
-        spec = make_spec(stage, settings, paths, store=(tmp_path / "store").as_uri(), device="cpu", threads=1)
-        run = start(spec)
-        run.join(120)
-        assert run.exitcode == 0, run.log.read_text()
-        metrics = json.loads((tmp_path / stage / "metrics.json").read_text())
+    for metrics in train(settings, folder, tmp_path, start, 120).values():
         assert metrics["steps"] == 1
-        assert np.isfinite(metrics["loss"])
-        outputs[stage] = tmp_path / stage
     policy, checkpoint = policy_from_stages(
-        outputs["train_joint"], folder / "latents", settings.data, settings.planner, batch_size=2, device="cpu"
+        tmp_path / "train_joint", folder / "latents", settings.data, settings.planner, batch_size=2, device="cpu"
     )
     export_policy(policy, checkpoint, tmp_path / "export", settings=settings, metrics=None)
     policy = Policy.load(tmp_path / "export", batch_size=2, device="cpu")

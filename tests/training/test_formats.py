@@ -5,7 +5,6 @@ Both families of files end as a policy that acts: what ingest makes of them is w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,29 +14,25 @@ import pytest
 
 from tests.data.sources import test_aloha_hdf5 as aloha
 from tests.data.sources import test_robomimic_hdf5 as robomimic
-from wav.config import Settings, load_preset, parse_settings
+from tests.training.every_stage import train, with_steps
+from wav.config import Settings, load_preset
 from wav.data.encode import build_text_encoder, encode_store, fit_codec
 from wav.data.store import EpisodeStore
 from wav.ingest import ingest
 from wav.policy.export import policy_from_stages
 from wav.rewards.label import label_store
 from wav.sim.env import Observation
-from wav.training.spec import TrainPaths, make_spec
 
 pytestmark = pytest.mark.long
-TRAIN = {"steps": 2, "batch_size": 4, "warmup_steps": 0, "checkpoint_every": 2, "log_every": 1}
-INITIAL = {"pretrain_video": None, "train_value": "pretrain_video", "train_joint": "train_value"}
 STEPS = 24
 
 
 def preset(name: str, **sections: dict[str, Any]) -> Settings:
     """A preset with two steps per training stage and other data."""
     raw = load_preset(name).model_dump(mode="json")
-    for stage in INITIAL:
-        raw[stage] |= TRAIN
     for section, changes in sections.items():
         raw[section] |= changes
-    return parse_settings(raw, name)
+    return with_steps(raw, 2, name)
 
 
 def of_aloha(folder: Path) -> Settings:
@@ -73,22 +68,8 @@ def test_files_of_this_family_become_a_policy(
     codec = fit_codec(episodes, data, settings.encode)
     text = build_text_encoder(settings.encode, data, episodes.instructions, tmp_path / "t5")
     encode_store(episodes, codec, text, data, tmp_path / "latents")
-    for stage, before in INITIAL.items():
-        paths = TrainPaths(
-            episodes=tmp_path / "episodes",
-            latents=tmp_path / "latents",
-            rewards=None if before is None else tmp_path / "rewards",
-            init=None if before is None else tmp_path / before,
-            output=tmp_path / stage,
-            cache=tmp_path / "cache",
-        )
-        spec = make_spec(stage, settings, paths, store=(tmp_path / "store").as_uri(), device="cpu", threads=1)
-        run = start(spec)
-        run.join(180)
-        assert run.exitcode == 0, run.log.read_text()
-        metrics = json.loads((tmp_path / stage / "metrics.json").read_text())
+    for metrics in train(settings, tmp_path, tmp_path, start, 180).values():
         assert metrics["steps"] == 2
-        assert np.isfinite(metrics["loss"])
         assert metrics["grad_norm"] > 0
     policy, _ = policy_from_stages(
         tmp_path / "train_joint", tmp_path / "latents", data, settings.planner, batch_size=1, device="cpu"
