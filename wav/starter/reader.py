@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from wav.config import DataSettings
 from wav.data.conventions import ABSOLUTE_ACTIONS, Conventions
 from wav.data.episode import Episode
 from wav.data.names import task_name
+from wav.data.sources.frames import preparation
 from wav.data.sources.staging import DatasetSource, Job
 from wav.data.store import Rejection
 from wav.errors import ConfigError, DataError
@@ -66,11 +66,12 @@ def project(path: str) -> Path:
 def read(path: Path, data: DataSettings) -> Iterator[Episode | Rejection]:
     """The episode of one file."""
     name = f"{data.suite}/{path.stem}"
+    prepare = preparation("none", "none", mirrored=False, height=data.image_height, width=data.image_width)
     try:
         with np.load(path) as file:
             text = str(file["instruction"])
             state, action = file["state"].astype(np.float32), file["action"].astype(np.float32)
-            images = {view: resized(file[view], data) for view in data.views}
+            images = {view: prepare.stack(file[view], len(file[view])) for view in data.views}
         episode = Episode(
             episode_id=name,
             task=task_name(text),
@@ -90,12 +91,6 @@ def read(path: Path, data: DataSettings) -> Iterator[Episode | Rejection]:
         yield Rejection(name, "", f"{path.name}: {error}")
         return
     yield episode
-
-
-def resized(frames: np.ndarray, data: DataSettings) -> np.ndarray:
-    """(T, H, W, 3) uint8 frames in the size of ``data``."""
-    size = (data.image_width, data.image_height)
-    return np.stack([np.asarray(Image.fromarray(frame).resize(size)) for frame in frames])
 
 
 def make(folder: Path, episodes: int = 3, steps: int = 90) -> None:
