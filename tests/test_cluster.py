@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -92,7 +93,9 @@ def begun(folder: Path, index: int | str = "*", pid: int | str = "*") -> list[in
 
 
 @needs_dask
-def test_jobs_survive_a_killed_worker_and_other_code_is_refused(processes, tmp_path, caplog):
+def test_jobs_survive_a_killed_worker_and_other_code_is_refused(processes, tmp_path, caplog, monkeypatch):
+    # as it now and then answers, where an update of Dask's own comes between: workers must not be lost by it
+    monkeypatch.setattr("distributed.Client.scheduler_info", lambda *_: {"workers": {}})
     other = tmp_path / "other"
     shutil.copytree(PROJECT / "wav", other / "wav", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(PROJECT / "tests" / "helpers", other / "tests" / "helpers")
@@ -115,6 +118,7 @@ def test_jobs_survive_a_killed_worker_and_other_code_is_refused(processes, tmp_p
     twice = [index for index in range(4) if len(begun(tmp_path, index)) == 2]
     assert [begun(tmp_path, index, first) for index in twice] == [[first]]
     assert foreign not in begun(tmp_path)
+    assert caplog.text.count(" went") == 1
 
 
 def test_a_process_that_is_older_than_its_code_says_so(monkeypatch, tmp_path):
@@ -177,3 +181,31 @@ def test_simulator_processes_end_with_their_worker(processes, tmp_path):
         (tmp_path / "go").touch()
         processes.worker()
         assert running.end() == {0: None}
+
+
+DRIVER = """
+import sys
+from tests.helpers.cluster_jobs import child_and_wait
+from wav.cluster import open_cluster
+if __name__ == "__main__":
+    with open_cluster("local", workers=2) as cluster:
+        list(cluster.mapper(in_child=True)(child_and_wait, [(sys.argv[1],)] * 2, 0))
+"""
+
+
+@needs_dask
+@pytest.mark.long
+@pytest.mark.simulator
+def test_a_killed_stage_takes_its_local_cluster_with_it(tmp_path):
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, "-c", DRIVER, str(tmp_path)]
+        driver = subprocess.Popen(command, cwd=PROJECT, stdout=log, stderr=log)
+    try:
+        until(lambda: len(list(tmp_path.glob("child-*"))) == 2, "the simulator processes began nothing")
+        family = psutil.Process(driver.pid).children(recursive=True)
+        assert {int(mark.name.split("-")[1]) for mark in tmp_path.glob("child-*")} < {process.pid for process in family}
+    finally:
+        driver.kill()
+        driver.wait()
+    _, alive = psutil.wait_procs(family, timeout=WAIT_S)
+    assert not alive, [process.cmdline() for process in alive]

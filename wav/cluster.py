@@ -156,6 +156,15 @@ class _Worker:
     refused: str = ""
 
 
+def _present(client: Client) -> dict[str, Any]:
+    """Workers by address; ``client.scheduler_info()`` names none where Dask's own update comes between."""
+    scheduler: Any = client.scheduler
+    if scheduler is None:
+        raise OSError("the connection is closed")
+    workers: dict[str, Any] = client.sync(scheduler.identity, n_workers=-1)["workers"]
+    return workers
+
+
 def _result(task: Future) -> tuple[Any, str]:
     """What a task that is no longer pending came to, or why there is nothing."""
     if task.status not in ("finished", "error"):
@@ -245,7 +254,7 @@ class _Run:
         if now - self.looked < _LOOK_S:
             return
         self.looked = now
-        present: dict[str, Any] = client.scheduler_info()["workers"]
+        present = _present(client)
         for address in set(self.workers) - set(present):
             worker = self.workers.pop(address)
             if worker.job is not None:
