@@ -167,6 +167,17 @@ class LeRobotOptions(DatasetOptions):
     rotation: Literal["", "axis_angle", "quat_xyzw", "quat_wxyz", "euler_xyz"] = Field(
         "", description="of an end-effector state; empty: as its names say"
     )
+    depth: dict[str, tuple[Annotated[float, Field(ge=0)], float]] = Field(
+        {}, description="view of a depth camera -> [near, far] in metres: near becomes white, far black"
+    )
+
+    @field_validator("depth", mode="after")
+    @classmethod
+    def _near_first(cls, value: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        odd = next((view for view, (near, far) in value.items() if near >= far), None)
+        if odd is not None:
+            raise ValueError(f"{odd}: {list(value[odd])}: must be [near, far] in metres, the smaller first")
+        return value
 
 
 class RobomimicHdf5Options(DatasetOptions):

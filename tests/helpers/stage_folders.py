@@ -44,11 +44,11 @@ class Stages:
     joint: Path
 
 
-def random_episode(number: int, length: int = 18) -> Episode:
+def random_episode(number: int, length: int = 18, data: DataSettings = DATA) -> Episode:
     """Noise, but of the right shapes and units."""
     random = np.random.default_rng(number)
-    spec = list(task_specs(DATA.suite).values())[number % 2]
-    images = {v: random.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8) for v in DATA.views}
+    spec = list(task_specs(data.suite).values())[number % 2]
+    images = {v: random.integers(0, 256, (length, 32, 32, 3), dtype=np.uint8) for v in data.views}
     state = random.normal(size=(length, 8)).astype(np.float32)
     actions = random.uniform(-1, 1, (length, 7)).astype(np.float32)
     return Episode(
@@ -56,21 +56,21 @@ def random_episode(number: int, length: int = 18) -> Episode:
     )
 
 
-def make_stages(folder: Path, value_expert: bool = True) -> Stages:
+def make_stages(folder: Path, value_expert: bool = True, data: DataSettings = DATA) -> Stages:
     """Write all four folders under ``folder``; without value expert, as training leaves them then."""
     stages = Stages(folder / "episodes", folder / "rewards", folder / "latents", folder / "joint")
-    with EpisodeStoreWriter(stages.episodes, Conventions.for_simulator(DATA)) as writer:
+    with EpisodeStoreWriter(stages.episodes, Conventions.for_simulator(data)) as writer:
         for number in range(4):
-            writer.add(random_episode(number))
+            writer.add(random_episode(number, data=data))
     store = EpisodeStore.open(stages.episodes)
-    rewards = label_store(store, LabelRewardsSettings(), DATA.action_chunk, stages.rewards)
-    frames = np.concatenate([store[i].images[view] for i in range(4) for view in DATA.views])
+    rewards = label_store(store, LabelRewardsSettings(), data.action_chunk, stages.rewards)
+    frames = np.concatenate([store[i].images[view] for i in range(4) for view in data.views])
     codec = PCACodec.fit(frames, frames[:70].reshape(14, 5, 32, 32, 3), patch=16, temporal=4, channels=CHANNELS)
-    text = build_small(folder / "t5", [spec.instruction for spec in task_specs(DATA.suite).values()], dim=WIDTH)
-    latents = encode_store(store, codec, TextEncoder.from_pretrained(text, DATA.text_tokens), DATA, stages.latents)
+    text = build_small(folder / "t5", [spec.instruction for spec in task_specs(data.suite).values()], dim=WIDTH)
+    latents = encode_store(store, codec, TextEncoder.from_pretrained(text, data.text_tokens), data, stages.latents)
     stages.joint.mkdir()
     model = MODEL.model_copy(update={"value_expert": value_expert})
-    build_model(model, DATA, CHANNELS, WIDTH).save_pretrained(stages.joint / "model")
+    build_model(model, data, CHANNELS, WIDTH).save_pretrained(stages.joint / "model")
     store.statistics.save(stages.joint / "episodes_statistics.json")
     values = rewards.statistics if value_expert else Statistics({})
     values.save(stages.joint / "rewards_statistics.json")

@@ -1,6 +1,6 @@
 """Runs in an environment with openpi-client alone: its own runtime, broker and client, on the simulator of the test.
 
-python openpi_robot.py PORT_OF_THE_POLICY PORT_OF_THE_SIMULATOR HORIZON STEPS
+python openpi_robot.py PORT_OF_THE_POLICY PORT_OF_THE_SIMULATOR HORIZON STEPS SUITE
 """
 
 import sys
@@ -13,7 +13,7 @@ from openpi_client.runtime.environment import Environment
 from openpi_client.runtime.runtime import Runtime
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 
-policy, simulator, horizon, steps = (int(number) for number in sys.argv[1:])
+policy, simulator, horizon, steps = (int(number) for number in sys.argv[1:5])
 
 
 class Simulator(Environment):
@@ -44,7 +44,7 @@ class Simulator(Environment):
 
 
 client = WebsocketClientPolicy("127.0.0.1", policy)
-assert client.get_server_metadata()["suite"] == "tabletop"
+assert client.get_server_metadata()["suite"] == sys.argv[5]
 agent = PolicyAgent(ActionChunkBroker(client, horizon))
 Runtime(Simulator(), agent, [], num_episodes=1, max_episode_steps=steps - 1).run()
 refused = ""

@@ -1,4 +1,4 @@
-"""An episode of the tabletop suite through each of the field's clients, in environments of their own from the registry.
+"""Episodes of the tabletop suite and of LIBERO through the field's clients, in environments of their own.
 
 The actions are those of the policy in process. Environments are made in ``WAV_TEST_VENVS`` where that is set, and kept.
 """
@@ -14,6 +14,8 @@ import sys
 import threading
 import time
 import urllib.request
+from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.helpers.libero import KIT, needs_assets
 from tests.helpers.serving import serving
 from tests.helpers.stage_folders import DATA, PLANNER, make_stages
+from wav.config import DataSettings
 from wav.policy.export import policy_from_stages
-from wav.policy.policy import Observation
-from wav.sim.registry import make_env
+from wav.policy.policy import Observation, Policy
+from wav.sim.registry import make_env, task_specs
 
 pytestmark = [pytest.mark.long, pytest.mark.simulator]
 
 HERE = Path(__file__).resolve().parent
 CLIENT = HERE.parents[1] / "clients" / "wav-client"
 EXECUTE, STEPS = 4, 22
+SUITES = ["tabletop", pytest.param("libero_object", marks=needs_assets)]
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +57,44 @@ def venvs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
+@dataclass(frozen=True)
+class Suite:
+    """A suite with the policy that is served, and its equal in process."""
+
+    data: DataSettings
+    task: str
+    served: Policy
+    in_process: Policy
+
+
 @pytest.fixture(scope="module")
-def policies(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The policy that is served, and its equal in process."""
-    stages = make_stages(tmp_path_factory.mktemp("stages"))
-    made = [
-        policy_from_stages(stages.joint, stages.latents, DATA, PLANNER, batch_size=2, device="cpu") for _ in range(2)
-    ]
-    return [policy for policy, _ in made]
+def suites(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes a suite by its name, once."""
+
+    @cache
+    def make(name: str) -> Suite:
+        data = DATA.model_copy(update={"suites": (name,), "tasks": (), "text_tokens": 32})
+        stages = make_stages(tmp_path_factory.mktemp(name), data=data)
+        served, again = (
+            policy_from_stages(stages.joint, stages.latents, data, PLANNER, batch_size=2, device="cpu")[0]
+            for _ in range(2)
+        )
+        return Suite(data, next(iter(task_specs(name))), served, again)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def assets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAV_LIBERO_ASSETS", str(KIT))
 
 
 class Simulator:
-    """The tabletop suite for a process that has no simulator; keeps what was seen and done."""
+    """A suite for a process that has no simulator; keeps what was seen and done."""
 
-    def __init__(self) -> None:
-        self.env, self.listener = make_env("tabletop", DATA), Listener(("127.0.0.1", 0), authkey=b"test")
+    def __init__(self, suite: Suite) -> None:
+        self.suite = suite
+        self.env, self.listener = make_env(suite.data.suite, suite.data), Listener(("127.0.0.1", 0), authkey=b"test")
         self.port = self.listener.address[1]
         self.seen: list[Observation] = []
         self.done: list[np.ndarray] = []
@@ -78,7 +106,7 @@ class Simulator:
                 while True:
                     request = link.recv()
                     if request[0] == "reset":
-                        now = self.env.reset("lift_red_cube", 3)
+                        now = self.env.reset(self.suite.task, 3)
                     elif request[0] == "step":
                         self.done.append(np.frombuffer(request[1], np.float32))
                         now = self.env.step(self.done[-1])
@@ -98,22 +126,26 @@ def expected(policy: Any, seen: list[Observation], episode: int = 0) -> np.ndarr
     return np.concatenate(chunks)[: len(seen)]
 
 
-def test_openpi_client(venvs: Any, policies: Any) -> None:
+@pytest.mark.parametrize("name", SUITES)
+def test_openpi_client(venvs: Any, suites: Any, name: str) -> None:
     python = venvs("openpi", "openpi-client==0.1.2", "typing_extensions")
-    simulator = Simulator()
+    suite = suites(name)
+    simulator = Simulator(suite)
     answering = threading.Thread(target=simulator.serve, daemon=True)
     answering.start()
-    with serving(policies[0], execute_steps=EXECUTE) as server:
-        numbers = [str(number) for number in (server.port, simulator.port, EXECUTE, STEPS)]
-        subprocess.run([str(python), str(HERE / "openpi_robot.py"), *numbers], check=True, timeout=300)
+    with serving(suite.served, execute_steps=EXECUTE) as server:
+        arguments = [str(argument) for argument in (server.port, simulator.port, EXECUTE, STEPS, name)]
+        subprocess.run([str(python), str(HERE / "openpi_robot.py"), *arguments], check=True, timeout=300)
     answering.join(20)
     assert len(simulator.done) == STEPS
-    np.testing.assert_array_equal(simulator.done, expected(policies[1], simulator.seen))
+    np.testing.assert_array_equal(simulator.done, expected(suite.in_process, simulator.seen))
 
 
-def test_vla_eval(venvs: Any, policies: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SUITES)
+def test_vla_eval(venvs: Any, suites: Any, name: str, tmp_path: Path) -> None:
     python = venvs("vla-eval", "vla-eval==0.8.0", "wav-client")
-    simulator = Simulator()
+    suite = suites(name)
+    simulator = Simulator(suite)
     answering = threading.Thread(target=simulator.serve, daemon=True)
     answering.start()
     with socket.socket() as probe:
@@ -124,7 +156,7 @@ def test_vla_eval(venvs: Any, policies: Any, tmp_path: Path) -> None:
         "output_dir": str(tmp_path / "results"),
         "benchmarks": [
             {
-                "benchmark": "vla_benchmark:Tabletop",
+                "benchmark": "vla_benchmark:Simulator",
                 "episodes_per_task": 2,
                 "max_steps": STEPS,
                 "params": {"seed": 0},
@@ -138,7 +170,7 @@ def test_vla_eval(venvs: Any, policies: Any, tmp_path: Path) -> None:
         "WAV_TEST_SIMULATOR": str(simulator.port),
         "no_proxy": "127.0.0.1",
     }
-    with serving(policies[0], execute_steps=EXECUTE) as server:
+    with serving(suite.served, execute_steps=EXECUTE) as server:
         asking = ["-m", "wav_client.vla_eval", "--address", f"127.0.0.1:{port}", f"--args.port={server.port}"]
         model = subprocess.Popen([str(python), *asking], env=environment, cwd=tmp_path)
         try:
@@ -159,7 +191,7 @@ def test_vla_eval(venvs: Any, policies: Any, tmp_path: Path) -> None:
     for number in range(2):
         seen = simulator.seen[number * per_episode :][:STEPS]
         done = simulator.done[number * STEPS :][:STEPS]
-        np.testing.assert_array_equal(done, expected(policies[1], seen))
+        np.testing.assert_array_equal(done, expected(suite.in_process, seen))
 
 
 def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
@@ -177,7 +209,7 @@ def wait_for(address: str, process: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.parametrize("version", ["3.8", "3.12"])
-def test_our_client_on_other_pythons(version: str, venvs: Any, policies: Any) -> None:
+def test_our_client_on_other_pythons(version: str, venvs: Any, suites: Any) -> None:
     found = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
     if not found:
         pytest.skip(f"no Python {version} here")
@@ -199,5 +231,5 @@ def test_our_client_on_other_pythons(version: str, venvs: Any, policies: Any) ->
         "    except RefusedError as error:\n"
         "        assert 'prompt: int' in str(error)\n"
     )
-    with serving(policies[0]) as server:
+    with serving(suites("tabletop").served) as server:
         subprocess.run([str(python), "-c", code, str(server.port)], check=True, timeout=120, env={"PATH": "/usr/bin"})

@@ -6,7 +6,7 @@ Sizes are in pixels; images are (H, W, 3) uint8, RGB.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +71,13 @@ def check_frame(frame: NDArray[Any], size: tuple[int, int] | None, where: str) -
         raise DataError(f"{where} is {frame.shape[0]}x{frame.shape[1]} where the metadata says {size[0]}x{size[1]}")
 
 
-def decode_image(data: bytes | None, size: tuple[int, int] | None, where: str) -> Images:
-    """An encoded image (PNG, JPEG) as (H, W, 3) uint8.
+def decode_image(
+    data: bytes | None,
+    size: tuple[int, int] | None,
+    where: str,
+    pixels: Callable[[Image.Image, str], Images] | None = None,
+) -> Images:
+    """An encoded image (PNG, JPEG) as (H, W, 3) uint8; ``pixels``: makes them of an image of another mode than RGB.
 
     Raises:
         DataError: no or damaged bytes, another mode than RGB, another size than ``size`` (H, W).
@@ -84,9 +89,10 @@ def decode_image(data: bytes | None, size: tuple[int, int] | None, where: str) -
     try:
         with Image.open(io.BytesIO(data)) as picture:
             picture.load()
-            if picture.mode != "RGB":
+            if pixels is None and picture.mode != "RGB":
                 raise DataError(f"{where} has mode {picture.mode}; record RGB images of 8 bits")
-            frame = np.asarray(ImageOps.exif_transpose(picture))  # as it is shown
+            shown = ImageOps.exif_transpose(picture)
+            frame = pixels(shown, where) if pixels else np.asarray(shown)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{where} is not a readable image ({error}); download the file again") from None
     check_frame(frame, size, where)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from wav.data.conventions import ABSOLUTE_ACTIONS, DELTA_ACTIONS, Conventions
 from wav.data.names import is_plain, own_task, task_name
 from wav.data.sources import checks
+from wav.data.sources.depth import Depth, code_scale
 from wav.data.sources.frames import described
 from wav.data.sources.lerobot_entries import Entry, read_entries
 from wav.data.sources.lerobot_episodes import Plan, check_units, gripper_samples, read_episodes
@@ -104,7 +105,8 @@ class LeRobotSource(DatasetSource):
                     files=[p for e in entries if not e.fault for p in (e.data, *(v.path for v in e.videos))],
                     identity=[
                         [e.index, e.length, list(e.instructions), [v.start for v in e.videos], e.fault] for e in entries
-                    ],
+                    ]
+                    + [[key, depth.scale] for key, depth in self.plan.depths.items()],
                 )
             )
         return jobs
@@ -121,6 +123,7 @@ class LeRobotSource(DatasetSource):
             "cameras": {
                 view: described(key, features[key].image_size or (0, 0), self.data) for view, key in plan.cameras
             },
+            "depth": {view: list(bounds) for view, bounds in self.settings.lerobot.depth.items()},
             "rotation_stored": plan.rotation,
             "gripper_stored": plan.gripper,
             "state": plan.state,
@@ -208,6 +211,7 @@ def _plan(
         rotation=rotation,
         gripper="absolute",
         success="next.success" in parquet_columns(entries[0].data),
+        depths=_depths(where, features, cameras, options),
     )
     if kind == ABSOLUTE_ACTIONS:
         check_units(plan, entries, options)
@@ -263,17 +267,29 @@ def _cameras(
 ) -> tuple[tuple[str, str], ...]:
     """The camera's key for every view."""
     cameras = {key: feature for key, feature in features.items() if feature.dtype in ("video", "image")}
-    have = [key for key, feature in cameras.items() if not feature.depth]
+    odd = next((view for view in options.depth if view not in data.views), None)
+    if odd is not None:
+        raise ConfigError(
+            f"ingest.lerobot.depth: {odd!r} is none of data.views ({', '.join(data.views)}); name the view that the "
+            "depth camera is for"
+        )
     result = []
     for view in data.views:
+        have = [key for key, feature in cameras.items() if feature.depth == (view in options.depth)]
         usual = [prefix + name for name in (view, *CAMERAS.get(view, ())) for prefix in PREFIXES]
         names = [options.cameras[view]] if view in options.cameras else usual
         key = next((name for name in names if name in have), "")
-        grey = next((name for name in names if name in cameras), "") if not key else ""
-        if grey:
+        other = next((name for name in names if name in cameras), "") if not key else ""
+        if other and view in options.depth:
             raise ConfigError(
-                f"{where}: camera {grey!r} for {view!r} of data.views has one channel (depth, or grey), and views are "
-                f"RGB; name one of {', '.join(have) or 'none'} in ingest.lerobot.cameras.{view}"
+                f"{where}: camera {other!r} for {view!r} of data.views records colours; leave the view out of "
+                f"ingest.lerobot.depth, or name one of {', '.join(have) or 'none'} in ingest.lerobot.cameras.{view}"
+            )
+        if other:
+            raise ConfigError(
+                f"{where}: camera {other!r} for {view!r} of data.views has one channel (depth, or grey), and views are "
+                f"RGB; name one of {', '.join(have) or 'none'} in ingest.lerobot.cameras.{view}, or read it as depth "
+                f"with ingest.lerobot.depth.{view}: [0.1, 2.0], its bounds in metres"
             )
         if not key:
             raise ConfigError(
@@ -285,3 +301,19 @@ def _cameras(
     if twice:
         raise ConfigError(f"ingest.lerobot.cameras: {twice!r} serves two views; name another camera for one of them")
     return tuple(result)
+
+
+def _depths(
+    where: str,
+    features: Mapping[str, Feature],
+    cameras: tuple[tuple[str, str], ...],
+    options: LeRobotOptions,
+) -> dict[str, Depth]:
+    """Depth cameras: their bounds as declared, the scale of a video's codes as recorded."""
+    result = {}
+    for view, key in cameras:
+        if view in options.depth:
+            feature = features[key]
+            scale = code_scale(feature.details, f"{where}: features.{key}") if feature.dtype == "video" else None
+            result[key] = Depth(*options.depth[view], scale)
+    return result

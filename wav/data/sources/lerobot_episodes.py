@@ -14,6 +14,7 @@ from wav.data.conventions import ABSOLUTE_ACTIONS, DELTA_ACTIONS
 from wav.data.episode import Episode
 from wav.data.names import full_name
 from wav.data.sources import checks
+from wav.data.sources.depth import Depth
 from wav.data.sources.frames import decode_image, preparation
 from wav.data.sources.lerobot_entries import Entry
 from wav.data.sources.lerobot_meta import Feature
@@ -51,6 +52,8 @@ class Plan:
     gripper: str
     success: bool
     """The dataset has a column next.success."""
+    depths: Mapping[str, Depth]
+    """Camera -> how its frames become pictures, of depth cameras."""
 
 
 def gripper_samples(plan: Plan, entries: tuple[Entry, ...]) -> Iterator[tuple[checks.Floats, checks.Floats]]:
@@ -224,10 +227,10 @@ def _images(plan: Plan, entry: Entry, key: str, keep: NDArray[np.bool_], data: D
     """(kept, height, width, 3) frames of a camera; encoded images of an episode are held, decoded ones one by one."""
     target = "camera" if plan.rotation == "camera" else "180"
     prepare = preparation(plan.rotation, target, False, data.image_height, data.image_width)
-    feature = plan.features[key]
+    feature, depth = plan.features[key], plan.depths.get(key)
     if feature.dtype == "video":
         video = next(video for video in entry.videos if video.key == key)
-        clip = Clip(video.path, video.start, entry.length, plan.fps, feature.image_size, video.alone)
+        clip = Clip(video.path, video.start, entry.length, plan.fps, feature.image_size, video.alone, depth)
         frames = decode_video(clip, prepare)
         return frames if keep.all() else frames[keep]
     column = episode_rows(entry, [key])[key].combine_chunks()
@@ -236,5 +239,6 @@ def _images(plan: Plan, entry: Entry, key: str, keep: NDArray[np.bool_], data: D
     pictures = column.field("bytes")
     places = np.flatnonzero(keep)
     where = f"{entry.data}: {key}: frame"
-    decoded = (decode_image(pictures[int(i)].as_py(), feature.image_size, f"{where} {i}") for i in places)
+    pixels = depth.image if depth else None
+    decoded = (decode_image(pictures[int(i)].as_py(), feature.image_size, f"{where} {i}", pixels) for i in places)
     return prepare.stack(decoded, len(places))

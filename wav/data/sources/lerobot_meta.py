@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,16 @@ class Feature:
     names: tuple[str, ...]
     depth: bool = False
     """A camera of one channel: depth, or grey."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What else the metadata say of a camera."""
 
     @property
     def image_size(self) -> tuple[int, int] | None:
         """(H, W) of an image or video, channels first or last; None where the metadata does not tell."""
         if len(self.shape) != 3:
             return None
-        first = self.names[:1] in (("channels",), ("channel",)) or (self.shape[0] == 3 and self.shape[2] != 3)
+        told = self.names[:1] in (("channels",), ("channel",))
+        first = told or (self.shape[0] in (1, 3) and self.shape[2] not in (1, 3))
         return (self.shape[1], self.shape[2]) if first else (self.shape[0], self.shape[1])
 
 
@@ -120,10 +123,11 @@ def _feature(raw: Any, where: str) -> Feature:
     if not isinstance(shape, list) or not all(isinstance(n, int) for n in shape):
         raise DataError(f"{where}: shape = {shape!r}: must be a list of integers; {DOWNLOAD}")
     camera = raw["dtype"] in ("video", "image")
-    details = [raw, *(raw.get(name) for name in ("info", "video_info"))]
-    said = any(isinstance(d, dict) and (d.get("is_depth_map") or d.get("video.is_depth_map")) for d in details)
-    depth = camera and (bool(said) or len(shape) == 2 or (len(shape) == 3 and 1 in (shape[0], shape[2])))
-    return Feature(str(raw["dtype"]), tuple(shape), _names(raw.get("names")), depth)
+    parts = [part for part in (raw, raw.get("video_info"), raw.get("info")) if isinstance(part, dict)]
+    details = {str(key): value for part in parts for key, value in part.items()} if camera else {}
+    said = bool(details.get("is_depth_map") or details.get("video.is_depth_map"))
+    depth = camera and (said or len(shape) == 2 or (len(shape) == 3 and 1 in (shape[0], shape[2])))
+    return Feature(str(raw["dtype"]), tuple(shape), _names(raw.get("names")), depth, details)
 
 
 def _names(raw: Any) -> tuple[str, ...]:

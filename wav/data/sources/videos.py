@@ -18,6 +18,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from wav.data.sources.damage import unreadable
+from wav.data.sources.depth import Depth
 from wav.data.sources.frames import Images, Preparation, check_frame
 from wav.data.sources.open_files import close_files, stays_open
 from wav.errors import DataError
@@ -45,6 +46,8 @@ class Clip:
     """(H, W) that the frames must have; None: any."""
     alone: bool
     """The file should hold these frames and no others; otherwise those around them are other episodes', or nobody's."""
+    depth: Depth | None = None
+    """Of a depth camera: how its frames become pictures."""
 
     def place(self, seconds: float) -> float:
         """Where a frame of that time lies, counted in frames from the first."""
@@ -92,9 +95,12 @@ class VideoFile:
                 yield float(frame.time), frame
         self._next, self.ended = None, True
 
-    def pixels(self, frame: av.VideoFrame) -> Images:
+    def pixels(self, frame: av.VideoFrame, depth: Depth | None) -> Images:
         """(H, W, 3) RGB, through one converter for all frames: making one costs more than a small frame's decoding."""
-        picture = np.asarray(self._converter.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
+        if depth is None:
+            picture = np.asarray(self._converter.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
+        else:
+            picture = depth.frame(frame, self.path)
         if self._orientation is None:  # side data costs time as well, and a stream has one matrix
             self._orientation = orientation(frame, self.path)
         turned, rows, columns = self._orientation
@@ -191,7 +197,7 @@ def _decode(video: VideoFile, clip: Clip, prepare: Preparation) -> tuple[Images,
         if index >= clip.count and not clip.alone:
             break
         if 0 <= index < clip.count:
-            pixels = video.pixels(frame)
+            pixels = video.pixels(frame, clip.depth)
             check_frame(pixels, clip.size, f"{clip.path}: frame at {seconds:.3f} s")
             result[index], seen[index] = prepare(pixels), True
     return result, seen, found
