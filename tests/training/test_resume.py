@@ -162,16 +162,25 @@ def test_other_ranks_go_on_with_equal_state(
     assert not list((first.work / "checkpoints").glob(".*"))
 
 
+def losses(spec: TrainSpec) -> list[float]:
+    """Of every logged step."""
+    rows = (spec.paths.output / "plots" / "metrics" / "loss.tsv").read_text().splitlines()[1:]
+    return [float(row.split("\t")[1]) for row in rows]
+
+
 @pytest.mark.long
-def test_training_goes_on_with_other_ranks(spec_of, start) -> None:
-    """N steps on two ranks, N on one: the run finishes and its checkpoint is of the new layout."""
-    first = run_of(spec_of, "a", 2, 2)
+def test_training_goes_on_with_fewer_ranks(spec_of, start) -> None:
+    """N steps on two ranks, kill -9, N on one: losses of an undisturbed run, and checkpoints of the new layout."""
+    whole, first = (run_of(spec_of, name, 2, 2, micro_batch_size=2) for name in ("whole", "killed"))
+    log = finish(start(whole))
+    assert whole.paths.output.is_dir(), log
     process = start(first)
     wait_for(first.work / "checkpoints" / f"step-{N:08d}", process)
     process.kill()
     second = with_layout(first, 1, 2)
     log = finish(start(second))
-    assert second.paths.output.is_dir(), log
+    assert f"resumed from the checkpoint of step {N}" in log, log
+    assert losses(second) == pytest.approx(losses(whole), rel=1e-4)
     manifest = verify(second.work / "checkpoints" / f"step-{2 * N:08d}")
     assert (manifest.meta["ranks"], manifest.meta["zero_stage"], manifest.meta["step"]) == (1, 2, 2 * N)
 

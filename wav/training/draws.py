@@ -1,7 +1,8 @@
 """What one forward of training needs: samples by role, and every random number, drawn beforehand on the CPU.
 
-The generators are named by (seed, purpose, step, rank, micro-batch), so a run that is killed and resumed repeats
-exactly what it would have drawn. :mod:`wav.training.objectives` computes the losses from what is drawn here.
+The generators are named by (seed, purpose, step, micro-batch of the global batch), so a run that is killed and
+resumed, on as many ranks or others, repeats exactly what it would have drawn. :mod:`wav.training.objectives` computes
+the losses from what is drawn here.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ class Random(Protocol):
 
 
 class SeededRandom:
-    """One CPU generator per purpose, named by (seed, purpose, *name); ``name`` is (step, rank, micro-batch)."""
+    """One CPU generator per purpose, named by (seed, purpose, *name); ``name`` is (step, micro-batch, 0)."""
 
     def __init__(self, seed: int, *name: int | str) -> None:
         self._seed, self._name = seed, name

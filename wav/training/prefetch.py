@@ -36,13 +36,18 @@ class Source:
     world: World
 
     def step(self, step: int) -> list[StepInputs]:
-        """This rank's micro-batches of one optimiser step: a pure function of (seed, step, rank)."""
+        """This rank's micro-batches of one optimiser step: a pure function of (seed, step, rank).
+
+        Draws are named by the micro-batch's place in the global batch, so that a run which goes on with other ranks
+        computes the same, up to rounding, where ``micro_batch_size`` stays what it was.
+        """
         batch = self.dataset.at(self.sampler, step)
         size, inputs = self.plan.micro, []
         for micro in range(self.plan.accumulation):
             rows = batch.rows(micro * size, (micro + 1) * size)
             index = step * self.plan.accumulation + micro
-            random = SeededRandom(self.objective.settings.seed, step, self.world.rank, micro)
+            place = self.world.rank * self.plan.accumulation + micro
+            random = SeededRandom(self.objective.settings.seed, step, place, 0)
             inputs.append(self.objective.draw(rows, self.dataset, random, index))
         return inputs
 

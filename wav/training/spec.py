@@ -42,8 +42,10 @@ WATCHING = frozenset(
     }
 )
 #: How the work is spread. No part of the key either: a run goes on with other ranks or another ZeRO stage
-#: (:mod:`wav.training.universal`), and a finished run is not repeated because a machine has more GPUs. Each rank draws
-#: its own noise, so runs on one and on two ranks from the start are two equally good samples, not bit-equal.
+#: (:mod:`wav.training.universal`), and a finished run is not repeated because a machine has more GPUs. With one
+#: ``micro_batch_size`` the draws are the same on any ranks, so that losses differ by rounding; left to the ranks
+#: (0), runs on one and on two are two equally good samples. (The joint stage deals roles out by micro-batch: its draws
+#: are the same where a micro-batch holds whole shares of them.)
 LAYOUT = frozenset({"ranks", "nodes", "zero_stage"})
 #: Modules that, with the stage's objective and all that they import, decide what a run computes. Those that watch, keep
 #: and report it are not among them, so that a run which was broken off survives an edit of theirs.
