@@ -1,7 +1,7 @@
 # make repro: install, start the local services, run the whole pipeline, say where to look.   make help: the rest.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help install check-system repro study libero libero-table test quick check-long gpu lint format docs up down status ui deploy worker pin-images clean-workspace
+.PHONY: help install install-test check-system repro study libero libero-table test quick check-long gpu lint format docs up down status ui deploy worker pin-images clean-workspace
 
 PRESET ?=
 VENV := .venv
@@ -45,6 +45,8 @@ $(VENV)/.installed-test: $(VENV)/.installed-libero
 	@touch $@
 
 install: check-system $(VENV)/.installed ## the environment in .venv
+
+install-test: check-system $(VENV)/.installed-test ## what tests, lint and pytest by hand need as well
 
 .PHONY: check-preset
 check-preset:

@@ -20,6 +20,9 @@ def inference_sigmas(steps: int) -> Tensor:
 
     Raises:
         ConfigError: ``steps`` is not positive.
+
+    >>> inference_sigmas(4).tolist()
+    [1.0, 0.75, 0.5, 0.25, 0.0]
     """
     if steps < 1:
         raise ConfigError(f"denoise steps = {steps}: must be at least 1; raise planner.denoise_steps")
@@ -48,7 +51,11 @@ def _like(sigma: Tensor, x: Tensor) -> Tensor:
 
 
 def mix(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """x_s = (1 - s) clean + s noise; ``sigma`` has the leading axes of ``clean``."""
+    """x_s = (1 - s) clean + s noise; ``sigma`` has the leading axes of ``clean``.
+
+    >>> mix(torch.zeros(2, 3), torch.ones(2, 3), torch.tensor([1.0, 0.25]))[:, 0].tolist()
+    [1.0, 0.25]
+    """
     return torch.lerp(clean, noise, _like(sigma, clean))
 
 

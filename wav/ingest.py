@@ -41,7 +41,7 @@ _LOG = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def _ticking(bar: tqdm, seconds: float = 5.0) -> Iterator[None]:
+def ticking(bar: tqdm, seconds: float = 5.0) -> Iterator[None]:
     """Redraw the bar now and then: simulators take a while to start, and a silent terminal looks like a hang."""
     stop = threading.Event()
 
@@ -107,7 +107,7 @@ def ingest(
     with (
         EpisodeStoreWriter(out, source.conventions()) as writer,
         tqdm(total=expected, desc="ingest", unit="episode", mininterval=1.0) as bar,
-        _ticking(bar),
+        ticking(bar),
     ):
         progress = _Tally(bar, expected, callback)
         count = workers or os.cpu_count() or 1

@@ -31,7 +31,8 @@ from wav.processes import ending, marked, stop
 
 HOST = "127.0.0.1"
 BUCKETS = ("wav", "wav-dvc")
-READY_SECONDS = 120.0
+#: a server needs a dozen seconds of CPU to start, which on a machine that others use is minutes
+READY_SECONDS = 360.0
 STOP_SECONDS = 20.0
 #: how long Prefect remembers which heartbeats it waits for (ISO 8601). With its minute, a server that was away for
 #: longer than the allowed silence forgets the runs that died meanwhile: Running for ever, they would keep their slot
@@ -182,7 +183,7 @@ def _stop(folder: Path, name: str) -> bool:
 
 def _log_tail(path: Path, lines: int = 5) -> str:
     try:
-        return " | ".join(path.read_text(errors="replace").splitlines()[-lines:])
+        return " | ".join(path.read_text(errors="replace").splitlines()[-lines:]) or "empty"
     except OSError:
         return ""
 

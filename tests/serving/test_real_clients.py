@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -35,6 +36,7 @@ pytestmark = [pytest.mark.long, pytest.mark.simulator]
 
 HERE = Path(__file__).resolve().parent
 CLIENT = HERE.parents[1] / "clients" / "wav-client"
+PAGE = HERE.parents[1] / "docs" / "serving.md"
 EXECUTE, STEPS = 4, 22
 SUITES = ["tabletop", pytest.param("libero_object", marks=needs_assets)]
 
@@ -136,6 +138,10 @@ def test_openpi_client(venvs: Any, suites: Any, name: str) -> None:
     with serving(suite.served, execute_steps=EXECUTE) as server:
         arguments = [str(argument) for argument in (server.port, simulator.port, EXECUTE, STEPS, name)]
         subprocess.run([str(python), str(HERE / "openpi_robot.py"), *arguments], check=True, timeout=300)
+        (example,) = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.M | re.S)
+        code = example.replace("8000", str(server.port))
+        shown = subprocess.run([str(python), "-c", code], check=True, timeout=60, capture_output=True, text=True).stdout
+    assert f"({DATA.action_chunk}, {DATA.action_dim})" in shown
     answering.join(20)
     assert len(simulator.done) == STEPS
     np.testing.assert_array_equal(simulator.done, expected(suite.in_process, simulator.seen))

@@ -19,12 +19,15 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from wav.errors import ServiceError, exit_status
 from wav.local import adopt_local_services
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 #: what every parser of options has in common; errors of ours are one line, so no decorated tracebacks
 _COMMON: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False}
@@ -119,6 +122,17 @@ def busy(text: str) -> Iterator[None]:
 
     with Console(stderr=True).status(text):
         yield
+
+
+@contextmanager
+def counting(title: str, total: int | None = None) -> Iterator[tqdm]:
+    """A bar of episodes on a terminal that moves before the first has ended; print in its ``external_write_mode``."""
+    from tqdm import tqdm
+
+    from wav.ingest import ticking
+
+    with tqdm(total=total, desc=title, unit="episode", disable=None) as bar, ticking(bar, 1.0):
+        yield bar
 
 
 def simulators(workers: int) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from wav.commands import Json, Params, Workers, busy, command, say, say_json, simulators, tell
+from wav.commands import Json, Params, Workers, busy, command, counting, say, say_json, simulators, tell
 
 GROUP = "Data"
 Store = Annotated[Path, typer.Argument(help="episode store that the stage ingest wrote")]
@@ -36,8 +36,6 @@ def inspect_folder(
     Format, episodes, cameras, rates, layout of states and actions and how it was told, what must be declared (with
     --set), what would be quarantined and why. Status 1 where something is to be declared or nothing can be read.
     """
-    from tqdm import tqdm
-
     from wav import inspection
     from wav.inspection_text import as_json as numbers
     from wav.inspection_text import lines, overlay_text, write_pictures
@@ -45,7 +43,7 @@ def inspect_folder(
     from wav.parameter_files import read_parameters
 
     base = read_parameters(params) if params.is_file() else {}
-    with tqdm(desc="inspect", unit="episode", disable=None) as bar:
+    with counting("inspect") as bar:
 
         def progress(count: int) -> None:
             bar.update(count - bar.n)
@@ -112,17 +110,20 @@ def replay(
     from wav.data.store import EpisodeStore
     from wav.evaluation.extras.replay import replay as replay_store
     from wav.evaluation.verdict import report_path
+    from wav.sim.replay import ReplayOutcome
 
     settings = load_settings(params)
-    progress = tell if as_json else say
-    report = replay_store(
-        EpisodeStore.open(store),
-        settings.data,
-        settings.ingest,
-        episodes=episodes,
-        workers=simulators(workers),
-        progress=lambda o: progress(f"{o.episode_id}: {'success' if o.success else 'failure'} after {o.steps} steps"),
-    )
+    progress, opened = tell if as_json else say, EpisodeStore.open(store)
+    with counting("replay", min(episodes or len(opened), len(opened))) as bar:
+
+        def told(outcome: ReplayOutcome) -> None:
+            with bar.external_write_mode():
+                how = "success" if outcome.success else "failure"
+                progress(f"{outcome.episode_id}: {how} after {outcome.steps} steps")
+            bar.update()
+
+        workers = simulators(workers)
+        report = replay_store(opened, settings.data, settings.ingest, episodes=episodes, workers=workers, progress=told)
     for skipped in report.not_replayed:
         progress(f"{skipped['episode']}: not replayed: {skipped['reason']}")
     if as_json:
@@ -142,10 +143,9 @@ def export_hdf5(
     ] = "after_action",
     states: Annotated[bool, typer.Option("--states", help="scripted ones again, for the simulator's states")] = False,
     params: Params = Path("params.yaml"),
+    as_json: Json = False,
 ) -> int:
     """Write demonstrations in LIBERO's own HDF5 layout."""
-    from tqdm import tqdm
-
     from wav.config import Runtime, load_settings
     from wav.data.sinks.libero_hdf5 import Recover
     from wav.data.sinks.libero_hdf5 import export_hdf5 as write
@@ -158,8 +158,11 @@ def export_hdf5(
 
         settings, workers = load_settings(params), Runtime().workers
         recover = partial(recover_states, opened, data=settings.data, ingest=settings.ingest, workers=workers)
-    with tqdm(total=len(opened), desc="export-hdf5", unit="episode", disable=None) as bar:
+    with counting("export-hdf5", len(opened)) as bar:
         report = write(opened, folder, alignment=alignment, recover=recover, progress=lambda _: bar.update())
+    if as_json:
+        say_json({"folder": report.folder, "demonstrations": report.files})
+        return 0
     for name, demonstrations in report.files.items():
         say(f"{report.folder / name}: {demonstrations} demonstrations")
     return 0

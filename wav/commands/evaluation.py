@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from wav.commands import ExecuteSteps, Json, Seed, Workers, command, say, say_json, simulators, tell
+from wav.commands import ExecuteSteps, Json, Seed, Workers, busy, command, say, say_json, simulators, tell
 
 GROUP = "Evaluation"
 
@@ -88,7 +88,8 @@ def evaluate(
     from wav.config import Runtime
     from wav.evaluation.extras.rerun import rerun_episode
 
-    found = rerun_episode(record, export, device=Runtime().device)
+    with busy(f"{record}: the episode runs again"):
+        found = rerun_episode(record, export, device=Runtime().device)
     if as_json:
         again = found.again
         say_json({"same": found.same, "differences": found.differences, "success": again.success, "steps": again.steps})

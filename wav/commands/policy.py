@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from wav.commands import Json, Seed, Workers, command, say, say_json, simulators, tell
+from wav.commands import Json, Seed, Workers, command, counting, say, say_json, simulators, tell
 from wav.planning import Variant
 
 GROUP = "Policies"
@@ -38,19 +38,26 @@ def act(
     from wav.config import Runtime
     from wav.evaluation.act import act_episodes
 
-    results = act_episodes(
-        export,
-        suite=suite,
-        tasks=tuple(task or ()),
-        episodes=episodes,
-        variant=variant,
-        seed=seed,
-        execute_steps=execute_steps,
-        workers=simulators(workers),
-        device=Runtime().device,
-        videos=videos,
-        report=tell if as_json else say,
-    )
+    with counting("act", episodes) as bar:
+
+        def report(line: str) -> None:
+            with bar.external_write_mode():
+                (tell if as_json else say)(line)
+            bar.update()
+
+        results = act_episodes(
+            export,
+            suite=suite,
+            tasks=tuple(task or ()),
+            episodes=episodes,
+            variant=variant,
+            seed=seed,
+            execute_steps=execute_steps,
+            workers=simulators(workers),
+            device=Runtime().device,
+            videos=videos,
+            report=report,
+        )
     if as_json:
         say_json({"suite": suite, "variant": variant, "solved": sum(results), "success": results})
     else:

@@ -62,6 +62,9 @@ def task_name(instruction: str) -> str:
 
     Instructions that differ in more than case, spaces and the punctuation of sentences have different names: where
     letters and digits of ASCII do not tell them, or there are too many, a digest does. A name is its own name.
+
+    >>> task_name("Lift the red cube."), task_name("lift_the_red_cube")
+    ('lift_the_red_cube', 'lift_the_red_cube')
     """
     text = unicodedata.normalize("NFC", " ".join(instruction.lower().split()))
     words = re.sub(r"[^a-z0-9]+", "_", text).strip("_")

@@ -48,7 +48,12 @@ class Difference:
 
 
 def wilson(successes: int, episodes: int) -> Rate:
-    """Wilson's 95% score interval (Wilson 1927); ValueError for ``successes`` outside ``0..episodes``."""
+    """Wilson's 95% score interval (Wilson 1927); ValueError for ``successes`` outside ``0..episodes``.
+
+    >>> rate = wilson(84, 100)
+    >>> f"{rate.success_rate:.0%} [{rate.wilson_low:.0%}, {rate.wilson_high:.0%}]"
+    '84% [76%, 90%]'
+    """
     if not 0 <= successes <= episodes:
         raise ValueError(f"successes = {successes}: must lie in 0..{episodes}")
     if episodes == 0:

@@ -136,6 +136,7 @@ class WAVTransformer(ModelMixin, ConfigMixin):
 
     @recomputed_layers.setter
     def recomputed_layers(self, layers: int) -> None:
+        """Set it, in every expert."""
         for module in self.modules():
             if isinstance(module, Blocks):
                 module.recomputed = layers

@@ -39,6 +39,9 @@ def returns(reward: NDArray[np.floating], gamma: float, horizon: int | None) -> 
 
     Raises:
         DataError: a horizon below one.
+
+    >>> returns(np.array([0.0, 1.0, 1.0]), gamma=0.5, horizon=2).tolist()
+    [0.5, 1.5, 1.5]
     """
     r = np.asarray(reward, np.float64)
     if horizon is None:

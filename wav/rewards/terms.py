@@ -83,7 +83,11 @@ def action_motion(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def channels(arms: int) -> int:
-    """Value channels of a robot with so many arms: every term on its subjects, and the return."""
+    """Value channels of a robot with so many arms: every term on its subjects, and the return.
+
+    >>> channels(arms=1), channels(arms=2)
+    (10, 17)
+    """
     subjects = {"camera": arms + 1, "state": arms, "action": arms}
     return 1 + sum(len(term.names) * subjects[term.subject] for term in TERMS)
 
