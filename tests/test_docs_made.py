@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 from typer.main import get_command
 
 from infra.docs import commands, diagrams, reference, results
+from wav import errors
 from wav.cli import app
 from wav.config import Runtime, Settings
 
@@ -78,6 +80,41 @@ def test_every_error_sentence_leads_to_a_page() -> None:
     page = reference.error_page()
     assert "`wav.stages`" in page
     assert "unknown; the stages are" in page
+
+
+def test_what_the_api_page_shows_is_described_with_the_errors_that_it_raises() -> None:
+    page, kinds = (
+        (DOCS / "reference" / "api.md").read_text(),
+        {kind.__name__ for kind in errors.WavError.__subclasses__()},
+    )
+
+    def shown(node: ast.Module | ast.ClassDef, outer: str, where: str) -> None:
+        for inner in node.body:
+            if not isinstance(inner, ast.FunctionDef | ast.ClassDef) or inner.name.startswith("_"):
+                continue
+            words = ast.get_docstring(inner) or ""
+            assert words, f"{where}: {inner.name} has no docstring"
+            if isinstance(inner, ast.ClassDef):
+                shown(inner, words, where)
+                continue
+            calls = [
+                part.exc.func
+                for part in ast.walk(inner)
+                if isinstance(part, ast.Raise) and isinstance(part.exc, ast.Call)
+            ]
+            for name in {getattr(call, "id", "") for call in calls} & kinds:
+                assert name in words + outer, f"{where}: {inner.name} raises {name}, which its docstring does not say"
+
+    targets = re.findall(r"^::: ([\w.]+)", page, flags=re.M)
+    assert len(targets) > 20
+    for target in targets:
+        base = PROJECT / ("clients/wav-client" if target.startswith("wav_client") else ".")
+        parts = target.split(".")
+        while not (path := base.joinpath(*parts).with_suffix(".py")).is_file():
+            if (path := base.joinpath(*parts, "__init__.py")).is_file():
+                break
+            parts.pop()
+        shown(ast.parse(path.read_text()), "", target)
 
 
 def test_the_site_knows_every_page() -> None:
