@@ -11,18 +11,20 @@ from wav.planning.scores import SCORES
 
 MODES = ("none", "future", "value", "both")
 #: The base, what decides most, the paper's Fig. 4, 6 and 7 (K, M, N), one shot against iterations, its Fig. 5.
-AXES = ("base", "coupling", "score", "passes", "act_on", "phi", "gate", "K", "M", "N", "budget")
+AXES = ("base", "execute_steps", "coupling", "score", "passes", "act_on", "phi", "gate", "K", "M", "N", "budget")
 AXES = (*AXES, "alpha", "beta", "K1", "K2")
+EXECUTED = (1, 2, 3, 5, 8)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """``planner`` whole, the noise levels of the video passes, and the mode of coupling trained with."""
+    """``planner`` whole, noise levels of the video passes, actions executed of a plan, and the mode trained with."""
 
     axis: str
     value: str
     planner: PlannerSettings
     schedule: tuple[float, ...]
+    execute_steps: int
     mode: str
 
     @property
@@ -33,13 +35,14 @@ class Cell:
     @property
     def setting(self) -> tuple[Any, ...]:
         """What is equal in cells of equal results."""
-        return self.planner, self.schedule, self.mode
+        return self.planner, self.schedule, self.execute_steps, self.mode
 
     @property
-    def work(self) -> int:
-        """What a policy call costs, roughly: passes of the video model and of the value flow."""
+    def work(self) -> float:
+        """What a step costs, roughly: passes of the video model and of the value flow."""
         planner, passes = self.planner, len(self.schedule)
-        return passes + 1 + planner.iterations * planner.video_samples * (passes + planner.value_samples)
+        searched = planner.iterations * planner.video_samples * (passes + planner.value_samples)
+        return (passes + 1 + searched) / self.execute_steps
 
 
 def planner_with(planner: PlannerSettings, change: Mapping[str, Any]) -> PlannerSettings:
@@ -74,8 +77,13 @@ def sweeps(base: PlannerSettings) -> dict[str, dict[Any, dict[str, Any]]]:
     }
 
 
-def build_cells(base: PlannerSettings, coupling: CouplingSettings, axes: Iterable[str]) -> list[Cell]:
-    """The cells of ``axes`` around a workspace's planner and what its model was trained with, the base first."""
+def build_cells(
+    base: PlannerSettings, coupling: CouplingSettings, axes: Iterable[str], execute_steps: int, chunk: int
+) -> list[Cell]:
+    """The cells of ``axes`` around a workspace's planner and what its model was trained with, the base first.
+
+    Of the ``chunk`` actions that a plan decodes ``execute_steps`` are executed.
+    """
     mode, schedule = coupling.mode, coupling.video_schedule
     last = schedule[-1] if schedule[-1] < 1 else sum(coupling.future_levels) / 2
     passes: dict[str, tuple[float, ...]] = {"1": (1.0,), "2": (1.0, last), "3": (1.0, (1 + last) / 2, last)}
@@ -87,8 +95,10 @@ def build_cells(base: PlannerSettings, coupling: CouplingSettings, axes: Iterabl
     cells = []
     for axis in ("base", *(axis for axis in axes if axis != "base")):
         if axis in levels:
-            cells += [Cell(axis, value, base, *found) for value, *found in levels[axis]]
+            cells += [Cell(axis, value, base, found, execute_steps, own) for value, found, own in levels[axis]]
+        elif axis == "execute_steps":
+            cells += [Cell(axis, str(n), base, schedule, n, mode) for n in EXECUTED if n <= chunk]
         else:
             changes = sweeps(base)[axis].items()
-            cells += [Cell(axis, str(v), planner_with(base, change), schedule, mode) for v, change in changes]
+            cells += [Cell(axis, str(v), planner_with(base, new), schedule, execute_steps, mode) for v, new in changes]
     return cells

@@ -169,9 +169,13 @@ class Study:
         tasks = [task.name for task in select_tasks(data.suite, data.tasks)]
         return step_limits(self.source.store, self.protocol.model_copy(update={"within": factor}), tasks)
 
+    def protocol_of(self, cell: Cell) -> EvalLiberoSettings:
+        """The study's protocol with the actions that the cell executes of a plan."""
+        return self.protocol.model_copy(update={"execute_steps": cell.execute_steps})
+
     def key(self, cell: Cell, checkpoint: str) -> str:
         """Digest of what decides the cell's result."""
-        planner, protocol = cell.planner.model_dump(mode="json"), self.protocol.model_dump(mode="json")
+        planner, protocol = cell.planner.model_dump(mode="json"), self.protocol_of(cell).model_dump(mode="json")
         return canonical_digest([planner, cell.schedule, checkpoint, protocol, self.states, code_digest()])
 
     def finished(self, cell: Cell) -> dict[str, Any] | None:
@@ -198,7 +202,7 @@ class Study:
         if not folder.exists() and (base / "episodes" / "unplanned").is_dir():
             # acting unplanned is the same whatever the planner; a record of another key is run again
             shutil.copytree(base / "episodes" / "unplanned", folder / "episodes" / "unplanned")
-        changes = {"planner": cell.planner, "eval_libero": self.protocol}
+        changes = {"planner": cell.planner, "eval_libero": self.protocol_of(cell)}
         settings, steps = source.settings.model_copy(update=changes), self.steps(self.protocol.within)
         metrics = evaluate(settings, policy, folder, pool=pool, checkpoint=source.checkpoint, limits=steps)
         records, histories = records_of(folder), self.histories(self.protocol.batch_size)
@@ -210,6 +214,7 @@ class Study:
             "coupling": {"mode": cell.mode, "video_schedule": list(cell.schedule), "value_level": policy.levels.value},
             "checkpoint": source.checkpoint,
             "steps": steps,
+            "execute_steps": cell.execute_steps,
             "variants": {name: metrics[name] | costs[name] for name in VARIANTS},
             "within": {
                 str(factor): {name: found[name]["within"] for name in VARIANTS} for factor, found in soon.items()
@@ -295,13 +300,13 @@ def main() -> None:
     changes = {"episodes_per_task": chosen.episodes, "variants": VARIANTS, "swapped_episodes": 0, "videos": 0}
     protocol = source.settings.eval_libero.model_copy(update=changes)
     study = Study(source, chosen.out or chosen.workspace / "reports" / "study", protocol, chosen.states, runtime)
-    cells = build_cells(source.settings.planner, source.policy.coupling, chosen.axes)
+    data, steps = source.settings.data, protocol.execute_steps
+    cells = build_cells(source.settings.planner, source.policy.coupling, chosen.axes, steps, data.action_chunk)
     left = [cell for cell in cells if study.finished(cell) is None]
     say(f"{len(cells)} cells, {len(left)} to run: {study.hours(left, cells[0])}")
     if chosen.dry:
         say("\n".join(f"  {cell.name}{'' if cell in left else ' (finished)'}" for cell in cells))
         return
-    data = source.settings.data
     with SimPool(data.suite, data, workers=runtime.workers, slots=protocol.batch_size) as pool:
         for number, cell in enumerate(left, 1):
             result = study.run(cell, cells[0], pool)
