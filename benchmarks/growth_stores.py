@@ -23,77 +23,81 @@ from counting import machine, write_result
 from fitting import fit_exponent
 
 from wav.config import DataSettings
+from wav.data import latents as latent_store
 from wav.data.conventions import Conventions
 from wav.data.latents import LatentStore
 from wav.data.statistics import Statistics, compute_statistics
-from wav.data.store import FORMAT, VERSION, EpisodeInfo, EpisodeStore
+from wav.data.store import FORMAT, VERSION, EpisodeStore, field, shard_folder
+from wav.data.streams import StreamSampler
+from wav.data.table import FILE, EpisodeInfo, TableWriter
 from wav.data.windows import BatchSampler, WindowDataset
-from wav.io.files import FileRecord, manifest_data, write_json
+from wav.io.files import FileRecord, file_digest, manifest_data, write_json
 
 DATA = DataSettings(image_height=16, image_width=16, views=("agentview",))
-FRAMES, SHARD_EPISODES, BATCH = 20, 1000, 256
+ROWS = {"image": (1, 1, 1, 1), "clip": (1, 1, 1, 1, 1)}
+FRAMES, SHARD_EPISODES, BATCH, STREAMS = 20, 1000, 256, 8
 COSTS = ("open_seconds", "open_mib", "windows_seconds", "windows_mib", "first_batch_seconds", "batch_milliseconds")
+COSTS += ("streams_first_seconds", "streams_milliseconds", "statistics_seconds")
 
 
-def sparse(path: Path, shape: tuple[int, ...], dtype: Any) -> FileRecord:
+def sparse(folder: Path, name: str, shape: tuple[int, ...], dtype: Any) -> FileRecord:
     """An array file of zeros that takes no disk."""
+    path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         fields = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, fields)
         file.truncate(file.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize)
-    return FileRecord(path.name, path.stat().st_size, "0" * 64)
+    return FileRecord(name, path.stat().st_size, "0" * 64)
 
 
 def simulate(folder: Path, episodes: int) -> None:
     """An episode store and its latents below ``folder``."""
-    records, table = [], []
+    records: list[FileRecord] = []
+    latents: list[FileRecord] = []
+    shards, table = [], TableWriter()
     for shard, start in enumerate(range(0, episodes, SHARD_EPISODES)):
         count = min(SHARD_EPISODES, episodes - start)
-        for index in range(count):
-            place = (shard, index * FRAMES, FRAMES)
-            whole = f"tabletop/lift_red_cube/{start + index:07d}"
-            more = (True, start + index, 0, "simulated", False, False, (start + index) * FRAMES, "direct")
-            table.append(EpisodeInfo(whole, "lift_red_cube", "lift the red cube", *place, *more)._asdict())
-        for name, row, dtype in (
-            ("images.agentview", (16, 16, 3), np.uint8),
-            ("state", (8,), "f4"),
-            ("actions", (7,), "f4"),
-        ):
-            path = folder / "episodes" / f"shard-{shard:05d}" / f"{name}.npy"
-            made = sparse(path, (count * FRAMES, *row), dtype)
-            records.append(FileRecord(f"{path.parent.name}/{path.name}", made.bytes, made.sha256))
+        for index in range(start, start + count):
+            whole = f"tabletop/lift_red_cube/{index:07d}"
+            texts = ("lift_red_cube", "lift the red cube", "simulated", "direct")
+            table.add(EpisodeInfo(whole, *texts, shard, FRAMES, index, 0, True, False, False))
+        rows, name = count * FRAMES, shard_folder(shard)
+        shards.append({"key": "", "rows": rows})
+        for file, row in (("images.agentview", (16, 16, 3)), ("state", (8,)), ("actions", (7,))):
+            dtype = np.uint8 if file.startswith("images.") else "f4"
+            records.append(sparse(folder / "episodes", f"{name}/{file}.npy", (rows, *row), dtype))
+        for kind, row in ROWS.items():
+            latents.append(sparse(folder / "latents", f"{name}/{kind}.npy", (rows, *row), "f4"))
+    table.write(folder / "episodes")
+    path = folder / "episodes" / FILE
+    records.append(FileRecord(FILE, path.stat().st_size, file_digest(path)))
     statistics = {
         name: compute_statistics(np.random.default_rng(0).normal(size=(50, size)).astype(np.float32), "quantile")
         for name, size in (("action", 7), ("state", 8))
     }
     Statistics(statistics).save(folder / "episodes" / "statistics.json")
     write_json(folder / "episodes" / "quarantine.json", [])
-    content = {"conventions": Conventions.for_simulator(DATA).to_json(), "frames": episodes * FRAMES, "episodes": table}
+    content = {"conventions": Conventions.for_simulator(DATA).to_json(), "texts": table.texts}
     write_json(folder / "episodes" / "manifest.json", manifest_data(FORMAT, VERSION, records, content))
-    del table, content
-    frames, files = episodes * FRAMES, []
-    for name, shape, dtype in (
-        ("image", (frames, 1, 1, 1, 1), "f4"),
-        ("clip", (frames, 1, 1, 1, 1, 1), "f4"),
-        ("text", (2, DATA.text_tokens, 4), "f4"),
-        ("text_mask", (2, DATA.text_tokens), np.bool_),
-    ):
-        files.append(sparse(folder / "latents" / f"{name}.npy", shape, dtype))
-    latents = {
+    latents.append(sparse(folder / "latents", "text.npy", (2, DATA.text_tokens, 4), "f4"))
+    latents.append(sparse(folder / "latents", "text_mask.npy", (2, DATA.text_tokens), np.bool_))
+    content = {
         "episodes": "",
         "codec": "",
         "text": "",
         "text_tokens": DATA.text_tokens,
         "instructions": ["", "lift the red cube"],
-        "frames": frames,
+        "shards": shards,
         "views": list(DATA.views),
         "stride": DATA.frame_stride,
         "future_frames": DATA.future_frames,
-        "channels": 1,
         "psnr": {},
+        **ROWS,
     }
-    write_json(folder / "latents" / "manifest.json", manifest_data("wav-latents", 1, files, latents))
+    write_json(
+        folder / "latents" / "manifest.json", manifest_data(latent_store.FORMAT, latent_store.VERSION, latents, content)
+    )
 
 
 def peak_mib() -> float:
@@ -115,6 +119,15 @@ def measure(folder: Path) -> dict[str, float]:
     for step in range(1, 101):
         sampler.indices(step)
     steps = time.process_time()
+    streams = StreamSampler(windows.shards, BATCH, seed=0, streams=STREAMS if len(windows.shards) >= STREAMS else 1)
+    streams.indices(0)
+    first_mixed = time.process_time()
+    for step in range(1, 101):
+        streams.indices(step)
+    mixed = time.process_time()
+    for name in ("labels", "state"):
+        compute_statistics(field(episodes.episodes, name, episodes.path.joinpath, (None,)), "quantile")
+    counted = time.process_time()
     return {
         "open_seconds": opened - began,
         "open_mib": mib - before,
@@ -122,8 +135,11 @@ def measure(folder: Path) -> dict[str, float]:
         "windows_mib": windows_mib - mib,
         "first_batch_seconds": first - made,
         "batch_milliseconds": (steps - first) * 10,
+        "streams_first_seconds": first_mixed - steps,
+        "streams_milliseconds": (mixed - first_mixed) * 10,
+        "statistics_seconds": counted - mixed,
         "peak_mib": peak_mib(),
-        "manifest_mib": (folder / "episodes" / "manifest.json").stat().st_size / 2**20,
+        "manifest_mib": sum((folder / "episodes" / name).stat().st_size for name in ("manifest.json", FILE)) / 2**20,
     }
 
 

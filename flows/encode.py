@@ -58,7 +58,7 @@ def picture(run: StageRun) -> None:
     pictures, quality = {}, {}
     for index, view in enumerate(run.settings.data.views):
         images = np.asarray(episodes.images(view, rows))
-        decoded = codec.decode_frames(np.asarray(latents.image[rows, index]))
+        decoded = codec.decode_frames(latents.image[rows][:, index])
         quality[view] = round(float(psnr(decoded, images)), 3)
         pictures[view] = plots.reconstruction(images, decoded, f"{view}: frames and their reconstructions")
         write_bytes(folder / "pictures" / f"reconstruction-{view}.png", pictures[view])

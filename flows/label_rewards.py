@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 from prefect import flow
 
 from flows.artifacts import Progress, pictured, publish_images, publish_numbers
@@ -49,7 +48,7 @@ def plot(run: StageRun) -> None:
     pictures["returns"] = plots.returns_over_time(returns, "returns along the episodes")
     for name, image in pictures.items():
         write_bytes(folder / "pictures" / f"{name}.png", image)
-    values = np.asarray(rewards.values)
+    values = rewards.values[:]
     channels = [*rewards.names, "return"]
     metrics = {
         "steps": len(values),

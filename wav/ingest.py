@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from wav.data.episode import Episode
 from wav.data.sources import Source, open_source
-from wav.data.sources.staging import DatasetSource, Staged, collect
+from wav.data.sources.staging import DatasetSource, Staged, collect, remember
 from wav.data.store import EpisodeStore, Rejection
 from wav.data.writer import EpisodeStoreWriter
 from wav.errors import ConfigError, DataError
@@ -109,10 +109,10 @@ def ingest(
         tqdm(total=expected, desc="ingest", unit="episode", mininterval=1.0) as bar,
         ticking(bar),
     ):
-        progress = _Tally(bar, expected, callback)
+        progress, jobs = _Tally(bar, expected, callback), {}
         count = workers or os.cpu_count() or 1
         if isinstance(source, DatasetSource):
-            _write_dataset(source, writer, out, count, progress, run)
+            jobs = _write_dataset(source, writer, out, count, progress, run)
         else:
             for outcome in source.outcomes(count, _kept(run, out)):
                 if isinstance(outcome, Episode):
@@ -120,7 +120,10 @@ def ingest(
                 else:
                     _quarantine(writer, outcome)
                 progress(*((1, 0) if isinstance(outcome, Episode) else (0, 1)))
-    shutil.rmtree(staging_folder(out), ignore_errors=True)
+    if jobs:
+        remember(out, jobs)
+    else:
+        shutil.rmtree(staging_folder(out), ignore_errors=True)
     store = EpisodeStore.open(out)
     return IngestReport(
         episodes=len(store),
@@ -180,30 +183,38 @@ def _write_dataset(
     workers: int,
     progress: _Tally,
     run: Mapper | None,
-) -> None:
-    """Read a dataset's jobs, continuing what an interrupted run left, and put them together in their order.
+) -> dict[str, tuple[Staged, range]]:
+    """Read a dataset's jobs, continuing what an earlier run left, and put them together in their order.
+
+    Returns:
+        by its key, each job and the shards of the store that are its episodes.
 
     Raises:
         DataError: a task of data.tasks has no episode that is fit.
     """
     parts: list[Staged] = []
-    for staged in collect(source.jobs(), source.conventions(), staging_folder(out), workers, run):
+    jobs = source.jobs()
+    for staged in collect(jobs, source.conventions(), out, workers, run):
         parts.append(staged)
         progress(staged.accepted, len(staged.rejected))
-    present: set[str] = set()
+    store: EpisodeStore | None = None
+    places: dict[str, tuple[Staged, range]] = {}
     refused: dict[str, Rejection] = {}
     for staged in sorted(parts, key=lambda part: part.index):
+        shards = range(0)
         if staged.store is not None:
-            store = EpisodeStore.open(staged.store)
-            present |= {info.task for info in store.episodes}
-            writer.adopt(store)
+            if store is None or store.path != staged.store:
+                store = EpisodeStore.open(staged.store)
+            shards = writer.adopt(store, staged.shards)
+        places[jobs[staged.index].key] = staged, shards
         for rejection in staged.rejected:
             refused.setdefault(rejection.task, rejection)
             _quarantine(writer, rejection)
     for task, first in refused.items():
-        if task not in present:
+        if task not in writer.tasks:
             sentence = f"ingest: no episode of task {task!r} is fit (first: {first.episode}: {first.reason})"
             if task in source.data.tasks:
                 raise DataError(f"{sentence}; repair the dataset, or leave the task out of data.tasks")
             _LOG.warning(sentence)
     writer.describe(source.describe())
+    return places

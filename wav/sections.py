@@ -247,7 +247,7 @@ class EncodeSettings(Section):
     """Frames to latents, instructions to embeddings."""
 
     codec: Literal["pca", "ltx"] = "pca"
-    path: str = Field("", description="ltx: hub id or folder of the VAE")
+    path: str = Field("", description="ltx: hub id or folder of the VAE; pca: folder of a codec to keep")
     patch: int = Field(16, ge=2, le=1024, description="pca: pixels per latent cell (LTX: 32)")
     temporal: int = Field(4, ge=1, le=1024, description="pca: frames per latent frame (LTX: 8)")
     channels: int = Field(48, ge=1, le=100000, description="latent channels (LTX: 128)")
@@ -265,6 +265,9 @@ class TrainSettings(Section):
     steps: int = Field(1000, ge=1)
     batch_size: int = Field(32, ge=1, le=100000, description="global batch: over all ranks and accumulation steps")
     micro_batch_size: int = Field(0, ge=0, description="samples per rank and forward; 0: batch_size / ranks")
+    streams: int = Field(
+        0, ge=0, description="0: windows of all shards are mixed; else each rank reads shards of its own (streaming)"
+    )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: on the blocks' matrices, AdamW on the rest (zero_stage 0, fp32)"
     )

@@ -52,7 +52,7 @@ class Stage:
     sections: tuple[str, ...]  #: of params.yaml, that it may read
     inputs: tuple[str, ...]  #: data that earlier stages make
     outputs: tuple[str, ...]
-    kept: tuple[str, ...] = ()  #: outputs that DVC leaves in place, because a run that was broken off goes on with them
+    kept: tuple[str, ...] = ()  #: outputs that DVC leaves in place: what a run before has done there is not done again
     metrics: str = ""
     modules: tuple[str, ...] = ()  #: that run in processes of their own, which no import names
     unused: tuple[str, ...] = ()  #: modules or packages that the code names but that never run in this stage
@@ -125,7 +125,8 @@ _TABLE = (
         "one canonical episode store, normalisation statistics, a quarantine report",
         sections=("data", "ingest"),
         inputs=(),
-        outputs=("data/episodes", "reports/ingest/pictures"),
+        outputs=("reports/ingest/pictures",),
+        kept=("data/episodes",),
         metrics="reports/ingest/metrics.json",
         modules=("wav.sim.worker",),
         outside=("ingest.path",),
@@ -135,7 +136,8 @@ _TABLE = (
         "the terms of Table 2 and returns, per step",
         sections=("data", "label_rewards"),
         inputs=("data/episodes",),
-        outputs=("data/rewards", "reports/label_rewards/pictures"),
+        outputs=("reports/label_rewards/pictures",),
+        kept=("data/rewards",),
         metrics="reports/label_rewards/metrics.json",
     ),
     Stage(
@@ -143,7 +145,8 @@ _TABLE = (
         "latents of all frames, embeddings of all instructions",
         sections=("data", "encode"),
         inputs=("data/episodes",),
-        outputs=("data/latents", "reports/encode/pictures"),
+        outputs=("reports/encode/pictures",),
+        kept=("data/latents",),
         metrics="reports/encode/metrics.json",
         outside=("encode.path", "encode.text"),
     ),

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from wav import shards
 from wav.config import EncodeSettings, LabelRewardsSettings
-from wav.data import episode_shards
 from wav.data.encode import build_text_encoder, encode_store, fit_codec
+from wav.data.store import EpisodeStore
+from wav.data.writer import EpisodeStoreWriter
 from wav.errors import DataError, ServiceError
 from wav.rewards.label import label_store
 from wav.shards import made, staging_folder
-
-FRAME_BYTES = 16 * 32 * 3 * 2
 
 
 class Elsewhere:
@@ -37,10 +34,9 @@ class Elsewhere:
 
 
 @pytest.fixture
-def store(make_store, monkeypatch):
-    """Four episodes, no two of which fit one shard."""
-    monkeypatch.setattr(episode_shards, "grouped", functools.partial(shards.grouped, limit=16 * FRAME_BYTES))
-    return make_store()
+def store(make_store):
+    """Four episodes in as many shards."""
+    return make_store(shard_bytes=1)
 
 
 @pytest.fixture
@@ -49,13 +45,13 @@ def stages(store, data, tmp_path: Path):
     settings = EncodeSettings(patch=8, temporal=4, channels=12, fit_frames=60, text_dim=16)
     parts = fit_codec(store, data, settings), build_text_encoder(settings, data, store.instructions, tmp_path / "t5")
 
-    def encode(out, run=None):
-        encode_store(store, *parts, data, out, run=run)
+    def encode(out, run=None, episodes=store):
+        encode_store(episodes, *parts, data, out, run=run)
 
-    return {
-        "rewards": lambda out, run=None: label_store(store, LabelRewardsSettings(), 6, out, run=run),
-        "latents": encode,
-    }
+    def label(out, run=None, episodes=store):
+        label_store(episodes, LabelRewardsSettings(), 6, out, run=run)
+
+    return {"rewards": label, "latents": encode}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -79,8 +75,6 @@ def test_shards_make_the_same_bytes_and_are_made_once(stages, name, tmp_path: Pa
 
 
 def test_worker_that_sees_another_store_is_an_error(store, make_episode, conventions, tmp_path: Path) -> None:
-    from wav.data.writer import EpisodeStoreWriter
-
     def changes_first(function, jobs, workers):
         with EpisodeStoreWriter(store.path, conventions) as writer:
             writer.add(make_episode(9, 9))
@@ -93,3 +87,30 @@ def test_worker_that_sees_another_store_is_an_error(store, make_episode, convent
 def test_result_that_is_not_here_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match="let all workers share this folder's disk"):
         list(made(lambda *_: None, {"key": ()}, tmp_path / "staging", Elsewhere()))
+
+
+@pytest.mark.parametrize("name", ["rewards", "latents"])
+def test_appended_episodes_are_the_only_ones_that_cost(
+    stages, name, store, make_episode, conventions, tmp_path: Path
+) -> None:
+    """What was there is neither written nor made again; what is damaged is."""
+    make, out = stages[name], tmp_path / name
+    make(out)
+    before = {path: path.stat().st_ino for root in (store.path, out) for path in root.glob("shard-*/*")}
+    with EpisodeStoreWriter(store.path, conventions) as writer:
+        writer.adopt(EpisodeStore.open(store.path))
+        writer.add(make_episode(4, 10))
+    grown = EpisodeStore.open(store.path)
+    assert (len(grown), grown[4].episode_id) == (5, make_episode(4).episode_id)
+    run = Elsewhere()
+    make(out, run, grown)
+    assert run.ran == 1
+    assert {path: path.stat().st_ino for path in before} == before
+    make(tmp_path / "anew", episodes=grown)
+    assert contents(out) == contents(tmp_path / "anew")
+    damaged = next((out / "shard-00001").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    again = Elsewhere()
+    make(out, again, grown)
+    assert again.ran == 1
+    assert contents(out) == contents(tmp_path / "anew")

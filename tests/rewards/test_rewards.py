@@ -338,13 +338,13 @@ def test_label_store(tmp_path: Path, store: EpisodeStore) -> None:
     rewards = label_store(
         store, LabelRewardsSettings(), 6, tmp_path / "rewards", lambda done, total: seen.append((done, total))
     )
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(14, 43), (23, 43), (43, 43)]
     assert rewards.names == NINE
     assert rewards.values.shape == (43, 10)
     expected = value_channels(episode_rewards(store[1], LabelRewardsSettings()), LabelRewardsSettings(), 6)
     np.testing.assert_array_equal(rewards.episode(1), expected)
-    normal = rewards.statistics.normalize_values(np.asarray(rewards.values))
-    np.testing.assert_allclose(rewards.statistics.denormalize_values(normal), rewards.values, atol=1e-4)
+    normal = rewards.statistics.normalize_values(rewards.values[:])
+    np.testing.assert_allclose(rewards.statistics.denormalize_values(normal), rewards.values[:], atol=1e-4)
     rewards.verify()
     again = RewardStore.open(tmp_path / "rewards", store)
     assert again.digest == rewards.digest
@@ -356,7 +356,7 @@ def test_a_reward_store_refuses_other_episodes_and_damage(tmp_path: Path, store:
     other = make_store(tmp_path / "episodes2", (14, 9))
     with pytest.raises(DataError, match="made from episodes"):
         RewardStore.open(tmp_path / "rewards", other)
-    values = tmp_path / "rewards" / "values.npy"
+    values = tmp_path / "rewards" / "shard-00000" / "values.npy"
     values.write_bytes(values.read_bytes()[:-10])
     with pytest.raises(DataError, match=r"values\.npy.*truncated"):
         RewardStore.open(tmp_path / "rewards")

@@ -194,8 +194,8 @@ def test_training_goes_on_while_the_store_fails(spec_of, start, s3_server, tmp_p
 @pytest.mark.parametrize(
     ("path", "named"),
     [
-        ("latents/image.npy", "latents/image.npy: content does not match .*remove .*latents, then encode"),
-        ("rewards/values.npy", "rewards/values.npy: content does not match .*remove .*rewards, then label"),
+        ("latents/shard-00000/image.npy", "image.npy: content does not match .*remove .*latents, then encode"),
+        ("rewards/shard-00000/values.npy", "values.npy: content does not match .*remove .*rewards, then label"),
         ("episodes/shard-00000/actions.npy", "actions.npy: content does not match .*remove .*episodes, then make"),
         ("init/model/weights", "init/model: its files have digest .*remove .*init/model, then train"),
     ],

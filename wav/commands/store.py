@@ -1,4 +1,4 @@
-"""The object store: list, fetch, verify and thin out checkpoints."""
+"""The object store: list, fetch, verify and thin out checkpoints; upload and stream stores of shards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from wav.io.storage import ObjectStore
 
 GROUP = "Object store"
-storage = family(GROUP, "storage", "Checkpoints in the object store (WAV_STORE).")
+storage = family(GROUP, "storage", "Checkpoints and stores of shards in the object store (WAV_STORE).")
 Where = Annotated[str, typer.Option("--store", help="s3://bucket/prefix or file:///folder; default: WAV_STORE")]
 Commit = Annotated[str, typer.Argument(help="address of a commit below the store, as ls prints it")]
 
@@ -57,6 +57,28 @@ def get(prefix: Commit, folder: Annotated[Path, typer.Argument(help="new folder"
     with busy(f"{prefix}: downloading"):
         line = commands.get(_opened(store), prefix, folder)
     say(line)
+    return 0
+
+
+@command(GROUP, "wav storage put data/latents", parent=storage)
+def put(folder: Annotated[Path, typer.Argument(help="episodes, rewards or latents")], store: Where = "") -> int:
+    """Upload a store of shards under its folder's name; only what is not there yet."""
+    from wav.io.storage.streaming import put
+
+    with busy(f"{folder}: uploading"):
+        line = put(_opened(store), folder, folder.resolve().name)
+    say(line)
+    return 0
+
+
+@command(GROUP, "wav storage stream data/latents --store s3://bucket/data", parent=storage)
+def stream(folder: Annotated[Path, typer.Argument(help="new folder of that name")], store: Where = "") -> int:
+    """Make a folder of an uploaded store; its shards come when training first reads them."""
+    from wav.config import Runtime
+    from wav.io.storage.streaming import stream
+
+    runtime = Runtime()
+    say(stream(store or runtime.store, folder.resolve().name, folder, runtime.s3_endpoint, runtime.s3_region))
     return 0
 
 

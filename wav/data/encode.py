@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wav.codec import Codec, PCACodec, load_codec, psnr
-from wav.data.episode_shards import on_shards, opened
-from wav.data.latents import FORMAT, REMEDY, VERSION, FrameGrid, LatentStore
+from wav.data.episode_shards import Progress, done, fill, opened
+from wav.data.latents import FORMAT, REMEDY, VERSION, FrameGrid, LatentStore, latents_of
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError
-from wav.io.arrays import ArrayWriter
+from wav.io.arrays import ArrayWriter, ShardedArray
 from wav.io.files import atomic_folder, require_free_space, write_manifest
 from wav.seeding import numpy_generator
 from wav.shards import Mapper, staging_folder
@@ -38,26 +39,23 @@ LTX_HUB_ID = "Lightricks/LTX-Video"
 _CHUNK_BYTES = 1 << 26  # raw pixels gathered at once
 _FIT_BYTES = 1 << 28  # raw pixels of the clips (and of the frames) a codec is fitted on
 _PSNR_FRAMES = 128  # per view
-_BLOCK_ROWS = 256  # copied at once
 
 #: rows of image.npy (n, V, C, h, w) and of clip.npy (n, V, C, f, h, w)
 Block = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 
 def fit_codec(episodes: EpisodeStore, data: DataSettings, settings: EncodeSettings, device: str = "cpu") -> Codec:
-    """The codec that ``settings`` describe: a PCA fitted on frames drawn from the store, or the LTX VAE.
+    """The codec that ``settings`` describe: a PCA fitted on frames drawn from the store, the LTX VAE, or a kept one.
 
     Raises:
-        DataError: too few or unsuitable frames. ConfigError: settings that the VAE does not have.
+        DataError: too few or unsuitable frames. ConfigError: settings that the codec does not have.
         ServiceError: VAE weights that were not fetched.
     """
-    if settings.codec == "ltx":
-        from wav.codec.ltx import LTXCodec
-
-        codec = LTXCodec.from_pretrained(settings.path or LTX_HUB_ID, device=device)
+    if settings.codec == "ltx" or settings.path:
+        codec = load_codec(settings.path or LTX_HUB_ID, device)
         for name, have in (("patch", codec.spatial), ("temporal", codec.temporal), ("channels", codec.channels)):
             if getattr(settings, name) != have:
-                raise ConfigError(f"encode.{name} = {getattr(settings, name)}: the VAE has {have}; set it to {have}")
+                raise ConfigError(f"encode.{name} = {getattr(settings, name)}: the codec has {have}; set it to {have}")
         return codec
     grid = FrameGrid(data.frame_stride, data.future_frames)
     frame_bytes = data.image_height * data.image_width * 3
@@ -113,12 +111,12 @@ def encode_store(
     text_encoder: TextEncoder,
     data: DataSettings,
     out: str | Path,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     instructions: Sequence[str] = (),
     run: Mapper | None = None,
     device: str = "cpu",
 ) -> LatentStore:
-    """Encode a whole episode store into ``out``, atomically and in bounded memory.
+    """Encode a whole episode store into ``out``, atomically and in bounded memory; shards that are there stay.
 
     Args:
         episodes: the store.
@@ -145,45 +143,66 @@ def encode_store(
         raise ConfigError(
             f"data.text_tokens = {data.text_tokens}: the encoder pads to {text_encoder.tokens}; open it with the same"
         )
-    grid = FrameGrid(data.frame_stride, data.future_frames)
-    with atomic_folder(out) as folder:
+    out, grid = Path(out), FrameGrid(data.frame_stride, data.future_frames)
+    with atomic_folder(out) as folder, _reachable(codec, out, run) as named:
         texts = ("", *sorted({*episodes.instructions, *instructions} - {""}))
         embedding, mask = text_encoder.encode(texts)
         np.save(folder / "text.npy", embedding)
         np.save(folder / "text_mask.npy", mask)
         codec.save(folder / "codec", reference=True)
         text_encoder.save(folder / "text_encoder", reference=True)
-        if run is None:
-            blocks = _encoded(episodes, range(len(episodes)), codec, grid)
-        else:
-            blocks = _encoded_elsewhere(episodes, codec, grid, staging_folder(out), run, device)
-        rows = _rows(episodes, codec, grid)
-        require_free_space(folder, 4 * episodes.frames * sum(math.prod(row) for row in rows))
-        _write_blocks(folder, rows, blocks, progress and (lambda done: progress(done, episodes.frames)))
+        shapes = _rows(episodes, codec, grid)
+        shards = fill(
+            folder,
+            encode_shard,
+            episodes,
+            (named, grid, device),
+            identity=(codec.digest, grid.stride, grid.future_frames),
+            out=out,
+            version=(FORMAT, VERSION),
+            run=run,
+            progress=progress,
+        )
+        latents = {kind: latents_of(folder.joinpath, shards.rows, kind, row) for kind, row in shapes.items()}
         content = {
             "episodes": episodes.digest,
             "codec": codec.digest,
             "text": text_encoder.digest,
             "text_tokens": text_encoder.tokens,
             "instructions": list(texts),
-            "frames": episodes.frames,
+            "shards": shards.content,
             "views": list(have.views),
             "stride": grid.stride,
             "future_frames": grid.future_frames,
-            "channels": codec.channels,
-            "psnr": _quality(folder, episodes, codec, grid),
+            "psnr": _quality(latents, episodes, codec, grid),
+            **{kind: list(row) for kind, row in shapes.items()},
         }
-        write_manifest(folder, FORMAT, VERSION, content)
-    shutil.rmtree(staging_folder(out), ignore_errors=True)
+        write_manifest(folder, FORMAT, VERSION, content, shards.digests)
+    done(out)
     return LatentStore.open(out, episodes)
 
 
-def _rows(episodes: EpisodeStore, codec: Codec, grid: FrameGrid) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _rows(episodes: EpisodeStore, codec: Codec, grid: FrameGrid) -> dict[str, tuple[int, ...]]:
     """Shapes of a row of image.npy and of clip.npy."""
     views, conventions = len(episodes.conventions.views), episodes.conventions
     h, w = (n // codec.spatial for n in (conventions.image_height, conventions.image_width))
     frames = 1 + (grid.future_frames - 1) // codec.temporal
-    return (views, codec.channels, h, w), (views, codec.channels, frames, h, w)
+    return {"image": (views, codec.channels, h, w), "clip": (views, codec.channels, frames, h, w)}
+
+
+@contextmanager
+def _reachable(codec: Codec, out: Path, run: Mapper | None) -> Iterator[Codec | str]:
+    """What a shard's job needs to have the codec: itself, or the folder it lies in where jobs run elsewhere."""
+    if run is None:
+        yield codec
+        return
+    staging = staging_folder(out)
+    saved = staging.with_name(f"{staging.name}.codec-{codec.digest[:16]}")  # the name tells apart what it makes
+    codec.save(saved, reference=True)
+    try:
+        yield str(saved)
+    finally:
+        shutil.rmtree(saved, ignore_errors=True)
 
 
 def _encoded(episodes: EpisodeStore, which: range, codec: Codec, grid: FrameGrid) -> Iterator[Block]:
@@ -207,59 +226,42 @@ def _codec_on(folder: str, device: str) -> Codec:
 
 
 def encode_shard(
-    path: str, digest: str, which: range, codec: str, stride: int, future_frames: int, device: str, folder: str
-) -> None:
-    """Leave the latents of the episodes ``which`` of the store at ``path`` in ``folder``; ``codec`` is a folder."""
-    episodes, grid, made_by = opened(path, digest), FrameGrid(stride, future_frames), _codec_on(codec, device)
-    with atomic_folder(folder) as new:
-        _write_blocks(new, _rows(episodes, made_by, grid), _encoded(episodes, which, made_by, grid))
-
-
-def _encoded_elsewhere(
-    episodes: EpisodeStore, codec: Codec, grid: FrameGrid, staging: Path, run: Mapper, device: str
-) -> Iterator[Block]:
-    """As :func:`_encoded` for the whole store, a shard at a time."""
-    saved = staging.with_name(f"{staging.name}.codec-{codec.digest[:16]}")  # the name tells apart what it makes
-    codec.save(saved, reference=True)
-    arguments = (str(saved), grid.stride, grid.future_frames, device)
-    try:
-        for _, folder in on_shards(encode_shard, episodes, arguments, staging, run):
-            image, clip = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("image", "clip"))
-            for start in range(0, len(image), _BLOCK_ROWS):
-                yield image[start : start + _BLOCK_ROWS], clip[start : start + _BLOCK_ROWS]
-    finally:
-        shutil.rmtree(saved, ignore_errors=True)
-
-
-def _write_blocks(
-    folder: Path,
-    rows: tuple[tuple[int, ...], tuple[int, ...]],
-    blocks: Iterable[Block],
+    path: str,
+    digest: str,
+    which: range,
+    codec: Codec | str,
+    grid: FrameGrid,
+    device: str,
+    folder: str,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write image.npy and clip.npy."""
-    with (
-        ArrayWriter(folder / "image.npy", rows[0], np.float32) as image_file,
-        ArrayWriter(folder / "clip.npy", rows[1], np.float32) as clip_file,
-    ):
-        for image, clip in blocks:
-            image_file.append(image)
-            clip_file.append(clip)
-            if progress:
-                progress(image_file.rows)
+    """Leave the latents of the episodes ``which`` of the store at ``path`` in ``folder``; ``codec`` may be a folder."""
+    episodes = opened(path, digest)
+    made_by = _codec_on(codec, device) if isinstance(codec, str) else codec
+    shapes, rows = _rows(episodes, made_by, grid), sum(episodes.episodes[index].length for index in which)
+    with atomic_folder(folder) as new:
+        require_free_space(new, 4 * rows * sum(math.prod(row) for row in shapes.values()))
+        image_file, clip_file = (ArrayWriter(new / f"{kind}.npy", row, np.float32) for kind, row in shapes.items())
+        with image_file, clip_file:
+            for image, clip in _encoded(episodes, which, made_by, grid):
+                image_file.append(image)
+                clip_file.append(clip)
+                if progress:
+                    progress(len(image))
 
 
-def _quality(folder: Path, episodes: EpisodeStore, codec: Codec, grid: FrameGrid) -> dict[str, dict[str, float]]:
+def _quality(
+    latents: Mapping[str, ShardedArray], episodes: EpisodeStore, codec: Codec, grid: FrameGrid
+) -> dict[str, dict[str, float]]:
     """PSNR (dB, at most 100) per view of evenly spaced frames and future clips: {"image"|"clip": {view: dB}}."""
-    image, clip = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("image", "clip"))
     result: dict[str, dict[str, float]] = {"image": {}, "clip": {}}
     for index, view in enumerate(episodes.conventions.views):
         rows = _evenly(episodes.frames, _PSNR_FRAMES)
-        decoded = codec.decode_frames(np.asarray(image[rows, index]))
+        decoded = codec.decode_frames(latents["image"][rows][:, index])
         result["image"][view] = round(min(100.0, psnr(decoded, episodes.images(view, rows))), 3)
         rows = _evenly(episodes.frames, max(1, _PSNR_FRAMES // grid.future_frames))
         frames = _future_rows(episodes, rows, grid)
-        decoded = codec.decode_clips(np.asarray(clip[rows, index]))
+        decoded = codec.decode_clips(latents["clip"][rows][:, index])
         original = episodes.images(view, frames.reshape(-1)).reshape(decoded.shape)
         result["clip"][view] = round(min(100.0, psnr(decoded, original)), 3)
     return result

@@ -5,15 +5,15 @@ Training reads only this and the small arrays of the episode store; codec and T5
 order. Layout of the folder::
 
     manifest.json    format version; digests of episodes, codec and text encoder; frame grid; size and SHA-256 per file
-    image.npy        (N, V, C, h, w) float32: each frame as a single image (memory)
-    clip.npy         (N, V, C, Ff, h, w) float32: frames t + stride * (1 .. future_frames), the last repeated
+    shard-00000/image.npy  (N, V, C, h, w) float32: each frame as a single image (memory); shards as in the episodes
+    shard-00000/clip.npy   (N, V, C, Ff, h, w) float32: frames t + stride * (1 .. future_frames), the last repeated
     text.npy         (n, L, Ct) float32, text_mask.npy (n, L) bool; one row per instruction, "" among them
     codec/, text_encoder/
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from wav.data.store import shard_folder
 from wav.errors import DataError
-from wav.io.arrays import open_array
+from wav.io.arrays import ShardedArray, open_array
 from wav.io.files import check_files, manifest_digest, manifest_files, read_manifest
 from wav.io.readers import understood
+from wav.io.storage.streaming import reader
 
 if TYPE_CHECKING:
     from wav.codec import Codec
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from wav.data.store import EpisodeStore
     from wav.text import TextEncoder
 
-FORMAT, VERSION = "wav-latents", 1
+FORMAT, VERSION = "wav-latents", 2
 REMEDY = "encode the episodes again with `dvc repro encode`"
 
 
@@ -49,6 +51,12 @@ class FrameGrid:
         return np.asarray(np.minimum(steps, length - 1))
 
 
+def latents_of(file: Callable[[str], Path], rows: Sequence[int], kind: str, row: Sequence[int]) -> ShardedArray:
+    """The latents of all shards; ``kind`` is "image" or "clip", ``file`` gives the local path of a store's file."""
+    shape = tuple(int(size) for size in row)
+    return ShardedArray(rows, lambda shard: file(f"{shard_folder(shard)}/{kind}.npy"), shape, np.float32, remedy=REMEDY)
+
+
 class LatentStore:
     """Read access to ``data/latents``; open it with :meth:`open`."""
 
@@ -60,12 +68,11 @@ class LatentStore:
         self.text_digest, self.text_tokens = str(manifest["text"]), int(manifest["text_tokens"])
         self.grid = FrameGrid(int(manifest["stride"]), int(manifest["future_frames"]))
         self.psnr: dict[str, dict[str, float]] = manifest["psnr"]
-        lead = (int(manifest["frames"]), len(self.views), int(manifest["channels"]))
         texts = (len(self.instructions), self.text_tokens)
-        #: (N, V, C, h, w) every frame as an image
-        self.image = open_array(path / "image.npy", (*lead, None, None), np.float32, remedy=REMEDY)
-        #: (N, V, C, Ff, h, w) the future clip of the window at every frame
-        self.clip = open_array(path / "clip.npy", (*lead, None, *self.image.shape[3:]), np.float32, remedy=REMEDY)
+        rows = [int(shard["rows"]) for shard in manifest["shards"]]
+        file = reader(path, manifest_files(manifest))
+        #: (N, V, C, h, w) every frame as an image, and (N, V, C, Ff, h, w) the future clip of the window at every frame
+        self.image, self.clip = (latents_of(file, rows, kind, manifest[kind]) for kind in ("image", "clip"))
         #: (n, L, Ct) embeddings of the instructions, and (n, L) which tokens are real
         self.text = open_array(path / "text.npy", (*texts, None), np.float32, remedy=REMEDY)
         self.text_mask = open_array(path / "text_mask.npy", texts, np.bool_, remedy=REMEDY)

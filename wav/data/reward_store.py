@@ -4,13 +4,14 @@ Training and evaluation read it without the reward's formula; how many channels 
 store itself says. Layout of the folder::
 
     manifest.json     format version; digest of the episodes, names and weights of the terms; size and SHA-256 per file
-    values.npy        (N, K + 1) float32: weighted terms and, last, the return; rows in the episode store's frame order
+    offsets.npy       (E + 1,) int64: first row of every episode, and the number of rows
     statistics.json   normalisation statistics of the values
+    shard-00000/values.npy  (N, K + 1) float32: weighted terms and, last, the return; shards and rows as in the episodes
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from wav.data.statistics import Statistics
+from wav.data.store import shard_folder
 from wav.errors import DataError
-from wav.io.arrays import open_array
+from wav.io.arrays import ShardedArray, open_array
 from wav.io.files import check_files, manifest_digest, manifest_files, read_manifest
 from wav.io.readers import understood
+from wav.io.storage.streaming import reader
 
 if TYPE_CHECKING:
     from wav.data.store import EpisodeStore
 
-FORMAT, VERSION = "wav-rewards", 1
+FORMAT, VERSION = "wav-rewards", 2
 REMEDY = "label the episodes again with `dvc repro label_rewards`"
+
+
+def values_of(file: Callable[[str], Path], rows: Sequence[int], channels: int) -> ShardedArray:
+    """The values (N, channels) of all shards; ``file`` gives the local path of a file of the store."""
+    return ShardedArray(
+        rows, lambda shard: file(f"{shard_folder(shard)}/values.npy"), (channels,), np.float32, remedy=REMEDY
+    )
 
 
 class RewardStore:
@@ -37,11 +47,11 @@ class RewardStore:
         self.path, self._manifest = path, manifest
         self.names = tuple(str(name) for name in manifest["names"])
         self.weights = np.array(manifest["weights"], np.float32)
-        self.offsets = np.array(manifest["offsets"], np.int64)
+        self.offsets = open_array(path / "offsets.npy", (None,), np.int64, remedy=REMEDY)
         self.episodes_digest = str(manifest["episodes"])
-        frames = int(manifest["frames"])
         #: (N, K + 1) weighted terms and, last, the return; rows in the episode store's concatenated frame order
-        self.values = open_array(path / "values.npy", (frames, len(self.names) + 1), np.float32, remedy=REMEDY)
+        file = reader(path, manifest_files(manifest))
+        self.values = values_of(file, [int(s["rows"]) for s in manifest["shards"]], len(self.names) + 1)
         self.statistics = Statistics.load(path / "statistics.json", REMEDY)
         self.digest = manifest_digest(manifest)
 
@@ -67,8 +77,7 @@ class RewardStore:
 
     def episode(self, index: int) -> NDArray[np.float32]:
         """Values (T, K + 1) of one episode."""
-        rows: NDArray[np.float32] = self.values[self.offsets[index] : self.offsets[index + 1]]
-        return rows
+        return self.values[int(self.offsets[index]) : int(self.offsets[index + 1])]
 
     def verify(self) -> None:
         """Compare every file's content with the manifest's SHA-256; DataError names the first that differs."""

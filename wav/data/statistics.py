@@ -7,7 +7,7 @@ with checkpoints, which refuse to run with others.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import isfinite
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from wav.errors import CheckpointError, DataError, cut, shown
+from wav.io.arrays import ShardedArray
 from wav.io.files import canonical_digest, read_json, write_json
 from wav.io.readers import understood
 
@@ -28,6 +29,7 @@ Array = TypeVar("Array", NDArray[Any], torch.Tensor)
 #: Spans (q99 - q01, or std) below this count as constant: their scale is 1, so that a value stays near 0 and the
 #: inverse stays exact, instead of dividing by (nearly) zero. Units are the dimension's own (m, rad, action).
 CONSTANT_SPAN = 1e-4
+_BLOCK = 2**20  # rows
 _LOG = logging.getLogger(__name__)
 
 
@@ -116,21 +118,30 @@ def symexp(x: Array) -> Array:
     return np.asarray(np.sign(x) * np.expm1(np.abs(x)))
 
 
-def compute_statistics(rows: NDArray[Any], mode: Mode, name: str = "statistics") -> KeyStatistics:
-    """Statistics of rows (N, D), in double precision.
+def compute_statistics(rows: NDArray[Any] | ShardedArray, mode: Mode, name: str = "statistics") -> KeyStatistics:
+    """Statistics of rows (N, D), in double precision, a block of rows and then a column at a time.
 
     Raises:
         DataError: there are no rows, or a value is not finite.
     """
-    x = np.asarray(rows, dtype=np.float64)
-    if x.ndim != 2 or not len(x):
-        raise DataError(f"{name}: no rows to take statistics of (shape {x.shape}); ingest at least one episode")
-    if not np.isfinite(x).all():
-        raise DataError(f"{name}: {int((~np.isfinite(x)).sum())} values are NaN or infinite; repair the source")
-    low, high = np.quantile(x, (0.01, 0.99), axis=0)
-    columns = {"q01": low, "q99": high, "mean": x.mean(0), "std": x.std(0), "min": x.min(0), "max": x.max(0)}
-    result = KeyStatistics(mode=mode, count=len(x), **{key: tuple(map(float, c)) for key, c in columns.items()})
-    extreme = np.abs(result.normalize(np.stack([columns["min"], columns["max"]]))).max(0)
+    if len(rows.shape) != 2 or not len(rows):
+        raise DataError(f"{name}: no rows to take statistics of (shape {rows.shape}); ingest at least one episode")
+    count = len(rows)
+    blocks = [slice(start, start + _BLOCK) for start in range(0, count, _BLOCK)]
+    odd = sum(int((~np.isfinite(rows[block])).sum()) for block in blocks)
+    if odd:
+        raise DataError(f"{name}: {odd} values are NaN or infinite; repair the source")
+    total = _sum(rows[block].astype(np.float64) for block in blocks)
+    mean = total / count
+    spread = _sum((rows[block].astype(np.float64) - mean) ** 2 for block in blocks)
+    columns: dict[str, list[float]] = {"mean": mean.tolist(), "std": np.sqrt(spread / count).tolist()}
+    for dimension in range(rows.shape[1]):
+        column = np.concatenate([rows[block][:, dimension] for block in blocks]).astype(np.float64)
+        found = (*np.quantile(column, (0.01, 0.99)), column.min(), column.max())
+        for key, value in zip(("q01", "q99", "min", "max"), found, strict=True):
+            columns.setdefault(key, []).append(float(value))
+    result = KeyStatistics(mode=mode, count=count, **{key: tuple(c) for key, c in columns.items()})
+    extreme = np.abs(result.normalize(np.stack([result.min, result.max]))).max(0)
     if mode == "quantile" and (extreme > 10).any():
         worst = int(extreme.argmax())
         _LOG.warning(
@@ -140,6 +151,15 @@ def compute_statistics(rows: NDArray[Any], mode: Mode, name: str = "statistics")
             extreme[worst],
         )
     return result
+
+
+def _sum(blocks: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """(D,) sum over the rows (n, D) of all blocks, added one after the other as NumPy does it for a single block."""
+    total: NDArray[np.float64] | None = None
+    for block in blocks:
+        total = np.add.reduce(block if total is None else np.concatenate([total[None], block]), axis=0)
+    assert total is not None
+    return total
 
 
 @dataclass(frozen=True)

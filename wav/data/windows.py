@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from wav.data.conventions import ABSOLUTE_ACTIONS, DELTA_ACTIONS
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError
+from wav.io.arrays import ShardedArray
 from wav.seeding import numpy_generator
 
 if TYPE_CHECKING:
@@ -172,21 +173,22 @@ def split_episodes(store: EpisodeStore, split: Split, validation_share: float) -
     """
     if not 0.0 <= validation_share < 1.0:
         raise ConfigError(f"validation_share = {validation_share}: must lie in [0, 1)")
-    place: dict[str, int] = {}
-    keys = []
-    ids = [(hashlib.sha256(info.episode_id.encode()).hexdigest(), i) for i, info in enumerate(store.episodes)]
-    for digest, i in sorted(ids):
-        task = store.episodes[i].task
-        place[task] = place.get(task, -1) + 1
-        keys.append((place[task], digest, i))
     held = max(1, round(validation_share * len(store))) if validation_share else 0
     if held >= len(store):
         raise DataError(
             f"{store.path}: {len(store)} episode(s) cannot be split with validation_share = {validation_share}; "
             "ingest more episodes or set validation_share to 0"
         )
-    order = [i for _, _, i in sorted(keys)]
-    return np.array(sorted(order[:held] if split == "validation" else order[held:]), dtype=np.int64)
+    names = store.episodes.column("episode_id").tolist()
+    digests = np.frombuffer(b"".join(hashlib.sha256(name).digest() for name in names), "S32")
+    drawn = np.argsort(digests, kind="stable")
+    task = store.episodes.column("task")[drawn]
+    by_task = np.argsort(task, kind="stable")
+    ends = np.cumsum(np.bincount(task))
+    place = np.empty(len(store), np.int64)  # of an episode among those of its task
+    place[by_task] = np.arange(len(store)) - np.repeat(ends - np.bincount(task), np.bincount(task))
+    order = drawn[np.argsort(place, kind="stable")]
+    return np.sort(order[:held] if split == "validation" else order[held:])
 
 
 class WindowDataset:
@@ -219,26 +221,24 @@ class WindowDataset:
         self._text, self._text_mask = np.asarray(latents.text), np.asarray(latents.text_mask)
         self._empty = latents.empty_text
         rows = {instruction: row for row, instruction in enumerate(latents.instructions)}
-        self._text_row = np.array([rows[info.instruction] for info in episodes.episodes], dtype=np.int64)
+        texts = np.array([rows[text] for text in episodes.episodes.texts["instruction"]], np.int64)
+        self._text_row = texts[episodes.episodes.column("instruction")]
         self._start, self._length = episodes.offsets[:-1], np.diff(episodes.offsets)
         self._episodes, self._values = episodes, None if rewards is None else rewards.values
-        self._hold = self.statistics.normalize_actions(self._holding(episodes))
-        self._chosen = split_episodes(episodes, split, validation_share)
-        self._ends = np.cumsum(self._length[self._chosen])
-
-    @staticmethod
-    def _holding(episodes: EpisodeStore) -> NDArray[np.float32]:
-        """(E, A) action that continues every episode past its end: no motion for deltas, the gripper held."""
-        hold = episodes.rows("labels", episodes.offsets[1:] - 1)
-        kind = episodes.conventions.action
-        if kind == DELTA_ACTIONS:
-            hold[:, :-1] = 0.0
-        elif kind != ABSOLUTE_ACTIONS:
+        if (kind := episodes.conventions.action) not in (DELTA_ACTIONS, ABSOLUTE_ACTIONS):
             raise DataError(
                 f"{episodes.path}: conventions.action = {kind!r}: unknown; "
                 f"expected {DELTA_ACTIONS} or {ABSOLUTE_ACTIONS}"
             )
-        return hold
+        self._chosen = split_episodes(episodes, split, validation_share)
+        self._ends = np.cumsum(self._length[self._chosen])
+
+    def _hold(self, episode: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(B, A) what continues episodes (B,) past their end, normalised: no motion for deltas, the gripper held."""
+        hold = self._episodes.rows("labels", self._start[episode] + self._length[episode] - 1)
+        if self._episodes.conventions.action == DELTA_ACTIONS:
+            hold[:, :-1] = 0.0
+        return self.statistics.normalize_actions(hold)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -248,6 +248,20 @@ class WindowDataset:
         which = np.searchsorted(self._ends, indices, side="right")
         episode = self._chosen[which]
         return episode, np.asarray(indices - (self._ends[which] - self._length[episode]))
+
+    @property
+    def shards(self) -> NDArray[np.int64]:
+        """(S,) windows of every shard of the store."""
+        shard = self._episodes.episodes.column("shard")[self._chosen]
+        return np.bincount(shard, self._length[self._chosen], len(self._episodes.shard_rows)).astype(np.int64)
+
+    def expect(self, indices: NDArray[np.integer]) -> None:
+        """Have the shards of windows that will be asked for opened, and brought here where they are elsewhere."""
+        shards = np.unique(self._episodes.episodes.column("shard")[self.places(indices)[0]])
+        arrays = [a for a in (self._image, self._clip, self._values) if isinstance(a, ShardedArray)]
+        for shard in shards.tolist():
+            for array in (*arrays, *self._episodes.trained):
+                array.shard(shard)
 
     @property
     def empty_text(self) -> torch.Tensor:
@@ -282,7 +296,7 @@ class WindowDataset:
         past = ahead >= length[:, None]
         states = self.statistics.normalize_state(self._at("state", rows))
         labels = self.statistics.normalize_actions(self._at("labels", rows))
-        actions = np.where(past[..., None], self._hold[episode][:, None], labels)
+        actions = np.where(past[..., None], self._hold(episode)[:, None], labels)
         values = None
         if self._values is not None:
             values = torch.from_numpy(self.statistics.normalize_values(self._values[rows]))

@@ -1,8 +1,8 @@
-"""NumPy files that are written row by row, and opened as memory maps with a check of shape and type."""
+"""NumPy files: written row by row, opened as memory maps with a check of shape and type, many of them as one array."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -78,3 +78,72 @@ def open_array(path: str | Path, shape: Sequence[int | None], dtype: DTypeLike, 
             f"{path}: {array.dtype} {array.shape} where {np.dtype(dtype)} {tuple(shape)} is expected; {remedy}"
         )
     return np.asarray(array)
+
+
+class ShardedArray:
+    """Rows (N, ...) that lie in one file for each shard; a file is memory-mapped when its rows are first asked for.
+
+    Indexed as an array is along its first axis: by a number, a slice or whole numbers of any shape, none of them
+    negative. Rows of one shard that a slice asks for are a view of the file.
+
+    Args:
+        rows: rows of every shard.
+        file: path of a shard's file; DataError where it is not to be had.
+        row: shape of one row; None where any size will do.
+        dtype: element type.
+        remedy: ends the message where a file is something else.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[int] | NDArray[np.integer],
+        file: Callable[[int], Path],
+        row: Sequence[int | None],
+        dtype: DTypeLike,
+        *,
+        remedy: str,
+    ) -> None:
+        #: (S + 1,) first row of every shard, and the total at the end
+        self.offsets = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
+        self.dtype, self._row, self._file, self._remedy = np.dtype(dtype), tuple(row), file, remedy
+        self._open: dict[int, NDArray[Any]] = {}
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, ...); a shard is opened where a size was left open."""
+        row = self.shard(0).shape[1:] if None in self._row else self._row
+        return (len(self), *(size for size in row if size is not None))
+
+    def shard(self, index: int) -> NDArray[Any]:
+        """Rows (n, ...) of one shard."""
+        found = self._open.get(index)
+        if found is None:
+            shape = (int(self.offsets[index + 1] - self.offsets[index]), *self._row)
+            found = self._open[index] = open_array(self._file(index), shape, self.dtype, remedy=self._remedy)
+        return found
+
+    def __getitem__(self, rows: int | slice | NDArray[np.integer]) -> NDArray[Any]:
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(len(self))
+            if step == 1 and start < stop:
+                first, last = np.searchsorted(self.offsets, (start, stop - 1), side="right") - 1
+                ends = self.offsets[first : last + 2]
+                parts = [
+                    self.shard(int(first) + i)[max(start - ends[i], 0) : stop - ends[i]] for i in range(len(ends) - 1)
+                ]
+                return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            rows = np.arange(start, stop, step)
+        flat = np.asarray(rows, np.int64).reshape(-1)
+        if len(self.offsets) == 2:
+            return self.shard(0)[rows]
+        shards = np.searchsorted(self.offsets, flat, side="right") - 1
+        found = {int(shard): self.shard(int(shard)) for shard in np.unique(shards)}
+        row = next(iter(found.values())).shape[1:] if found else self.shape[1:]
+        result = np.empty((len(flat), *row), self.dtype)
+        for shard, part in found.items():
+            here = shards == shard
+            result[here] = part[flat[here] - self.offsets[shard]]
+        return result.reshape(*np.shape(rows), *row)

@@ -7,22 +7,21 @@ Rewards are labels: they are computed once per episode store, never while traini
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wav.data.episode_shards import on_shards, opened
-from wav.data.reward_store import FORMAT, VERSION, RewardStore
+from wav.data.episode_shards import Progress, done, fill, opened
+from wav.data.reward_store import FORMAT, VERSION, RewardStore, values_of
 from wav.data.statistics import Statistics, compute_statistics
 from wav.data.store import EpisodeStore
 from wav.errors import DataError
 from wav.io.files import atomic_folder, write_manifest
 from wav.rewards.terms import RewardTerms, episode_rewards
-from wav.shards import Mapper, staging_folder
+from wav.shards import Mapper
 
 if TYPE_CHECKING:
     from wav.config import LabelRewardsSettings
@@ -65,21 +64,22 @@ def value_channels(terms: RewardTerms, settings: LabelRewardsSettings, action_ch
     return np.concatenate([terms.weighted, value[:, None]], axis=1)
 
 
-def label_episodes(
-    episodes: EpisodeStore, which: range, settings: LabelRewardsSettings, action_chunk: int
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """(episodes done of the whole store, values (T, K + 1) of one episode) for the episodes ``which``."""
-    for index in which:
-        terms = episode_rewards(episodes[index], settings, episodes.conventions.views)
-        yield index + 1, value_channels(terms, settings, action_chunk)
-
-
 def label_shard(
-    path: str, digest: str, which: range, settings: LabelRewardsSettings, action_chunk: int, folder: str
+    path: str,
+    digest: str,
+    which: range,
+    settings: LabelRewardsSettings,
+    action_chunk: int,
+    folder: str,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Leave the values of the episodes ``which`` of the store at ``path`` in ``folder``."""
-    episodes = opened(path, digest)
-    values = [part for _, part in label_episodes(episodes, which, settings, action_chunk)]
+    episodes, values = opened(path, digest), []
+    for index in which:
+        terms = episode_rewards(episodes[index], settings, episodes.conventions.views)
+        values.append(value_channels(terms, settings, action_chunk))
+        if progress:
+            progress(len(values[-1]))
     with atomic_folder(folder) as new:
         np.save(new / "values.npy", np.concatenate(values))
 
@@ -89,50 +89,51 @@ def label_store(
     settings: LabelRewardsSettings,
     action_chunk: int,
     out: str | Path,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     run: Mapper | None = None,
 ) -> RewardStore:
-    """Label every episode and write ``out`` atomically: values.npy, statistics.json, manifest.json.
+    """Label every episode and write the reward store ``out`` atomically; shards that are there stay as they are.
 
     Args:
-        episodes: the store; rows of values.npy follow its concatenated frame order.
+        episodes: the store.
         settings: see :func:`episode_rewards` and :func:`returns`.
         action_chunk: steps of a return where ``settings.horizon`` is 0.
         out: folder.
-        progress: called with (episodes done, episodes in total).
+        progress: called with (steps done, steps in total).
         run: labels shards elsewhere (:mod:`wav.cluster`); what is done is kept until the store is complete.
 
     Raises:
         DataError: an episode without the views or sizes the reward needs, or a value that is not finite.
         StorageError: the disk is full.
     """
-    if not len(episodes):
-        raise DataError(f"{episodes.path}: holds no episode to label; run the ingest stage again")
-    labels: list[NDArray[np.float32]] = []
-    if run is None:
-        parts = label_episodes(episodes, range(len(episodes)), settings, action_chunk)
-    else:
-        shards = on_shards(label_shard, episodes, (settings, action_chunk), staging_folder(out), run)
-        parts = ((which.stop, np.load(folder / "values.npy")) for which, folder in shards)
-    for done, part in parts:
-        labels.append(part)
-        if progress:
-            progress(done, len(episodes))
+    out = Path(out)
     terms = episode_rewards(episodes[0], settings, episodes.conventions.views)
-    values = np.concatenate(labels)
+    plain = settings.model_dump(mode="json")
     with atomic_folder(out) as folder:
-        np.save(folder / "values.npy", values)
-        statistics = compute_statistics(values, "zscore_symlog", "value statistics")
-        Statistics({"value": statistics}).save(folder / "statistics.json")
+        shards = fill(
+            folder,
+            label_shard,
+            episodes,
+            (settings, action_chunk),
+            identity=(plain, action_chunk),
+            out=out,
+            version=(FORMAT, VERSION),
+            run=run,
+            progress=progress,
+        )
+        np.save(folder / "offsets.npy", episodes.offsets)
+        values = values_of(folder.joinpath, shards.rows, len(terms.names) + 1)
+        Statistics({"value": compute_statistics(values, "zscore_symlog", "value statistics")}).save(
+            folder / "statistics.json"
+        )
         content = {
             "episodes": episodes.digest,
-            "frames": episodes.frames,
-            "offsets": [int(row) for row in episodes.offsets],
+            "shards": shards.content,
             "names": list(terms.names),
             "weights": [float(weight) for weight in terms.weights],
             "action_chunk": action_chunk,
-            "settings": settings.model_dump(mode="json"),
+            "settings": plain,
         }
-        write_manifest(folder, FORMAT, VERSION, content)
-    shutil.rmtree(staging_folder(out), ignore_errors=True)
+        write_manifest(folder, FORMAT, VERSION, content, shards.digests)
+    done(out)
     return RewardStore.open(out, episodes)

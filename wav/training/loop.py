@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from wav.code_cache import prepare_compiler
+from wav.data.streams import StreamSampler
 from wav.data.windows import BatchSampler
 from wav.errors import ConfigError, TrainingError, WavError
 from wav.io.storage import ObjectStore, open_store
@@ -72,7 +73,10 @@ class Trainer:
         universal = found is not None and bool(found.universal)
         self.engine = init_engine(self.objective, self.settings, self.plan, world, universal)
         self.ema = Ema(self.engine.module, self.settings.ema_decay, world.rank, world.ranks)
-        sampler = BatchSampler(len(inputs.train), self.settings.batch_size, self.settings.seed, world.rank, world.ranks)
+        places = (self.settings.batch_size, self.settings.seed, world.rank, world.ranks)
+        sampler = BatchSampler(len(inputs.train), *places)
+        if self.settings.streams:
+            sampler = StreamSampler(inputs.train.shards, *places, self.settings.streams)
         self.source = Source(inputs.train, sampler, self.objective, self.plan, world)
         self.held_out: list[StepInputs] = []
         if inputs.validation is not None and len(inputs.validation):

@@ -1,4 +1,7 @@
-"""Batches and their random draws, prepared one thread ahead of the training step that uses them."""
+"""Batches and their random draws, prepared one thread ahead of the training step that uses them.
+
+Another thread, further ahead, opens the shards that batches will need, and so brings those that lie in an object store.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from wav.training.engine import BatchPlan, World
 if TYPE_CHECKING:
     from wav.training.objectives.base import Objective
 
-AHEAD = 2
+AHEAD, SHARDS_AHEAD = 2, 100  # steps
 VALIDATION_BATCHES = 4
 
 
@@ -62,7 +65,8 @@ class Prefetcher:
     def __iter__(self) -> Iterator[list[StepInputs]]:
         device, todo = self._source.world.device, iter(self._steps)
         prepare = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())  # else it pins on GPU 0
-        with ThreadPoolExecutor(1, "prefetch", *prepare) as pool:
+        with ThreadPoolExecutor(1, "shards") as shards, ThreadPoolExecutor(1, "prefetch", *prepare) as pool:
+            self._shards = shards
             ahead = deque(pool.submit(self._prepare, step) for step in islice(todo, AHEAD))
             while ahead:
                 begin = time.perf_counter()
@@ -72,6 +76,8 @@ class Prefetcher:
                 yield inputs if device.type == "cpu" else [micro.to(device) for micro in inputs]
 
     def _prepare(self, step: int) -> list[StepInputs]:
+        later = min(step + SHARDS_AHEAD, self._steps[-1])
+        self._shards.submit(self._source.dataset.expect, self._source.sampler.indices(later))
         inputs = self._source.step(step)
         return [micro.pin_memory() for micro in inputs] if self._source.world.device.type == "cuda" else inputs
 

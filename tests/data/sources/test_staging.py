@@ -1,7 +1,6 @@
 """Parallel, resumable, flat: what holds for every dataset on disk."""
 
 import gc
-import json
 import tracemalloc
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from tests.data.sources.datasets import TASKS, changed, libero_file
 from wav.data.sources import open_source, staging
 from wav.data.store import EpisodeStore
+from wav.data.writer import EpisodeStoreWriter
 from wav.errors import DataError
 from wav.ingest import ingest
 from wav.shards import grouped, staging_folder
@@ -58,7 +58,7 @@ def test_store_does_not_depend_on_the_number_of_processes(data, hdf5_settings, t
     one = ingest(data, hdf5_settings, tmp_path / "one", workers=1)
     two = ingest(data, hdf5_settings, tmp_path / "two", workers=2)
     assert (one.digest, one.episodes, one.per_task) == (two.digest, 6, dict.fromkeys(sorted(TASKS), 3))
-    assert not staging_folder(tmp_path / "two").exists()
+    assert [path.name for path in staging_folder(tmp_path / "two").iterdir()] == ["store.json"]
     EpisodeStore.open(tmp_path / "two").verify()
 
 
@@ -92,7 +92,7 @@ def test_interrupted_ingest_continues(data, hdf5_settings, tmp_path, small_jobs,
     assert len(read) == 2
     assert report.digest == whole.digest
     assert numbers[-1] == (6, 6, 6)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["libero", "out", "whole"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.staging", ".whole.staging", "libero", "out", "whole"]
 
 
 def test_only_what_changed_is_read_again(data, libero, hdf5_settings, tmp_path, small_jobs, monkeypatch):
@@ -113,8 +113,29 @@ def test_only_what_changed_is_read_again(data, libero, hdf5_settings, tmp_path, 
     assert contents(EpisodeStore.open(out)) == contents(_fresh(data, hdf5_settings, tmp_path / "fresh"))
 
 
+def test_a_dataset_that_grew_is_read_in_part(data, libero, hdf5_settings, tmp_path, small_jobs, monkeypatch):
+    """What the store holds already is neither read nor written again, unless it is another store."""
+    out, task = tmp_path / "out", "lift_more"
+    ingest(data, hdf5_settings, out, workers=1)
+    before = {path: path.stat().st_ino for path in out.glob("shard-*/*")}
+    libero_file(libero / f"{task}_demo.hdf5", demos=2, steps=13)
+    read = []
+    original = staging.stage
+    monkeypatch.setattr(staging, "stage", lambda *job: (read.append(job[1][1]), original(*job)))
+    report = ingest(data, hdf5_settings, out, workers=1)
+    assert (len(read), report.episodes) == (2, 8)
+    inodes = {path.stat().st_ino for path in out.glob("shard-*/*")}
+    assert inodes > set(before.values())
+    assert report.digest == _fresh(data, hdf5_settings, tmp_path / "fresh").digest
+    read.clear()
+    with EpisodeStoreWriter(out, EpisodeStore.open(tmp_path / "fresh").conventions) as writer:
+        writer.add(EpisodeStore.open(tmp_path / "fresh")[0])
+    ingest(data, hdf5_settings, out, workers=1)
+    assert len(read) == 8
+
+
 def _task(store: Path) -> str:
-    return json.loads((store / "manifest.json").read_text())["episodes"][0]["task"]
+    return EpisodeStore.open(store).episodes[0].task
 
 
 def _fresh(data, settings, out) -> EpisodeStore:
@@ -166,8 +187,6 @@ def test_memory_does_not_grow_with_the_dataset(data, tmp_path, hdf5_settings, sm
 
 
 def test_stores_of_other_conventions_are_not_adopted(data, hdf5_settings, tmp_path):
-    from wav.data.writer import EpisodeStoreWriter
-
     ingest(data, hdf5_settings, tmp_path / "one", workers=1)
     store = EpisodeStore.open(tmp_path / "one")
     changed = type(store.conventions)(**{**store.conventions.__dict__, "control_hz": 10})

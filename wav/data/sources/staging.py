@@ -3,9 +3,10 @@
 A :class:`DatasetSource` cuts its dataset into jobs of a few episodes. Each job becomes a small episode store of its
 own in a staging folder beside the output (:func:`collect`), written by a process of its own; at the end the staged
 files are linked into the final store without a copy. An ingest that is interrupted, or whose dataset gained a file,
-does again only the jobs whose key (settings, reader code, source files) has no finished stage::
+does again only the jobs whose key (settings, reader code, source files) has no finished stage. Of a finished ingest
+:func:`remember` keeps which shards of the store are which job's, so that the next one takes them from there::
 
-    for staged in collect(source.jobs(), source.conventions(), staging_folder(out), workers=4):
+    for staged in collect(source.jobs(), source.conventions(), out, workers=4):
         ...
 """
 
@@ -17,7 +18,7 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +30,14 @@ from wav.data.store import EpisodeStore, Rejection
 from wav.data.writer import EpisodeStoreWriter
 from wav.errors import DataError, SimulationError, StorageError
 from wav.io.files import canonical_digest, read_json, require_free_space, write_json
-from wav.shards import Mapper
+from wav.shards import Mapper, staging_folder
 from wav.source_code import code_digest, digests, modules
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
 
 _LOG = logging.getLogger(__name__)
+_NOTES = "store.json"
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Staged:
     store: Path | None
     accepted: int
     rejected: tuple[Rejection, ...]
+    shards: range | None = None
+    """Those of the store that are the job's; None: all."""
 
 
 class DatasetSource(ABC):
@@ -167,15 +171,46 @@ def _prune(folder: Path, keys: set[str]) -> None:
                 path.unlink(missing_ok=True)
 
 
+def remember(out: Path, jobs: Mapping[str, tuple[Staged, range]]) -> None:
+    """Note which shards of the finished store ``out`` hold which job's episodes, by key, and remove what was staged."""
+    folder = staging_folder(out)
+    notes = {
+        key: {
+            "accepted": staged.accepted,
+            "rejected": [asdict(r) for r in staged.rejected],
+            "shards": [shards.start, shards.stop],
+        }
+        for key, (staged, shards) in jobs.items()
+    }
+    _prune(folder, set())
+    write_json(folder / _NOTES, {"store": EpisodeStore.open(out).digest, "jobs": notes})
+
+
+def _remembered(out: Path) -> dict[str, Staged]:
+    """Jobs by key whose episodes lie in the store ``out``; none where it is another one than was noted."""
+    try:
+        raw = read_json(staging_folder(out) / _NOTES, "")
+        if raw["store"] != EpisodeStore.open(out).digest:
+            return {}
+        return {
+            key: Staged(
+                -1, out, job["accepted"], tuple(Rejection(**row) for row in job["rejected"]), range(*job["shards"])
+            )
+            for key, job in raw["jobs"].items()
+        }
+    except (DataError, KeyError, TypeError):
+        return {}
+
+
 def collect(
-    jobs: Sequence[Job], conventions: Conventions, folder: Path, workers: int, run: Mapper | None = None
+    jobs: Sequence[Job], conventions: Conventions, out: Path, workers: int, run: Mapper | None = None
 ) -> Iterator[Staged]:
     """Run the jobs that have no finished stage yet.
 
     Args:
         jobs: all jobs of the dataset.
         conventions: of the episodes they give.
-        folder: the staging folder; kept by the caller until the final store is complete.
+        out: the final store; its staging folder is kept by the caller until that is complete.
         workers: reading processes; with 1 everything runs in this one.
         run: runs the jobs elsewhere (:mod:`wav.cluster`).
 
@@ -186,11 +221,13 @@ def collect(
         DataError: a reading process died.
         StorageError: the disk is or would be full.
     """
+    folder, there = staging_folder(out), _remembered(out)
     folder.mkdir(parents=True, exist_ok=True)
-    _prune(folder, {job.key for job in jobs})
+    _prune(folder, {_NOTES.removesuffix(".json"), *(job.key for job in jobs)})
     todo: list[int] = []
     for index, job in enumerate(jobs):
-        staged = _finished(index, job, folder)
+        known = there.get(job.key)
+        staged = replace(known, index=index) if known else _finished(index, job, folder)
         if staged is None:
             todo.append(index)
         else:
