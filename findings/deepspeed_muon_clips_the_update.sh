@@ -46,5 +46,5 @@ PY
 for run in "0 1.0 0.0546" "1 1.0 0.0200" "0 0 0.0546" "1 0 0.0546"; do
   read -r stage clip norm <<< "$run"
   echo -n "ZeRO $stage, clipping $clip: "
-  "$folder/venv/bin/python" "$folder/step.py" "$stage" "$clip" "$((29600 + stage))" "$norm" 2> "$folder/log" | grep "^step"
+  "$folder/venv/bin/python" "$folder/step.py" "$stage" "$clip" "$((29600 + stage))" "$norm" 2> "$folder/log" | grep "^step" || { cat "$folder/log"; exit 1; }
 done

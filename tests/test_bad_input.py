@@ -31,27 +31,61 @@ def message_of(call: Callable[[], Any], kind: type[WavError]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("sections", "words"),
+    ("sections", "words", "remedy"),
     [
-        ({"data": THREE, "model": {"max_views": 2}}, ("data.views", "3 views", "model.max_views = 2", "raise")),
-        ({"data": {"future_frames": 7}}, ("data.future_frames = 7", "1 + k * encode.temporal (4)", "try")),
-        ({"data": {"image_height": 72}}, ("data.image_height = 72", "multiple of encode.patch = 16")),
+        (
+            {"data": THREE, "model": {"max_views": 2}},
+            ("data.views", "3 views", "model.max_views = 2", "raise"),
+            {"model": {"max_views": 3}},
+        ),
+        (
+            {"data": {"future_frames": 7}},
+            ("data.future_frames = 7", "1 + k * encode.temporal (4)", "try 9"),
+            {"data": {"future_frames": 9}},
+        ),
+        (
+            {"data": {"image_height": 72}},
+            ("data.image_height = 72", "multiple of encode.patch = 16"),
+            {"data": {"image_height": 80}},
+        ),
         (
             {"data": {"image_height": 240, "future_frames": 9}, "encode": {"codec": "ltx", "patch": 32, "temporal": 8}},
             ("data.image_height = 240", "multiple of encode.patch = 32"),
+            {"data": {"image_height": 256}},
         ),
-        ({"eval_libero": {"execute_steps": 20}}, ("execute_steps = 20", "data.action_chunk = 15")),
-        ({"planner": {"video_samples": 3}}, ("video_elites = 4", "video_samples = 3", "lower video_elites")),
-        ({"planner": {"value_elites": 33}}, ("value_elites = 33", "video_samples * value_samples = 32", "raise")),
+        (
+            {"eval_libero": {"execute_steps": 20}},
+            ("execute_steps = 20", "data.action_chunk = 15"),
+            {"eval_libero": {"execute_steps": 15}},
+        ),
+        (
+            {"planner": {"video_samples": 3}},
+            ("video_elites = 4", "video_samples = 3", "lower video_elites"),
+            {"planner": {"video_elites": 3}},
+        ),
+        (
+            {"planner": {"value_elites": 33}},
+            ("value_elites = 33", "video_samples * value_samples = 32", "raise"),
+            {"planner": {"value_samples": 5}},
+        ),
+        (
+            {"data": {"suites": ["libero_goal", "libero_10"], "tasks": []}, "ingest": {"source": "aloha_hdf5"}},
+            ("aloha_hdf5 does not tell which suite", "set ingest.source to one of scripted, libero_hdf5, lerobot"),
+            {"ingest": {"source": "lerobot"}},
+        ),
     ],
 )
-def test_parameters_that_do_not_fit(sections: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_parameters_that_do_not_fit(
+    sections: dict[str, Any], words: tuple[str, ...], remedy: dict[str, dict[str, Any]]
+) -> None:
+    """What the sentence advises is taken."""
     with pytest.raises(ConfigError) as caught:
         parse_settings(sections, "params.yaml")
     text = str(caught.value)
     assert text.startswith("params.yaml: ")
     assert "\n" not in text
     assert all(word in text for word in words), text
+    parse_settings({name: {**sections.get(name, {}), **remedy.get(name, {})} for name in {*sections, *remedy}}, "")
 
 
 def test_more_views_than_the_model_embeds() -> None:

@@ -266,7 +266,6 @@ def test_the_earlier_name_of_suites_is_read_with_a_note_once(tmp_path: Path, cap
         ("{suites: [libero_goal, libero_goal]}", "names something twice"),
         ("{suites: []}", "at least 1 item"),
         ("{suites: [libero_goal], suite: libero_10}", "data.suite: unknown parameter; did you mean 'suites'?"),
-        ("{suites: [libero_goal, libero_10], tasks: []}\ningest: {source: aloha_hdf5}", "does not tell which suite"),
     ],
 )
 def test_suites_that_do_not_fit_together_are_refused(tmp_path: Path, text: str, said: str) -> None:

@@ -321,6 +321,7 @@ def test_planning_without_value_expert_is_refused() -> None:
     with pytest.raises(ConfigError, match="with_value"):
         plan(model, None, SETTINGS, noise(), returns, variant="unplanned", with_value=True)
     assert plan(model, None, SETTINGS, noise(), returns, variant="unplanned").z_value is None
+    assert plan(model, None, SETTINGS.model_copy(update={"iterations": 0}), noise(), returns).z_value is None
 
 
 def test_bad_numbers_and_names_are_refused() -> None:

@@ -308,6 +308,16 @@ def test_a_camera_of_one_channel_is_no_view(data, root, read):
         read()
 
 
+def test_a_camera_of_another_name_is_named(root, read):
+    episodes = libero_episodes()
+    for episode in episodes:
+        episode["images"]["observation.images.gopro"] = episode["images"].pop("observation.images.image2")
+    lerobot_dataset(root, episodes, "v3.0", images=True)
+    with pytest.raises(ConfigError, match=r"no camera for 'wrist' .*gopro; .* in ingest\.lerobot\.cameras\.wrist"):
+        read()
+    assert len(read(cameras={"wrist": "observation.images.gopro"})) == 3
+
+
 def test_yaml_reads_a_rotation_as_a_number():
     assert LeRobotOptions(image_rotation=180).image_rotation == "180"
     with pytest.raises(ValueError, match="image_rotation"):

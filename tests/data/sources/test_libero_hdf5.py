@@ -278,6 +278,7 @@ def test_a_task_without_any_sound_episode_is_refused_where_it_is_named(data, lib
     assert f"no episode of task '{TASKS[0]}' is fit" in caplog.text
     with pytest.raises(DataError, match=rf"no episode of task '{TASKS[0]}' is fit \(first: .*NaN.*data\.tasks"):
         run(data.model_copy(update={"tasks": TASKS}), hdf5_settings, tmp_path / "two")
+    assert len(run(data.model_copy(update={"tasks": TASKS[1:]}), hdf5_settings, tmp_path / "two")) == len(store)
 
 
 def test_noops_are_dropped_on_request(data, tmp_path, hdf5_settings):
