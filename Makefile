@@ -130,9 +130,10 @@ ui: $(VENV)/.installed ## open Prefect's UI and say how to sign in
 	@python -m infra.local.services ui
 
 deploy: $(VENV)/.installed ## work pool, queue, automation and deployments on the Prefect server (idempotent)
-	@python -m infra.deploy
+	@$(BEAT) 'deploy' -- python -m infra.deploy
 
 worker: $(VENV)/.installed ## run deployments here until Ctrl-C (infra/systemd/ for a server)
+	@echo 'worker: starting; Ctrl-C ends it and its runs'
 	@python -m infra.deploy worker
 
 IMAGE_FILES := infra/docker/Dockerfile infra/docker/compose.yaml
