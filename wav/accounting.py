@@ -97,7 +97,7 @@ def empty(*shape: int) -> Tensor:
 
 
 class _Shapes:
-    """Draws without numbers (:class:`wav.training.draws.Random`)."""
+    """Draws without numbers (:class:`wav.training.draws.SeededRandom`)."""
 
     def uniform(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
         return empty(*shape)
@@ -151,7 +151,7 @@ def _step(sizes: Sizes, train: TrainSettings, checkpointing: bool) -> tuple[floa
             step=empty(SAMPLES),
         )
         objective = build_objective(train, model, sizes.memory, sizes.action_channels - 1)
-        inputs = objective.draw(batch, None, _Shapes(), 0)
+        inputs = objective.draw(batch, None, _Shapes(), 0)  # type: ignore[arg-type]
         losses: list[Tensor] = []
         forward = count(lambda: losses.append(objective(inputs)[0]))
         backward = count(lambda: losses[0].backward())  # type: ignore[no-untyped-call]

@@ -29,9 +29,9 @@ def inference_sigmas(steps: int) -> Tensor:
     return (torch.arange(steps, -1, -1, dtype=torch.float64) / steps).float()
 
 
-def training_sigmas(levels: int = TRAINING_LEVELS) -> Tensor:
-    """Levels that training draws from, (levels,) float32: 1, ..., 2 / levels, 1 / levels."""
-    return inference_sigmas(levels)[:-1]
+def training_sigmas() -> Tensor:
+    """Levels that training draws from, (1000,) float32: 1, ..., 0.002, 0.001."""
+    return inference_sigmas(TRAINING_LEVELS)[:-1]
 
 
 def timesteps(sigma: Tensor) -> Tensor:
@@ -39,10 +39,9 @@ def timesteps(sigma: Tensor) -> Tensor:
     return sigma.float() * 1000.0
 
 
-def draw_sigmas(shape: tuple[int, ...], generator: torch.Generator, levels: int = TRAINING_LEVELS) -> Tensor:
+def draw_sigmas(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Uniformly drawn training levels of ``shape``, from a CPU generator."""
-    index = torch.randint(levels, shape, generator=generator)
-    return training_sigmas(levels)[index]
+    return training_sigmas()[torch.randint(TRAINING_LEVELS, shape, generator=generator)]
 
 
 def _like(sigma: Tensor, x: Tensor) -> Tensor:

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from wav.data.windows import WindowBatch
+from wav.data.windows import WindowBatch, WindowDataset
 from wav.flow_matching import frame_timesteps
-from wav.training.draws import Captions, Draws, Random, StepInputs
+from wav.training.draws import Draws, SeededRandom, StepInputs
 from wav.training.objectives.base import Objective
 from wav.training.objectives.joint import JointObjective
 from wav.training.objectives.value import ValueObjective
@@ -43,7 +43,7 @@ def reference_timesteps(sigma: Tensor, dtype: torch.dtype = torch.bfloat16) -> T
 class Reference(Objective):
     """What all three stages of the reference do otherwise."""
 
-    def draw(self, batch: WindowBatch, captions: Captions | None, random: Random, index: int) -> StepInputs:
+    def draw(self, batch: WindowBatch, captions: WindowDataset | None, random: SeededRandom, index: int) -> StepInputs:
         inputs = super().draw(batch, captions, random, index)
         draws = inputs.draws
         rate = draws.memory_rate[:1].expand_as(draws.memory_rate) * draws.video_level
@@ -51,7 +51,7 @@ class Reference(Objective):
         changed = ReferenceDraws(**{**vars(draws), "memory_rate": rate}, **labels)
         return replace(inputs, draws=changed, batch=replace(inputs.batch, text_mask=batch.text_mask))
 
-    def labels(self, draws: Draws, random: Random) -> dict[str, Tensor]:
+    def labels(self, draws: Draws, random: SeededRandom) -> dict[str, Tensor]:
         return {"video_label": draws.video_level, "condition_label": draws.condition_level}
 
     def noised_video(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
@@ -74,7 +74,7 @@ class ReferenceVideo(Reference, VideoObjective):
 class ReferenceValue(Reference, ValueObjective):
     """Stage 2."""
 
-    def labels(self, draws: Draws, random: Random) -> dict[str, Tensor]:
+    def labels(self, draws: Draws, random: SeededRandom) -> dict[str, Tensor]:
         label = random.levels("video_label", tuple(draws.video_level.shape))
         return {**super().labels(draws, random), "video_label": label}
 
@@ -82,7 +82,7 @@ class ReferenceValue(Reference, ValueObjective):
 class ReferenceJoint(Reference, JointObjective):
     """Stage 3."""
 
-    def labels(self, draws: Draws, random: Random) -> dict[str, Tensor]:
+    def labels(self, draws: Draws, random: SeededRandom) -> dict[str, Tensor]:
         label = random.levels("condition_label", tuple(draws.condition_level.shape))
         return {**super().labels(draws, random), "condition_label": label}
 

@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings
+from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings, Settings
 from wav.data.conventions import Conventions
-from wav.data.statistics import check_statistics
 from wav.errors import ConfigError, ServiceError
 from wav.evaluation import pictures
 from wav.evaluation.protocol import (
@@ -44,20 +43,16 @@ log = logging.getLogger(__name__)
 _PREDICTIONS = 3
 
 
-class EvaluationSettings(Protocol):
-    """The sections evaluation reads: a whole ``Settings`` or the view of stage ``eval_libero``."""
+@dataclass(frozen=True)
+class Sections:
+    """The sections of params.yaml that an evaluation reads."""
 
-    @property
-    def data(self) -> DataSettings:
-        """What a sample is."""
+    data: DataSettings
+    planner: PlannerSettings
+    eval_libero: EvalLiberoSettings
 
-    @property
-    def planner(self) -> PlannerSettings:
-        """Algorithm 1."""
 
-    @property
-    def eval_libero(self) -> EvalLiberoSettings:
-        """Episodes, variants, seed."""
+EvaluationSettings = Settings | Sections
 
 
 @dataclass(frozen=True)
@@ -78,29 +73,20 @@ class Progress:
         return f"{self.done}/{self.total} episodes, {share}, {self.eta_seconds:.0f} s left ({self.label})"
 
 
-def check_start(
-    policy: Policy,
-    data: DataSettings,
-    data_conventions: Conventions | None = None,
-    statistics_digest: str | None = None,
-) -> None:
-    """Refuse an evaluation whose simulator, data or statistics are not the ones the policy was trained with.
+def check_start(policy: Policy, data: DataSettings, data_conventions: Conventions | None = None) -> None:
+    """Refuse an evaluation whose simulator or data are not the ones the policy was trained with.
 
     Args:
         policy: the policy to run.
         data: sets up the simulator.
         data_conventions: of the episode store, where known; the simulator's are always compared.
-        statistics_digest: digest that the checkpoint recorded, where known.
 
     Raises:
         ConfigError: a convention differs; names the field and both values.
-        CheckpointError: the statistics differ.
     """
     check_conventions(policy.conventions, Conventions.for_simulator(data), "simulator")
     if data_conventions is not None:
         check_conventions(policy.conventions, data_conventions, "episode store")
-    if statistics_digest is not None:
-        check_statistics(statistics_digest, policy.statistics.digest, "policy")
 
 
 def applicable(
@@ -135,7 +121,6 @@ def evaluate(
     pool: SimPool,
     checkpoint: str,
     data_conventions: Conventions | None = None,
-    statistics_digest: str | None = None,
     with_value: bool = True,
     start: Mapping[str, Any] | None = None,
     limits: Mapping[str, int] | None = None,
@@ -151,7 +136,6 @@ def evaluate(
         pool: open simulators for ``data.suite``.
         checkpoint: digest of the weights, part of every episode's key.
         data_conventions: see :func:`check_start`.
-        statistics_digest: see :func:`check_start`.
         with_value: whether the model has a value expert. Without one no values are asked for, and the variants that
             plan are left out; ``metrics.json`` names them under ``not_applicable`` with the reason.
         start: what :func:`wav.evaluation.start.check_all` found, kept in ``metrics.json``.
@@ -163,11 +147,11 @@ def evaluate(
         The content of ``metrics.json``.
 
     Raises:
-        ConfigError, CheckpointError: see :func:`check_start` and :func:`applicable`.
+        ConfigError: see :func:`check_start` and :func:`applicable`.
         SimulationError: a simulator kept dying.
         StorageError: the disk is full.
     """
-    check_start(policy, settings.data, data_conventions, statistics_digest)
+    check_start(policy, settings.data, data_conventions)
     variants, left_out = applicable(settings.eval_libero.variants, with_value)
     for variant, reason in left_out.items():
         log.warning("evaluation: variant %s is %s", variant, reason)

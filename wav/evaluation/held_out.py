@@ -7,7 +7,7 @@ the expert's actions are what happened next. Written: ``values.json`` and pictur
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,24 +25,20 @@ from wav.io.files import write_json
 from wav.policy.policy import Policy
 from wav.sim.env import Observation
 
+if TYPE_CHECKING:
+    from wav.data.reward_store import RewardStore
+
 _ROW = "held-out"
-
-
-class Values(Protocol):
-    """Value channels of stored episodes (``wav.data.reward_store.RewardStore``)."""
-
-    def episode(self, index: int) -> NDArray[np.float32]:
-        """(T, terms + 1): weighted terms, then the return."""
+_PICTURED = 3  #: calls, at even distances
 
 
 def held_out_values(
     policy: Policy,
     store: EpisodeStore,
-    rewards: Values | None,
+    rewards: RewardStore | None,
     settings: EvaluationSettings,
     out: Path,
     index: int | None = None,
-    chunks: int = 3,
 ) -> dict[str, Any]:
     """Walk one stored episode and write ``out/values.json`` and ``out/predictions/*-held-out-*.png``.
 
@@ -52,9 +48,7 @@ def held_out_values(
         rewards: their labels; None where there is no value expert.
         settings: sections ``data`` and ``eval_libero``.
         out: evaluation folder.
-        index: which episode; None: one that every training stage held out
-            (for a validation share above 0).
-        chunks: how many calls are pictured, at even distances.
+        index: which episode; None: one that every training stage held out (for a validation share above 0).
 
     Returns:
         ``steps`` and, per call, ``predicted_value``, ``real_value`` (returns), and ``psnr`` of the predicted frames
@@ -71,7 +65,7 @@ def held_out_values(
     for old in (out / "predictions").glob(f"*-{_ROW}-*.png"):
         old.unlink()
     steps = list(range(0, episode.length, settings.eval_libero.execute_steps))
-    pictured = set(pictures.evenly(len(steps), chunks))
+    pictured = set(pictures.evenly(len(steps), _PICTURED))
     policy.reset(_ROW, f"held-out/{index}", settings.eval_libero.seed)
     predicted: list[float] = []
     frames: list[dict[str, float]] = []

@@ -13,9 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings, Runtime
+from wav.config import Runtime
 from wav.errors import ConfigError
-from wav.evaluation.evaluate import Session
+from wav.evaluation.evaluate import Sections, Session
 from wav.evaluation.protocol import EpisodeSpec
 from wav.policy.export import policy_from_stages
 from wav.policy.policy import Policy
@@ -24,15 +24,6 @@ from wav.sim.workers import SimPool
 
 #: Batches of the policy in a share: long enough for its simulators' start, short enough to lose.
 SHARE_BATCHES = 4
-
-
-@dataclass(frozen=True)
-class Sections:
-    """The sections of params.yaml that an evaluation reads."""
-
-    data: DataSettings
-    planner: PlannerSettings
-    eval_libero: EvalLiberoSettings
 
 
 def policy_of_stages(*arguments: Any, **options: Any) -> Policy:

@@ -97,8 +97,8 @@ class SeededNoise:
     Made on the CPU, so that they are equal on every device.
     """
 
-    def __init__(self, keys: Sequence[RowKey], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
-        self.keys, self.device, self.dtype = tuple(keys), torch.device(device), dtype
+    def __init__(self, keys: Sequence[RowKey], device: torch.device | str = "cpu"):
+        self.keys, self.device = tuple(keys), torch.device(device)
 
     def __call__(self, purpose: str, shape: tuple[int, ...], iteration: int = 0) -> Tensor:
         """Standard normal (B, *shape); equal keys share their draws."""
@@ -106,7 +106,7 @@ class SeededNoise:
             key: torch.randn(shape, generator=torch_generator(key.seed, purpose, key.episode, key.call, iteration))
             for key in dict.fromkeys(self.keys)
         }
-        return torch.stack([drawn[key] for key in self.keys]).to(self.device, self.dtype)
+        return torch.stack([drawn[key] for key in self.keys]).to(self.device)
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 import wav
-from wav.config import CouplingSettings, DataSettings, ExportSettings, ModelSettings, PlannerSettings
+from wav.config import CouplingSettings, DataSettings, ExportSettings, PlannerSettings, Settings
 from wav.data.conventions import Conventions
 from wav.data.encode import codec_of, text_encoder_of
 from wav.data.latents import LatentStore
@@ -43,26 +43,6 @@ from wav.sections import Switch
 FORMAT, VERSION = "wav-policy", 1
 CARD = "README.md"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-class ExportedSettings(Protocol):
-    """The sections export reads: a whole ``Settings`` or the view of stage ``export``."""
-
-    @property
-    def data(self) -> DataSettings:
-        """What a sample is."""
-
-    @property
-    def model(self) -> ModelSettings:
-        """Sizes."""
-
-    @property
-    def planner(self) -> PlannerSettings:
-        """Algorithm 1."""
-
-    @property
-    def export(self) -> ExportSettings:
-        """Name and number format."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +91,6 @@ def policy_from_stages(
     *,
     batch_size: int = 8,
     device: str = "auto",
-    episodes_statistics: Path | None = None,
-    rewards_statistics: Path | None = None,
 ) -> tuple[Policy, Checkpoint]:
     """The policy that the joint stage trained, with the encoders that made its latents.
 
@@ -123,8 +101,6 @@ def policy_from_stages(
         planner: section ``planner``.
         batch_size: the one padded batch shape.
         device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
-        episodes_statistics: the data stage's statistics, compared with the checkpoint's where given.
-        rewards_statistics: the same for the values.
 
     Raises:
         CheckpointError: weights, statistics or latents are not the ones the checkpoint names.
@@ -133,9 +109,6 @@ def policy_from_stages(
     joint = Path(joint)
     with understood(joint, "run `dvc repro train_joint`", CheckpointError):
         meta, statistics = _read_checkpoint(joint)
-        for name, path in (("episodes", episodes_statistics), ("rewards", rewards_statistics)):
-            if path is not None and meta["statistics"].get(name) is not None:
-                check_statistics(meta["statistics"][name], Statistics.load(path).digest, str(path))
         store = LatentStore.open(latents)
         if meta["latents"] != store.digest:
             raise CheckpointError(
@@ -164,7 +137,7 @@ def export_policy(
     checkpoint: Checkpoint,
     out: Path,
     *,
-    settings: ExportedSettings,
+    settings: Settings,
     metrics: Mapping[str, Any] | None,
     table: str = "",
 ) -> Path:
@@ -223,7 +196,7 @@ def _write_parts(policy: Policy, folder: Path, settings: ExportSettings) -> None
 
 
 def model_card(
-    policy: Policy, checkpoint: Checkpoint, settings: ExportedSettings, metrics: Mapping[str, Any] | None, table: str
+    policy: Policy, checkpoint: Checkpoint, settings: Settings, metrics: Mapping[str, Any] | None, table: str
 ) -> str:
     """The export's README.md: what it is, how to run it, what it scored, what it must not be fed."""
     import jinja2  # what loads an export does not need it

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from wav.seeding import torch_generator
 
 if TYPE_CHECKING:
     from wav.config import CouplingSettings, TrainSettings
+    from wav.data.windows import WindowDataset
 
 
 @dataclass(frozen=True)
@@ -80,21 +81,11 @@ class StepInputs:
         return StepInputs(self.batch.pin_memory(), self.draws.map(torch.Tensor.pin_memory), self.roles)
 
 
-class Random(Protocol):
-    """Source of the random numbers of one micro-batch; calls of one purpose follow one another."""
-
-    def uniform(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        """Uniform in [0, 1)."""
-
-    def normal(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        """Standard normal."""
-
-    def levels(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        """Uniform over the training levels (:func:`wav.flow_matching.draw_sigmas`)."""
-
-
 class SeededRandom:
-    """One CPU generator per purpose, named by (seed, purpose, *name); ``name`` is (step, micro-batch, 0)."""
+    """Random numbers of one micro-batch: a CPU generator per purpose, whose calls follow one another.
+
+    It is named by (seed, purpose, *name); ``name`` is (step, micro-batch, 0).
+    """
 
     def __init__(self, seed: int, *name: int | str) -> None:
         self._seed, self._name = seed, name
@@ -114,20 +105,8 @@ class SeededRandom:
         return torch.randn(shape, generator=self._of(purpose))
 
     def levels(self, purpose: str, shape: tuple[int, ...]) -> Tensor:
-        """Uniform over the training levels."""
+        """Uniform over the training levels (:func:`wav.flow_matching.draw_sigmas`)."""
         return draw_sigmas(shape, self._of(purpose))
-
-
-class Captions(Protocol):
-    """The encoded empty instruction, for caption dropout (a WindowDataset is one)."""
-
-    @property
-    def empty_text(self) -> Tensor:
-        """(L, Ct)."""
-
-    @property
-    def empty_text_mask(self) -> Tensor:
-        """(L,)."""
 
 
 def share(index: int, size: int, probability: float) -> int:
@@ -139,7 +118,7 @@ def share(index: int, size: int, probability: float) -> int:
     return round((index + 1) * size * probability) - round(index * size * probability)
 
 
-def drop_captions(batch: WindowBatch, drop: Tensor, captions: Captions) -> WindowBatch:
+def drop_captions(batch: WindowBatch, drop: Tensor, captions: WindowDataset) -> WindowBatch:
     """Replace embedding AND mask of the samples in ``drop`` (B,) by those of the empty instruction."""
     if not bool(drop.any()):
         return batch
@@ -149,7 +128,9 @@ def drop_captions(batch: WindowBatch, drop: Tensor, captions: Captions) -> Windo
     return replace(batch, text=text, text_mask=mask)
 
 
-def coupled_levels(count: int, levels: tuple[float, float], pure_noise: float, random: Random, purpose: str) -> Tensor:
+def coupled_levels(
+    count: int, levels: tuple[float, float], pure_noise: float, random: SeededRandom, purpose: str
+) -> Tensor:
     """Levels (count,) of what samples are shown of the truth: uniform in ``levels``, or 1 (pure noise).
 
     Args:
@@ -169,7 +150,7 @@ def draw(
     roles: Roles,
     settings: TrainSettings,
     coupling: CouplingSettings | None,
-    random: Random,
+    random: SeededRandom,
     *,
     has_value: bool,
 ) -> Draws:

@@ -29,37 +29,27 @@ ERROR_MARK = "ERROR: "
 _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
-def launch(
-    spec: TrainSpec,
-    on_line: Callable[[str], None],
-    ranks: int | None = None,
-    heartbeat_s: float = 10.0,
-    grace_s: float = 2.0,
-) -> dict[str, float | int | str]:
+def launch(spec: TrainSpec, on_line: Callable[[str], None]) -> dict[str, float | int | str]:
     """Train ``spec`` and return its metrics (``metrics.json`` of the output folder).
 
     Args:
         spec: the run.
-        on_line: gets every line the processes print, and a heartbeat line after ``heartbeat_s`` silent seconds.
-        ranks: processes on this machine; None: ``spec.train.ranks`` (and always so on several nodes).
-        heartbeat_s: seconds of silence before a line says that the run is alive.
-        grace_s: seconds between SIGTERM (save and exit) and SIGKILL when the call is interrupted.
+        on_line: gets every line the processes print, and one that says that they live after some silent seconds.
 
     Raises:
         ConfigError: several nodes, and no launcher for them.
         TrainingError: the processes ended with an error; holds the last line that names it.
     """
-    ranks = ranks or spec.train.ranks
     spec.work.mkdir(parents=True, exist_ok=True)
     path = spec.work / "spec.json"
     path.write_text(spec.to_json())
-    with Group(spec.stage, grace_s) as group:
+    with Group(spec.stage) as group:
         if spec.train.nodes > 1:
-            group.start(several_nodes(spec, path), environment(spec, ranks))
+            group.start(several_nodes(spec, path), environment(spec))
         else:
-            for variables in rank_environments(spec, ranks):
-                group.start(command(path), environment(spec, ranks) | variables)
-        for line in group.lines(heartbeat_s):
+            for variables in rank_environments(spec):
+                group.start(command(path), environment(spec) | variables)
+        for line in group.lines():
             on_line(line)
         if (failed := group.failed()) is not None:
             raise TrainingError(_failure(spec.stage, failed, group.children))
@@ -72,9 +62,9 @@ def command(spec_path: Path) -> list[str]:
     return [sys.executable, "-m", "wav.training.loop", str(spec_path)]
 
 
-def rank_environments(spec: TrainSpec, ranks: int) -> list[dict[str, str]]:
+def rank_environments(spec: TrainSpec) -> list[dict[str, str]]:
     """What tells the ranks of one machine who they are and where they meet."""
-    folder = spec.work / "rendezvous"
+    folder, ranks = spec.work / "rendezvous", spec.train.ranks
     shutil.rmtree(folder, ignore_errors=True)  # a run that was killed may have left its own
     folder.mkdir(mode=0o700)
     meet = {RENDEZVOUS: str(folder / "store"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -97,9 +87,9 @@ def several_nodes(spec: TrainSpec, spec_path: Path) -> list[str]:
     return [*launcher, "wav.training.loop", str(spec_path)]
 
 
-def environment(spec: TrainSpec, ranks: int) -> dict[str, str]:
+def environment(spec: TrainSpec) -> dict[str, str]:
     """Environment of every rank: threads, and no accelerator probing on a CPU."""
-    threads = spec.threads or max(1, (os.cpu_count() or 1) // ranks)
+    threads = spec.threads or max(1, (os.cpu_count() or 1) // spec.train.ranks)
     extra = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
     if spec.device == "cpu":
         # else glibc gives a step's tensors back to the system and faults them in again, for a tenth of the step

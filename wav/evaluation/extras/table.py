@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings, parse_settings
+from wav.config import DataSettings, EvalLiberoSettings, parse_settings
 from wav.data.names import in_libero, joined
 from wav.errors import ConfigError
 from wav.evaluation.act import exported_data, policy_for_suite
-from wav.evaluation.evaluate import Progress, evaluate
+from wav.evaluation.evaluate import Progress, Sections, evaluate
 from wav.evaluation.extras.published import AVERAGE, EPISODES, PUBLISHED, SUITES, TASKS, Published
 from wav.evaluation.intervals import Rate, independent_difference, wilson
 from wav.evaluation.records import by_suite
@@ -68,15 +68,6 @@ class EvaluationProtocol:
         }
         chunk = {"action_chunk": data.action_chunk}
         return parse_settings({"data": chunk, "eval_libero": section}, "libero-table").eval_libero
-
-
-@dataclass(frozen=True)
-class _Sections:
-    """What the evaluation reads."""
-
-    data: DataSettings
-    planner: PlannerSettings
-    eval_libero: EvalLiberoSettings
 
 
 @dataclass(frozen=True)
@@ -164,7 +155,7 @@ def libero_table(
     policy_for_suite(policy, data)
     with SimPool(suite, data, workers=workers, slots=protocol.batch_size) as pool:
         metrics = evaluate(
-            _Sections(data, policy.planner, protocol.settings(data)),
+            Sections(data, policy.planner, protocol.settings(data)),
             policy,
             out / suite,
             pool=pool,
@@ -223,7 +214,6 @@ def make_table(
     heading: Mapping[str, Any],
     *,
     complete: bool = True,
-    published: Sequence[Published] = PUBLISHED,
 ) -> Table:
     """Rows and comparisons from the suites' metrics.
 
@@ -231,7 +221,6 @@ def make_table(
         metrics: suite -> its sections (:func:`wav.evaluation.records.by_suite`).
         heading: what was evaluated, for the reader.
         complete: whether all tasks of each suite were evaluated; otherwise nothing is compared.
-        published: rows to compare with.
     """
     rows = []
     for budget, part in (("protocol", lambda m: m), ("reference", lambda m: m.get("reference", {}))):
@@ -239,7 +228,7 @@ def make_table(
             found = {suite: part(m)[variant] for suite, m in metrics.items() if variant in part(m)}
             if found:
                 rows.append(Row(variant, budget, _rates(found)))
-    comparisons = [c for entry in published for c in _compare(entry, rows)] if complete else []
+    comparisons = [c for entry in PUBLISHED for c in _compare(entry, rows)] if complete else []
     return Table(dict(metrics), tuple(rows), tuple(comparisons), dict(heading))
 
 
@@ -268,7 +257,7 @@ def _compare(entry: Published, rows: Sequence[Row]) -> list[Comparison]:
     return result
 
 
-def as_json(table: Table, published: Sequence[Published] = PUBLISHED) -> dict[str, Any]:
+def as_json(table: Table) -> dict[str, Any]:
     """The table as plain data; rates in [0, 1], published figures in percent as printed."""
     return {
         **table.heading,
@@ -276,7 +265,7 @@ def as_json(table: Table, published: Sequence[Published] = PUBLISHED) -> dict[st
             {"variant": row.variant, "budget": row.budget, **{c: r.as_dict() for c, r in row.rates.items()}}
             for row in table.rows
         ],
-        "published": [{**asdict(entry), "percent": dict(entry.percent)} for entry in published],
+        "published": [{**asdict(entry), "percent": dict(entry.percent)} for entry in PUBLISHED],
         "comparisons": [{**asdict(c), "larger_than_intervals": c.larger} for c in table.comparisons],
         "paired": {suite: m.get("paired", {}) for suite, m in table.metrics.items()},
         "not_applicable": {suite: m.get("not_applicable", {}) for suite, m in table.metrics.items()},
@@ -284,7 +273,7 @@ def as_json(table: Table, published: Sequence[Published] = PUBLISHED) -> dict[st
     }
 
 
-def markdown(table: Table, published: Sequence[Published] = PUBLISHED) -> str:
+def markdown(table: Table) -> str:
     """The table for people: our rows with intervals, then the published ones, marked where they differ."""
     lines = [
         *(_title(table.heading) if table.heading else ()),
@@ -292,9 +281,9 @@ def markdown(table: Table, published: Sequence[Published] = PUBLISHED) -> str:
         "|---" * (len(SUITES) + 2) + "|",
     ]
     ours = len(table.rows)
-    for number, (name, *cells) in enumerate(lines_of(table, published)):
+    for number, (name, *cells) in enumerate(lines_of(table)):
         lines.append(f"| {f'**{name}**' if number < ours else name} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(f"- {line}" for line in legend(table, published))]) + "\n"
+    return "\n".join([*lines, "", *(f"- {line}" for line in legend(table))]) + "\n"
 
 
 def _title(heading: Mapping[str, Any]) -> list[str]:
@@ -312,7 +301,7 @@ def _title(heading: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def lines_of(table: Table, published: Sequence[Published] = PUBLISHED) -> list[list[str]]:
+def lines_of(table: Table) -> list[list[str]]:
     """Name and five cells of each of our rows, then of the published ones, marked where they differ."""
     columns = (*SUITES, AVERAGE)
     marks: dict[tuple[str, str], str] = {}
@@ -324,7 +313,7 @@ def lines_of(table: Table, published: Sequence[Published] = PUBLISHED) -> list[l
             f"{entry.name} ({entry.date})",
             *(f"{entry.percent[c]:.1f}{marks.get((entry.name, c), '')}" if c in entry.percent else "" for c in columns),
         ]
-        for entry in published
+        for entry in PUBLISHED
     ]
     return [*([row.name, *(_ours(row.rates.get(c)) for c in columns)] for row in table.rows), *theirs]
 
@@ -336,7 +325,7 @@ def _ours(rate: Rate | None) -> str:
     return f"{100 * rate.success_rate:.1f} [{100 * rate.wilson_low:.1f}, {100 * rate.wilson_high:.1f}]"
 
 
-def legend(table: Table, published: Sequence[Published] = PUBLISHED) -> list[str]:
+def legend(table: Table) -> list[str]:
     """What the marks mean, what planning changed on the same episodes, what could not be evaluated; the sources."""
     if table.comparisons:
         lines = ["`*` differs from this policy (same variant) by more than the intervals of both."]
@@ -353,7 +342,7 @@ def legend(table: Table, published: Sequence[Published] = PUBLISHED) -> list[str
                 f"[{low:+.1f}, {high:+.1f}]."
             )
         lines += [f"{suite}: {name}: {why}." for name, why in metrics.get("not_applicable", {}).items()]
-    return lines + [f"{entry.name}: {entry.source}." for entry in published]
+    return lines + [f"{entry.name}: {entry.source}." for entry in PUBLISHED]
 
 
 def evaluated_table(metrics: Mapping[str, Any]) -> Table | None:

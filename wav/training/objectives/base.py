@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from wav.data.windows import WindowBatch
 from wav.errors import ConfigError
 from wav.flow_matching import frame_timesteps, join_frames, mix, timesteps
-from wav.training.draws import Captions, Random, Roles, StepInputs, draw, drop_captions
+from wav.training.draws import Roles, SeededRandom, StepInputs, draw, drop_captions
 
 if TYPE_CHECKING:
     from wav.config import CouplingSettings, TrainSettings
+    from wav.data.windows import WindowDataset
     from wav.model import WAVTransformer
 
 
@@ -66,12 +67,12 @@ class Objective(nn.Module, ABC):
         """Weight of a loss of :meth:`losses` in the sum."""
         return 1.0
 
-    def draw(self, batch: WindowBatch, captions: Captions | None, random: Random, index: int) -> StepInputs:
+    def draw(self, batch: WindowBatch, captions: WindowDataset | None, random: SeededRandom, index: int) -> StepInputs:
         """Draw everything random of one micro-batch, before ``forward`` and on another thread.
 
         Args:
             batch: B windows on the CPU.
-            captions: the empty instruction, for caption dropout; None: no caption is dropped.
+            captions: holds the empty instruction, for caption dropout; None: no caption is dropped.
             random: where the numbers come from.
             index: micro-batch counter over the run (decides the roles).
         """
