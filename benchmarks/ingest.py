@@ -27,10 +27,11 @@ import numpy as np
 from benchmarks.counting import machine, write_result
 from benchmarks.fitting import fit_exponent
 from tests.data.sources.datasets import lerobot_dataset, libero_episodes
-from wav.config import DataSettings, EncodeSettings, IngestSettings, LabelRewardsSettings, LeRobotOptions
+from wav.config import DataSettings, EncodeSettings, IngestSettings, LabelRewardsSettings
 from wav.data.encode import build_text_encoder, codec_of, encode_store, fit_codec
 from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
+from wav.data.sources.options import LeRobotOptions
 from wav.data.store import EpisodeStore
 from wav.data.windows import BatchSampler, WindowDataset
 from wav.ingest import ingest

@@ -21,23 +21,18 @@ from ruamel.yaml import YAML
 from wav.errors import ConfigError, cut, exit_status, shown
 from wav.local import project_folder
 from wav.parameter_files import explain, preset_path, read_parameters
+from wav.section import Section
 from wav.sections import (
-    AlohaHdf5Options,
     CouplingSettings,
-    DatasetOptions,
     DataSettings,
     EncodeSettings,
     EvalLiberoSettings,
     ExportSettings,
     IngestSettings,
     LabelRewardsSettings,
-    LeRobotOptions,
-    LiberoHdf5Options,
     ModelSettings,
     PlannerSettings,
     PretrainVideoSettings,
-    RobomimicHdf5Options,
-    Section,
     TrainJointSettings,
     TrainSettings,
     TrainValueSettings,
@@ -45,21 +40,16 @@ from wav.sections import (
 from wav.stages import stage as find_stage
 
 __all__ = [
-    "AlohaHdf5Options",
     "CouplingSettings",
     "DataSettings",
-    "DatasetOptions",
     "EncodeSettings",
     "EvalLiberoSettings",
     "ExportSettings",
     "IngestSettings",
     "LabelRewardsSettings",
-    "LeRobotOptions",
-    "LiberoHdf5Options",
     "ModelSettings",
     "PlannerSettings",
     "PretrainVideoSettings",
-    "RobomimicHdf5Options",
     "Runtime",
     "Section",
     "Settings",

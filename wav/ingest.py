@@ -84,14 +84,8 @@ def ingest(
 ) -> IngestReport:
     """Write the episodes of a source to the store at ``out`` (replaced as a whole, or left alone on an error).
 
-    Args:
-        data: cameras and sizes.
-        settings: the source and its parameters.
-        out: folder of the store.
-        workers: simulator or reading processes; 0: the machine's cores.
-        callback: told (tried, wanted, accepted) after every episode (datasets: every few).
-        source: a source to read instead of ``settings.source``.
-        run: runs the jobs elsewhere than in this machine's processes (:mod:`wav.cluster`); they are resumable then.
+    ``callback`` is told (tried, wanted, accepted) after every episode (datasets: every few). ``source`` takes the place
+    of ``settings.source``; ``run`` runs the jobs elsewhere (:mod:`wav.cluster`), where they are resumable.
 
     Raises:
         ConfigError: the source or a task is unknown, or the pictures are rendered otherwise than evaluation's.

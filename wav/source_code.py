@@ -27,12 +27,14 @@ PLUMBING = (
     "wav/__init__.py",
     "wav/cluster.py",
     "wav/config.py",
+    "wav/data/sources/options.py",
     "wav/errors.py",
     "wav/io/storage/",
     "wav/local.py",
     "wav/parameter_files.py",
     "wav/plots.py",
     "wav/processes.py",
+    "wav/section.py",
     "wav/sections.py",
     "wav/source_code.py",
     "wav/stages.py",
@@ -70,16 +72,14 @@ def own_module(name: str) -> dict[str, str]:
 
 def module_digests(entries: tuple[str, ...]) -> dict[str, str]:
     """File -> digest of its code for every file that ``entries`` import, they included."""
-    return {path: code_digest(_root() / path) for path in modules(entries)}
+    return digests(modules(entries))
 
 
 @cache
 def modules(entries: tuple[str, ...], unused: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Files of this project that ``entries`` import, they included, sorted.
 
-    Args:
-        entries: dotted names of modules.
-        unused: beginnings of paths (``wav/rewards``) that are not followed.
+    Paths that begin with one of ``unused`` (``wav/rewards``) are not followed.
     """
     todo: list[str] = []
     for name in entries:
@@ -98,10 +98,15 @@ def modules(entries: tuple[str, ...], unused: tuple[str, ...] = ()) -> tuple[str
 
 def code_digest(path: Path) -> str:
     """Digest of a file's code, without comments, docstrings, blank lines and spaces at line ends."""
-    text = path.read_text()
-    if path.suffix in (".c", ".h"):
+    return _text_digest(path.suffix, path.read_text())
+
+
+@cache
+def _text_digest(suffix: str, text: str) -> str:
+    """The same of a file's text: most files decide several stages."""
+    if suffix in (".c", ".h"):
         text = _C_COMMENT.sub("", text)
-    lines = _python_lines(text) if path.suffix == ".py" else text.splitlines()
+    lines = _python_lines(text) if suffix == ".py" else text.splitlines()
     code = "\n".join(line for line in (line.rstrip() for line in lines) if line)
     return hashlib.sha256(code.encode()).hexdigest()[:16]
 

@@ -66,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
         path, hub = self.path.partition("?")[0], self.hub
         hub.requests.append(f"{self.command} {path}")
         if hub.silent:
-            time.sleep(3)
+            time.sleep(1)
             return None
         if hub.status:
             return self.send(hub.status, {"error": "refused"})

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from tests.training.every_stage import train, with_steps
-from wav.config import AlohaHdf5Options, DataSettings, IngestSettings, Settings, load_preset
+from wav.config import DataSettings, IngestSettings, Settings, load_preset
 from wav.data.encode import build_text_encoder, encode_store, fit_codec
 from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
+from wav.data.sources.options import AlohaHdf5Options
 from wav.data.store import EpisodeStore
 from wav.data.windows import WindowDataset
 from wav.ingest import ingest

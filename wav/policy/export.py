@@ -38,7 +38,7 @@ from wav.io.files import (
 from wav.io.readers import understood
 from wav.model.loading import load_model
 from wav.policy.policy import Policy
-from wav.sections import Switch
+from wav.section import Switch
 
 FORMAT, VERSION = "wav-policy", 1
 CARD = "README.md"

@@ -38,7 +38,7 @@ from wav.planning.types import Levels, PlannerModel, RowKey, SeededNoise
 from wav.policy.output import PlanSummary, PolicyOutput, concatenate, host, summary
 from wav.policy.parts import check_observation, check_parts
 from wav.policy.results import Results
-from wav.sections import Switch
+from wav.section import Switch
 from wav.sim.env import Observation
 
 if TYPE_CHECKING:

@@ -13,11 +13,12 @@ import yaml
 from tests.data.sources.datasets import TASKS, motion
 from tests.helpers.libero import KIT, needs_assets
 from wav import cli
-from wav.config import DataSettings, IngestSettings, LiberoHdf5Options, load_preset, load_settings
+from wav.config import DataSettings, IngestSettings, load_preset, load_settings
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.sinks.libero_hdf5 import export_hdf5
 from wav.data.sinks.libero_states import SimulatorStates, recover_states
+from wav.data.sources.options import LiberoHdf5Options
 from wav.data.store import EpisodeStore
 from wav.data.writer import EpisodeStoreWriter
 from wav.errors import ConfigError, DataError, SimulationError

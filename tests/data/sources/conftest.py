@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.data.sources.datasets import TASKS, libero_file
-from wav.config import DataSettings, IngestSettings, LeRobotOptions
+from wav.config import DataSettings, IngestSettings
+from wav.data.sources.options import LeRobotOptions
 
 
 @pytest.fixture

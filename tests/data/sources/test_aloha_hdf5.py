@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from tests.data.sources.datasets import changed
-from wav.config import AlohaHdf5Options, DataSettings, IngestSettings
+from wav.config import DataSettings, IngestSettings
 from wav.data.sources import open_source
+from wav.data.sources.options import AlohaHdf5Options
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError
 from wav.ingest import ingest

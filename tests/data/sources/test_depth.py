@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.data.sources.datasets import changed, lerobot_dataset, libero_episodes, write_depth_video
-from wav.config import LeRobotOptions
+from wav.data.sources.options import LeRobotOptions
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError
 from wav.ingest import ingest

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.sources.datasets import TASKS, changed, lerobot_dataset, libero_episodes, write_video
-from wav.config import IngestSettings, LeRobotOptions
+from wav.config import IngestSettings
 from wav.data.sources import open_source
+from wav.data.sources.options import LeRobotOptions
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError
 from wav.ingest import ingest

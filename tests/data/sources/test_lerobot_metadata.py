@@ -10,8 +10,9 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from tests.data.sources.datasets import TASKS, changed, lerobot_dataset, libero_episodes
-from wav.config import IngestSettings, LeRobotOptions
+from wav.config import IngestSettings
 from wav.data.sources import open_source
+from wav.data.sources.options import LeRobotOptions
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError, DataError
 from wav.ingest import ingest

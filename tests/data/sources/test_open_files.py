@@ -63,6 +63,7 @@ def test_files_of_one_episode_each_do_not_pile_up(data, lerobot_settings, tmp_pa
     assert most[0] == 2 * LIMIT  # videos and parquet files
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("tasks", [(), TASKS[1:]])  # of one task: every other episode, each sought
 def test_jobs_of_one_file_in_any_process_read_the_same(data, lerobot_settings, tmp_path, monkeypatch, workers, tasks):

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.data.sources.datasets import changed, motion
-from wav.config import IngestSettings, RobomimicHdf5Options
+from wav.config import IngestSettings
 from wav.data.sources import open_source
+from wav.data.sources.options import RobomimicHdf5Options
 from wav.data.state import encode_state
 from wav.data.store import EpisodeStore
 from wav.errors import ConfigError

@@ -18,7 +18,8 @@ from wav.errors import ConfigError, DataError
 from wav.io.readers import read_json
 
 if TYPE_CHECKING:
-    from wav.config import AlohaHdf5Options, DataSettings
+    from wav.config import DataSettings
+    from wav.data.sources.options import AlohaHdf5Options
 
 Floats = NDArray[np.floating]
 #: view -> usual names of its camera

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from wav.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from wav.config import AlohaHdf5Options, DatasetOptions, LeRobotOptions
+    from wav.data.sources.options import AlohaHdf5Options, DatasetOptions, LeRobotOptions
 
 Floats = NDArray[np.floating]
 
@@ -207,11 +207,7 @@ def to_radians(rows: Floats, names: tuple[str, ...], options: LeRobotOptions, wh
 def check_control_hz(recorded: float, options: DatasetOptions | AlohaHdf5Options, wanted: int, where: str) -> None:
     """Compare the recording's rate with data.control_hz.
 
-    Args:
-        recorded: steps per second the metadata tells; 0 where it tells nothing.
-        options: of the reader; its control_hz is what is declared, 0: nothing.
-        wanted: data.control_hz.
-        where: file and field.
+    ``recorded`` is 0 where the metadata tell nothing; ``where`` names file and field.
 
     Raises:
         ConfigError: the rate is unknown, or another than ``wanted``.

@@ -16,10 +16,7 @@ POINTERS = {
 def unreadable(path: Path, kind: str, error: Exception) -> DataError:
     """A DataError that names the file, what it is and the remedy.
 
-    Args:
-        path: the file.
-        kind: what it should be, such as ``parquet file``.
-        error: what its library said.
+    ``kind`` is what it should be, such as ``parquet file``; ``error`` what its library said.
     """
     said = " ".join(str(error).split())
     try:

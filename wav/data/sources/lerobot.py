@@ -32,7 +32,8 @@ from wav.shards import grouped
 from wav.sim.registry import select_tasks
 
 if TYPE_CHECKING:
-    from wav.config import DataSettings, IngestSettings, LeRobotOptions
+    from wav.config import DataSettings, IngestSettings
+    from wav.data.sources.options import LeRobotOptions
 
 STATES = ("observation.state", "state")
 ACTIONS = ("action", "actions")

@@ -26,7 +26,8 @@ from wav.data.store import Rejection
 from wav.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from wav.config import DataSettings, IngestSettings, LeRobotOptions
+    from wav.config import DataSettings, IngestSettings
+    from wav.data.sources.options import LeRobotOptions
 
 _SAMPLES = 6  # episodes whose numbers decide the gripper, and whether joints are in radians
 

@@ -24,7 +24,8 @@ from wav.data.sources.damage import unreadable
 from wav.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from wav.config import DatasetOptions, DataSettings, IngestSettings, LiberoHdf5Options
+    from wav.config import DataSettings, IngestSettings
+    from wav.data.sources.options import DatasetOptions, LiberoHdf5Options
 
 #: view -> names of its dataset under obs/, in order of preference
 CAMERAS = {
@@ -285,11 +286,7 @@ def _optional(demo: Any, name: str) -> NDArray[np.float64] | None:
 def _alignment(where: str, samples: list[_Sample], declared: str, recorded: str = "") -> bool:
     """Whether observation t was recorded after action t: the simulator's state t is the one before it.
 
-    Args:
-        where: the file.
-        samples: demonstrations, some of which may hold the simulator's states.
-        declared: ingest.libero_hdf5.alignment, empty where nothing is declared.
-        recorded: the file's attribute ``alignment``, which :mod:`wav.data.sinks.libero_hdf5` writes.
+    ``declared`` is the reader's option, ``recorded`` the attribute that :mod:`wav.data.sinks.libero_hdf5` writes.
     """
     if recorded not in ("", AFTER, BEFORE):
         raise DataError(f"{where}: alignment = {recorded!r} is unknown; expected {AFTER} or {BEFORE}")

@@ -82,11 +82,7 @@ def recording_code() -> str:
 class ScriptedSource:
     """Records demonstrations of every task of ``data.tasks`` (all of the suite for none).
 
-    Args:
-        data: suite, tasks, cameras.
-        settings: number, noise, detours, seed.
-        record: records one demonstration; by default :func:`wav.sim.demonstrations.record_demonstration`.
-        run: runs it over jobs; by default :func:`wav.sim.workers.map_in_processes`.
+    ``record`` records one demonstration and ``run`` runs it over jobs; by default what :mod:`wav.sim` has for it.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 """Datasets on disk into an episode store: in parallel, resumable, in memory that does not grow with the dataset.
 
 A :class:`DatasetSource` cuts its dataset into jobs of a few episodes. Each job becomes a small episode store of its
-own in a staging folder beside the output (:func:`collect`), written by a process of its own; at the end the staged
-files are linked into the final store without a copy. An ingest that is interrupted, or whose dataset gained a file,
-does again only the jobs whose key (settings, reader code, source files) has no finished stage. Of a finished ingest
+own in a folder beside the output (:mod:`wav.shards`), written by a process of its own; at the end the staged files
+are linked into the final store without a copy. An ingest that is interrupted, or whose dataset gained a file, does
+again only the jobs whose key (settings, reader code, source files) has no folder yet. Of a finished ingest
 :func:`remember` keeps which shards of the store are which job's, so that the next one takes them from there::
 
     for staged in collect(source.jobs(), source.conventions(), out, workers=4):
@@ -29,15 +29,15 @@ from wav.data.sources.open_files import files_closed
 from wav.data.store import EpisodeStore, Rejection
 from wav.data.writer import EpisodeStoreWriter
 from wav.errors import DataError, SimulationError, StorageError
-from wav.io.files import canonical_digest, read_json, require_free_space, write_json
-from wav.shards import Mapper, staging_folder
+from wav.io.files import atomic_folder, canonical_digest, read_json, require_free_space, write_json
+from wav.shards import Mapper, made, staging_folder
 from wav.source_code import code_digest, digests, modules
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
 
 _LOG = logging.getLogger(__name__)
-_NOTES = "store.json"
+_STORE, _REJECTED, _NOTES = "store", "rejected.json", "store.json"
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,7 @@ class Staged:
 
 
 class DatasetSource(ABC):
-    """Base of the readers of datasets on disk: a source whose episodes are read in jobs.
-
-    Args:
-        data: views, sizes and rates wanted.
-        settings: where the dataset lies and what is declared about it.
-    """
+    """Base of the readers of datasets on disk: a source whose episodes are read in jobs."""
 
     def __init__(self, data: DataSettings, settings: IngestSettings) -> None:
         self.data, self.settings = data, settings
@@ -124,51 +119,41 @@ def reader_code() -> str:
 def stage(
     read: Callable[..., Iterator[Episode | Rejection]],
     arguments: tuple[Any, ...],
-    key: str,
     conventions: Mapping[str, Any],
     folder: str,
 ) -> None:
-    """Run one job: ``folder/key/`` becomes a store, then ``folder/key.json`` says that it is complete."""
+    """Run one job: ``folder`` appears with its rejections and, where an episode is fit, a store."""
     rejected: list[Rejection] = []
     meant = Conventions.from_json(conventions)
-    accepted = 0
-    with ExitStack() as stack:
-        writer: EpisodeStoreWriter | None = None
-        for outcome in read(*arguments):
-            if isinstance(outcome, Rejection):
-                rejected.append(outcome)
-                continue
-            if writer is None:
-                writer = stack.enter_context(EpisodeStoreWriter(Path(folder) / key, meant))
-            writer.add(outcome)
-            accepted += 1
-    write_json(Path(folder) / f"{key}.json", {"accepted": accepted, "rejected": [asdict(r) for r in rejected]})
+    with atomic_folder(folder) as new:
+        with ExitStack() as stack:
+            writer: EpisodeStoreWriter | None = None
+            for outcome in read(*arguments):
+                if isinstance(outcome, Rejection):
+                    rejected.append(outcome)
+                    continue
+                writer = writer or stack.enter_context(EpisodeStoreWriter(new / _STORE, meant))
+                writer.add(outcome)
+        write_json(new / _REJECTED, [asdict(rejection) for rejection in rejected])
 
 
-def _finished(index: int, job: Job, folder: Path) -> Staged | None:
-    """The stage of a job, or None where it is missing, unfinished or damaged."""
-    mark, store = folder / f"{job.key}.json", folder / job.key
-    if not mark.is_file():
-        return None
-    try:
-        raw = read_json(mark, "")
-        if raw["accepted"]:
-            EpisodeStore.open(store)
-    except (DataError, KeyError, TypeError):
-        _LOG.warning("%s: its staged copy is damaged and will be made again", job.label)
-        return None
-    rejected = tuple(Rejection(**row) for row in raw["rejected"])
-    return Staged(index, store if raw["accepted"] else None, int(raw["accepted"]), rejected)
+def _staged(index: int, folder: Path) -> Staged:
+    """What a job left in its folder; DataError, KeyError or TypeError where that is damaged."""
+    rejected = tuple(Rejection(**row) for row in read_json(folder / _REJECTED, ""))
+    if not (folder / _STORE).is_dir():
+        return Staged(index, None, 0, rejected)
+    return Staged(index, folder / _STORE, len(EpisodeStore.open(folder / _STORE)), rejected)
 
 
-def _prune(folder: Path, keys: set[str]) -> None:
-    """Remove what no job of this run can use: other settings, changed files, leftovers of killed processes."""
-    for path in folder.iterdir():
-        if path.name.removesuffix(".json") not in keys:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+def _drop_damaged(jobs: Sequence[Job], folder: Path) -> None:
+    """Remove staged copies that cannot be read, so that they are made again."""
+    for index, job in enumerate(jobs):
+        if (path := folder / job.key).is_dir():
+            try:
+                _staged(index, path)
+            except (DataError, KeyError, TypeError):
+                _LOG.warning("%s: its staged copy is damaged and will be made again", job.label)
+                shutil.rmtree(path)
 
 
 def remember(out: Path, jobs: Mapping[str, tuple[Staged, range]]) -> None:
@@ -182,7 +167,8 @@ def remember(out: Path, jobs: Mapping[str, tuple[Staged, range]]) -> None:
         }
         for key, (staged, shards) in jobs.items()
     }
-    _prune(folder, set())
+    shutil.rmtree(folder)
+    folder.mkdir()
     write_json(folder / _NOTES, {"store": EpisodeStore.open(out).digest, "jobs": notes})
 
 
@@ -207,12 +193,8 @@ def collect(
 ) -> Iterator[Staged]:
     """Run the jobs that have no finished stage yet.
 
-    Args:
-        jobs: all jobs of the dataset.
-        conventions: of the episodes they give.
-        out: the final store; its staging folder is kept by the caller until that is complete.
-        workers: reading processes; with 1 everything runs in this one.
-        run: runs the jobs elsewhere (:mod:`wav.cluster`).
+    The caller keeps the staging folder of ``out`` until that is complete. With one worker everything runs in this
+    process; ``run`` runs the jobs elsewhere (:mod:`wav.cluster`).
 
     Yields:
         finished jobs, those of an earlier run first, the others as they finish.
@@ -221,37 +203,31 @@ def collect(
         DataError: a reading process died.
         StorageError: the disk is or would be full.
     """
-    folder, there = staging_folder(out), _remembered(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    _prune(folder, {_NOTES.removesuffix(".json"), *(job.key for job in jobs)})
+    folder, there, meant = staging_folder(out), _remembered(out), conventions.to_json()
     todo: list[int] = []
     for index, job in enumerate(jobs):
-        known = there.get(job.key)
-        staged = replace(known, index=index) if known else _finished(index, job, folder)
-        if staged is None:
-            todo.append(index)
+        if known := there.get(job.key):
+            yield replace(known, index=index)
         else:
-            yield staged
-    if len(todo) < len(jobs):
-        _LOG.info("ingest continues: %d of %d parts are there already", len(jobs) - len(todo), len(jobs))
-    require_free_space(folder, sum(jobs[index].bytes for index in todo))
-    meant = conventions.to_json()
-    arguments = [(jobs[i].read, jobs[i].arguments, jobs[i].key, meant, str(folder)) for i in todo]
-    for number, error in (run or _run)(stage, arguments, workers):
-        index = todo[number]
-        if error is not None:
-            raise _explained(error, jobs[index])
-        staged = _finished(index, jobs[index], folder)
-        if staged is None:
-            raise StorageError(f"{folder}: the staged {jobs[index].label} vanished; run one ingest at a time")
-        yield staged
+            todo.append(index)
+    left = [jobs[index] for index in todo]
+    if len(left) < len(jobs):
+        _LOG.info("ingest continues: %d of %d parts are in the store already", len(jobs) - len(left), len(jobs))
+    _drop_damaged(left, folder)
+    require_free_space(folder, sum(job.bytes for job in left if not (folder / job.key).is_dir()))
+    arguments = {job.key: (job.read, job.arguments, meant) for job in left}
+    run = run or (lambda function, todo, _: _run(function, todo, workers))
+    for number, outcome in made(stage, arguments, folder, run):
+        if isinstance(outcome, Exception):
+            raise _explained(outcome, left[number])
+        yield _staged(todo[number], outcome)
 
 
 def _run(
     function: Callable[..., None], arguments: Sequence[tuple[Any, ...]], workers: int
 ) -> Iterator[tuple[int, Exception | None]]:
     """(number of the job, None or its error) as jobs finish."""
-    if workers == 1 or len(arguments) == 1:
+    if workers == 1 or len(arguments) <= 1:
         with files_closed():
             for number, job in enumerate(arguments):
                 function(*job)

@@ -88,12 +88,7 @@ def _continuous(quat: NDArray[np.floating]) -> NDArray[np.floating]:
 def state_columns(names: tuple[str, ...], width: int, declared: Rotation | str, field: str, where: str) -> StateColumns:
     """The columns of an end-effector state of ``width`` numbers.
 
-    Args:
-        names: of its dimensions; none where the metadata are silent.
-        width: numbers of a row.
-        declared: the reader's option ``rotation``; empty: as the names say.
-        field: of that option, for messages.
-        where: file and feature.
+    ``names`` are none where the metadata are silent; ``declared`` is the reader's option ``field``.
 
     Raises:
         ConfigError: the names are of something else, or leave the rotation open.
