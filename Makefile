@@ -88,8 +88,8 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist
 test: check-system $(VENV)/.installed-test ## what the tests need, then the tests (with the smoke pipeline)
 	@$(BEAT) 'pytest' -- env $(PYTEST) -m 'not long'
 
-quick: $(VENV)/.installed-test ## tests that need no simulator and no server, in about a minute
-	@env $(PYTEST) -m 'not long and not smoke and not simulator and not services'
+quick: $(VENV)/.installed-test ## unit tests and the golden losses: no simulator, server, training or other program
+	@env $(PYTEST) -m 'not long and not smoke and not simulator and not services and not integration'
 
 # TESTS="tests/fuzz -k 0-500": some of them. RESUME=1: without what passed at this commit, as the record says.
 check-long: check-system $(VENV)/.installed-test ## the slow checks; KILLS=n: n seeds of every kill, SEED=n: other generated cases

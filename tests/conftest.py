@@ -16,6 +16,8 @@ import pytest
 
 pytest_plugins = ("tests.helpers.record",)
 READY_S = 40.0
+#: fixture -> the mark of tests that use it: an S3 server, trainings in processes of their own, DVC on a copied project
+MARKED_BY = {"s3_server": "services", "start": "integration", "copy": "integration"}
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,14 @@ class S3Server:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make quick` leaves out, and begin with the pipeline, which takes longest.
 
-    Tests in a folder ``sim`` are of the simulators and those with the S3 server need services; other modules that start
-    either say so with ``pytestmark``.
+    Tests in a folder ``sim`` are of the simulators, and :data:`MARKED_BY` says what fixtures mean; others say it
+    themselves.
     """
     for item in items:
         if "sim" in item.path.parts:
             item.add_marker(pytest.mark.simulator)
-        if "s3_server" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.services)
+        for name in MARKED_BY.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(MARKED_BY[name])
     items.sort(key=lambda item: item.get_closest_marker("smoke") is None)
 
 

@@ -138,6 +138,7 @@ def test_an_unknown_base_and_a_busy_checkout_are_named(checkout: Checkout) -> No
         pass
 
 
+@pytest.mark.integration
 def test_commands_run_in_the_checkout_and_end_with_it(checkout: Checkout, tmp_path: Path) -> None:
     checkout.prepare("HEAD", "2026-01-04")
     said: list[str] = []

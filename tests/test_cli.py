@@ -46,6 +46,7 @@ def one_line(error, *words):
         assert word in error
 
 
+@pytest.mark.simulator
 def test_act_runs_real_episodes_and_says_how_they_went(exported, tmp_path, capsys, monkeypatch):
     def short(suite, names):
         return tuple(dataclasses.replace(spec, max_steps=26) for spec in select_tasks(suite, names))
@@ -113,6 +114,7 @@ def test_config_check(tmp_path, capsys):
     assert run(capsys, "config", "check", tmp_path / "none.yaml")[0] == 1
 
 
+@pytest.mark.integration
 def test_summary_of_the_paper_size(capsys):
     status, out, err = run(capsys, "summary", PRESETS / "libero.yaml")
     assert (status, err) == (0, "")
@@ -132,6 +134,7 @@ def test_summary_of_the_paper_size(capsys):
         assert re.search(line, out), line
 
 
+@pytest.mark.integration
 def test_summary_as_numbers(capsys):
     status, out, _ = run(capsys, "summary", PRESETS / "smoke.yaml", "--json", "--gpus", "2")
     numbers = json.loads(out)
@@ -141,8 +144,9 @@ def test_summary_as_numbers(capsys):
     assert numbers["plan"]["total"] == numbers["plan"]["search"] + numbers["plan"]["act"]
 
 
+@pytest.mark.integration
 def test_summary_of_any_parameter_file(tmp_path, capsys):
-    status, out, err = run(capsys, "summary", PRESETS / "piper.yaml", "--gpus", "1")
+    status, out, err = run(capsys, "summary", PRESETS / "piper-small.yaml", "--gpus", "1")
     assert (status, err) == (0, "")
     assert "memory per GPU of 1" in out
     path = tmp_path / "params.yaml"

@@ -24,6 +24,8 @@ from wav.errors import ConfigError, ServiceError
 from wav.local import PROJECT
 from wav.processes import Child, Group
 
+pytestmark = pytest.mark.integration
+
 needs_dask = pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="distributed is not installed")
 PLAIN = ("--nthreads", "1", "--memory-limit", "0")
 WAIT_S = 120.0

@@ -45,6 +45,7 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
         services("down")
 
 
+@pytest.mark.integration
 def test_make_up_on_other_ports_is_found_without_exporting_anything(tmp_path: Path) -> None:
     """Prefect reads its environment when it is imported; the address that ``make up`` left is found nevertheless."""
     (tmp_path / "env").write_text("PREFECT_API_URL=http://127.0.0.1:9/api\n")

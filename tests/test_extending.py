@@ -8,6 +8,8 @@ import pytest
 
 from tests.walks import PAGES, Step, Walk, copy_project
 
+pytestmark = pytest.mark.integration
+
 WALKS = sorted(page.stem for page in PAGES.glob("*.md") if page.stem != "README")
 
 

@@ -83,6 +83,7 @@ def test_a_package_of_an_extra_that_is_missing_is_named(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.integration
 def test_json_is_alone_on_stdout(monkeypatch, capsys, tmp_path):
     (tmp_path / "params.yaml").write_text("model: {layers: 2}\n")
     status, out, err = run(capsys, "summary", tmp_path / "params.yaml", "--json")

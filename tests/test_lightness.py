@@ -49,10 +49,12 @@ def run(code: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.integration
 def test_a_plan_and_a_training_step_of_every_stage() -> None:
     run(TINY)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["train", "projection", "growth_training", "gpu", "latency"])
 def test_benchmarks_start(name: str) -> None:
     run(

@@ -17,6 +17,8 @@ from wav.config import load_settings
 from wav.local import local_folder, project_folder
 from wav.stages import STAGES, dvc_yaml
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).resolve().parents[1]
 INGEST = """
 from pathlib import Path

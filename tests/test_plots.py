@@ -25,7 +25,7 @@ def test_every_plot_is_a_png(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (20, 16, 24, 3), np.uint8)
     terms = RewardTerms(("near", "fast"), rng.random((9, 2), np.float32), np.array([0.5, -0.5], np.float32))
-    size(plots.curves({"loss": [3, 2, np.nan, 1]}, [0, 10, 20, 30], "loss", log=True))
+    size(plots.curves({"loss": [3, 2, np.nan, 1]}, [0, 10, 20, 30], "loss"))
     size(plots.reward_terms(terms, "episode 0"))
     size(plots.returns_over_time([np.arange(5), np.zeros(3)], "returns"))
     size(plots.reconstruction(images, images, "same"))

@@ -89,6 +89,7 @@ def test_every_deployment_has_the_name_of_its_flow_and_every_stage_is_one() -> N
             assert set(made.parameters.properties) == {"changes"}
 
 
+@pytest.mark.integration
 def test_prefect_itself_completes_the_name_in_the_project_folder(tmp_path: Path) -> None:
     """The real command, against a server that does not answer: the error comes after the name was taken."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "WAV_"))}

@@ -99,6 +99,7 @@ with Group("x") as group:
     assert gone(child)
 
 
+@pytest.mark.integration
 def test_marked_processes_are_found_and_stopped() -> None:
     value = f"{os.getpid()}-{time.time_ns()}"
     command = [sys.executable, "-c", FAMILY, "stubborn"]

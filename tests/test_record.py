@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.integration
+
 PROJECT = Path(__file__).resolve().parents[1]
 TESTS = """
 import pytest

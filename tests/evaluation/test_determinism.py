@@ -70,7 +70,7 @@ def test_results_do_not_depend_on_workers_order_or_a_kill(suite, tmp_path, monke
     assert len(left) == tiny.DEATH
     assert not (tmp_path / "killed" / "metrics.json").exists()
 
-    with tiny.open_pool(suite, 4, 4) as pool:
+    with tiny.open_pool(suite, 2, 4) as pool:
         metrics = tiny.run(suite, tmp_path / "killed", pool)
         assert metrics["timing"]["episodes_resumed"] == tiny.DEATH
         assert records(tmp_path / "killed") == expected
@@ -97,7 +97,7 @@ class Sabotaged(SimPool):
 
     def submit_steps(self, slot, actions):
         if self.signals.get(self.episode):
-            self.stall_seconds = 5.0
+            self.stall_seconds = 3.0
             os.kill(self.pids[0], self.signals[self.episode].pop())
         super().submit_steps(slot, actions)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dvc.utils.serialize import load_yaml
 
 from tests.fuzz.tally import Tally, WrongError, blocks
 from wav.config import load_settings, parameter_text, parse_settings
@@ -109,6 +108,8 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
 
 def as_recorded(path: Path) -> None:
     """WrongError where a stage would use another value than DVC records, or a written copy says something else."""
+    from dvc.utils.serialize import load_yaml  # slow, and imported by every process that collects this file
+
     settings = load_settings(path)
     used, recorded = leaves(settings.model_dump(mode="json")), leaves(load_yaml(str(path)))
     for name, value in recorded.items():

@@ -137,6 +137,7 @@ def drawn(tally: Tally, proxy: FaultProxy, operation: Callable[[], None]) -> int
     return int(tally.random(tally.counts["cases"]).integers(len(proxy.requests) - before))
 
 
+@pytest.mark.services
 @blocks(3, len(ALL), 9)
 def test_s3_faults(
     numbers: range,

@@ -128,6 +128,7 @@ def asked(address: str) -> None:
             raise WrongError(f"{name} takes it for S3")
 
 
+@pytest.mark.services
 @blocks(6, 100, 25)
 def test_other_services(
     numbers: range,

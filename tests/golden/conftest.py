@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLLTXVideo
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -46,6 +45,8 @@ class VAE:
     """The recorded LTX VAE, with normalised latents."""
 
     def __init__(self, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+        from diffusers import AutoencoderKLLTXVideo  # three seconds, and few tests need it
+
         self.model = AutoencoderKLLTXVideo(**config)
         self.model.load_state_dict(state)
         self.model.eval()

@@ -22,6 +22,8 @@ from wav.inference.fused import FusedPlannerModel
 from wav.inference.torch import Features, TorchPlannerModel
 from wav.planning.types import Plan
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(autouse=True)
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,7 @@ def test_wrong_results_are_refused(
     assert "attend: " in caplog.text
 
 
+@pytest.mark.integration
 def test_a_library_that_is_torn_or_of_another_origin_is_compiled_again(
     again: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

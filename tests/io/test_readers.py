@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from dvc.utils.serialize import load_yaml
 
 from wav.config import Runtime, load_settings, parameter_text, parse_settings
 from wav.errors import MESSAGE_CHARACTERS, ConfigError, DataError, exit_status
@@ -14,6 +13,8 @@ from wav.io.readers import read_json, read_text, read_yaml, understood
 
 @pytest.mark.parametrize("spelling", ["010", "0o10", "1_0", "1e1", "8"])
 def test_a_run_uses_the_number_that_dvc_records(spelling: str, tmp_path: Path) -> None:
+    from dvc.utils.serialize import load_yaml  # slow, and imported by every process that collects this file
+
     path = tmp_path / "params.yaml"
     path.write_text(f"data: {{control_hz: {spelling}}}\n")
     try:

@@ -13,6 +13,8 @@ from wav.model.experts import ExpertBlock
 from wav.model.rope import token_rope, video_rope
 from wav.model.video import VideoBlock
 
+pytestmark = pytest.mark.integration
+
 CPU = torch.device("cpu")
 D, DIM = 12, 8  # widths of the video and of an expert
 

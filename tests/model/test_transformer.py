@@ -242,6 +242,7 @@ def test_bfloat16_runs_and_stays_close(inputs: Inputs) -> None:
         assert (a - b.float()).abs().mean() < 0.05 * a.abs().mean() + 0.02
 
 
+@pytest.mark.integration
 def test_the_model_imports_no_other_room() -> None:
     code = (
         "import sys, wav.model, wav.flow_matching; "

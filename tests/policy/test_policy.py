@@ -106,6 +106,7 @@ def run(policy: Policy, rows: list[int], calls: int = 2, **options: Any) -> list
     ]
 
 
+@pytest.mark.integration
 def test_compiled_code_acts_alike(make_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of any size are padded to one shape: only the first call compiles."""
     monkeypatch.setattr(kernels, "available", lambda: False)

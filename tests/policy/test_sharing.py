@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,12 @@ def exported(tmp_path_factory):
     settings = SETTINGS.model_copy(update={"export": section})
     table = metrics_table(metrics)
     return export_policy(*policy, folder / "export", settings=settings, metrics=metrics, table=table)
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch):
+    """huggingface_hub asks six times, with pauses that add up to half a minute."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
 
 
 @pytest.fixture
@@ -151,6 +158,8 @@ def test_errors_are_one_sentence(exported, hub, tmp_path, monkeypatch, capsys):
         hub.status = status
         both(part)
     hub.status, hub.silent = 0, True
+    monkeypatch.setattr(sharing, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
     both("cannot be reached")
 
 

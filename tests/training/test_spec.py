@@ -70,6 +70,7 @@ def codes(project: Path) -> dict[str, str]:
     return found
 
 
+@pytest.mark.integration
 def test_an_interrupted_run_survives_edits_that_decide_nothing(tmp_path: Path) -> None:
     """A comment in a training file, an inference, reader, reward or reporting file do not change a run's key."""
     root = Path(__file__).parents[2]

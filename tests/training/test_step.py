@@ -22,6 +22,8 @@ from wav.training.engine import init_engine, init_world, plan_batch
 from wav.training.objectives.base import Objective
 from wav.training.step import Done, update
 
+pytestmark = pytest.mark.integration
+
 MODEL = {"heads": 4, "head_dim": 48}
 STATE = 16  #: bytes for a trained parameter: two moments, an average, and a gradient or a master copy; in float32
 

@@ -136,9 +136,13 @@ def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[Ep
 
 def versions(compiled: bool = False) -> dict[str, str]:
     """Versions that may change a result; ``compiled``: whether compiled code plans."""
-    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    found["kernels"] = kernels.description() + (COMPILED if compiled else "")
+    found = _installed() | {"kernels": kernels.description() + (COMPILED if compiled else "")}
     return {**found, "wav": wav.__version__, "python": platform.python_version(), "machine": platform.machine()}
+
+
+@functools.cache
+def _installed() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 @functools.cache
