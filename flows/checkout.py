@@ -58,11 +58,7 @@ class Finished:
 class Checkout:
     """A clone of ``source`` in ``folder``; ``say`` gets every line that a command prints.
 
-    Args:
-        source: the project's folder (its repository is cloned and fetched from).
-        folder: where the clone lies; made where it is missing.
-        environment: of the commands; credentials stay in it and are written nowhere.
-        say: receives the commands' lines.
+    ``environment`` is that of the commands; credentials stay in it and are written nowhere.
     """
 
     def __init__(self, source: Path, folder: Path, environment: dict[str, str], say: Callable[[str], None]) -> None:

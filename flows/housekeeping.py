@@ -19,14 +19,7 @@ DAY = 86400.0
 
 
 def tell_stale(name: str, promoted: str, days: int, reason: str) -> bool:
-    """Emit :data:`STALE` where the champion is older than ``days``; returns whether it is.
-
-    Args:
-        name: of the champion.
-        promoted: when it became champion (ISO 8601).
-        days: how old it may be.
-        reason: why the candidate of today was refused.
-    """
+    """Emit :data:`STALE` where the champion is older than ``days``; returns whether it is."""
     age = (datetime.now(timezone.utc) - datetime.fromisoformat(promoted)).days
     if age <= days:
         return False
@@ -41,10 +34,7 @@ def old_runs(folder: Path, store: ObjectStore, days: int) -> Iterator[str]:
 
     Champions lie elsewhere (``policies/``), and so do trainings' checkpoints (``wav storage gc``).
 
-    Args:
-        folder: the local ``runs/``.
-        store: holds the same below ``runs/``.
-        days: runs in which nothing is younger go; 0: none.
+    Runs in which nothing is younger than ``days`` go; 0: none.
     """
     if not days:
         return

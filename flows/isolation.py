@@ -46,12 +46,8 @@ def isolate(
 ) -> Path:
     """Make ``folder`` a workspace in which ``stage`` reads the inputs of ``workspace``.
 
-    Args:
-        stage: its name.
-        workspace: whose inputs and parameters are used.
-        folder: made where it is missing; links and parameters are refreshed.
-        changes: section -> parameter -> value that differ from ``workspace/params.yaml``.
-        instead: input folder -> folder that takes its place (``models/joint`` -> another checkpoint).
+    ``changes`` are by section and parameter. ``instead`` says which folder takes the place of an input folder
+    (``models/joint`` -> another checkpoint).
 
     Raises:
         ConfigError: a bad parameter.

@@ -69,11 +69,7 @@ def hash_table(stage: str, folder: Path) -> list[dict[str, Any]]:
 def object_url(uri: str, version: str, endpoint: str, region: str) -> str:
     """Where a browser that is allowed to finds one version of an object: AWS's console, or the store's own address.
 
-    Args:
-        uri: ``s3://bucket/key`` or ``file:///path``.
-        version: version id, or empty.
-        endpoint: the store's S3 server; empty: AWS.
-        region: of AWS.
+    An empty ``endpoint`` is AWS.
     """
     parts = urlsplit(uri)
     if parts.scheme != "s3":

@@ -31,10 +31,7 @@ CALL_S = 10.0
 def show(what: str, action: Callable[[], Shown], retries: int = 2) -> Shown | None:
     """Let ``action`` show something in Prefect; None, and one line in the log, where that fails for any reason.
 
-    Args:
-        what: shown; for the log.
-        action: calls Prefect's API.
-        retries: of a call, some seconds each; 0 for what is shown again soon.
+    ``retries`` of a call take some seconds each; 0 for what is shown again soon.
     """
     try:
         with temporary_settings(updates={PREFECT_CLIENT_MAX_RETRIES: retries, PREFECT_API_REQUEST_TIMEOUT: CALL_S}):

@@ -85,10 +85,7 @@ def exit_status(run: Callable[[], int | None], prefix: str = "", interrupted: st
     Foreseeable are a :class:`WavError` and what the system says of files (a folder that may not be written, a name that
     is too long): one line on stderr. Anything else is a fault of the code and keeps its traceback.
 
-    Args:
-        run: the entry point's work.
-        prefix: goes before the line on stderr, such as ``"wav act: "``.
-        interrupted: what to say after Ctrl-C.
+    ``prefix`` goes before the line on stderr, such as ``"wav act: "``.
     """
     print_any_name()
     try:

@@ -29,10 +29,7 @@ def is_hub_id(source: str) -> bool:
 def resolve(source: str, field: str, include: Iterable[str] = ()) -> Path:
     """Folder that holds the weights of ``source``.
 
-    Args:
-        source: folder, or hub id (owner/name) in the local hub cache.
-        field: parameter the source came from, for the message.
-        include: file patterns the fetch may be limited to.
+    ``field`` is the parameter that the source came from, ``include`` are file patterns the fetch may be limited to.
 
     Raises:
         ServiceError: a hub id that is not in the local cache; the message holds the command that fetches it.
@@ -80,12 +77,8 @@ def weight_index(path: Path) -> dict[str, str]:
 def load_whole(cls: Any, folder: Path, field: str, unused: Iterable[str] = (), **options: Any) -> Any:
     """``cls.from_pretrained(folder)`` of transformers or diffusers, every tensor from the folder and none left over.
 
-    Args:
-        cls: a model class of either library.
-        folder: its configuration and weights; where it holds weights of one variant alone (fp16), those are read.
-        field: parameter the folder came from, for the message.
-        unused: prefixes of tensors that the folder may hold for parts of the model that are not wanted.
-        options: for ``from_pretrained``.
+    Where the folder holds weights of one variant alone (fp16), those are read. ``unused`` are prefixes of tensors that
+    it may hold for parts of the model that are not wanted.
 
     Raises:
         DataError: it does not load, or names what is missing, unexpected or of another shape, or a file elsewhere.

@@ -110,12 +110,8 @@ def inspect(
 ) -> Inspection:
     """Look at the dataset at ``path``.
 
-    Args:
-        path: file or folder.
-        base: sections of the parameter file that the overlay will lie over.
-        declared: full name of a parameter -> value that the user gives.
-        episodes: how many are read whole, spread over the dataset; 0: all.
-        progress: told the number of episodes dealt with, as they come.
+    ``base`` is the parameter file that the overlay will lie over, ``declared`` what the user gives, by full name.
+    ``episodes`` are spread over the dataset (0: all); ``progress`` is told how many were dealt with.
 
     Raises:
         ConfigError: there is nothing, no robot data, or data that no reader takes (with what to do); ``declared``

@@ -92,13 +92,7 @@ def _known_names(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]
 
 
 def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
-    """First of pydantic's complaints as one sentence: field, value, remedy.
-
-    Args:
-        error: what ``model`` raised.
-        model: names the parameters that exist.
-        source: the file or command that the values came from.
-    """
+    """First of pydantic's complaints as one sentence: field, value, remedy."""
     first = error.errors()[0]
     location = tuple(first["loc"])
     field = cut(".".join(str(part) for part in location))

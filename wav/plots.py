@@ -61,18 +61,8 @@ def curves(
     title: str = "",
     xlabel: str = "step",
     ylabel: str = "",
-    log: bool = False,
 ) -> bytes:
-    """Line plot of named columns.
-
-    Args:
-        columns: name -> values (n,); NaN breaks a line.
-        x: positions (n,) shared by all; None counts from 0.
-        title: above the plot.
-        xlabel: of the horizontal axis.
-        ylabel: of the vertical axis.
-        log: logarithmic vertical axis.
-    """
+    """Line plot of named columns of values (n,), where NaN breaks a line, at positions ``x`` (n,), else from 0 on."""
     if not columns:
         raise DataError("curves: no column to draw; pass at least one")
     figure = _figure(7.5, 3.8, title)
@@ -80,7 +70,7 @@ def curves(
     for name, values in columns.items():
         y = np.asarray(values, dtype=np.float64)
         axes.plot(np.arange(len(y)) if x is None else np.asarray(x)[: len(y)], y, label=name, linewidth=1.4)
-    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)
     if len(columns) > 1 or not ylabel:
         axes.legend(fontsize=8, ncols=1 + len(columns) // 8)

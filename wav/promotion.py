@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from wav.config import Settings, load_settings
-from wav.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingError, WavError
+from wav.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingError, exit_status
 from wav.evaluation.intervals import Difference, paired_difference, wilson
 from wav.evaluation.records import read_record
 from wav.io.files import canonical_digest, file_digest, inside, read_json
@@ -169,10 +169,7 @@ def judged_variant(settings: Settings) -> str:
 def evaluation_identity(settings: Settings, code: str, versions: Mapping[str, str]) -> str:
     """Digest of all that decides an episode's outcome besides the policy: code, simulator versions, protocol.
 
-    Args:
-        settings: parameters; the planner's belong to the policy and stay out.
-        code: :func:`wav.evaluation.protocol.code_digest`.
-        versions: :func:`wav.evaluation.protocol.versions`.
+    The planner's parameters belong to the policy and stay out.
     """
     data, protocol = settings.data, settings.eval_libero
     scene = {"suite": data.suite, "tasks": sorted(data.tasks), "render": data.render, "control_hz": data.control_hz}
@@ -183,11 +180,6 @@ def evaluation_identity(settings: Settings, code: str, versions: Mapping[str, st
 
 def read_outcomes(folder: Path, variant: str, checkpoint: str) -> Outcomes:
     """Success, within the protocol's limit, by episode from the records of an evaluation folder (``reports/eval``).
-
-    Args:
-        folder: of the evaluation.
-        variant: whose episodes count.
-        checkpoint: digest of the weights that were evaluated.
 
     Raises:
         DataError: no records of that variant, a damaged one, or one of other weights.
@@ -233,11 +225,6 @@ def judge(candidate: Outcomes, champion: Champion | None, rules: Rules) -> Verdi
 
     Not worse: the interval of the paired difference does not reach below ``-rules.margin`` (non-inferiority; with few
     episodes the interval alone is wider).
-
-    Args:
-        candidate: outcomes of the new policy.
-        champion: the current one, under the same evaluation; None: there is none.
-        rules: what may be lost.
     """
     rate = wilson(sum(candidate.values()), len(candidate))
     if rate.wilson_low < rules.floor:
@@ -279,12 +266,7 @@ def champion_after(candidate: Champion, over: Champion | None, took_back: Iterab
 def renewed(champion: Champion, evaluation: str, outcomes: Outcomes, rules: Rules, harder: bool) -> Champion:
     """The champion with its outcomes under another evaluation.
 
-    Args:
-        champion: whose weights were evaluated again.
-        evaluation: identity of the new evaluation.
-        outcomes: under it.
-        rules: how much the same weights may lose.
-        harder: the evaluation was made harder on purpose: the best rate so far is what the champion has now.
+    ``harder``: the evaluation was made harder on purpose, so that the best rate so far is what the champion has now.
 
     Raises:
         TrainingError: the same weights reach much less than they did.
@@ -356,11 +338,7 @@ def read_champion(store: ObjectStore, name: str) -> tuple[Champion, ObjectInfo] 
 def promote(store: ObjectStore, name: str, champion: Champion, over: ObjectInfo | None) -> ObjectInfo | None:
     """Make ``champion`` the champion if the pointer still is what was read; None when another was first.
 
-    Args:
-        store: where the pointer lies.
-        name: of the pointer.
-        champion: the new one.
-        over: the pointer as :func:`read_champion` gave it; None: there was none.
+    ``over`` is the pointer as :func:`read_champion` gave it; None: there was none.
     """
     key, data = pointer_key(name), champion.to_json()
     written = store.put_if_absent(key, data) if over is None else store.put_if_match(key, data, over.etag)
@@ -396,13 +374,11 @@ def main() -> int:
     """Print the evaluation identity of this folder."""
     from wav.evaluation.protocol import code_digest, versions
 
-    try:
-        identity: dict[str, Any] = {"evaluation": evaluation_identity(load_settings(), code_digest(), versions())}
-    except WavError as error:
-        sys.stderr.write(f"{error}\n")
-        return 1
-    sys.stdout.write(json.dumps(identity) + "\n")
-    return 0
+    def show() -> None:
+        found = evaluation_identity(load_settings(), code_digest(), versions())
+        sys.stdout.write(json.dumps({"evaluation": found}) + "\n")
+
+    return exit_status(show)
 
 
 if __name__ == "__main__":

@@ -37,10 +37,6 @@ BYTE_UNITS = (("GiB", 2.0**30), ("MiB", 2.0**20))
 def summarise(settings: Settings, gpus: int = 8) -> dict[str, Any]:
     """Sizes, parameters, operations and memory as plain numbers (operations, bytes).
 
-    Args:
-        settings: a whole parameter file.
-        gpus: GPUs that ZeRO shards over.
-
     Raises:
         ConfigError: a global batch that does not divide over the GPUs.
     """

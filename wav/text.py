@@ -58,11 +58,7 @@ def _orthogonal_rows(count: int, dim: int, seed: int) -> torch.Tensor:
 def build_small(folder: str | Path, corpus: Sequence[str], dim: int = 64, seed: int = 0) -> Path:
     """Write a small T5 encoder and its tokenizer into ``folder``.
 
-    Args:
-        folder: made if missing.
-        corpus: instructions whose words become single tokens.
-        dim: width of the embeddings Ct, a multiple of 4.
-        seed: of the weights.
+    Words of ``corpus`` become single tokens; ``dim``, the width of the embeddings Ct, is a multiple of 4.
 
     Raises:
         ConfigError: a width that four heads cannot share.

@@ -30,11 +30,7 @@ class LTXCodec:
     def __init__(self, vae: Any, source: str, files: list[Path], batch: int = 1) -> None:
         """Wrap a loaded VAE.
 
-        Args:
-            vae: AutoencoderKLLTXVideo.
-            source: hub id or folder it came from.
-            files: its weight and configuration files, for the digest.
-            batch: clips per forward pass.
+        ``files`` are its weight and configuration files, for the digest; ``batch`` clips go through it at once.
         """
         self.vae, self.source, self.batch, self._files = vae.eval().requires_grad_(False), source, batch, files
         self.channels = int(vae.config.latent_channels)

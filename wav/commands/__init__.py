@@ -52,11 +52,8 @@ def command(
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Make a function a command.
 
-    Args:
-        group: heading under which ``wav --help`` lists it.
-        examples: command lines at the end of its help.
-        name: instead of the function's.
-        parent: a group of commands with a first word of its own (:func:`family`).
+    ``group`` is the heading under which ``wav --help`` lists it, ``examples`` end its help, ``parent`` is a group of
+    commands with a first word of its own (:func:`family`).
     """
 
     def register(function: Callable[..., int]) -> Callable[..., int]:

@@ -102,12 +102,7 @@ def scattered(places: NDArray[np.int64], n: int, generator: np.random.Generator)
 class BatchSampler:
     """Endless shuffled epochs; the state is one integer, the global step.
 
-    Args:
-        n: number of windows.
-        batch_size: global batch, over all ranks.
-        seed: of shuffling and memory draws.
-        rank: this process.
-        ranks: number of processes; must divide ``batch_size``.
+    ``batch_size`` is that of all ranks together; their number must divide it.
     """
 
     def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
@@ -194,13 +189,8 @@ def split_episodes(store: EpisodeStore, split: Split, validation_share: float) -
 class WindowDataset:
     """All windows of one split.
 
-    Args:
-        episodes: the store the latents and rewards were made from (which they check when they are opened with it).
-        latents: encoded frames, clips and instructions.
-        rewards: labelled values; None where a stage needs none.
-        data: window sizes.
-        split: "train" or "validation".
-        validation_share: share of episodes held out.
+    Latents and rewards were made from ``episodes``, which they check when they are opened with it; ``rewards`` is None
+    where a stage needs none.
 
     Raises:
         DataError: too few episodes to split.

@@ -84,10 +84,7 @@ class Episode:
 class Session:
     """Answers what the page asks; called from one thread.
 
-    Args:
-        policy: loaded with ``batch_size`` 1.
-        pool: one slot of the policy's suite.
-        seed: of the policy's noise.
+    ``policy`` is loaded with ``batch_size`` 1, and ``pool`` is one slot of its suite.
     """
 
     def __init__(self, policy: Policy, pool: SimPool, seed: int = 7) -> None:

@@ -68,19 +68,8 @@ def act_episodes(
 ) -> list[bool]:
     """Load an export and run ``episodes`` episodes, initial state by initial state over the tasks.
 
-    Args:
-        folder: the export, verified first.
-        suite: the export's (several of LIBERO's joined by +), or another of LIBERO's.
-        episodes: how many in all.
-        tasks: names of the suite; empty: those of the export.
-        variant: ``planned``, ``unplanned`` or ``temperature``.
-        seed: of the policy's noise.
-        execute_steps: actions executed of each chunk, at most the chunk's length; None: as in the export's evaluation.
-        workers: simulator processes.
-        device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
-        videos: folder for one mp4 per episode, or None.
-        report: called with one line per episode as it finishes.
-        pool_factory: opens the simulators.
+    Without ``tasks`` those of the export, without ``execute_steps`` as many as in its evaluation. ``videos`` is a
+    folder for one mp4 per episode, ``report`` gets one line per episode as it finishes.
 
     Returns:
         Success of each episode, in order.

@@ -76,10 +76,7 @@ class Progress:
 def check_start(policy: Policy, data: DataSettings, data_conventions: Conventions | None = None) -> None:
     """Refuse an evaluation whose simulator or data are not the ones the policy was trained with.
 
-    Args:
-        policy: the policy to run.
-        data: sets up the simulator.
-        data_conventions: of the episode store, where known; the simulator's are always compared.
+    ``data_conventions`` are the episode store's, where known; the simulator's are always compared.
 
     Raises:
         ConfigError: a convention differs; names the field and both values.
@@ -94,10 +91,7 @@ def applicable(
 ) -> tuple[tuple[Variant, ...], dict[str, str]]:
     """The variants that can be evaluated, and why the others cannot.
 
-    Args:
-        variants: what is asked for.
-        value_expert: whether the model has one; nothing can be planned without.
-        field: names ``variants`` in the error.
+    ``field`` names ``variants`` in the error.
 
     Raises:
         ConfigError: none of them can be evaluated.

@@ -119,11 +119,7 @@ def likeness(
 def check_first_frames(pool: SimPool, store: EpisodeStore, data: DataSettings, out: Path) -> list[ViewLikeness]:
     """Refuse an evaluation whose pictures are rotated or of another camera than the dataset's.
 
-    Args:
-        pool: open simulators of ``data.suite``; slot 0 is used.
-        store: demonstrations the policy was trained on.
-        data: suite, tasks and views.
-        out: evaluation folder; ``first_frames.png`` (per view: rendered, recorded) is written there on a refusal.
+    Slot 0 of the pool is used. A refusal leaves ``first_frames.png`` (per view: rendered, recorded) in ``out``.
 
     Returns:
         what was found per view; empty where the store has no demonstration of an evaluated task.

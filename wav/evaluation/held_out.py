@@ -42,13 +42,8 @@ def held_out_values(
 ) -> dict[str, Any]:
     """Walk one stored episode and write ``out/values.json`` and ``out/predictions/*-held-out-*.png``.
 
-    Args:
-        policy: the evaluated policy; the row ``"held-out"`` is used.
-        store: the demonstrations.
-        rewards: their labels; None where there is no value expert.
-        settings: sections ``data`` and ``eval_libero``.
-        out: evaluation folder.
-        index: which episode; None: one that every training stage held out (for a validation share above 0).
+    Without ``index`` it is an episode that every training stage held out (for a validation share above 0); ``rewards``
+    is None where there is no value expert.
 
     Returns:
         ``steps`` and, per call, ``predicted_value``, ``real_value`` (returns), and ``psnr`` of the predicted frames

@@ -67,9 +67,7 @@ class Page:
 def build_report(workspace: Path, settings: Any = None) -> Path:
     """Write ``<workspace>/reports/index.html`` atomically.
 
-    Args:
-        workspace: folder of the stages' outputs.
-        settings: names the suite (``settings.data.suite``) where nothing was evaluated yet; None: unknown.
+    ``settings`` name the suite where nothing was evaluated yet.
 
     Returns:
         The page's path.

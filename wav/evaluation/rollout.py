@@ -111,14 +111,8 @@ class Clock:
 class Scheduler:
     """Runs a list of episodes over the slots of a pool.
 
-    Args:
-        pool: simulators.
-        policy: the actor; rows are named by slot.
-        execute_steps: actions executed of each chunk.
-        batch_size: rows of a policy call.
-        with_value: ask for predicted values at every call.
-        on_finish: called in this thread with each finished episode.
-        patience: seconds a ready episode waits for its batch to fill; None: :data:`PATIENCE_CALLS` mean policy calls.
+    Rows of the policy are named by slot; ``on_finish`` is called in this thread. ``patience`` is how many seconds a
+    ready episode waits for its batch to fill, by default :data:`PATIENCE_CALLS` mean policy calls.
     """
 
     def __init__(

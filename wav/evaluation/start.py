@@ -68,12 +68,8 @@ def own_store(policy: Policy, path: Path) -> EpisodeStore | None:
 def check_all(policy: Policy, data: DataSettings, *, pool: SimPool, out: Path, store: EpisodeStore | None) -> Start:
     """Refuse what would make the evaluation worthless; what it starts with otherwise.
 
-    Args:
-        policy: the policy to run.
-        data: sets up the simulator.
-        pool: open simulators of ``data.suite``.
-        out: evaluation folder; a refusal leaves its pictures there.
-        store: the demonstrations the policy was trained on, where at hand.
+    A refusal leaves its pictures in ``out``. ``store`` holds the demonstrations the policy was trained on, where at
+    hand.
 
     Raises:
         ConfigError: a convention, version or render setting differs, the replay of the store failed, or the pictures

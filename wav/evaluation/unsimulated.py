@@ -19,10 +19,7 @@ log = logging.getLogger(__name__)
 def without_simulator(settings: EvaluationSettings, out: Path, checkpoint: str) -> dict[str, Any]:
     """Write ``metrics.json`` with every variant not applicable, and the empty folders of the stage's outputs.
 
-    Args:
-        settings: sections ``data`` and ``eval_libero``.
-        out: evaluation folder; records and pictures of earlier evaluations are removed.
-        checkpoint: digest of the weights.
+    Records and pictures of earlier evaluations in ``out`` are removed.
 
     Returns:
         The content of ``metrics.json``.

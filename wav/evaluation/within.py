@@ -22,13 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def step_limits(store: EpisodeStore | None, settings: EvalLiberoSettings, tasks: Sequence[str]) -> dict[str, int]:
-    """Environment steps by task; empty where they are not known, and the log says why.
-
-    Args:
-        store: the demonstrations, where they are at hand.
-        settings: section ``eval_libero``.
-        tasks: names of the tasks that are evaluated.
-    """
+    """Environment steps by task; empty where they are not known, and the log says why."""
     if settings.within_steps:
         return dict.fromkeys(tasks, settings.within_steps)
     direct = [] if store is None else [info for info in store.episodes if info.style == "direct" and info.success]

@@ -50,12 +50,7 @@ class SplitFeatures:
 
 
 class ThreadedPlannerModel:
-    """A :class:`wav.planning.types.PlannerModel` that deals another one's rows and candidates out to threads.
-
-    Args:
-        model: the world model, whose rows are independent.
-        threads: workers at most.
-    """
+    """A :class:`wav.planning.types.PlannerModel` that deals another one's rows and candidates out to threads."""
 
     def __init__(self, model: TorchPlannerModel, threads: int) -> None:
         self.model, self.threads = model, threads

@@ -50,10 +50,6 @@ class TorchPlannerModel:
 
     Latents and tokens come and go in float32; the model computes in its own dtype. A faster backend inherits the Euler
     loops and replaces what they call: :meth:`begin` and the methods below :meth:`denoise_action`.
-
-    Args:
-        model: the transformer, in evaluation mode.
-        shapes: noise shapes (:func:`wav.inference.backends.noise_shapes`).
     """
 
     independent_rows: bool = False  #: whether each row's numbers depend on that row alone, bit for bit

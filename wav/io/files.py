@@ -157,24 +157,15 @@ def _remove_leftovers(path: Path) -> None:
 
     Those of other machines, which share the disk, are theirs: their processes cannot be seen from here.
     """
+    import psutil
+
     start = f".{path.name}.tmp-"
     for old in path.parent.glob(f"{start}*"):
         host, _, pid = old.name.removeprefix(start).rpartition("-")
         if host not in ("", "old", _HOST):
             continue
-        if not pid.isdigit() or int(pid) == os.getpid() or not _alive(int(pid)):
+        if not pid.isdigit() or int(pid) == os.getpid() or not psutil.pid_exists(int(pid)):
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    """Whether a process of this id exists."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def fsync_path(path: Path) -> None:

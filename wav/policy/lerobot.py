@@ -36,10 +36,6 @@ With the plug-in `lerobot_policy_wav` of wav beside LeRobot:
 def export_lerobot(export: Path, out: Path) -> Path:
     """Write an export with LeRobot's files beside its own; the folder stays an export.
 
-    Args:
-        export: folder, verified first.
-        out: new folder.
-
     Raises:
         DataError: ``out`` exists. CheckpointError: the export is damaged.
     """

@@ -91,11 +91,7 @@ class _Waiting:
 class Batches:
     """The one policy behind all sessions.
 
-    Args:
-        policy: its ``batch_size`` bounds a batch.
-        variant: planned, unplanned or temperature.
-        seed: of the noise of episodes that name none.
-        metrics: counts batches.
+    The policy's ``batch_size`` bounds a batch; ``seed`` is of the noise of episodes that name none.
     """
 
     def __init__(self, policy: Policy, variant: Variant, seed: int, metrics: Metrics) -> None:

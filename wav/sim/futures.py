@@ -61,13 +61,8 @@ class Segment:
 def branch_points(suite: str, data: DataSettings, task: str, index: int, count: int, every: int) -> list[Branch]:
     """States along the expert's episode from initial state ``index``.
 
-    Args:
-        suite: of ``task``.
-        data: views and sizes.
-        task: a task of the suite.
-        index: initial state; 0-49 are evaluation's, which no demonstration begins from.
-        count: states wanted, evenly spread over the policy calls of the episode.
-        every: environment steps between two policy calls.
+    ``count`` states are spread evenly over the policy calls of the episode, which are ``every`` steps apart. Initial
+    states 0-49 are evaluation's, which no demonstration begins from.
 
     Returns:
         the branches in order; none where the expert does not solve the task.

@@ -40,8 +40,7 @@ def _log_path() -> Path:
 class WorkerProcess:
     """One simulator process, which answers requests of (kind, payload) one after the other.
 
-    Args:
-        number: which of the caller's processes this is; devices are dealt out by it.
+    Devices are dealt out by ``number``.
     """
 
     def __init__(self, number: int = 0) -> None:

@@ -37,13 +37,7 @@ MISS, MISS_STEPS = (0.025, 0.04), 80
 
 
 class Styled:
-    """An expert in a style; it is called once per step like the expert that it wraps.
-
-    Args:
-        expert: a fresh expert of the episode.
-        style: a name of :data:`STYLES`.
-        rng: of the style's own decisions.
-    """
+    """An expert in a style; it is called once per step like the expert that it wraps."""
 
     def __init__(self, expert: Expert, style: str, rng: np.random.Generator) -> None:
         self._expert, self._actions = expert, STYLES[style](expert, rng)

@@ -178,9 +178,7 @@ class _Host(threading.Thread):
 class Caller:
     """One simulator process that runs functions; replaced when it dies or stalls, and started at the first call.
 
-    Args:
-        number: which of the caller's processes this is (:class:`WorkerProcess`).
-        job_seconds: a call that takes longer is taken for stalled.
+    A call that takes longer than ``job_seconds`` is taken for stalled.
     """
 
     def __init__(self, number: int = 0, job_seconds: float = JOB_SECONDS) -> None:
@@ -222,11 +220,8 @@ def map_in_processes(
 ) -> Iterator[tuple[int, Any]]:
     """Run ``function(*job)`` for every job in simulator processes (:class:`Caller`).
 
-    Args:
-        function: importable at top level.
-        jobs: argument tuples.
-        workers: processes; 0: the machine's cores.
-        job_seconds: a job that takes longer is taken for stalled and its process replaced.
+    ``function`` is importable at top level; ``workers`` 0: the machine's cores. A job that takes longer than
+    ``job_seconds`` is taken for stalled and its process replaced.
 
     Yields:
         (index of the job, result, or the exception it ended with) as they finish, in no particular order.

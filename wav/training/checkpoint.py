@@ -150,11 +150,7 @@ class Checkpoints:
     def save(self, engine: DeepSpeedEngine, ema: Ema, state: RunState, facts: dict[str, float] | None = None) -> Path:
         """Write a checkpoint (every rank calls it) and queue its upload; returns its folder.
 
-        Args:
-            engine: whose state is kept.
-            ema: its average.
-            state: the run's.
-            facts: numbers for the manifest (``validation_loss`` decides which checkpoint is the best).
+        ``facts`` are numbers for the manifest (``validation_loss`` decides which checkpoint is the best).
 
         Raises:
             NotSavedError: the disk is full, and every rank knows.

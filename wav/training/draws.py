@@ -133,12 +133,7 @@ def coupled_levels(
 ) -> Tensor:
     """Levels (count,) of what samples are shown of the truth: uniform in ``levels``, or 1 (pure noise).
 
-    Args:
-        count: samples.
-        levels: lowest and highest.
-        pure_noise: share of samples that are shown pure noise all the same.
-        random: where the numbers come from.
-        purpose: name of the draws.
+    A share ``pure_noise`` of the samples is shown pure noise all the same.
     """
     low, high = levels
     level = low + (high - low) * random.uniform(purpose, (count,))
@@ -156,14 +151,8 @@ def draw(
 ) -> Draws:
     """Draw the random numbers of a micro-batch on the CPU.
 
-    Args:
-        batch: B windows.
-        roles: of its samples.
-        settings: the stage's section (``memory_noise`` and, where the stage has them, the draws per sample).
-        coupling: what value and action samples are shown of the future, and action samples of the values; None is
-            nothing.
-        random: where the numbers come from.
-        has_value: whether the model has a value expert, whose tokens action samples read.
+    Without ``coupling`` samples are shown nothing of the truth; ``has_value`` says whether action samples read the
+    tokens of a value expert.
     """
     size, (chunk, channels) = len(batch), batch.actions.shape[1:]
     value_channels = batch.values.shape[-1] if batch.values is not None else 0

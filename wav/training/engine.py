@@ -195,13 +195,7 @@ def clips_here(settings: TrainSettings) -> bool:
 
 
 def deepspeed_config(settings: TrainSettings, plan: BatchPlan, device_type: str) -> dict[str, Any]:
-    """DeepSpeed's configuration of a run (``infra/deepspeed/`` holds those of the paper's size).
-
-    Args:
-        settings: the training section.
-        plan: from :func:`plan_batch`.
-        device_type: ``cpu`` or ``cuda``.
-    """
+    """DeepSpeed's configuration of a run (``infra/deepspeed/`` holds those of the paper's size)."""
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     alone = settings.batch_size == plan.micro * plan.accumulation  # one rank reduces nothing
     if device_type == "cpu" or alone:

@@ -32,9 +32,7 @@ _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 def launch(spec: TrainSpec, on_line: Callable[[str], None]) -> dict[str, float | int | str]:
     """Train ``spec`` and return its metrics (``metrics.json`` of the output folder).
 
-    Args:
-        spec: the run.
-        on_line: gets every line the processes print, and one that says that they live after some silent seconds.
+    ``on_line`` gets every line the processes print, and one that says that they live after some silent seconds.
 
     Raises:
         ConfigError: several nodes, and no launcher for them.

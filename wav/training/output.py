@@ -62,13 +62,7 @@ def write_output(
 ) -> None:
     """Assemble the output folder; ``model_folder`` is moved into it.
 
-    Args:
-        spec: the run.
-        inputs: what it read; statistics and conventions are copied from there.
-        model_folder: weights as :func:`save_model` wrote them.
-        curves: dvclive's ``plots`` folder, where there is one.
-        metrics: flat.
-        uploaded: the weights' manifest in the store.
+    Statistics and conventions are copied from ``inputs``; ``curves`` is dvclive's folder ``plots``, where there is one.
 
     Raises:
         StorageError: the disk is full; the old output folder, if any, stays.

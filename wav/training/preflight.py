@@ -55,12 +55,7 @@ def preflight(spec: TrainSpec, module: nn.Module, layout: Layout, device: torch.
     The estimate counts what is certain: weights, gradients, two moments and the average, cut as ZeRO cuts them;
     activations are not in it.
 
-    Args:
-        spec: the run.
-        module: what is trained, on the CPU, before DeepSpeed has it.
-        layout: ranks and ZeRO stage.
-        device: where it trains.
-        checkpoint_bytes: bytes of a checkpoint per trained parameter.
+    ``module`` is what is trained, on the CPU, before DeepSpeed has it.
 
     Raises:
         StorageError: the disk has too little room.

@@ -34,11 +34,6 @@ def announce(store: ObjectStore, prefix: str, name: str) -> None:
 def newest_checkpoint(folder: Path, store: ObjectStore, prefix: str) -> Path | None:
     """The newest whole checkpoint as a folder of this machine, downloaded where the store's is newer; None: none.
 
-    Args:
-        folder: of the run's local checkpoints.
-        store: where they are uploaded.
-        prefix: of the run's checkpoints there.
-
     Raises:
         StorageError: store or disk could not be read, after waiting where that may help.
     """

@@ -126,15 +126,8 @@ def make_spec(
 ) -> TrainSpec:
     """Describe a run of ``stage``: digest its inputs and code and derive its key.
 
-    Args:
-        stage: pretrain_video, train_value or train_joint.
-        settings: the parameters; only the sections of this stage are read.
-        paths: input and output folders; made absolute here.
-        store: url of the object store.
-        endpoint: of its S3 server; empty: AWS.
-        region: of its S3 server.
-        device: cpu, cuda, or auto.
-        threads: torch threads per process; 0: the machine's cores shared by the ranks.
+    Only the sections of this stage are read, and paths are made absolute. ``threads`` 0: the machine's cores, shared by
+    the ranks.
 
     Raises:
         ConfigError: no such stage.

@@ -46,12 +46,7 @@ def recover_states(
 ) -> Iterator[tuple[int, SimulatorStates]]:
     """Run demonstrations again in simulator processes.
 
-    Args:
-        store: scripted demonstrations of a LIBERO suite.
-        indices: which of them.
-        data: settings the store was made with.
-        ingest: as well; detour and seed of the expert.
-        workers: processes; 0: the machine's cores.
+    ``data`` and ``ingest`` are the settings that the store was made with; ``workers`` 0: the machine's cores.
 
     Yields:
         (index, states) as they are done, in no particular order.

@@ -98,13 +98,7 @@ def replay(
 ) -> ReplayReport:
     """Replay demonstrations in the simulator and write the verdict next to the store.
 
-    Args:
-        store: demonstrations.
-        data: settings the store was made with (the suite is the store's).
-        ingest: settings it was ingested with: seed and detour of scripted ones, path of LIBERO's HDF5.
-        episodes: how many, at even distances over the store; 0: all.
-        workers: simulator processes; 0: the machine's cores.
-        progress: called with every outcome.
+    ``data`` and ``ingest`` are what the store was made with. ``episodes`` are spread evenly over it (0: all).
 
     Raises:
         DataError: most episodes cannot be replayed.

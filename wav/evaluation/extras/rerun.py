@@ -99,11 +99,7 @@ def rerun_episode(
 ) -> Rerun:
     """Run a recorded episode again with the policy that it names.
 
-    Args:
-        path: the record, ``<evaluation>/episodes/<variant>/<task>-<index>.json``.
-        export: the exported policy; its weights must be the recorded ones.
-        device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``; another device than the recording's rounds differently.
-        pool_factory: opens the simulator.
+    Another ``device`` than the recording's rounds differently.
 
     Raises:
         DataError: the record is missing, damaged or of another version.

@@ -125,15 +125,8 @@ def libero_table(
 ) -> Table:
     """Evaluate ``export`` over the protocol's suites and write ``out/table.json`` and ``out/table.md``.
 
-    Args:
-        export: the policy, verified first.
-        out: folder of records and tables; episodes that are there are not repeated.
-        protocol: see :class:`EvaluationProtocol`.
-        workers: simulator processes.
-        device: ``cpu``, ``cuda``, ``cuda:1`` or ``auto``.
-        demonstrations: episode store; where the policy was trained on it, its replay's verdict counts, and its pictures
-            are compared with those of the tasks it is of.
-        report: called with lines of progress.
+    Episodes that are in ``out`` are not repeated. Where the policy was trained on ``demonstrations``, their replay's
+    verdict counts, and their pictures are compared with those of the tasks that they are of.
 
     Raises:
         CheckpointError: the export is missing or damaged.
@@ -217,10 +210,7 @@ def make_table(
 ) -> Table:
     """Rows and comparisons from the suites' metrics.
 
-    Args:
-        metrics: suite -> its sections (:func:`wav.evaluation.records.by_suite`).
-        heading: what was evaluated, for the reader.
-        complete: whether all tasks of each suite were evaluated; otherwise nothing is compared.
+    ``complete`` says whether all tasks of each suite were evaluated; otherwise nothing is compared.
     """
     rows = []
     for budget, part in (("protocol", lambda m: m), ("reference", lambda m: m.get("reference", {}))):

@@ -43,12 +43,8 @@ def realised_return(
 ) -> float:
     """Return v_t of Table 2 that a chunk really reached, with the expert's final frame as the reference.
 
-    Args:
-        branch: where it began.
-        segment: what was seen, A + 1 observations.
-        actions: (A, 7) as executed.
-        settings: section ``label_rewards``; the sum runs over the chunk.
-        views: cameras of the reward.
+    ``segment`` is what was seen, A + 1 observations, while ``actions`` (A, 7) were executed; the sum runs over the
+    chunk.
     """
     seen = [*segment.seen, branch.final]
     joints = [observation.joints for observation in seen if observation.joints is not None]

@@ -46,10 +46,7 @@ def held_out_windows(
 def oracle(policy: Policy, batch: WindowBatch, seed: int = 0) -> dict[str, float]:
     """Root mean square errors of normalised actions against the demonstrations', by what they were decoded on.
 
-    Args:
-        policy: the policy; it acts unplanned.
-        batch: windows of demonstrations.
-        seed: of the draws.
+    The policy acts unplanned.
 
     Returns:
         ``truth``: on the true future and values; ``future``, ``values``: on that alone, the other imagined;

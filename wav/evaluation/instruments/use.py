@@ -49,11 +49,7 @@ def noise_use(
 ) -> dict[str, dict[str, float]]:
     """Shares of variance that each noise explains when it alone is drawn again.
 
-    Args:
-        policy: the policy; it acts unplanned.
-        histories: per state, the observations that the policy has seen at its calls, now last.
-        draws: of each noise.
-        seed: of the draws.
+    The policy acts unplanned. ``histories`` are, per state, what it has seen at its calls, now last.
 
     Returns:
         ``action``, and ``return`` (the predicted one's mean along the chunk; only with a value expert): noise ->

@@ -127,10 +127,7 @@ def check_roundtrip(store: ObjectStore) -> None:
 def patiently(action: Callable[[], T], say: Callable[[str], None], seconds: float | None = None) -> T:
     """What ``action`` gives, which is tried again, ever less often, while the network or the server is in trouble.
 
-    Args:
-        action: what to do; it may be done more than once.
-        say: gets a line before each wait.
-        seconds: the trouble is raised after this long; by default :data:`PATIENCE_S`.
+    ``action`` may be done more than once; ``say`` gets a line before each wait.
     """
     end, pause = time.monotonic() + (PATIENCE_S if seconds is None else seconds), 1.0
     while True:

@@ -120,11 +120,7 @@ def grasps(
 ) -> Iterator[Grasp]:
     """Grasps of ``target`` from above that touch nothing else, cheapest first; found as they are asked for.
 
-    Args:
-        target: the object's cloud.
-        others: what must not be touched.
-        floor: height (m) the fingertips stay above.
-        extra: a cost added to a grasp's own.
+    ``floor`` is the height (m) that the fingertips stay above, ``extra`` a cost added to a grasp's own.
     """
     top, bottom = target[:, 2].max(), max(target[:, 2].min(), floor)
     middle = (target.min(axis=0) + target.max(axis=0)) / 2

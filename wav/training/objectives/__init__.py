@@ -27,12 +27,8 @@ def build_objective(
 ) -> Objective:
     """The objective of the stage that ``settings`` are of, around ``model``.
 
-    Args:
-        settings: the stage's section.
-        model: in float32 or bfloat16; which of its parameters require a gradient is set here.
-        memory_frames: frames of a window that lie before its future.
-        action_dim: width of an action.
-        coupling: section ``coupling``; the video stage takes no notice; None: pure noise alone.
+    Which parameters of ``model`` require a gradient is set here. Without ``coupling`` it is pure noise alone; the video
+    stage takes no notice.
 
     Raises:
         ConfigError: no such stage.

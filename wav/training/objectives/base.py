@@ -70,11 +70,8 @@ class Objective(nn.Module, ABC):
     def draw(self, batch: WindowBatch, captions: WindowDataset | None, random: SeededRandom, index: int) -> StepInputs:
         """Draw everything random of one micro-batch, before ``forward`` and on another thread.
 
-        Args:
-            batch: B windows on the CPU.
-            captions: holds the empty instruction, for caption dropout; None: no caption is dropped.
-            random: where the numbers come from.
-            index: micro-batch counter over the run (decides the roles).
+        Without ``captions``, which hold the empty instruction, none is dropped. ``index`` counts the micro-batches of
+        the run and decides the roles.
         """
         roles = self.roles(len(batch), index)
         draws = draw(batch, roles, self.settings, self.coupling, random, has_value=self.model.has_value)
