@@ -9,11 +9,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
+from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from prefect import flow, get_run_logger
+from prefect.deployments import run_deployment
+from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 
 from flows.artifacts import Progress, publish_markdown, publish_numbers, publish_objects
@@ -28,10 +33,12 @@ from wav.io.storage import open_store
 from wav.io.storage.base import TransferError, patiently
 from wav.io.storage.commit import fetch, publish, remote_manifest, seal
 from wav.promotion import Rules
-from wav.stages import CODE_STAGE, STAGES
+from wav.stages import CODE_STAGE, STAGES, TRAINING
 
 FAILED = re.compile(r"failed to reproduce '([\w@.-]+)'")
 STARTED = re.compile(r"Running stage '([\w@.-]+)'")
+#: what needs no GPU
+DATA_STAGES = tuple(takewhile(lambda name: name not in TRAINING, STAGES))
 #: where the store keeps dvc.lock and metrics of the last retrain, by the champion's name
 RESULTS = "retrains/{}/results"
 #: how long a DVC remote that fails is asked again
@@ -107,24 +114,24 @@ def _only_missing(done: Finished) -> bool:
 
 
 @step("dvc repro")
-def reproduce(run: Retrain) -> None:
-    """All stages that are out of date.
+def reproduce(run: Retrain, names: Sequence[str] = ()) -> None:
+    """All stages that are out of date, or those of these names.
 
     Raises:
         TrainingError: a stage failed; names it, the log and the champion that stays.
     """
     logger = get_run_logger()
     with Progress("stages", logger) as progress:
-        names = [CODE_STAGE, *STAGES]
+        order = [CODE_STAGE, *STAGES]
 
         def say(line: str) -> None:
             logger.info(line)
             if found := STARTED.search(line):
                 run.ran.append(found[1])
-                progress(names.index(found[1]) if found[1] in names else 0, len(names), found[1])
+                progress(order.index(found[1]) if found[1] in order else 0, len(order), found[1])
 
         run.checkout.follow(say)
-        done = run.checkout.dvc("repro")
+        done = run.checkout.dvc("repro", *names)
         run.checkout.follow(logger.info)
     log = run.folder / "dvc-repro.log"
     log.write_text("\n".join(done.lines) + "\n")
@@ -165,6 +172,19 @@ def push(run: Retrain, branch: str, remote: str, push_to: str) -> str:
     return commit
 
 
+def hand_over(then: str) -> str:
+    """Have a deployment go on with this retrain, and wait for it; what became of it.
+
+    Raises:
+        TrainingError: it did not end well.
+    """
+    child: Any = run_deployment(then, parameters={**flow_run.parameters, "then": ""})
+    address = run_url(str(child.id), get_current_settings().api.url)
+    if not child.state.is_completed():
+        raise TrainingError(f"retrain: {then} ended as {child.state.name}; look at {address}")
+    return f"{then} has ended; its verdict stands at {address}"
+
+
 @step("clean up")
 def clean_up(run: Retrain, days: int) -> None:
     """Remove the runs of old, here and in the store."""
@@ -185,6 +205,7 @@ def retrain(
     champion: str = "",
     stale_days: int = 28,
     keep_days: int = 90,
+    then: str = "",
 ) -> str:
     """Retrain, compare, promote; returns the verdict in one sentence.
 
@@ -200,6 +221,8 @@ def retrain(
         champion: name of the champion; empty: the suite's.
         stale_days: a champion that is older when a candidate is refused is told about (docs/operations.md).
         keep_days: older folders of ``runs/`` are removed, here and in the store; 0: none.
+        then: deployment of this flow, on a machine that shares the checkout's folder, which goes on once the data
+            stages are made here; empty: all of it is done here.
     """
     without_secret(push_to, "push_to")
     runtime, project, folder = begin_deployed()
@@ -219,13 +242,16 @@ def retrain(
         branch = check_out(run, base)
         pull(run, remote)
         try:
-            reproduce(run)
-            commit = push(run, branch, remote, push_to)
-            verdict = challenge(run, commit)
+            reproduce(run, DATA_STAGES if then else ())
+            if not then:
+                commit = push(run, branch, remote, push_to)
+                verdict = challenge(run, commit)
         except WavError as error:
             tell_stages(run)
             publish_markdown("verdict", f"**failed**: {error}", "promotion")
             raise
+    if then:
+        return hand_over(then)
     logger.info("%s: %s", "promoted" if verdict.promote else "not promoted", verdict.reason)
     if run.current and verdict.kind == "refused":
         tell_stale(run.name, run.current[0].promoted, stale_days, verdict.reason)

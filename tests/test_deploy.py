@@ -70,8 +70,9 @@ def test_deploy_twice_is_once_and_retrain_is_on_the_calendar(environment: dict[s
     names = sorted(entry["name"] for entry in yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"])
     with prefect_client(environment) as client:
         pool = client.read_work_pool(deploy.POOL)
-        assert (pool.type, pool.concurrency_limit) == ("process", 1)
-        assert client.read_work_queue_by_name(deploy.QUEUE, work_pool_name=deploy.POOL).concurrency_limit == 1
+        assert (pool.type, pool.concurrency_limit) == ("process", None)
+        queues = [client.read_work_queue_by_name(name, work_pool_name=deploy.POOL) for name in deploy.QUEUES]
+        assert [queue.concurrency_limit for queue in queues] == [1, None]
         assert len(client.read_automations_by_name(deploy.AUTOMATION)) == 1
         assert sorted(deployment.name for deployment in client.read_deployments()) == names
         deadline = time.monotonic() + SCHEDULED_WITHIN_S

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from prefect.plugins import HookContext, SetupResult
 
+from flows.retrain import DATA_STAGES
 from wav import prefect_plugin
 from wav.stages import STAGES
 
@@ -79,12 +80,15 @@ def test_unknown_names_and_other_folders_stay_as_typed(monkeypatch: pytest.Monke
 
 def test_every_deployment_has_the_name_of_its_flow_and_every_stage_is_one() -> None:
     listed = yaml.safe_load((PROJECT / "prefect.yaml").read_text())["deployments"]
-    assert {entry["name"] for entry in listed} == {row.deployment for row in STAGES.values()} | {"retrain"}
+    names = {entry["name"] for entry in listed}
+    assert names == {row.deployment for row in STAGES.values()} | {"retrain", "retrain-from-cpu"}
     for entry in listed:
         path, function = entry["entrypoint"].split(":")
         made = getattr(import_module(path.removesuffix(".py").replace("/", ".")), function)
-        assert made.name == entry["name"]
-        assert entry["work_pool"]["name"] == "gpu"
+        assert made.name == entry["name"].removesuffix("-from-cpu")
+        assert entry["work_pool"]["name"] == "wav"
+        data = entry["name"] in (*DATA_STAGES, "label-rewards", "retrain-from-cpu")
+        assert entry["work_pool"]["work_queue_name"] == ("cpu" if data else "gpu")
         if path == "flows/deployed.py":
             assert set(made.parameters.properties) == {"changes"}
 

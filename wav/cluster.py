@@ -126,6 +126,7 @@ def open_cluster(address: str, workers: int = 0, patience_s: float = PATIENCE_S)
         ConfigError: Dask is not installed, or an address that is none.
     """
     try:
+        import dask
         import distributed
     except ImportError:
         raise ConfigError(f"WAV_DASK = {address}: distributed is not installed; pip install 'wav[cluster]'") from None
@@ -135,15 +136,19 @@ def open_cluster(address: str, workers: int = 0, patience_s: float = PATIENCE_S)
             raise ConfigError(f"WAV_DASK = {address}: is no address; use local, or the scheduler's tcp://HOST:8786")
         yield Cluster(address, patience_s)
         return
-    with distributed.LocalCluster(  # type: ignore[no-untyped-call]
-        n_workers=workers or None,
-        threads_per_worker=1,
-        memory_limit=0,
-        host="127.0.0.1",
-        dashboard_address=None,
-        silence_logs=logging.ERROR,
-        env={"WAV_WORKERS": "1"},  # simulators beside each worker
-    ) as local:
+    quiet = {"distributed.nanny.pre-spawn-environ.DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "error"}  # in a stage's log
+    with (
+        dask.config.set(quiet),
+        distributed.LocalCluster(  # type: ignore[no-untyped-call]
+            n_workers=workers or None,
+            threads_per_worker=1,
+            memory_limit=0,
+            host="127.0.0.1",
+            dashboard_address=None,
+            silence_logs=logging.ERROR,
+            env={"WAV_WORKERS": "1"},  # simulators beside each worker
+        ) as local,
+    ):
         yield Cluster(local.scheduler_address, patience_s)
 
 

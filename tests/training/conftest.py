@@ -100,12 +100,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def spec_of(workspace: Path, tmp_path: Path) -> Callable[..., TrainSpec]:
-    """``spec_of(stage, init=None, name="a", **sections)``: a run with its own folders under ``name``."""
+def specs(workspace: Path, folder: Path) -> Callable[..., TrainSpec]:
+    """See :func:`spec_of`; the runs' folders lie in ``folder``."""
 
     def make(stage: str = "pretrain_video", init: Path | None = None, name: str = "a", **changes: Any) -> TrainSpec:
-        root = tmp_path / name
+        root = folder / name
         paths = TrainPaths(
             episodes=workspace / "episodes",
             latents=workspace / "latents",
@@ -118,6 +117,12 @@ def spec_of(workspace: Path, tmp_path: Path) -> Callable[..., TrainSpec]:
         return make_spec(stage, settings(**changes), paths, store=store, device="cpu", threads=1)
 
     return make
+
+
+@pytest.fixture
+def spec_of(workspace: Path, tmp_path: Path) -> Callable[..., TrainSpec]:
+    """``spec_of(stage, init=None, name="a", **sections)``: a run with its own folders under ``name``."""
+    return specs(workspace, tmp_path)
 
 
 def _child(spec: TrainSpec, output: Path, rank: int, ranks: int, prepare: Callable[[], None] | None) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import psutil
 import pytest
 
 from tests.test_cancel import until
-from wav.errors import ConfigError
+from tests.training.conftest import specs
+from tests.training.test_resume import losses
+from wav.errors import ConfigError, TrainingError
 from wav.io.storage.commit import read_manifest
 from wav.training import RENDEZVOUS
 from wav.training.engine import adopt_launcher
@@ -25,6 +28,8 @@ from wav.training.spec import TrainSpec, read_checkpoint_file
 
 pytestmark = pytest.mark.integration
 
+PROJECT = Path(__file__).resolve().parents[2]
+FAKE_KUBECTL = PROJECT / "tests" / "helpers" / "fake_kubectl.py"
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", RENDEZVOUS)
 
 
@@ -170,26 +175,131 @@ class TwoNodes:
                     p.cmdline() and not any("deepspeed" in word for word in p.cmdline()))  # fmt: skip
 
 
+SPREAD = {"zero_stage": 2, "micro_batch_size": 2, "steps": 40, "checkpoint_every": 10}
+
+
+@pytest.fixture(scope="module")
+def alone(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainSpec:
+    """A finished run of two ranks of one machine."""
+    spec = specs(workspace, tmp_path_factory.mktemp("alone"))(pretrain_video={**SPREAD, "ranks": 2})
+    launch(spec, lambda _: None)
+    return spec
+
+
+def assert_same(found: TrainSpec, wanted: TrainSpec) -> None:
+    """Same losses, same weights, whole checkpoints."""
+    metrics = [json.loads((spec.paths.output / "metrics.json").read_text()) for spec in (found, wanted)]
+    for name in ("loss", "validation_loss", "grad_norm", "steps"):
+        assert metrics[0][name] == metrics[1][name]
+    digests = [read_checkpoint_file(spec.paths.output)["model_digest"] for spec in (found, wanted)]
+    assert digests[0] == digests[1]
+    last = [read_manifest(spec.work / "checkpoints" / "step-00000040") for spec in (found, wanted)]
+    names = [{entry.path for entry in manifest.files} for manifest in last]
+    assert names[0] == names[1]
+    assert {"rank-00000.pt", "rank-00001.pt"} <= names[1]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("launcher", list(LAUNCHERS))
 def test_two_nodes_train_what_two_ranks_of_one_node_train(
-    rack: Rack, spec_of: Callable[..., TrainSpec], tmp_path: Path, launcher: str
+    rack: Rack, spec_of: Callable[..., TrainSpec], alone: TrainSpec, tmp_path: Path, launcher: str
 ) -> None:
-    """Same losses, same weights, whole checkpoints."""
-    one = spec_of(name="one", pretrain_video={"zero_stage": 2, "ranks": 2})
-    launch(one, lambda _: None)
-    two = spec_of(name="two", pretrain_video={"zero_stage": 2, "ranks": 1, "nodes": 2})
+    two = spec_of(pretrain_video={**SPREAD, "ranks": 1, "nodes": 2})
     run = TwoNodes(rack, two, tmp_path / "rack", launcher)
     assert [node.wait(300) for node in run.nodes] == [0, 0], run.said()
     assert "2 rank(s)" in run.said()
-    metrics = [json.loads((spec.paths.output / "metrics.json").read_text()) for spec in (one, two)]
-    for name in ("loss", "validation_loss", "grad_norm", "steps"):
-        assert metrics[0][name] == metrics[1][name]
-    digests = [read_checkpoint_file(spec.paths.output)["model_digest"] for spec in (one, two)]
-    assert digests[0] == digests[1]
-    names = [{e.path for e in read_manifest(s.work / "checkpoints" / "step-00000006").files} for s in (one, two)]
-    assert names[0] == names[1]
-    assert {"rank-00000.pt", "rank-00001.pt"} <= names[1]
+    assert_same(two, alone)
+
+
+#: WAV_LAUNCHER of launchers that reach the other nodes by themselves
+REACHING = {
+    "srun": "srun --nodes=2 --ntasks-per-node=1 {python} -m",
+    "deepspeed": "{python} -m deepspeed.launcher.runner --hostfile {folder}/hostfile --master_addr 10.97.0.1 "
+    "--master_port 29500 --module",
+    "kubernetes": "{python} -m infra.kubernetes --nodes 2 --gpus 0",
+    "sky": "sky exec wav --num-nodes 2 sh infra/sky/node.sh",
+}
+#: command -> (words of its own, what it sets on node $node, how it runs the rest), as the real one does
+COMMANDS = {
+    "srun": (2, "SLURM_PROCID=$node SLURM_NTASKS=2 SLURM_LOCALID=0", '"$@"'),
+    "sky": (4, 'SKYPILOT_NUM_NODES=2 SKYPILOT_NODE_RANK=$node SKYPILOT_NODE_IPS="$ADDRESSES"', '"$@"'),
+    # nothing of the environment but what is written into the command; %n is the node
+    "pdsh": (5, "-i PATH=/usr/bin:/bin HOME=$HOME", 'sh -c "$(echo "$*" | sed s/%n/$node/)"'),
+}
+ON_BOTH = """#!/bin/sh
+shift {own}
+ADDRESSES=$(printf '10.97.0.1\\n10.97.0.2')
+for node in 0 1; do
+    ip netns exec {rack}-$((node + 1)) env {variables} {rest} &
+    pids="$pids $!"
+done
+status=0
+for pid in $pids; do wait $pid || status=1; done
+exit $status
+"""
+
+
+def make_commands(folder: Path, rack: Rack) -> None:
+    """Commands that start a process on both nodes and wait for them."""
+    folder.mkdir()
+    for name, (own, variables, rest) in COMMANDS.items():
+        (folder / name).write_text(ON_BOTH.format(own=own, rack=rack.name, variables=variables, rest=rest))
+    kubectl = f'#!/bin/sh\nexec {sys.executable} {FAKE_KUBECTL} {folder.parent} {rack.name} "$@"\n'
+    (folder / "kubectl").write_text(kubectl)
+    (folder / "ssh").write_text("#!/bin/sh\n")
+    for path in folder.iterdir():
+        path.chmod(0o755)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", list(REACHING))
+def test_a_launcher_that_reaches_the_nodes_trains_the_same(
+    rack: Rack,
+    spec_of: Callable[..., TrainSpec],
+    alone: TrainSpec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    launcher: str,
+) -> None:
+    make_commands(tmp_path / "bin", rack)
+    (tmp_path / "hostfile").write_text("10.97.0.1 slots=1\n10.97.0.2 slots=1\n")
+    (tmp_path / "variables").write_text("GLOO_SOCKET_IFNAME=eth-1\n")
+    variables = {
+        "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "WAV_LAUNCHER": REACHING[launcher].format(python=sys.executable, folder=tmp_path),
+        "GLOO_SOCKET_IFNAME": "eth-1",
+        "DS_ENV_FILE": str(tmp_path / "variables"),
+        **({"MASTER_ADDR": "10.97.0.1"} if launcher == "srun" else {}),
+    }
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(PROJECT)
+    two = spec_of(pretrain_video={**SPREAD, "ranks": 1, "nodes": 2})
+    lines: list[str] = []
+    try:
+        launch(two, lines.append)
+    except TrainingError:
+        pytest.fail("\n".join(lines))
+    assert_same(two, alone)
+
+
+@pytest.mark.long
+def test_after_a_node_s_death_one_node_goes_on_with_the_same_losses(
+    rack: Rack, spec_of: Callable[..., TrainSpec], alone: TrainSpec, tmp_path: Path
+) -> None:
+    two = spec_of(pretrain_video={**SPREAD, "ranks": 1, "nodes": 2})
+    run = TwoNodes(rack, two, tmp_path / "rack", "torchrun")
+    until(lambda: list(two.work.glob("checkpoints/step-*/manifest.json")), 300.0)
+    family = run.family()
+    for process in [psutil.Process(run.nodes[1].pid), *psutil.Process(run.nodes[1].pid).children(recursive=True)]:
+        process.kill()
+    assert 0 not in [node.wait(120) for node in run.nodes], run.said()
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    one = replace(two, train=two.train.model_copy(update={"nodes": 1}))
+    lines: list[str] = []
+    launch(one, lines.append)
+    assert any("resumed from the checkpoint of step" in line for line in lines), lines
+    assert losses(one) == pytest.approx(losses(alone), rel=1e-4)
 
 
 @pytest.mark.long
