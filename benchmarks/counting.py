@@ -6,8 +6,10 @@ import json
 import math
 import os
 import platform
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,24 @@ def matrix_peak(size: int = 1024, seconds: float = 1.0) -> float:
                 way.linear(x, product)
                 best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def watched(work: Callable[[], Any]) -> dict[str, float]:
+    """Processor seconds of the work, and the most memory (MiB) that was the process's own meanwhile."""
+    held, stop = [0.0], threading.Event()
+
+    def look() -> None:
+        while not stop.wait(0.05):
+            status = Path("/proc/self/status").read_text()
+            held.append(float(status.partition("RssAnon:")[2].split()[0]) / 2**10)
+
+    thread, began = threading.Thread(target=look, daemon=True), time.process_time()
+    thread.start()
+    work()
+    seconds = time.process_time() - began
+    stop.set()
+    thread.join()
+    return {"seconds": round(seconds, 3), "mib": round(max(held), 1)}
 
 
 def machine() -> dict[str, Any]:

@@ -13,14 +13,10 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from counting import machine, write_result
+from counting import machine, watched, write_result
 from fitting import fit_exponent
 
 from wav.config import DataSettings, EncodeSettings, LabelRewardsSettings
@@ -44,24 +40,6 @@ def episode(index: int) -> Episode:
     state, actions = (rng.uniform(-1, 1, (STEPS, size)).astype(np.float32) for size in (8, 7))
     whole = (f"lift/{index:07d}", "lift", "lift it", images, state, None, actions, None, True, index, 0, "generated")
     return Episode(*whole)
-
-
-def watched(work: Callable[[], Any]) -> dict[str, float]:
-    """Processor seconds of the work, and the most memory (MiB) that was the process's own meanwhile."""
-    held, stop = [0.0], threading.Event()
-
-    def look() -> None:
-        while not stop.wait(0.05):
-            status = Path("/proc/self/status").read_text()
-            held.append(float(status.partition("RssAnon:")[2].split()[0]) / 2**10)
-
-    thread, began = threading.Thread(target=look, daemon=True), time.process_time()
-    thread.start()
-    work()
-    seconds = time.process_time() - began
-    stop.set()
-    thread.join()
-    return {"seconds": round(seconds, 3), "mib": round(max(held), 1)}
 
 
 def measure(count: int) -> dict[str, dict[str, float]]:

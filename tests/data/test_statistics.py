@@ -123,3 +123,10 @@ def test_rare_large_values_are_announced(caplog):
     with caplog.at_level(logging.WARNING):
         compute_statistics(rows, "quantile", "action statistics")
     assert "action statistics: dimension 0" in caplog.text
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    rows = np.random.default_rng(3).normal(1, 3, (1000, 7)).astype(np.float32)
+    whole = compute_statistics(rows, "zscore_symlog")
+    monkeypatch.setattr("wav.data.statistics._BLOCK", 96)
+    assert compute_statistics(rows, "zscore_symlog") == whole

@@ -136,9 +136,11 @@ def compute_statistics(rows: NDArray[Any] | ShardedArray, mode: Mode, name: str 
     spread = _sum((rows[block].astype(np.float64) - mean) ** 2 for block in blocks)
     columns: dict[str, list[float]] = {"mean": mean.tolist(), "std": np.sqrt(spread / count).tolist()}
     for dimension in range(rows.shape[1]):
-        column = np.concatenate([rows[block][:, dimension] for block in blocks]).astype(np.float64)
-        found = (*np.quantile(column, (0.01, 0.99)), column.min(), column.max())
-        for key, value in zip(("q01", "q99", "min", "max"), found, strict=True):
+        column = np.empty(count)
+        for block in blocks:
+            column[block] = rows[block][:, dimension]
+        found = (column.min(), column.max(), *np.quantile(column, (0.01, 0.99), overwrite_input=True))
+        for key, value in zip(("min", "max", "q01", "q99"), found, strict=True):
             columns.setdefault(key, []).append(float(value))
     result = KeyStatistics(mode=mode, count=count, **{key: tuple(c) for key, c in columns.items()})
     extreme = np.abs(result.normalize(np.stack([result.min, result.max]))).max(0)
