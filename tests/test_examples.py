@@ -46,6 +46,7 @@ def ran(page: str, replaced: dict[str, str], **names: Any) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.integration
 def test_pages_that_act_in_process(exported: Path) -> None:
     seen = message()
     images = dict(zip(DATA.views, (seen["observation/image"], seen["observation/wrist_image"]), strict=True))
@@ -55,6 +56,7 @@ def test_pages_that_act_in_process(exported: Path) -> None:
     assert ran("docs/hub.md", {"USER/NAME": str(exported)})["policy"].execute_steps == DATA.action_chunk
 
 
+@pytest.mark.integration
 def test_pages_that_call_a_server(exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     seen = message()
     with serving(Policy.load(exported)) as server:
