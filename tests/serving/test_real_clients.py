@@ -172,7 +172,7 @@ def test_vla_eval(venvs: Any, suites: Any, name: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     environment = {
         **os.environ,
-        "PYTHONPATH": str(HERE),
+        "PYTHONPATH": f"{HERE}{os.pathsep}{CLIENT}",
         "WAV_TEST_SIMULATOR": str(simulator.port),
         "no_proxy": "127.0.0.1",
     }
@@ -237,5 +237,6 @@ def test_our_client_on_other_pythons(version: str, venvs: Any, suites: Any) -> N
         "    except RefusedError as error:\n"
         "        assert 'prompt: int' in str(error)\n"
     )
+    environment = {"PATH": "/usr/bin", "PYTHONPATH": str(CLIENT)}  # not the copy that a kept environment has
     with serving(suites("tabletop").served) as server:
-        subprocess.run([str(python), "-c", code, str(server.port)], check=True, timeout=120, env={"PATH": "/usr/bin"})
+        subprocess.run([str(python), "-c", code, str(server.port)], check=True, timeout=120, env=environment)

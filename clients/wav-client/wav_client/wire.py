@@ -1,5 +1,7 @@
 """openpi's messages: msgpack, with an array as a map of bytes keys. No objects, hence no pickle."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import msgpack
