@@ -14,6 +14,7 @@ import torch
 from tests.evaluation.tiny import policy as make_policy
 from tests.evaluation.tiny import settings
 from wav.config import LabelRewardsSettings
+from wav.data.table import EpisodeInfo, EpisodeTable, TableWriter
 from wav.data.windows import WindowBatch, split_episodes
 from wav.evaluation.held_out import held_out_share
 from wav.evaluation.instruments import ranking as ranks
@@ -279,9 +280,12 @@ class Store(list[str]):
     path = Path("store")
 
     @property
-    def episodes(self) -> list[Any]:
+    def episodes(self) -> EpisodeTable:
         """The episode table."""
-        return [SimpleNamespace(task=task, episode_id=f"{task}/{i}") for i, task in enumerate(self)]
+        writer = TableWriter()
+        for i, task in enumerate(self):
+            writer.add(EpisodeInfo(f"{task}/{i}", task, task, "test", "", 0, 1, i, 0, True, False, False))
+        return writer.table
 
 
 def test_one_episode_of_each_task_is_held_out() -> None:
