@@ -64,7 +64,9 @@ def run_of_the_pool(kind: str, deployment: str) -> dict[str, Any]:
 @pytest.mark.parametrize(("deployment", "gpus"), [("train-joint", 1), ("encode", 0)])
 def test_a_run_of_the_pool_has_the_gpus_of_its_deployment(deployment: str, gpus: int) -> None:
     manifest = run_of_the_pool("kubernetes", deployment)["job_manifest"]
-    container = manifest["spec"]["template"]["spec"]["containers"][0]
+    pod = manifest["spec"]["template"]["spec"]
+    assert (pod.pop("parallelism"), pod.pop("completions")) == (1, 1), "Prefect's worker refuses a Job without them"
+    container = pod["containers"][0]
     container["args"], container["env"] = ["true"], []  # lists by the time that Prefect's worker sends them
     validate(manifest)
     assert container["resources"]["limits"] == {"nvidia.com/gpu": gpus}

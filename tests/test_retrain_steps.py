@@ -8,15 +8,17 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prefect.logging import disable_run_logger
+from prefect.states import Completed, Failed, State
 
 from flows import artifacts, retrain
 from flows.challenge import Retrain
 from flows.checkout import Checkout, Finished
 from tests.helpers.retrain import policy, retrain_of
-from wav.errors import StorageError
+from wav.errors import StorageError, TrainingError
 from wav.stages import dvc_yaml
 
 
@@ -92,6 +94,24 @@ def test_a_failed_stage_is_named_with_the_places_to_look_at(run: Retrain, tmp_pa
     for place in ("/runs/flow-run/7", str(tmp_path / "dvc-repro.log"), "s3://wav/runs/7/dvc-repro.log"):
         assert place in told
     json.dumps(told)
+
+
+@pytest.mark.parametrize("ended", [Completed(), Failed(message="no GPU")])
+def test_another_deployment_goes_on_from_the_data_stages(ended: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+
+    def run_deployment(name: str, parameters: dict[str, object]) -> SimpleNamespace:
+        asked.append((name, parameters))
+        return SimpleNamespace(id="8", state=ended)
+
+    monkeypatch.setattr(retrain, "run_deployment", run_deployment)
+    monkeypatch.setattr(retrain, "flow_run", SimpleNamespace(parameters={"margin": 0.2, "then": "retrain/retrain"}))
+    if ended.is_completed():
+        assert "/runs/flow-run/8" in retrain.hand_over("retrain/retrain")
+    else:
+        with pytest.raises(TrainingError, match=r"retrain/retrain ended as Failed; look at .*/runs/flow-run/8"):
+            retrain.hand_over("retrain/retrain")
+    assert asked == [("retrain/retrain", {"margin": 0.2, "then": ""})]
 
 
 @pytest.mark.parametrize("failures", [0, 2, 10**6])
