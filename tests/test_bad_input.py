@@ -118,12 +118,10 @@ def test_statistics_of_another_dataset(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     rows = {name: torch.randn(50, size, generator=generator).numpy() for name, size in (("action", 7), ("state", 8))}
     other = Statistics({name: compute_statistics(x, "quantile", name) for name, x in rows.items()})
-    other.save(tmp_path / "other.json")
 
-    def load(**changes: Any) -> Any:
-        return policy_from_stages(stages.joint, stages.latents, DATA, PLANNER, device="cpu", **changes)
-
-    text = message_of(lambda: load(episodes_statistics=tmp_path / "other.json"), CheckpointError)
-    assert other.digest[:12] in text
     other.save(stages.joint / "episodes_statistics.json")
+
+    def load() -> Any:
+        return policy_from_stages(stages.joint, stages.latents, DATA, PLANNER, device="cpu")
+
     assert other.digest[:12] in message_of(load, CheckpointError)

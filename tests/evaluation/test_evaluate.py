@@ -9,7 +9,7 @@ import pytest
 
 from tests.evaluation.fakes import DATA, FakePolicy, FakePool, settings
 from wav.data.conventions import Conventions
-from wav.errors import CheckpointError, ConfigError, DataError, SimulationError
+from wav.errors import ConfigError, DataError, SimulationError
 from wav.evaluation.evaluate import check_start, evaluate
 from wav.evaluation.intervals import wilson
 from wav.evaluation.protocol import build_episodes, versions
@@ -185,12 +185,10 @@ def test_start_refuses_other_conventions(tmp_path, field, value):
     assert not list(tmp_path.iterdir())
 
 
-def test_start_refuses_other_data_and_statistics():
+def test_start_refuses_other_data():
     store = dataclasses.replace(Conventions.for_simulator(DATA), image_rotation="none")
     with pytest.raises(ConfigError, match=r"episode store.*image_rotation"):
         check_start(FakePolicy(), DATA, store)
-    with pytest.raises(CheckpointError, match="statistics digest statistics does not match the checkpoint's other"):
-        check_start(FakePolicy(), DATA, None, "other")
 
 
 def test_episodes_are_disjoint_from_demonstrations_and_unknown_tasks_are_refused():
