@@ -17,6 +17,7 @@ import pytest
 pytest_plugins = ("tests.helpers.record",)
 READY_S = 40.0
 #: fixture -> the mark of tests that use it: an S3 server, trainings in processes of their own, DVC on a copied project
+MARKED_IN = {"sim": "simulator", "fuzz": "integration"}
 MARKED_BY = {"s3_server": "services", "start": "integration", "copy": "integration"}
 
 
@@ -33,12 +34,12 @@ class S3Server:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what `make quick` leaves out, and begin with the pipeline, which takes longest.
 
-    Tests in a folder ``sim`` are of the simulators, and :data:`MARKED_BY` says what fixtures mean; others say it
+    Tests in a folder of :data:`MARKED_IN` or with a fixture of :data:`MARKED_BY` are what these say; others say it
     themselves.
     """
     for item in items:
-        if "sim" in item.path.parts:
-            item.add_marker(pytest.mark.simulator)
+        for name in MARKED_IN.keys() & set(item.path.parts):
+            item.add_marker(MARKED_IN[name])
         for name in MARKED_BY.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(MARKED_BY[name])
     items.sort(key=lambda item: item.get_closest_marker("smoke") is None)

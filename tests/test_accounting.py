@@ -38,6 +38,7 @@ SIZES = Sizes.of(SMALL)
 FEW = replace(SIZES, layers=2)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("stage", ["pretrain_video", "train_joint"])
 def test_few_layers_tell_what_many_cost(stage: str) -> None:
     train = getattr(SMALL, stage).model_copy(update={"gradient_checkpointing": "off"})
@@ -72,6 +73,7 @@ def test_a_model_without_value_expert_only_acts() -> None:
     assert plan.act > 0
 
 
+@pytest.mark.integration
 def test_a_plan_grows_with_its_search() -> None:
     planner = SMALL.planner.model_copy(update={"iterations": 1, "score_steps": 0})
     one, none = plan_cost(FEW, planner), plan_cost(FEW, planner.model_copy(update={"iterations": 0}))
@@ -81,6 +83,7 @@ def test_a_plan_grows_with_its_search() -> None:
     assert plan_cost(FEW, planner.model_copy(update={"score_steps": 2})).search < one.search
 
 
+@pytest.mark.integration
 def test_every_level_of_the_video_is_a_pass() -> None:
     """Features of pure noise take one; each further level one with the head, and values that are read their steps."""
     planner = SMALL.planner.model_copy(update={"iterations": 1})
@@ -116,6 +119,7 @@ def test_bimanual_preset_builds() -> None:
     assert split["value"] == 163_792_394 + 7 * (2 * 512 + 1)
 
 
+@pytest.mark.integration
 def test_the_reference_spends_what_the_specification_says() -> None:
     sizes = Sizes.of(load_settings(PRESETS / "libero.yaml"))
     assert sizes.tokens == 768

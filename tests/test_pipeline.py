@@ -181,6 +181,7 @@ def test_code_runs_again_what_it_decides(copy: Path, known: dict[str, str], modu
         (copy / module).write_text(before)
 
 
+@pytest.mark.integration
 def test_files_that_parameters_name_are_looked_at(tmp_path: Path) -> None:
     """A dataset that has grown is ingested again; DVC, which runs ``code`` every time, knows by the file it writes."""
     (tmp_path / "set" / ".cache").mkdir(parents=True)
@@ -194,6 +195,7 @@ def test_files_that_parameters_name_are_looked_at(tmp_path: Path) -> None:
     assert yaml.safe_load(dvc_yaml())["stages"][CODE_STAGE]["always_changed"]
 
 
+@pytest.mark.integration
 def test_weights_that_were_fetched_again_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hub id means the snapshot that was fetched last; another one runs what starts from it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -136,6 +136,7 @@ def test_a_damaged_export_is_not_pushed(exported, hub, tmp_path):
     assert not hub.requests
 
 
+@pytest.mark.integration
 def test_errors_are_one_sentence(exported, hub, tmp_path, monkeypatch, capsys):
     def refused(part, *arguments):
         assert cli.main([str(argument) for argument in arguments]) == 1
