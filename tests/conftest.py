@@ -16,8 +16,9 @@ import pytest
 
 pytest_plugins = ("tests.helpers.record",)
 READY_S = 40.0
-#: fixture -> the mark of tests that use it: an S3 server, trainings in processes of their own, DVC on a copied project
+#: folder -> the mark of its tests
 MARKED_IN = {"sim": "simulator", "fuzz": "integration"}
+#: fixture -> the mark of tests that use it: an S3 server, trainings in processes of their own, DVC on a copied project
 MARKED_BY = {"s3_server": "services", "start": "integration", "copy": "integration"}
 
 

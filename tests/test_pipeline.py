@@ -296,6 +296,7 @@ def test_suites_that_do_not_fit_together_are_refused(tmp_path: Path, text: str, 
         load_settings(tmp_path / "params.yaml")
 
 
+@pytest.mark.integration
 def test_a_stage_sees_only_its_sections() -> None:
     view = Settings().for_stage("ingest")
     assert view.ingest == Settings().ingest

@@ -81,6 +81,7 @@ def test_refusal_comes_before_the_first_episode(tmp_path: Path) -> None:
     assert (pool.resets, policy.calls, list(tmp_path.iterdir())) == ([], [], [])
 
 
+@pytest.mark.integration
 def test_evaluation_and_report(
     stages: Stages, parts: tuple[Policy, Checkpoint], pool: FakePool, tmp_path: Path
 ) -> None:

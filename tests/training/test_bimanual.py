@@ -77,6 +77,7 @@ def test_value_channels_follow_the_arms_not_their_joints():
     assert value_channels(DataSettings(action_dim=14)) == value_channels(DataSettings(views=("agentview",))) == 10
 
 
+@pytest.mark.integration
 def test_episodes_hold_what_the_robot_recorded(stages):
     folder, settings = stages
     store = EpisodeStore.open(folder / "episodes")

@@ -42,6 +42,7 @@ def test_samples_are_frames_of_one_episode_in_order() -> None:
     assert all(np.abs(a.astype(int) - b).max() > 50 for a, b in zip(memory[:, 0, 0], memory[:, 0, 2], strict=True))
 
 
+@pytest.mark.integration
 def test_the_baseline_step_decodes_what_ours_was_encoded_from(
     encoders: PcaEncoders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
