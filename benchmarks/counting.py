@@ -6,6 +6,8 @@ import json
 import math
 import os
 import platform
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -128,6 +130,13 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "absent"
     return {"cpu": name, "cores": os.cpu_count(), "load": [round(x, 2) for x in os.getloadavg()], "versions": versions}
+
+
+def measured_alone(script: str, argument: str) -> dict[str, Any]:
+    """What ``script --one argument`` prints as its last line, JSON: its memory is its own."""
+    command = [sys.executable, script, "--one", argument]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def write_result(path: Path | None, result: dict[str, Any]) -> None:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from counting import machine, watched, write_result
+from counting import machine, measured_alone, watched, write_result
 from fitting import fit_exponent
 
 from wav.config import DataSettings, EncodeSettings, LabelRewardsSettings
@@ -74,9 +72,7 @@ def main() -> None:
         return
     before, points = machine(), []
     for count in arguments.episodes:
-        command = [sys.executable, __file__, "--one", str(count)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        points.append({"episodes": count, **json.loads(done.stdout.splitlines()[-1])})
+        points.append({"episodes": count, **measured_alone(__file__, str(count))})
         print(json.dumps(points[-1]), flush=True)
     fits = {}
     for stage in STAGES if len(points) > 1 else ():

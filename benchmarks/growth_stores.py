@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from counting import machine, watched, write_result
+from counting import machine, measured_alone, watched, write_result
 from fitting import fit_exponent
 
 from wav.config import DataSettings
@@ -157,9 +155,7 @@ def main() -> None:
     for episodes in arguments.episodes:
         with tempfile.TemporaryDirectory() as folder:
             simulate(Path(folder), episodes)
-            command = [sys.executable, __file__, "--one", folder]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-        points.append({"episodes": episodes, **json.loads(done.stdout)})
+            points.append({"episodes": episodes, **measured_alone(__file__, folder)})
         print(json.dumps(points[-1]), flush=True)
     x = [point["episodes"] for point in points]
     fits = {}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from benchmarks.counting import machine, write_result
 from tests.training.conftest import settings
+from tests.training.golden_losses import Latents
 from wav.data import streams
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
@@ -39,18 +39,6 @@ TRAIN = {"batch_size": 32, "caption_dropout": 0.0, "validation_share": 0.125}
 CONFIG = settings(pretrain_video=TRAIN)
 #: name -> (streams, shards whose windows are mixed)
 WAYS = {"all windows": (0, 0), "8 streams": (8, 8), "one shard at a time": (1, 1)}
-
-
-@dataclass(frozen=True)
-class Latents:
-    """Stands for a latent store: patterns that turn at a speed and in a plane of their task's own."""
-
-    image: NDArray[np.float32]
-    clip: NDArray[np.float32]
-    text: NDArray[np.float32]
-    text_mask: NDArray[np.bool_]
-    instructions: tuple[str, ...]
-    empty_text: int = 0
 
 
 def make_store(folder: Path) -> EpisodeStore:

@@ -10,11 +10,10 @@ from pathlib import Path
 import av
 import pytest
 
-from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, make_stages
+from tests.helpers.stage_folders import make_export
 from wav import cli, doctor
 from wav.config import Runtime, load_settings
 from wav.evaluation.act import act_episodes
-from wav.policy.export import export_policy, policy_from_stages
 from wav.sim.registry import select_tasks
 
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
@@ -27,10 +26,7 @@ def _no_local_services(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli")
-    stages = make_stages(folder)
-    policy = policy_from_stages(stages.joint, stages.latents, DATA, PLANNER, batch_size=2, device="cpu")
-    return export_policy(*policy, folder / "export", settings=SETTINGS, metrics=None)
+    return make_export(tmp_path_factory.mktemp("cli"), batch_size=2)
 
 
 def run(capsys, *arguments):

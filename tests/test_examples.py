@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.serving import message, serving
-from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, make_stages
-from wav.policy.export import export_policy, policy_from_stages
+from tests.helpers.stage_folders import DATA, make_export
 from wav.policy.policy import Observation, Policy
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -30,10 +29,7 @@ def test_docstrings(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("examples")
-    stages = make_stages(folder)
-    policy = policy_from_stages(stages.joint, stages.latents, DATA, PLANNER, batch_size=1, device="cpu")
-    return export_policy(*policy, folder / "export", settings=SETTINGS, metrics=None)
+    return make_export(tmp_path_factory.mktemp("examples"), batch_size=1)
 
 
 def ran(page: str, replaced: dict[str, str], **names: Any) -> dict[str, Any]:

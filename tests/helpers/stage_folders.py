@@ -17,6 +17,7 @@ from wav.data.store import EpisodeStore
 from wav.data.writer import EpisodeStoreWriter
 from wav.io.files import canonical_digest, file_records, write_json
 from wav.model import build_model
+from wav.policy.export import export_policy, policy_from_stages
 from wav.rewards.label import label_store
 from wav.sim.registry import task_specs
 from wav.text import TextEncoder, build_small
@@ -87,3 +88,10 @@ def make_stages(folder: Path, value_expert: bool = True, data: DataSettings = DA
     }
     write_json(stages.joint / "checkpoint.json", checkpoint)
     return stages
+
+
+def make_export(folder: Path, batch_size: int) -> Path:
+    """The policy of :func:`make_stages`, exported without an evaluation; all of it below ``folder``."""
+    stages = make_stages(folder)
+    policy = policy_from_stages(stages.joint, stages.latents, DATA, PLANNER, batch_size=batch_size, device="cpu")
+    return export_policy(*policy, folder / "export", settings=SETTINGS, metrics=None)

@@ -16,8 +16,7 @@ import pytest
 import tomllib
 
 from tests.helpers.serving import client, message
-from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, make_stages
-from wav.policy.export import export_policy, policy_from_stages
+from tests.helpers.stage_folders import make_export
 
 pytestmark = pytest.mark.integration
 
@@ -35,10 +34,7 @@ def modules(extra: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("light")
-    stages = make_stages(folder)
-    policy = policy_from_stages(stages.joint, stages.latents, DATA, PLANNER, batch_size=2, device="cpu")
-    return export_policy(*policy, folder / "export", settings=SETTINGS, metrics=None)
+    return make_export(tmp_path_factory.mktemp("light"), batch_size=2)
 
 
 def run(code: str, blocked: list[str], *arguments: str) -> None:

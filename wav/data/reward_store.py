@@ -49,8 +49,8 @@ class RewardStore:
         self.weights = np.array(manifest["weights"], np.float32)
         self.offsets = open_array(path / "offsets.npy", (None,), np.int64, remedy=REMEDY)
         self.episodes_digest = str(manifest["episodes"])
-        #: (N, K + 1) weighted terms and, last, the return; rows in the episode store's concatenated frame order
         file = reader(path, manifest_files(manifest))
+        #: (N, K + 1) weighted terms and, last, the return; rows in the episode store's concatenated frame order
         self.values = values_of(file, [int(s["rows"]) for s in manifest["shards"]], len(self.names) + 1)
         self.statistics = Statistics.load(path / "statistics.json", REMEDY)
         self.digest = manifest_digest(manifest)

@@ -1,0 +1,1 @@
+"""One machine's services (Prefect, S3) and helpers of the Makefile."""

@@ -1,0 +1,75 @@
+"""A worker of the work pool that takes its flow runs with it: what ``python -m infra.deploy worker`` runs.
+
+On SIGTERM Prefect's worker stops looking for work and lets its flow runs go on, so that a stopped service would leave
+a training behind. The process here starts Prefect's worker and, on SIGTERM, SIGINT or SIGHUP, ends it and every flow
+run with all their processes: first SIGTERM (Prefect hears that the run crashed, a training saves what it can), then
+SIGKILL. Should this process itself be killed, the kernel ends the worker, and the flow runs notice
+(:func:`flows.common.begin_process`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import psutil
+
+from wav.processes import WORKER_MARK, guarded, marked, stop
+
+GRACE_S = 15.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class _StopError(Exception):
+    """A signal asked this process to end."""
+
+
+def supervise(command: Sequence[str], cwd: str, grace_s: float = GRACE_S) -> int:
+    """Run a worker until it ends or a signal comes; nothing of it is left afterwards.
+
+    Args:
+        command: starts the worker.
+        cwd: its folder.
+        grace_s: seconds between SIGTERM and SIGKILL.
+
+    Returns:
+        Status of the worker, 0 where a signal ended it.
+    """
+    mark = f"{os.getpid()}-{time.time_ns()}"
+    for number in SIGNALS:
+        signal.signal(number, _raise)
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        process = subprocess.Popen(
+            guarded(command), cwd=cwd, env={**os.environ, WORKER_MARK: mark}, start_new_session=True
+        )
+        return process.wait()
+    except _StopError:
+        return 0
+    finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        if process is not None:
+            end(process, mark, grace_s)
+
+
+def end(process: subprocess.Popen[bytes], mark: str, grace_s: float) -> None:
+    """End a worker and everything that carries its mark.
+
+    The worker comes first, so that it takes no further run, then its flow runs, which end what they started.
+    """
+    first: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        worker = psutil.Process(process.pid)
+        first = [worker, *worker.children()]
+    stop(first, grace_s, lambda: marked(WORKER_MARK, mark))
+    process.wait()
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise _StopError

@@ -1,0 +1,356 @@
+"""Closed-loop evaluation from start checks to metrics.json.
+
+A killed evaluation is resumed without repeating finished episodes.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings, Settings
+from wav.data.conventions import Conventions
+from wav.errors import ConfigError, ServiceError
+from wav.evaluation import pictures
+from wav.evaluation.protocol import (
+    EpisodeSpec,
+    build_episodes,
+    check_conventions,
+    code_digest,
+    episode_key,
+    versions,
+)
+from wav.evaluation.records import EpisodeRecord, finished_record, record_path, summarise, write_record
+from wav.evaluation.rollout import Clock, Rollout, Scheduler
+from wav.io.files import write_json
+from wav.planning import Variant
+from wav.policy.policy import Policy
+from wav.sim.workers import SimPool
+
+if TYPE_CHECKING:
+    from wav.evaluation.shares import Elsewhere
+
+log = logging.getLogger(__name__)
+
+#: Predicted-future pictures per recorded episode.
+_PREDICTIONS = 3
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The sections of params.yaml that an evaluation reads."""
+
+    data: DataSettings
+    planner: PlannerSettings
+    eval_libero: EvalLiberoSettings
+
+
+EvaluationSettings = Settings | Sections
+
+
+@dataclass(frozen=True)
+class Progress:
+    """State of an evaluation after an episode; ``eta_seconds`` is the time left at the rate so far."""
+
+    done: int
+    total: int
+    successes: int
+    finished: int
+    eta_seconds: float
+    label: str
+
+    @property
+    def message(self) -> str:
+        """One line for a log or progress bar; successes leave the swapped probes out."""
+        share = f"{self.successes}/{self.finished} solved" if self.finished else "none solved yet"
+        return f"{self.done}/{self.total} episodes, {share}, {self.eta_seconds:.0f} s left ({self.label})"
+
+
+def check_start(policy: Policy, data: DataSettings, data_conventions: Conventions | None = None) -> None:
+    """Refuse an evaluation whose simulator or data are not the ones the policy was trained with.
+
+    ``data_conventions`` are the episode store's, where known; the simulator's are always compared.
+
+    Raises:
+        ConfigError: a convention differs; names the field and both values.
+    """
+    check_conventions(policy.conventions, Conventions.for_simulator(data), "simulator")
+    if data_conventions is not None:
+        check_conventions(policy.conventions, data_conventions, "episode store")
+
+
+def applicable(
+    variants: Sequence[Variant], value_expert: bool, field: str = "eval_libero.variants"
+) -> tuple[tuple[Variant, ...], dict[str, str]]:
+    """The variants that can be evaluated, and why the others cannot.
+
+    ``field`` names ``variants`` in the error.
+
+    Raises:
+        ConfigError: none of them can be evaluated.
+    """
+    if value_expert:
+        return tuple(variants), {}
+    if "unplanned" not in variants:
+        raise ConfigError(
+            f"{field} = {', '.join(variants)}: the model has no value expert (model.value_expert: false) to plan "
+            "with; ask for unplanned"
+        )
+    reason = "not applicable, the model has no value expert (model.value_expert: false) to plan with"
+    return ("unplanned",), {variant: reason for variant in variants if variant != "unplanned"}
+
+
+def evaluate(
+    settings: EvaluationSettings,
+    policy: Policy,
+    out: Path,
+    *,
+    pool: SimPool,
+    checkpoint: str,
+    data_conventions: Conventions | None = None,
+    with_value: bool = True,
+    start: Mapping[str, Any] | None = None,
+    limits: Mapping[str, int] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    elsewhere: Elsewhere | None = None,
+) -> dict[str, Any]:
+    """Run every episode that is not finished yet and write records, videos, pictures and ``metrics.json``.
+
+    Args:
+        settings: sections ``data``, ``planner``, ``eval_libero``.
+        policy: batched policy whose padded batch is ``eval_libero.batch_size``.
+        out: evaluation folder (``reports/eval``); ``metrics.json`` is written last.
+        pool: open simulators for ``data.suite``.
+        checkpoint: digest of the weights, part of every episode's key.
+        data_conventions: see :func:`check_start`.
+        with_value: whether the model has a value expert. Without one no values are asked for, and the variants that
+            plan are left out; ``metrics.json`` names them under ``not_applicable`` with the reason.
+        start: what :func:`wav.evaluation.start.check_all` found, kept in ``metrics.json``.
+        limits: steps by task within which success is reported too (:func:`wav.evaluation.within.step_limits`).
+        progress: called after every episode.
+        elsewhere: where the episodes run, if not in ``pool``.
+
+    Returns:
+        The content of ``metrics.json``.
+
+    Raises:
+        ConfigError: see :func:`check_start` and :func:`applicable`.
+        SimulationError: a simulator kept dying.
+        StorageError: the disk is full.
+    """
+    check_start(policy, settings.data, data_conventions)
+    variants, left_out = applicable(settings.eval_libero.variants, with_value)
+    for variant, reason in left_out.items():
+        log.warning("evaluation: variant %s is %s", variant, reason)
+    wanted = settings.eval_libero.model_copy(update={"variants": variants})
+    session = Session(settings, policy, Path(out), checkpoint, progress, build_episodes(settings.data, wanted))
+    timing = session.run(pool, with_value, elsewhere)
+    session.remove_stale()
+    metrics = summarise([session.records[spec] for spec in session.episodes], timing, limits)
+    metrics["not_applicable"], metrics["start"] = left_out, dict(start or {})
+    write_json(session.out / "metrics.json", metrics)
+    return metrics
+
+
+class Session:
+    """Episodes of one evaluation, their records, and what is written when one finishes."""
+
+    def __init__(
+        self,
+        settings: EvaluationSettings,
+        policy: Policy,
+        out: Path,
+        checkpoint: str,
+        progress: Callable[[Progress], None] | None,
+        episodes: Sequence[EpisodeSpec],
+    ) -> None:
+        self.settings, self.policy, self.out, self.progress = settings, policy, out, progress
+        self.checkpoint, self.conventions = checkpoint, policy.conventions.to_json()
+        self.versions = versions(policy.compiled)
+        self.episodes = episodes
+        self.records: dict[EpisodeSpec, EpisodeRecord] = {}
+        self.began, self.resumed = time.perf_counter(), 0
+
+    def run(self, pool: SimPool, with_value: bool, elsewhere: Elsewhere | None) -> dict[str, float]:
+        """Run the episodes that are left; where the time went."""
+        waiting, began = self.resume(), time.perf_counter()
+        if elsewhere is None:
+            clock = self.roll_out(waiting, pool, with_value)
+        else:
+            clock = asdict(Clock())
+            for share, part in elsewhere.roll_out(self, waiting, with_value):
+                clock = {name: seconds + part[name] for name, seconds in clock.items()}
+                self._take(share)
+        wall = time.perf_counter() - began
+        return {
+            **clock,
+            "wall_seconds": wall,
+            "episodes_run": len(waiting),
+            "episodes_resumed": self.resumed,
+            "episodes_per_hour": 3600 * len(waiting) / wall if waiting else 0.0,
+        }
+
+    def roll_out(self, specs: Sequence[EpisodeSpec], pool: SimPool, with_value: bool) -> dict[str, float]:
+        """Run these episodes here; where the time went."""
+        protocol = self.settings.eval_libero
+        scheduler = Scheduler(
+            pool,
+            self.policy,
+            execute_steps=protocol.execute_steps,
+            batch_size=protocol.batch_size,
+            with_value=with_value,
+            on_finish=self.finish,
+        )
+        scheduler.run(specs)
+        return asdict(scheduler.clock)
+
+    def _take(self, share: Sequence[EpisodeSpec]) -> None:
+        """Take over the records of episodes that ran elsewhere."""
+        if lost := self.left(share):
+            raise ServiceError(
+                f"{record_path(self.out, lost[0])}: was written elsewhere and is not here; let all workers share this "
+                "folder's disk"
+            )
+        self._report(share[-1])
+
+    def key(self, spec: EpisodeSpec) -> str:
+        """Key of the episode's record."""
+        return episode_key(
+            spec,
+            checkpoint=self.checkpoint,
+            statistics=self.policy.statistics.digest,
+            conventions=self.conventions,
+            planner=self.settings.planner,
+            settings=self.settings.eval_libero,
+            levels=self.policy.levels,
+            compiled=self.policy.compiled,
+        )
+
+    def video_path(self, spec: EpisodeSpec) -> Path:
+        """Video of a recorded episode."""
+        return self.out / "videos" / f"{spec.picture}.mp4"
+
+    def resume(self) -> list[EpisodeSpec]:
+        """Take over finished records of the same key; the episodes that are left.
+
+        Records of other episodes, which an earlier protocol left, go: what lies in the folder is its result.
+        """
+        paths = {record_path(self.out, spec) for spec in self.episodes}
+        for folder in {path.parent for path in paths}:
+            for path in set(folder.glob("*.json")) - paths:
+                path.unlink()
+        waiting = self.left(self.episodes)
+        self.resumed = len(self.records)
+        if self.resumed:
+            log.info("evaluation: %d of %d episodes are already there", self.resumed, len(self.episodes))
+        return waiting
+
+    def left(self, specs: Sequence[EpisodeSpec]) -> list[EpisodeSpec]:
+        """Those that have no finished record of the same key; the others' are taken over."""
+        for spec in specs:
+            record = finished_record(record_path(self.out, spec), self.key(spec))
+            if record is not None and not (spec.record and not self.video_path(spec).exists()):
+                self.records[spec] = record
+        return [spec for spec in specs if spec not in self.records]
+
+    def finish(self, rollout: Rollout) -> None:
+        """Pictures first, then the record that marks the episode as finished."""
+        spec = rollout.spec
+        if spec.record and rollout.frames:
+            self._pictures(rollout)
+        record = self._record(rollout)
+        write_record(record_path(self.out, spec), record)
+        self.records[spec] = record
+        self._report(spec)
+
+    def _record(self, rollout: Rollout) -> EpisodeRecord:
+        """What is kept of an episode, and what it takes to run it again."""
+        spec, protocol = rollout.spec, self.settings.eval_libero
+        names = ("suite", "task", "init_index", "seed", "variant", "instructed", "instruction", "max_steps")
+        return EpisodeRecord(
+            **{name: getattr(spec, name) for name in names},
+            key=self.key(spec),
+            success=rollout.success,
+            successes=rollout.successes,
+            steps=rollout.steps,
+            policy_calls=rollout.calls,
+            values=rollout.values,
+            plan=rollout.plan,
+            actions_digest=rollout.actions_digest,
+            wall_seconds=round(rollout.finished - rollout.started, 3),
+            attempts=rollout.attempts,
+            versions=self.versions,
+            checkpoint=self.checkpoint,
+            statistics=self.policy.statistics.digest,
+            conventions=self.conventions,
+            render=self.settings.data.render,
+            budget=protocol.budget,
+            execute_steps=protocol.execute_steps,
+            batch=[protocol.batch_size, spec.row % protocol.batch_size],
+            planner=self.settings.planner.model_dump(mode="json"),
+            code=code_digest(),
+            call_digests=rollout.call_digests,
+            protocol_steps=spec.protocol_steps or spec.max_steps,
+        )
+
+    def _report(self, spec: EpisodeSpec) -> None:
+        """Tell the caller how far the evaluation is."""
+        if self.progress is None:
+            return
+        own = [record for record in self.records.values() if not record.swapped]
+        run = len(self.records) - self.resumed
+        left = len(self.episodes) - len(self.records)
+        eta = (time.perf_counter() - self.began) / run * left
+        solved = sum(record.solved for record in own)
+        self.progress(Progress(len(self.records), len(self.episodes), solved, len(own), eta, spec.group))
+
+    def _pictures(self, rollout: Rollout) -> None:
+        """Video, strip and predicted-against-real frames of a recorded episode."""
+        views = self.settings.data.views
+        frames = [pictures.join_views(frame, views) for frame in rollout.frames]
+        pictures.write_mp4(self.video_path(rollout.spec), frames, self.settings.data.control_hz)
+        name = self.video_path(rollout.spec).stem
+        pictures.write_png(
+            self.out / "strips" / f"{name}.png", pictures.strip([f[views[0]] for f in rollout.frames]), 96
+        )
+        for step, future in _evenly(self._complete(rollout), _PREDICTIONS):
+            predicted = self.policy.decode_future(future)
+            real = self._real(rollout, step)
+            path = self.out / "predictions" / f"{name}-step{step:03d}.png"
+            pictures.write_png(path, pictures.prediction_grid(real, predicted), 96 * 2 * len(views))
+
+    def _complete(self, rollout: Rollout) -> list[tuple[int, Any]]:
+        """Predictions whose whole future was seen before the episode ended."""
+        reach = self.settings.data.frame_stride * self.settings.data.future_frames
+        return [(step, future) for step, future in rollout.predictions if step + reach < len(rollout.frames)]
+
+    def _real(self, rollout: Rollout, step: int) -> NDArray[np.uint8]:
+        """The frames that a prediction made at ``step`` is about: (V, F, H, W, 3)."""
+        data = self.settings.data
+        at = [step + data.frame_stride * (i + 1) for i in range(data.future_frames)]
+        return np.stack([np.stack([rollout.frames[t][view] for t in at]) for view in data.views])
+
+    def remove_stale(self) -> None:
+        """Remove records and pictures of episodes that this evaluation does not ask for; make the folders."""
+        keep = {record_path(self.out, spec) for spec in self.episodes}
+        names = {self.video_path(spec).stem for spec in self.episodes if spec.record}
+        for path in (self.out / "episodes").rglob("*.json"):
+            if path not in keep:
+                path.unlink()
+        for folder in ("videos", "strips", "predictions"):
+            (self.out / folder).mkdir(parents=True, exist_ok=True)
+            for path in (self.out / folder).glob("*.*"):
+                if path.stem.split("-step")[0] not in names and "-held-out-" not in path.name:
+                    path.unlink()
+
+
+def _evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """At most ``count`` items at even distances."""
+    return [items[i] for i in pictures.evenly(len(items), count)]

@@ -1,0 +1,1 @@
+"""Evaluation beside the pipeline: LIBERO's table, replay, reruns, first frames."""

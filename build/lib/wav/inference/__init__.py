@@ -1,0 +1,1 @@
+"""What turns a model into what the planner needs."""

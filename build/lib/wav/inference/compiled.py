@@ -1,0 +1,211 @@
+"""Backend ``compiled``: fused blocks that ``torch.compile`` makes and, on a GPU, CUDA graphs; for ``export.compile``.
+
+Compiled is one block at a time, once for all layers of a kind: what stands between two products (norms, modulation,
+rotation, gates, residuals) becomes few kernels. On a GPU every call of the planner, such as all Euler steps of all
+values, is recorded once per set of shapes and then launched as one CUDA graph, whose kernels no longer wait for Python.
+Results differ from the other backends' by rounding. An instance serves one thread: its graphs share their memory.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from wav.code_cache import prepare_compiler
+from wav.errors import ConfigError
+from wav.inference.fused import Block, FusedContext, FusedPlannerModel, Modulation
+from wav.inference.torch import Features
+from wav.planning.types import NoiseShapes
+
+if TYPE_CHECKING:
+    from wav.model.transformer import WAVTransformer
+
+log = logging.getLogger(__name__)
+
+BACKEND = "inductor"
+SHAPES = 32  #: sets of shapes that are compiled for; a policy of one planner needs about ten
+
+Call = Callable[..., Any]
+
+
+@functools.cache
+def _compiled(function: Call, backend: str) -> Call:
+    """``function`` compiled for every set of static shapes that it meets."""
+    prepare_compiler()
+    make: Call = torch.compile
+    return cast(Call, make(function, backend=backend, fullgraph=True, dynamic=False))
+
+
+class CompiledBlock(Block):
+    """A block whose call is compiled."""
+
+    def __call__(
+        self,
+        h: Tensor,
+        rows: Modulation,
+        rope: Any,
+        groups: int,
+        reads: Sequence[Tensor],
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """As :meth:`Block.__call__`."""
+        return cast(Tensor, _compiled(Block.__call__, BACKEND)(self, h, rows, rope, groups, reads, mask))
+
+
+class CompiledPlannerModel(FusedPlannerModel):
+    """A WAVTransformer behind :class:`wav.planning.types.PlannerModel`, compiled.
+
+    The first call of every set of shapes compiles, for seconds to minutes. After :data:`SHAPES` of them further ones
+    run uncompiled, and the log says so.
+
+    Raises:
+        ConfigError: torch cannot compile here; from the first call.
+    """
+
+    compiled = True
+
+    def __init__(self, model: WAVTransformer, shapes: NoiseShapes) -> None:
+        super().__init__(model, shapes, block=CompiledBlock)
+        self._calls: dict[tuple[Any, ...], Call] = {}
+        self._pool: Any = None
+        self._full = False
+
+    @property
+    def records(self) -> bool:
+        """Whether calls are recorded as graphs."""
+        return bool(self.device.type == "cuda")
+
+    def begin(self, memory: Tensor, text: Tensor, text_mask: Tensor | None, history: Tensor | None) -> FusedContext:
+        """As :meth:`TorchPlannerModel.begin`."""
+        with _plain_tensors():
+            return super().begin(memory, text, text_mask, history)
+
+    def video_features(self, context: Any, noise: Tensor, levels: tuple[float, ...]) -> Features:
+        """As :meth:`TorchPlannerModel.video_features`."""
+        return cast(Features, self._run(super().video_features, (context, noise), levels))
+
+    def denoise_video(self, context: Any, noise: Tensor, steps: int) -> Tensor:
+        """As :meth:`TorchPlannerModel.denoise_video`."""
+        return cast(Tensor, self._run(super().denoise_video, (context, noise), steps))
+
+    def denoise_value(self, features: Features, noise: Tensor, steps: int) -> Tensor:
+        """As :meth:`TorchPlannerModel.denoise_value`."""
+        return cast(Tensor, self._run(super().denoise_value, (features, noise), steps))
+
+    def denoise_action(
+        self,
+        context: Any,
+        features: Features,
+        value: Tensor | None,
+        noise: Tensor,
+        steps: int,
+        value_level: float = 1.0,
+    ) -> Tensor:
+        """As :meth:`TorchPlannerModel.denoise_action`."""
+        return cast(Tensor, self._run(super().denoise_action, (context, features, value, noise), steps, value_level))
+
+    def _run(self, method: Call, arguments: tuple[Any, ...], *numbers: Any) -> Any:
+        """``method(*arguments, *numbers)``, compiled and recorded for the shapes of the arguments."""
+        name: str = method.__name__
+        key = (name, numbers, *(None if x is None else (x.shape, x.dtype) for x in _leaves(arguments)))
+        with _plain_tensors(), torch.no_grad():
+            if key in self._calls:
+                return self._calls[key](*arguments)
+            if len(self._calls) >= SHAPES:
+                if not self._full:
+                    log.warning("%s: compiled for %d sets of shapes already; others run uncompiled", name, SHAPES)
+                self._full = True
+                with torch.compiler.set_stance("force_eager"):
+                    return method(*arguments, *numbers)
+            return self._first(key, lambda *given: method(*given, *numbers), arguments)
+
+    def _first(self, key: tuple[Any, ...], call: Call, arguments: tuple[Any, ...]) -> Any:
+        """The first call of a set of shapes: it compiles, and is recorded for the next."""
+        start = time.perf_counter()
+        try:
+            found = Recorded(call, arguments, self.device, self._graphs()) if self.records else call
+            result = found(*arguments)
+        except RuntimeError as error:
+            self._pool = None
+            reason = " ".join(str(error).split())[:500]
+            raise ConfigError(
+                f"export.compile = on: {key[0]} cannot be compiled here ({reason}); set it to off"
+            ) from error
+        self._calls[key] = found
+        log.info("%s: compiled for its shapes in %.1f s", key[0], time.perf_counter() - start)
+        return result
+
+    def _graphs(self) -> Any:
+        """The memory that all recorded graphs share: each one's results are copied before the next is launched."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+
+class Recorded:
+    """A call recorded as a CUDA graph. It takes tensors of the shapes recorded, and gives new ones.
+
+    Args:
+        call: function of tensors, and of tuples, lists and dataclasses of them, that waits for no number.
+        arguments: its arguments; the shapes are theirs.
+        device: where it computes.
+        pool: memory shared with other graphs.
+    """
+
+    def __init__(self, call: Call, arguments: tuple[Any, ...], device: torch.device, pool: Any) -> None:
+        self.arguments = _mapped(arguments, lambda x: x.to(device, copy=True))
+        self.replay, self.result = capture(lambda: call(*self.arguments), device, pool)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The call's result for other numbers, copied: the next launch writes the graph's own memory again."""
+        for kept, given in zip(_leaves(self.arguments), _leaves(arguments), strict=True):
+            if kept is not None and given is not None:
+                kept.copy_(given)
+        self.replay()
+        return _mapped(self.result, torch.clone)
+
+
+def capture(call: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Callable[[], None], Any]:
+    """Record a call: what launches it again, and its result, whose memory every launch writes."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()  # compiles, and fills caches from the CPU: neither can be recorded
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            result = call()
+    return graph.replay, result
+
+
+def _plain_tensors() -> torch.inference_mode:
+    """Make no inference tensors: compiled code would be compiled again for them, and graphs could not be fed."""
+    return torch.inference_mode(False)
+
+
+def _leaves(x: Any) -> Iterator[Tensor | None]:
+    """Tensors, and what stands for one that is left out, of nested tuples, lists and dataclasses."""
+    if x is None or isinstance(x, Tensor):
+        yield x
+    else:
+        for part in x if isinstance(x, tuple | list) else (getattr(x, field.name) for field in fields(x)):
+            yield from _leaves(part)
+
+
+def _mapped(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``x`` with every tensor changed."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, tuple | list):
+        return type(x)(_mapped(part, change) for part in x)
+    if is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{field.name: _mapped(getattr(x, field.name), change) for field in fields(x)})
+    return x

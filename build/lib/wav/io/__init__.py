@@ -1,0 +1,1 @@
+"""Files on disk and objects in a store: atomic writes, digests, manifests."""

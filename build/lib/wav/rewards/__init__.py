@@ -1,0 +1,1 @@
+"""Dense rewards (Table 2) and returns."""

@@ -1,0 +1,1 @@
+"""The tabletop suite: scripted tasks of one arm in robosuite."""
