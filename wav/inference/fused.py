@@ -70,27 +70,42 @@ class Operations:
         ``modulation``: (shift, scale, eps). ``norms``: weights (parts, width) and eps of the RMS norms of the result's
         first parts, which ``rope`` of the L positions of x then rotates.
         """
-        if modulation is not None:
-            shift, scale, eps = modulation
-            x = torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], eps=eps), scale)
-        y = F.linear(x, product.weight, product.bias)
         if norms is not None:
-            weights, eps = norms
-            parts = y.unflatten(-1, (-1, weights.shape[-1]))
-            first = F.rms_norm(parts[..., : len(weights), :], weights.shape[-1:], eps=eps) * weights
-            if rope is not None:
-                flat = first.view(-1, len(rope[0]), *first.shape[-2:]).transpose(1, 2)
-                first = rotate(flat, rope).transpose(1, 2).reshape(first.shape)
-            y = torch.cat([first, parts[..., len(weights) :, :]], -2).flatten(-2)
+            return torch.cat(self.parts(x, product, norms, modulation, rope), -1)
+        y = F.linear(_modulated(x, modulation), product.weight, product.bias)
         if residual is None:
             return y
         return residual + y if gate is None else torch.addcmul(residual, y, gate)
+
+    def parts(
+        self,
+        x: Tensor,
+        product: Product,
+        norms: tuple[Tensor, float],
+        modulation: tuple[Tensor, Tensor, float] | None = None,
+        rope: Any = None,
+    ) -> Sequence[Tensor]:
+        """As :meth:`linear` with ``norms``, but the parts (..., L, width) apart: those without a norm are not copied."""
+        weights, eps = norms
+        y = F.linear(_modulated(x, modulation), product.weight, product.bias)
+        parts = list(y.unflatten(-1, (-1, weights.shape[-1])).unbind(-2))
+        for index, weight in enumerate(weights):
+            part = F.rms_norm(parts[index], weight.shape, weight, eps)
+            if rope is not None:
+                part = rotate(part.view(-1, len(rope[0]), len(weight)), rope).view(part.shape)
+            parts[index] = part
+        return parts
 
     def feed(
         self, x: Tensor, modulation: tuple[Tensor, Tensor, float], wide: Product, narrow: Product, gate: Tensor
     ) -> Tensor:
         """X + gate * (GELU((RMS(x) * scale + shift) wide + b) narrow + b)."""
-        inner = F.gelu(self.linear(x, wide, modulation), approximate="tanh")
+        inner = _modulated(x, modulation)
+        if inner.is_cuda and inner.dtype != torch.float32:  # the product's own epilogue; Inductor would write it out
+            flat = torch._addmm_activation(wide.bias, inner.flatten(0, -2), wide.weight.t(), use_gelu=True)
+            inner = flat.view(*inner.shape[:-1], wide.outs)
+        else:
+            inner = F.gelu(F.linear(inner, wide.weight, wide.bias), approximate="tanh")
         return self.linear(inner, narrow, residual=x, gate=gate)
 
     def attend(
@@ -161,8 +176,9 @@ class Block:
         all of the same hidden states, of R rows that n / R consecutive rows share; ``mask`` of their tokens (R, Lk).
         """
         operations, (shift, scale, gate, *net), dim = self.operations, rows, h.shape[-1]
-        qkv = operations.linear(h, self.qkv, (shift, scale, self.eps), self.norms, rope).view(groups, -1, 3, dim)
-        read = operations.attend(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], self.heads, self.bounded)
+        parts = operations.parts(h, self.qkv, self.norms, (shift, scale, self.eps), rope)
+        query, key, value = (part.view(groups, -1, dim) for part in parts)
+        read = operations.attend(query, key, value, self.heads, self.bounded)
         h = operations.linear(read.view(h.shape), self.out, residual=h, gate=gate)
         flat = h.view(len(h), -1, dim)
         after = flat
@@ -350,6 +366,14 @@ class FusedPlannerModel(TorchPlannerModel):
 
     def _action(self, cache: Any, tokens: Tensor, timestep: float, context: FusedContext) -> Tensor:
         return self.experts["action"](tokens, timestep, cache, context.history)[0]
+
+
+def _modulated(x: Tensor, modulation: tuple[Tensor, Tensor, float] | None) -> Tensor:
+    """RMS(x) * scale + shift, or ``x`` where there is no modulation (shift, scale, eps)."""
+    if modulation is None:
+        return x
+    shift, scale, eps = modulation
+    return torch.addcmul(shift, F.rms_norm(x, x.shape[-1:], eps=eps), scale)
 
 
 def _modulation(table: Tensor, temb: Tensor) -> Modulation:

@@ -113,6 +113,17 @@ class CpuOperations(Operations):
         self._run(self.library.wav_linear, job)
         return out
 
+    def parts(
+        self,
+        x: Tensor,
+        product: Product,
+        norms: tuple[Tensor, float],
+        modulation: tuple[Tensor, Tensor, float] | None = None,
+        rope: Any = None,
+    ) -> tuple[Tensor, ...]:
+        """As :meth:`Operations.parts`: they lie side by side."""
+        return self.linear(x, product, modulation, norms, rope).unflatten(-1, (-1, norms[0].shape[-1])).unbind(-2)
+
     def feed(
         self, x: Tensor, modulation: tuple[Tensor, Tensor, float], wide: Product, narrow: Product, gate: Tensor
     ) -> Tensor:
