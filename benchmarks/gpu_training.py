@@ -69,6 +69,13 @@ class Windows:
         """The windows."""
         return self.batch
 
+    def indices(self, step: int) -> list[int]:
+        """As a sampler, which these windows are too: none that lie in a store."""
+        return []
+
+    def expect(self, indices: list[int]) -> None:
+        """Nothing to bring."""
+
 
 class MasterCopy:
     """AdamW on float32 copies of the weights, without an engine."""

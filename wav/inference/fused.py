@@ -85,7 +85,7 @@ class Operations:
         modulation: tuple[Tensor, Tensor, float] | None = None,
         rope: Any = None,
     ) -> Sequence[Tensor]:
-        """As :meth:`linear` with ``norms``, but the parts (..., L, width) apart: those without a norm are not copied."""
+        """As :meth:`linear` with ``norms``, in parts (..., L, width): those without a norm are not copied."""
         weights, eps = norms
         y = F.linear(_modulated(x, modulation), product.weight, product.bias)
         parts = list(y.unflatten(-1, (-1, weights.shape[-1])).unbind(-2))
