@@ -74,6 +74,29 @@ def test_without_a_gpu_the_command_says_what_to_do() -> None:
     assert "no CUDA device; --trial runs every part" in done.stderr
 
 
+#: Imports the parts as on a machine that has none of these packages, whatever torch and diffusers look for.
+BARE = """
+import sys, deepspeed, diffusers.models
+absent = {"av", "boto3", "dvc", "h5py", "matplotlib", "prefect", "pyarrow", "pydantic_settings", "ruamel", "yaml"}
+for name in [name for name in sys.modules if name.split(".")[0] in absent]:
+    del sys.modules[name]
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in absent:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import gpu_planning, gpu_tests, gpu_training
+"""
+
+
+def test_the_parts_need_no_package_but_those_of_a_gpu_machine() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BARE], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT}"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
 @pytest.mark.long
 def test_every_part_of_a_trial_runs_to_its_end(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"

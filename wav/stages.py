@@ -25,8 +25,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
-
 from wav.errors import ConfigError, exit_status
 
 #: DVC's own first step; no Prefect flow belongs to it
@@ -234,6 +232,7 @@ _HEADER = """\
 
 def dvc_yaml() -> str:
     """Text of ``dvc.yaml``."""
+    import yaml  # GPU machines that only measure read this module without it
 
     class Dumper(yaml.SafeDumper):
         """Writes lists indented below their key, and no aliases."""

@@ -151,7 +151,7 @@ def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("no compiler here")
 
     monkeypatch.setattr(compiled, "_compiled", lambda function, backend: fails)
-    with pytest.raises(ConfigError, match=r"export.compile = on: video_features .*\(no compiler here\); set it to off"):
+    with pytest.raises(ConfigError, match=r"export.compile = on: text_keys .*\(no compiler here\); set it to off"):
         features_of(make(CompiledPlannerModel), 0)
 
 

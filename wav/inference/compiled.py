@@ -20,7 +20,7 @@ from torch import Tensor
 
 from wav.code_cache import prepare_compiler
 from wav.errors import ConfigError
-from wav.inference.fused import Block, FusedContext, FusedPlannerModel, Modulation
+from wav.inference.fused import Block, CrossAttention, FusedContext, FusedPlannerModel, Modulation
 from wav.inference.torch import Features
 from wav.planning.types import NoiseShapes
 
@@ -43,8 +43,18 @@ def _compiled(function: Call, backend: str) -> Call:
     return cast(Call, make(function, backend=backend, fullgraph=True, dynamic=False))
 
 
+class CompiledCrossAttention(CrossAttention):
+    """A cross-attention whose keys and values are made by compiled code, wherever they are kept."""
+
+    def keys_values(self, context: Tensor) -> Tensor:
+        """As :meth:`CrossAttention.keys_values`."""
+        return cast(Tensor, _compiled(CrossAttention.keys_values, BACKEND)(self, context))
+
+
 class CompiledBlock(Block):
     """A block whose call is compiled."""
+
+    cross_attention = CompiledCrossAttention
 
     def __call__(
         self,
@@ -86,6 +96,10 @@ class CompiledPlannerModel(FusedPlannerModel):
         """As :meth:`TorchPlannerModel.begin`."""
         with _plain_tensors():
             return super().begin(memory, text, text_mask, history)
+
+    def text_keys(self, states: Tensor) -> tuple[Tensor, ...]:
+        """As :meth:`FusedPlannerModel.text_keys`."""
+        return cast("tuple[Tensor, ...]", self._run(super().text_keys, (states,)))
 
     def video_features(self, context: Any, noise: Tensor, levels: tuple[float, ...]) -> Features:
         """As :meth:`TorchPlannerModel.video_features`."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from wav.inference.torch import Context, Features, TorchPlannerModel
 from wav.model import experts
@@ -28,6 +29,7 @@ from wav.planning.types import NoiseShapes
 if TYPE_CHECKING:
     from wav.model.transformer import WAVTransformer
 
+SHORT = 64  #: keys, up to which a GPU's attention for any length is the fastest: others work in tiles of 128
 LARGEST = 80.0  #: of a logit, as a power of two, for attention without the maximum: sums stay far inside float32
 Modulation = tuple[Tensor, ...]
 """(shift, 1 + scale, gate) of attention, then of the feed-forward; each broadcasts against hidden states."""
@@ -118,7 +120,11 @@ class Operations:
         """
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
         counts = None if mask is None else mask[:, None, None].bool()
-        read: Tensor = F.scaled_dot_product_attention(q, k, v, attn_mask=counts)
+        if query.is_cuda and key.shape[1] <= SHORT:
+            with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+                read = F.scaled_dot_product_attention(q, k, v, attn_mask=counts)
+        else:
+            read = F.scaled_dot_product_attention(q, k, v, attn_mask=counts)
         return read.transpose(1, 2).flatten(2)
 
 
@@ -149,6 +155,8 @@ class CrossAttention:
 class Block:
     """A video or an expert block: self-attention and feed-forward under AdaLN, cross-attentions between."""
 
+    cross_attention: type[CrossAttention] = CrossAttention
+
     def __init__(self, block: VideoBlock | ExpertBlock, operations: Operations) -> None:
         self.operations, self.eps, self.table = operations, block.eps, block.scale_shift_table.detach()
         own, net = block.attn1, block.ff.net
@@ -157,7 +165,7 @@ class Block:
         self.norms = torch.stack([own.norm_q.weight, own.norm_k.weight]).detach(), cast(float, own.norm_q.eps)
         self.out = operations.product(cast(nn.Linear, own.to_out[0]))
         third = getattr(block, "attn3", None)
-        self.cross = [CrossAttention(part, operations) for part in (block.attn2, third) if part is not None]
+        self.cross = [self.cross_attention(part, operations) for part in (block.attn2, third) if part is not None]
         self.wide = operations.product(cast(nn.Linear, net[0].proj))
         self.narrow = operations.product(cast(nn.Linear, net[2]))
 
@@ -331,8 +339,12 @@ class FusedPlannerModel(TorchPlannerModel):
             self.model.video.encode_text(self._in(row)).states for row in text.split(1)
         )  # no row decides another's bits
         states = torch.cat(list(alone))
-        text_keys = tuple(block.cross[0].keys_values(states) for block in self.video.blocks)
-        return FusedContext(self._in(memory), text_keys, None if history is None else self._in(history), mask)
+        history = None if history is None else self._in(history)
+        return FusedContext(self._in(memory), self.text_keys(states), history, mask)
+
+    def text_keys(self, states: Tensor) -> tuple[Tensor, ...]:
+        """What each video block reads of projected instructions (B, L, D)."""
+        return tuple(block.cross[0].keys_values(states) for block in self.video.blocks)
 
     def _velocity(self, context: FusedContext, future: Tensor, timestep: float) -> Tensor:
         return cast(Tensor, self.video(context, future, timestep, None))

@@ -11,14 +11,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
-from ruamel.yaml.nodes import ScalarNode
+from typing import TYPE_CHECKING, Any
 
 from wav.errors import DataError, WavError, cut
+
+if TYPE_CHECKING:
+    from ruamel.yaml import YAML
 
 #: bounds of a file that a person may have written; far above any real one
 TEXT_BYTES, YAML_BYTES, YAML_DEPTH, YAML_VALUES = 1 << 28, 1 << 20, 20, 100_000
@@ -90,6 +88,9 @@ def read_yaml(path: str | Path, remedy: str, error: type[WavError] = DataError) 
         DataError (or ``error``): it is missing, is not YAML, or holds what DVC refuses or what no such file needs: a
             key twice, an unquoted date, tags, more than a few levels or values. The message names the line.
     """
+    from ruamel.yaml import YAML  # stores and models are read without it
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
     text = read_text(path, remedy, error, YAML_BYTES)
     yaml = YAML(typ="safe")
     try:
@@ -109,6 +110,9 @@ def read_yaml(path: str | Path, remedy: str, error: type[WavError] = DataError) 
 
 def _check_yaml(yaml: YAML, text: str, path: str, error: type[WavError]) -> None:
     """Refuse what is YAML and yet no parameter, by its line, before anything is built from it."""
+    from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
+    from ruamel.yaml.nodes import ScalarNode
+
     depth = 0
     for event in yaml.parse(text):
         line = f"{path}: line {event.start_mark.line + 1}"

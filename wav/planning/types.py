@@ -106,7 +106,10 @@ class SeededNoise:
             key: torch.randn(shape, generator=torch_generator(key.seed, purpose, key.episode, key.call, iteration))
             for key in dict.fromkeys(self.keys)
         }
-        return torch.stack([drawn[key] for key in self.keys]).to(self.device)
+        rows = torch.stack([drawn[key] for key in self.keys])
+        if self.device.type == "cuda":  # from page-locked memory the copy waits for nothing that the device still does
+            rows = rows.pin_memory()
+        return rows.to(self.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
