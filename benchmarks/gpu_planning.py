@@ -47,7 +47,7 @@ SEEDS = 6  #: plans that are compared over precisions
 
 def device_of(arguments: argparse.Namespace) -> torch.device:
     """Where a part computes."""
-    return torch.device("cpu" if arguments.trial else "cuda")
+    return torch.device("cpu" if arguments.trial else "cuda:0")
 
 
 def chosen_sizes(arguments: argparse.Namespace) -> Sizes:

@@ -105,6 +105,12 @@ def bytes_beside(objective: Objective, step: Callable[[int], Done], before: int)
     return (living() - before - weights - STATE * trains) / frozen
 
 
+def result(objective: Objective, step: Callable[[int], Done], before: int) -> tuple[list[float], Any]:
+    """Gradient norms of three steps, and the weights after them."""
+    norms = [float(step(number).norm or 0.0) for number in (1, 2, 3)]
+    return norms, torch.cat([p.detach().flatten() for p in objective.parameters() if p.requires_grad]).numpy()
+
+
 LAYOUTS = [
     pytest.param(0, "fp32", id="zero 0, fp32"),
     pytest.param(2, "bf16", id="zero 2, bf16"),
@@ -124,3 +130,14 @@ def test_a_step_waits_once_for_the_device(zero: int, precision: str) -> None:
 def test_frozen_parameters_cost_their_weights_alone(zero: int, precision: str) -> None:
     """The value stage: no gradient, moments, average or float32 copy of the video expert; a copy would be 2 bytes."""
     assert trained("train_value", bytes_beside, zero_stage=zero, precision=precision) < 1
+
+
+@pytest.mark.parametrize("zero", [1, 2])
+def test_an_exchange_with_no_other_rank_is_left_out_without_a_trace(zero: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {"zero_stage": zero, "precision": "fp32", "clip": 1e-2}  # so that the norm decides
+    norms, weights = trained("pretrain_video", result, **changes)
+    monkeypatch.setattr("wav.training.engine.leave_out_exchange", lambda optimizer: None)
+    wanted_norms, wanted = trained("pretrain_video", result, **changes)
+    assert min(wanted_norms) > 2e-2
+    assert norms == pytest.approx(wanted_norms, rel=1e-5)
+    assert abs(weights - wanted).max() < 1e-6

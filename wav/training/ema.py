@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from wav.errors import CheckpointError
 
+CHUNK = 1 << 26  #: elements whose float32 copies lie in memory at a time
+
 
 class Ema:
     """Average ``e <- d e + (1 - d) w`` of the parameters that require a gradient."""
@@ -29,8 +31,12 @@ class Ema:
     def update(self, step: int) -> None:
         """Take in the weights after ``step`` (counted from 1); young averages follow faster: d = (1+step)/(10+step)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = [shard.float() for shard in self._current().values()]
-        torch._foreach_lerp_(list(self._shards.values()), current, 1 - decay)
+        for averages, current in self._chunks():
+            if current[0].dtype != torch.float32:
+                wide = [torch.empty_like(average) for average in averages]
+                torch._foreach_copy_(wide, current)  # one launch for many, unlike float() of each
+                current = wide
+            torch._foreach_lerp_(averages, current, 1 - decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """This rank's slices."""
@@ -94,6 +100,19 @@ class Ema:
     def _current(self) -> dict[str, Tensor]:
         """This rank's slice of every parameter as it is now (views where nothing needs padding)."""
         return {name: self._slice(parameter) for name, parameter in self._parameters.items()}
+
+    def _chunks(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """This rank's slices of the average and of the weights, of one dtype and some :data:`CHUNK` elements a time."""
+        averages: list[Tensor] = []
+        current: list[Tensor] = []
+        for average, shard in zip(self._shards.values(), self._current().values(), strict=True):
+            if current and (shard.dtype != current[0].dtype or sum(map(torch.numel, averages)) >= CHUNK):
+                yield averages, current
+                averages, current = [], []
+            averages.append(average)
+            current.append(shard)
+        if current:
+            yield averages, current
 
     def _slice(self, parameter: nn.Parameter) -> Tensor:
         if hasattr(parameter, "ds_tensor"):

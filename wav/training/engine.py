@@ -242,7 +242,24 @@ def init_engine(
         clear_padding(engine, world)
     if hasattr(engine.optimizer, "check_overflow"):
         engine.optimizer.check_overflow = lambda *_, **__: None  # the norm tells the same of the same gradients
+    if world.ranks == 1 and settings.zero_stage in (1, 2):
+        leave_out_exchange(engine.optimizer)
     return engine
+
+
+def leave_out_exchange(optimizer: Any) -> None:
+    """Let ZeRO 1 or 2 on one rank neither copy gradients to be exchanged nor take their norm one by one, in float64.
+
+    Measured on one card at the paper's size, both were a tenth of a step (DeepSpeed 0.19.8).
+    """
+
+    def norm(gradients: list[torch.Tensor], *_: Any) -> torch.Tensor:
+        norms: Any = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        return torch.where(total.isfinite(), total, -torch.ones_like(total))  # as DeepSpeed marks what it drops
+
+    optimizer.buffered_reduce_fallback = lambda *_, **__: None
+    optimizer.get_grad_norm_direct = norm
 
 
 @torch.no_grad()
