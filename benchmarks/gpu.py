@@ -110,6 +110,7 @@ def main(parts: Sequence[Part] = PARTS, argv: Sequence[str] | None = None) -> in
     )
     parser.add_argument("--json", type=Path, help="file of results; parts that are not run now stay in it")
     parser.add_argument("--part", choices=names, action="append", help="run this part alone (may be repeated)")
+    parser.add_argument("--row", action="append", help="of plan, train and engine: only rows whose name contains this")
     parser.add_argument("--limit", type=float, default=1.0, help="times the parts' time limits (default: 1)")
     parser.add_argument("--trial", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--batch", type=int, default=16, help="training samples of a step")
@@ -126,6 +127,7 @@ def main(parts: Sequence[Part] = PARTS, argv: Sequence[str] | None = None) -> in
     result = {name: result[name] for name in names if name in result}
     result = {"machine": machine() | gpu_of(arguments.trial, parser), "trial": arguments.trial, **result}
     handed = ["--batch", str(arguments.batch), "--calls", str(arguments.calls), *["--trial"] * arguments.trial]
+    handed += [text for row in arguments.row or () for text in ("--row", row)]
     with tempfile.TemporaryDirectory(prefix="wav-gpu-code-") as code:  # nothing compiled before, and then what was
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": code}
         for part in parts:

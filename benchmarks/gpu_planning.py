@@ -8,11 +8,11 @@ Latents in, actions on the host out; instructions count as encoded already, on a
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +53,11 @@ def device_of(arguments: argparse.Namespace) -> torch.device:
 def chosen_sizes(arguments: argparse.Namespace) -> Sizes:
     """Sizes of a part."""
     return SIZES["tiny" if arguments.trial else "full"]
+
+
+def asked_for(arguments: argparse.Namespace, row: str) -> bool:
+    """Whether a row of this name is measured: it is, unless others were asked for."""
+    return not arguments.row or any(text in row for text in arguments.row)
 
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
@@ -109,18 +114,17 @@ class Robot:
         self.name, self.sizes, self.levels, self.device = name, sizes, levels, next(model.parameters()).device
         self.adapter = SCHEDULES[name](model, noise_shapes(model, sizes.views, sizes.grid, sizes.future, sizes.chunk))
         self.means: tuple[Tensor, Tensor] | None = None  #: of the plan before, for a warm start
+        self.seen = observed(sizes, 0, 1)
 
     def act(self, index: int) -> Tensor:
         """Actions (1, A, C) on the CPU."""
-        found = plan_once(self.adapter, self.sizes, self.device, index, 1, self.levels, self.means)
+        found = plan_once(self.adapter, self.sizes, self.device, index, self.seen, self.levels, self.means)
         self.means = found.means
         return found.actions.cpu()
 
 
-def plan_once(
-    adapter: Any, sizes: Sizes, device: torch.device, seed: int, rows: int, levels: Levels, warm: Any = None
-) -> Plan:
-    """A plan for ``rows`` robots; what row 0 sees and draws depends on ``seed`` alone."""
+def observed(sizes: Sizes, seed: int, rows: int) -> list[Tensor]:
+    """Memory latents, instruction and state of ``rows`` robots; what row 0 sees depends on ``seed`` alone."""
     shapes = (
         (sizes.views, sizes.latent, sizes.memory, *sizes.grid),
         (sizes.text_tokens, sizes.caption),
@@ -130,9 +134,16 @@ def plan_once(
     for row in range(rows):
         generator = torch.Generator().manual_seed(1000 * seed + row)
         inputs.append([torch.randn(shape, generator=generator) for shape in shapes])
-    memory, text, history = (torch.stack(part) for part in zip(*inputs, strict=True))
+    return [torch.stack(part) for part in zip(*inputs, strict=True)]
+
+
+def plan_once(
+    adapter: Any, sizes: Sizes, device: torch.device, seed: int, seen: list[Tensor], levels: Levels, warm: Any = None
+) -> Plan:
+    """A plan for the robots that see ``seen``; what row 0 draws depends on ``seed`` alone."""
+    memory, text, history = seen
     context = adapter.begin(memory, text, None, history)
-    noise = SeededNoise([RowKey(0, f"gpu-{row}", seed) for row in range(rows)], device)
+    noise = SeededNoise([RowKey(0, f"gpu-{row}", seed) for row in range(len(memory))], device)
     settings: Any = sizes.planner
     return Planner(adapter, settings, lambda values: values[..., -1], levels).plan(context, noise, warm=warm)
 
@@ -176,16 +187,17 @@ def plan(arguments: argparse.Namespace, report: Report) -> None:
         rows: dict[str, Any] = {"tflop": operations / 1e12, "planner": asdict(sizes.planner)}
         actions = {}
         for schedule in SCHEDULES:
-            if schedule == "baseline" and name != "K=3":
+            if (schedule == "baseline" and name != "K=3") or not asked_for(arguments, f"{name}, {schedule}"):
                 continue
             robot = Robot(schedule, model, sizes, levels)
             calls = arguments.calls if schedule != "baseline" else min(BASELINE_CALLS, arguments.calls)
             rows[schedule], actions[schedule] = timed(robot, calls, operations, top)
             report(name, rows)
             del robot
-        for schedule, first in actions.items():
-            rows[schedule]["max_abs_diff"] = float((first - actions["torch"]).abs().max())
-        report(name, rows)
+        if "torch" in actions:
+            for schedule, first in actions.items():
+                rows[schedule]["max_abs_diff"] = float((first - actions["torch"]).abs().max())
+            report(name, rows)
 
 
 def timed(robot: Robot, calls: int, operations: float, top: float) -> tuple[dict[str, Any], Tensor]:
@@ -213,9 +225,11 @@ def plan_warm(arguments: argparse.Namespace, report: Report) -> None:
     prepared(arguments)
     model = built(arguments)
     for name, (sizes, levels) in runs(chosen_sizes(arguments)).items():
+        if not asked_for(arguments, f"{name}, compiled"):
+            continue
         robot = Robot("compiled", model, sizes, levels)
         with torch.inference_mode():
-            first, second = (seconds_of(functools.partial(robot.act, index), robot.device) for index in (0, 1))
+            first, second = (seconds_of(partial(robot.act, index), robot.device) for index in (0, 1))
         report(name, {"first": round(first, 2), "second": round(second, 3)})
 
 
@@ -228,8 +242,10 @@ def exact(arguments: argparse.Namespace, report: Report) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         adapter = planted(sizes, device, dtype)
         with torch.inference_mode():
-            alone = [plan_once(adapter, sizes, device, seed, 1, COUPLED) for seed in range(SEEDS)]
-            beside = plan_once(adapter, sizes, device, 0, 3, COUPLED)
+            alone = [
+                plan_once(adapter, sizes, device, seed, observed(sizes, seed, 1), COUPLED) for seed in range(SEEDS)
+            ]
+            beside = plan_once(adapter, sizes, device, 0, observed(sizes, 0, 3), COUPLED)
         wanted = wanted or alone
         report(
             str(dtype).removeprefix("torch."),

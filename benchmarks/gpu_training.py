@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from gpu_planning import chosen_sizes, device_of, kernels, seconds_of
+from gpu_planning import asked_for, chosen_sizes, device_of, kernels, seconds_of
 from projection import accounted
 from sizes import Sizes, Train
 from torch import Tensor, nn
@@ -176,8 +176,10 @@ def give_back(device: torch.device) -> float:
     return torch.cuda.memory_allocated(device) / 2**30
 
 
-def row_of(report: Report, name: str, find: Callable[[], dict[str, Any]]) -> None:
+def row_of(arguments: argparse.Namespace, report: Report, name: str, find: Callable[[], dict[str, Any]]) -> None:
     """Report a row, or why there is none: too little memory, a compiler that gives up; the other rows count."""
+    if not asked_for(arguments, name):
+        return
     try:
         report(name, find())
     except RuntimeError as error:
@@ -197,7 +199,7 @@ def train(arguments: argparse.Namespace, report: Report) -> None:
         for stage in STAGES:
             settings = settings_of(stage, arguments, gradient_checkpointing=switch)
             find = partial(measured, settings, arguments, world, without_engine, compiled)
-            row_of(report, f"{stage}, {name}", find)
+            row_of(arguments, report, f"{stage}, {name}", find)
 
 
 def engine(arguments: argparse.Namespace, report: Report) -> None:
@@ -216,5 +218,5 @@ def engine(arguments: argparse.Namespace, report: Report) -> None:
     for stage in STAGES:
         for name, make, zero in turns:
             settings = settings_of(stage, arguments, zero_stage=zero)
-            row_of(report, f"{stage}, {name}", partial(measured, settings, arguments, world, make, True))
+            row_of(arguments, report, f"{stage}, {name}", partial(measured, settings, arguments, world, make, True))
     torch.distributed.destroy_process_group()
