@@ -26,6 +26,7 @@ from tests.helpers.browser import CHROMIUM, page
 from wav import cli
 from wav.demo.server import MAX_MESSAGE, Server
 from wav.demo.session import Ask, Session
+from wav.policy.results import Results
 from wav.sim.env import Observation, SimReply
 
 TASK = "lift_red_cube"
@@ -155,12 +156,14 @@ def told(connection: ClientConnection) -> list[dict[str, Any]]:
     return found
 
 
-def test_an_episode_over_the_websocket() -> None:
+def test_an_episode_over_the_websocket(monkeypatch: pytest.MonkeyPatch) -> None:
     one = session()
+    monkeypatch.setattr(policy(), "results", Results(execute_steps=5))
     with serving(one) as port, opened(port) as older:
         about = json.loads(older.recv(timeout=20))
         assert [task["name"] for task in about["tasks"]] == ["lift_red_cube", "lift_green_cube"]
-        assert (about["K"], about["M"], about["size"], about["axes"][6]) == (2, 3, [32, 32], "gripper")
+        assert (about["K"], about["M"], about["execute"]) == (2, 3, 5)  # as exported, and as evaluated
+        assert (about["size"], about["axes"][6]) == ([32, 32], "gripper")
         for message, wanted in (
             ("{", "Invalid JSON"),
             ("[" * 4000, "message"),
@@ -242,6 +245,12 @@ def test_a_browser_steps_and_plays(tmp_path: Path) -> None:
         tab.press("s")
         tab.wait(f"{steps} === 6 && {idle}")  # the whole chunk
         tab.wait(f"{pixels.format('now')} !== '{now}' && {pixels.format('future')} !== '{future}'")
+        tab.value("document.getElementById('M').value = 5, document.getElementById('M').onchange()")
+        tab.wait(f"{idle} && document.querySelectorAll('#futures canvas.ready').length === 5")
+        tab.value("document.getElementById('K').value = 0, document.getElementById('K').onchange()")
+        tab.wait(f"{idle} && document.querySelectorAll('#futures figure').length === 0")
+        tab.value("document.getElementById('K').value = 1, document.getElementById('K').onchange()")
+        tab.wait(f"{idle} && document.querySelectorAll('#futures svg path').length > 5")  # their predicted returns
         tab.press("2")
         tab.wait(f"{idle} && document.querySelectorAll('#futures figure').length === 0")
         tab.value("document.getElementById('play').click()")

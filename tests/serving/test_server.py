@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from websockets.exceptions import ConnectionClosed
 
 from tests.helpers.serving import TASK, FakePolicy, client, message, serving, told
 from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, make_stages
@@ -53,6 +54,7 @@ def test_the_actions_are_those_of_the_policy_in_process(policy: Any) -> None:
             other.act(message(8))
         text = get(server, "/metrics")[1]
     assert "wav_batch_rows_count 8.0" in text  # the warm-up included
+    assert "wav_request_seconds_count 7.0" in text
     assert "wav_sessions 2.0" in text
     policy[0].reset("row", "an episode", 3)
     for observation, plan in zip(sent, plans, strict=True):
@@ -199,7 +201,15 @@ def test_a_request_past_its_deadline_is_answered_and_not_planned() -> None:
 
 
 def test_ready_after_the_first_plan() -> None:
-    fake, loading, load = FakePolicy(), threading.Event(), threading.Event()
+    fake, loading, load, planned = FakePolicy(), threading.Event(), threading.Event(), threading.Event()
+    plan = fake.act
+
+    def slow_plan(*arguments: Any, **options: Any) -> Any:
+        loading.set()
+        assert planned.wait(20)
+        return plan(*arguments, **options)
+
+    fake.act = slow_plan
 
     def slow() -> Any:
         loading.set()
@@ -216,7 +226,11 @@ def test_ready_after_the_first_plan() -> None:
     assert get(server, "/")[0] == 503
     with ThreadPoolExecutor(1) as pool:
         waits = pool.submit(client, server)  # until the policy is there
+        loading.clear()
         load.set()
+        assert loading.wait(20)  # loaded; the first plan is being made
+        assert get(server, "/healthz") == (503, "loading\n")
+        planned.set()
         assert ready.wait(20)
         assert get(server, "/healthz") == (200, "OK\n")
         with waits.result(20) as one:
@@ -263,10 +277,15 @@ def test_too_many_sessions_pages_in_browsers_and_taken_ports_are_refused() -> No
 
 
 def test_a_message_beyond_the_limit_ends_its_connection_alone() -> None:
-    with serving(FakePolicy(), max_message=20_000) as server, client(server) as one, client(server) as two:
+    with serving(FakePolicy(), max_message=20_000) as server, client(server) as one:
+        two, three = client(server), client(server)
         with pytest.raises(ConnectionError, match="1009"):
             one.act(message(more=np.zeros(20_000, np.uint8)))
-        two.act(message())
+        two._socket.socket.sendall(b"\x82\xff" + (1 << 40).to_bytes(8, "big") + bytes(4))  # a frame's header alone
+        with pytest.raises(ConnectionClosed, match="1009"):
+            two._socket.recv(20)
+        three.act(message())
+        three.close()
 
 
 def test_a_policy_that_cannot_plan_is_not_served() -> None:

@@ -58,6 +58,7 @@ def test_valid_input_comes_back(value: object) -> None:
         (array(dtype="<U0"), "no size"),
         (array(dtype="<U1", data=b"\xff" * 8), "no character"),
         (array(dtype=">U1", data=b"\xff" * 8), "no character"),
+        (array(dtype="<U2", data="a\ud800".encode("utf-32-le", "surrogatepass"), shape=[]), "no character"),
         (array(shape=[3]), "8 bytes are not"),
         (array(shape=[-1]), "sizes of 0 and more"),
         (array(shape=[2**62, 2**62]), "8 bytes are not"),

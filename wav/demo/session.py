@@ -111,7 +111,7 @@ class Session:
             "axes": AXES if named else [str(number) for number in range(data.action_dim)],
             "K": min(planner.iterations, MAX_K),
             "M": min(planner.video_samples, MAX_M),
-            "execute": min(8, data.action_chunk),
+            "execute": self.policy.execute_steps,  # as it was evaluated
             "most": {"K": MAX_K, "M": MAX_M, "execute": data.action_chunk, "index": 49},
             "score": planner.score,
         }

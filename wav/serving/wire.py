@@ -82,12 +82,17 @@ def _decode(items: dict[Any, Any]) -> Any:
             raise DataError("array: its shape holds something else than sizes of 0 and more")
         if math.prod(shape) * dtype.itemsize != len(data):
             raise DataError(f"array: {len(data)} bytes are not the {dtype.str} of its shape; send all of its data")
-        if dtype.kind == "U" and (np.frombuffer(data, np.dtype("u4").newbyteorder(dtype.byteorder)) > 0x10FFFF).any():
+        if dtype.kind == "U" and not _characters(np.frombuffer(data, np.dtype("u4").newbyteorder(dtype.byteorder))):
             raise DataError("array: its strings hold what is no character")
         return np.frombuffer(data, dtype).reshape(shape)
     if b"__npgeneric__" in items:
         return _dtype(items).type(items.get(b"data"))
     return items
+
+
+def _characters(codes: np.ndarray[Any, np.dtype[Any]]) -> bool:
+    """Whether all are characters that UTF-8 can write, as those of msgpack's own strings are."""
+    return bool((codes <= 0x10FFFF).all() and not ((codes >= 0xD800) & (codes <= 0xDFFF)).any())
 
 
 def _dtype(items: dict[Any, Any]) -> np.dtype[Any]:
