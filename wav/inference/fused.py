@@ -73,7 +73,7 @@ class Operations:
         first parts, which ``rope`` of the L positions of x then rotates.
         """
         if norms is not None:
-            return torch.cat(self.parts(x, product, norms, modulation, rope), -1)
+            return torch.cat(tuple(self.parts(x, product, norms, modulation, rope)), -1)
         y = F.linear(_modulated(x, modulation), product.weight, product.bias)
         if residual is None:
             return y
@@ -104,7 +104,8 @@ class Operations:
         """X + gate * (GELU((RMS(x) * scale + shift) wide + b) narrow + b)."""
         inner = _modulated(x, modulation)
         if inner.is_cuda and inner.dtype != torch.float32:  # the product's own epilogue; Inductor would write it out
-            flat = torch._addmm_activation(wide.bias, inner.flatten(0, -2), wide.weight.t(), use_gelu=True)
+            bias = cast(Tensor, wide.bias)
+            flat = torch._addmm_activation(bias, inner.flatten(0, -2), wide.weight.t(), use_gelu=True)
             inner = flat.view(*inner.shape[:-1], wide.outs)
         else:
             inner = F.gelu(F.linear(inner, wide.weight, wide.bias), approximate="tanh")

@@ -122,7 +122,8 @@ class CpuOperations(Operations):
         rope: Any = None,
     ) -> tuple[Tensor, ...]:
         """As :meth:`Operations.parts`: they lie side by side."""
-        return self.linear(x, product, modulation, norms, rope).unflatten(-1, (-1, norms[0].shape[-1])).unbind(-2)
+        side_by_side = self.linear(x, product, modulation, norms, rope)
+        return side_by_side.split(norms[0].shape[-1], -1)  # type: ignore[no-any-return, no-untyped-call]
 
     def feed(
         self, x: Tensor, modulation: tuple[Tensor, Tensor, float], wide: Product, narrow: Product, gate: Tensor
