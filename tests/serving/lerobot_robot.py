@@ -9,13 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-
-for operator in ("nms", "qnms"):  # torchvision's own library needs CUDA; its names are all that its import asks for
-    torch.library.define(f"torchvision::{operator}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-from lerobot.configs import PreTrainedConfig  # noqa: E402
-from lerobot.policies.factory import get_policy_class, make_pre_post_processors  # noqa: E402
-from lerobot.utils.import_utils import register_third_party_plugins  # noqa: E402
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.utils.import_utils import register_third_party_plugins
 
 folder, work = Path(sys.argv[1]), Path(sys.argv[2])
 register_third_party_plugins()

@@ -1,7 +1,7 @@
-"""LeRobot 0.6.1 and our plug-in: its registry, factories and processors on a folder of ``wav export --lerobot``.
+"""LeRobot and our plug-in: its registry, factories and processors on a folder of ``wav export --lerobot``.
 
-LeRobot wants Python 3.12 and an older torch. Where this Python is 3.11, its source runs on this torch with the lines of
-3.12's syntax written as 3.11 has them (:func:`as_older_python`): no simulator, no dataset, no device of LeRobot's.
+LeRobot wants Python 3.12 and torch before 2.12, so it runs in an environment of its own, gigabytes that are kept in
+``WAV_TEST_VENVS`` where that is set.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,10 +27,7 @@ from wav.policy.lerobot import features
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ROOT / "clients" / "lerobot_policy_wav"
-PACKAGES = (
-    "lerobot==0.6.1", "draccus==0.11.6", "mergedeep==1.3.4", "typing-inspect==0.9.0", "mypy-extensions==1.2.0",
-    "toml==0.10.2", "einops==0.8.2", "pyyaml-include==2.2", "torchvision==0.28.0",
-)  # fmt: skip
+PAGE = ROOT / "docs" / "lerobot.md"
 TASKS = ["lift the red cube", "lift the green cube"]
 ROWS, STEPS = 2, 6
 
@@ -60,48 +58,34 @@ def test_views_of_two_arms_have_names_of_their_own() -> None:
     assert set(features(data)) == names
 
 
-def as_older_python(folder: Path) -> None:
-    """Write type aliases and parameters of Python 3.12 (PEP 695) as 3.11 has them."""
-    for file in folder.rglob("*.py"):
-        text = file.read_text()
-        try:
-            compile(text, str(file), "exec")
-        except SyntaxError:
-            text = re.sub(r"(?m)^type (\w+) = ", r"\1 = ", text)
-            found = re.findall(r"(?m)^(?:class|def) \w+\[([^\]]+)\]\(", text)
-            names = {part.split(":")[0].strip() for parts in found for part in parts.split(",")}
-            text = re.sub(r"(?m)^(class \w+)\[(.+)\]\((.*)\):", r"\1(\3, Generic[\2]):", text).replace("(, ", "(")
-            text = re.sub(r"(?m)^(class \w+)\[(\w+)\]:", r"\1(Generic[\2]):", text)
-            text = re.sub(r"(?m)^(def \w+)\[[^\]]+\]\(", r"\1(", text)
-            lines = "".join(f'{name} = TypeVar("{name}")\n' for name in sorted(names | {"T"}))
-            text = re.sub(
-                r"(?m)^(?=(?:import|from) (?!__future__))",
-                f"from typing import Generic, TypeVar\n{lines}",
-                text,
-                count=1,
-            )
-            file.write_text(text)
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python of an environment in which LeRobot was installed by the page's command, beside what wav asks for."""
+    found = sorted(Path.home().glob(".pyenv/versions/3.12.*/bin/python"))
+    base = sys.executable if sys.version_info >= (3, 12) else str(found[-1]) if found else shutil.which("python3.12")
+    kept = os.environ.get("WAV_TEST_VENVS")
+    made = (Path(kept) if kept else tmp_path_factory.mktemp("venvs")) / "lerobot-3.12" / "bin" / "python"
+    if not made.exists():
+        if not base:
+            pytest.skip("no Python 3.12 here")
+        subprocess.run([base, "-m", "venv", str(made.parents[1])], check=True)
+        (line,) = re.findall(r"(?m)^    pip (install lerobot .*)$", PAGE.read_text())
+        subprocess.run([str(made), "-m", "pip", "-q", *shlex.split(line)], check=True)
+    return made
 
 
 @pytest.fixture(scope="module")
-def lerobot(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with LeRobot, what its import asks for, and the plug-in."""
-    kept = os.environ.get("WAV_TEST_VENVS")
-    folder = (Path(kept) if kept else tmp_path_factory.mktemp("venvs")) / "lerobot-0.6.1"
-    if not folder.exists():
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--ignore-requires-python"]
-        subprocess.run([*pip, "--target", str(folder), *PACKAGES], check=True)
-        as_older_python(folder / "lerobot")
-    plugin = tmp_path_factory.mktemp("plugin")
-    here = shutil.copytree(PLUGIN, plugin / "source")  # pip builds in it
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--ignore-requires-python"]
-    subprocess.run([*pip, "--target", str(plugin / "installed"), str(here)], check=True)
-    shutil.copytree(plugin / "installed", folder, dirs_exist_ok=True)
-    return folder
+def plugin(python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the plug-in of the tree, as pip installs it."""
+    folder = tmp_path_factory.mktemp("plugin")
+    here = shutil.copytree(PLUGIN, folder / "source")  # pip builds in it
+    pip = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--target"]
+    subprocess.run([*pip, str(folder / "installed"), str(here)], check=True)
+    return folder / "installed"
 
 
 @pytest.mark.long
-def test_through_lerobot_it_acts_as_in_process(converted: Path, lerobot: Path, tmp_path: Path) -> None:
+def test_through_lerobot_it_acts_as_in_process(converted: Path, python: Path, plugin: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(5)
     shape = (STEPS, ROWS, DATA.image_height, DATA.image_width, 3)
     images: dict[str, Any] = {view: random.integers(0, 256, shape, np.uint8) for view in DATA.views}
@@ -109,8 +93,8 @@ def test_through_lerobot_it_acts_as_in_process(converted: Path, lerobot: Path, t
     np.savez(tmp_path / "seen.npz", state=state, **images)
     (tmp_path / "tasks.json").write_text(json.dumps(TASKS))
     script = ROOT / "tests" / "serving" / "lerobot_robot.py"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{lerobot}", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, str(script), str(converted), str(tmp_path)], env=environment, check=True)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{plugin}", "HF_HUB_OFFLINE": "1"}
+    subprocess.run([str(python), str(script), str(converted), str(tmp_path)], env=environment, check=True)
 
     told = json.loads((tmp_path / "told.json").read_text())
     policy = load_export(converted, batch_size=8, device="cpu")
