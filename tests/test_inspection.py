@@ -158,7 +158,11 @@ def test_a_folder_of_something_else_is_told_in_a_line(tmp_path: Path, capsys: py
     (tmp_path / "half" / "meta").mkdir(parents=True)
     (tmp_path / "half" / "meta" / "info.json").write_text("{")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "own").mkdir()
+    with h5py.File(tmp_path / "own" / "a.hdf5", "w") as file:
+        file["poses"], file["frames"] = 1, 2
     said = {"bag": "an MCAP recording", "half": "not valid JSON", "empty": "no robot data", "none": "no such file"}
+    said |= {"own": "own/a.hdf5: is HDF5 of an unknown layout (frames, poses at its root); convert it to LeRobot v3.0"}
     for name, sentence in said.items():
         status, out, err = run(capsys, tmp_path / name)
         assert (status, out) == (1, "")

@@ -95,7 +95,9 @@ def load_whole(cls: Any, folder: Path, field: str, unused: Iterable[str] = (), *
         raise DataError(f"{folder}: {cls.__name__} does not load ({error}); fetch {field} again") from error
     surplus = [name for name in found["unexpected_keys"] if not name.startswith(tuple(unused))]
     wrong = [f"{name} {tuple(there)} for {tuple(here)}" for name, there, here in found["mismatched_keys"]]
-    refuse_partial(str(folder), found["missing_keys"], surplus, wrong, f"fetch {field} again, or name another")
+    every = (*model.named_parameters(), *model.named_buffers())
+    missing = {*found["missing_keys"], *(name for name, tensor in every if tensor.is_meta)}  # diffusers may not tell
+    refuse_partial(str(folder), missing, surplus, wrong, f"fetch {field} again, or name another")
     return model
 
 

@@ -117,6 +117,13 @@ def test_a_vae_is_loaded_whole_or_not_at_all(message: str, folder: Path, tmp_pat
         load_codec(tmp_path / "ltx")
 
 
+@pytest.mark.filterwarnings("ignore:.*no-op")
+def test_nothing_stays_on_the_meta_device(folder: Path) -> None:
+    """Diffusers leaves a whole model there without an error where a caller builds under it."""
+    with torch.device("meta"), pytest.raises(DataError, match=r"vae: parameters \d+ missing .*encode\.path"):
+        load_codec(folder)
+
+
 def test_a_decoder_that_knows_noise_levels_is_not_run_as_one_that_does_not(folder: Path, tmp_path: Path) -> None:
     from diffusers import AutoencoderKLLTXVideo
 

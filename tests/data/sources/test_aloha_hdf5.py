@@ -137,6 +137,16 @@ def test_what_files_do_not_tell_is_declared(data, settings, tmp_path):
     assert len(run(data, bare, tmp_path / "out")) == 1
 
 
+def test_sizes_and_cameras_are_named_where_others_are_meant(data, settings, tmp_path):
+    write(tmp_path / "set/episode_0.hdf5")
+    with pytest.raises(ConfigError, match=r"observations/qpos has 14 numbers; set data\.state_dim: 14"):
+        open_source(data.model_copy(update={"state_dim": 12}), settings)
+    data = data.model_copy(update={"views": ("front", "left_wrist", "right_wrist")})
+    with pytest.raises(ConfigError, match=r"no camera for 'front' .*cam_high.* in ingest\.aloha_hdf5\.cameras\.front"):
+        open_source(data, settings)
+    assert len(run(data, changed(settings, cameras={"front": "cam_high"}), tmp_path / "out")) == 1
+
+
 def test_folders_are_tasks_and_files_beside_tell_the_language(data, settings, tmp_path):
     write(tmp_path / "set/fold/episode_0.hdf5")
     write(tmp_path / "set/pour/episode_0.hdf5", 1)

@@ -93,6 +93,7 @@ def test_gripper_is_measured_on_the_fingers(data, lerobot_settings, root, tmp_pa
         ConfigError, match=r"ingest\.lerobot\.gripper is '-1 open, \+1 close', but the fingers move as under"
     ):
         open_source(data, changed(lerobot_settings, gripper="-1 open, +1 close"))
+    assert len(run(data, lerobot_settings, tmp_path / "declared", gripper=name)) == 3
 
 
 def test_what_the_metadata_does_not_tell_must_be_declared(data, lerobot_settings, root, tmp_path):

@@ -68,6 +68,17 @@ def test_tables_of_other_tools_are_read(root, read):
     assert [info.instruction for info in store.episodes] == [TASKS[i % 2].replace("_", " ") for i in range(3)]
 
 
+def test_statistics_of_a_dataset_are_never_used(root, read):
+    """LeRobot's quantiles are means of the episodes' quantiles."""
+    lerobot_dataset(root, episodes := libero_episodes(), "v3.0", images=True)
+    wrong = {name: [5.0] * 8 for name in ("min", "max", "mean", "std", "q01", "q99")}
+    (root / "meta/stats.json").write_text(json.dumps({"observation.state": wrong, "action": wrong}))
+    rows(root, lambda row, _: row.update({f"stats/observation.state/{k}": v for k, v in wrong.items()}))
+    found = read().statistics.key("state")
+    states = np.concatenate([e["state"] for e in episodes]).astype(np.float32)
+    np.testing.assert_allclose([found.q01, found.q99], np.quantile(states, (0.01, 0.99), axis=0), atol=1e-6)
+
+
 @pytest.mark.parametrize("form", ["laid out", "byte order mark"])
 def test_json_lines_need_not_keep_to_lines(root, read, form):
     lerobot_dataset(root, libero_episodes(), "v2.1", images=True)
@@ -316,6 +327,8 @@ def test_a_camera_of_another_name_is_named(root, read):
     lerobot_dataset(root, episodes, "v3.0", images=True)
     with pytest.raises(ConfigError, match=r"no camera for 'wrist' .*gopro; .* in ingest\.lerobot\.cameras\.wrist"):
         read()
+    with pytest.raises(ConfigError, match="serves two views; name another camera"):
+        read(cameras={"wrist": CAMERA})
     assert len(read(cameras={"wrist": "observation.images.gopro"})) == 3
 
 

@@ -72,7 +72,9 @@ KINDS = {
     "RLDS": text("bridge/1.0.0/dataset_info.json", "bridge/1.0.0/features.json"),
     "zarr": text("a.zarr/meta/episode_ends/zarr.json"),
     "zarr store": zipped,
+    "minari dataset": text("x/data/metadata.json", "x/data/0/part.arrow"),
     "Lance": text("a.lance/_versions/1.manifest"),
+    "Lance table": text("_versions/1.manifest"),
     "episode store": text("manifest.json", "quarantine.json", "statistics.json"),
     "MCAP": content("a.bin", b"\x89MCAP0\r\n" + bytes(20)),
     "ROS bag": bag,
@@ -90,6 +92,13 @@ def test_kinds_are_told_apart(tmp_path, kind):
     assert found is not None
     assert found.reader == (kind if kind in ("lerobot", "libero_hdf5", "robomimic_hdf5", "aloha_hdf5") else "")
     assert found.reader or (kind in found.name and found.remedy)
+
+
+def test_half_a_signature_is_none(tmp_path):
+    """Notes that somebody has put beside episodes must not keep them from being read."""
+    aloha(tmp_path / "data" / "episode_0.hdf5")
+    text("data/metadata.json")(tmp_path)
+    assert recognise(tmp_path).reader == "aloha_hdf5"
 
 
 def test_another_kind_is_refused_by_name(data, tmp_path):

@@ -81,25 +81,40 @@ def test_demonstrations_arrive_bit_for_bit(data, settings, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("env", "message"),
+    ("env", "message", "remedy"),
     [
-        ({"env_kwargs": {"control_freq": 10}}, "control_freq = 10 where data.control_hz = 20"),
+        (
+            {"env_kwargs": {"control_freq": 10}},
+            r"control_freq = 10 where .* declare ingest.robomimic_hdf5.control_hz: 20",
+            {"control_hz": 20},
+        ),
         (
             {"env_kwargs": {"control_freq": 20, "controller_configs": {"type": "OSC_POSE", "control_delta": False}}},
             "OSC_POSE with absolute actions",
+            None,
         ),
         (
             {"env_kwargs": {"controller_configs": {"body_parts": {"right": {"type": "JOINT_POSITION"}}}}},
             "controller JOINT_POSITION",
+            None,
         ),
-        ({"type": 2}, "nothing tells how the frames are rotated; declare ingest.robomimic_hdf5.image_rotation"),
-        ({"env_name": "Can"}, r"declare ingest\.robomimic_hdf5\.instructions: \{Can: \.\.\.\}"),
+        (
+            {"type": 2},
+            "nothing tells how the frames are rotated; declare ingest.robomimic_hdf5.image_rotation",
+            {"image_rotation": "camera"},
+        ),
+        (
+            {"env_name": "Can"},
+            r"declare ingest\.robomimic_hdf5\.instructions: \{Can: \.\.\.\}",
+            {"instructions": {"Can": "lift the can"}},
+        ),
     ],
 )
-def test_what_does_not_fit_or_is_not_told_is_refused(data, settings, tmp_path, env, message):
+def test_what_does_not_fit_or_is_not_told_is_refused(data, settings, tmp_path, env, message, remedy):
     write(tmp_path / "image.hdf5", 1, env=env)
     with pytest.raises(ConfigError, match=message):
         open_source(data, settings)
+    assert remedy is None or len(run(data, changed(settings, **remedy), tmp_path / "out")) == 1
 
 
 def test_masks_choose_demonstrations(data, settings, tmp_path, caplog):

@@ -6,6 +6,7 @@ with the way to one that is taken: :func:`check_source` says so before a reader 
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import zipfile
 from collections.abc import Callable, Iterator
@@ -92,6 +93,19 @@ def check_source(path: Path, source: str) -> None:
     raise ConfigError(f"ingest.path = {str(path)!r} holds {found.name}, which {source!r} does not read; {remedy}")
 
 
+def unknown(path: Path) -> str:
+    """What an HDF5 file of no known layout holds, and what to do; empty for anything else."""
+    try:
+        with h5py.File(path, "r") as file:
+            names = sorted(file)
+    except (OSError, RuntimeError):
+        return ""
+    return (
+        f"{path}: is HDF5 of an unknown layout ({', '.join(names[:12]) or 'empty'} at its root); {_CONVERT}, or "
+        "write a reader (docs/extending/dataset-reader.md)"
+    )
+
+
 def _visible(folder: Path) -> Iterator[Path]:
     for entry in sorted(folder.iterdir()):
         if entry.name.startswith(".") and entry.name not in (".zgroup", ".zarray"):
@@ -112,17 +126,23 @@ def _has(*ends: str) -> Callable[[set[str]], bool]:
     return signature
 
 
-def _under(part: str) -> Callable[[set[str]], bool]:
-    return lambda names: any(part in f"/{name}" for name in names)
+def _matches(pattern: str, *beside: str) -> Callable[[set[str]], bool]:
+    """Whether a name matches, and these stand in the folder that the pattern's first group names."""
+
+    def signature(names: set[str]) -> bool:
+        bases = {found[1] for name in names if (found := re.fullmatch(pattern, name))}
+        return any(all(base + other in names for other in beside) for base in bases)
+
+    return signature
 
 
 _FOLDERS: tuple[tuple[Format, Callable[[set[str]], bool]], ...] = (
-    (_MINARI, _has("data/metadata.json")),
+    (_MINARI, _matches(r"(|.*/)data/(?:main_data\.hdf5|\d+/[^/]+\.arrow)", "data/metadata.json")),
     (_RLDS, _has("dataset_info.json", "features.json")),
     (_ZARR, _has("meta/episode_ends/.zarray")),
     (_ZARR, _has("meta/episode_ends/zarr.json")),
     (_SWM, _has("ep_len.npz", "ep_offset.npz")),
-    (_LANCE, _under(".lance/_versions/")),
+    (_LANCE, _matches(r"(|.*\.lance/)_versions/.*")),
     (_OWN, _has("manifest.json", "quarantine.json", "statistics.json")),
 )
 
