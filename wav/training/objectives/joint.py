@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from wav.flow_matching import mix, velocity_loss
-from wav.model import ExpertOutput
 from wav.training.draws import Roles, StepInputs, share
 from wav.training.objectives.base import Objective, labelled_values
 
@@ -43,40 +43,53 @@ class JointObjective(Objective):
         sizes = [roles.action, roles.value, roles.video]
         for_action, for_value, _ = zip(*(layer.split(sizes) for layer in video.features), strict=True)
         losses: dict[str, Tensor] = {}
+        read, velocity = self._values(inputs, video.features, for_action, for_value)
         if roles.action:
-            losses["action"] = self._action(inputs, for_action)
-        if roles.value:
-            losses["value"] = self._value(inputs, for_value)
+            losses["action"] = self._action(inputs, for_action, read)
+        if velocity is not None:
+            clean = self._clean_values(inputs).unsqueeze(1)
+            losses["value"] = velocity_loss(velocity, clean, inputs.draws.value_noise)
         if video.velocity is not None:
             first = roles.action + roles.value
             velocity = video.velocity[first:, :, :, self.memory_frames :]
             losses["video"] = velocity_loss(velocity, batch.future[first:], inputs.draws.video_noise[first:])
         return losses
 
-    def values_read(self, inputs: StepInputs, features: Sequence[Tensor]) -> Sequence[Tensor] | None:
-        """Features of the value tokens that the action samples read; None without a value expert."""
-        if not self.model.has_value:
-            return None
-        draws, clean = inputs.draws, labelled_values(inputs.batch)[: inputs.roles.action]
-        tokens = mix(clean, draws.condition_noise, draws.condition_level)
-        output: ExpertOutput = self.model.value(tokens, self.timestep(draws.condition_level), features)
-        return output.features
+    def _values(
+        self,
+        inputs: StepInputs,
+        features: Sequence[Tensor],
+        for_action: Sequence[Tensor],
+        for_value: Sequence[Tensor],
+    ) -> tuple[Sequence[Tensor] | None, Tensor | None]:
+        """Value features that the action samples read, and velocities (n, Rv, A, Cv) of the value samples' draws.
 
-    def _action(self, inputs: StepInputs, features: Sequence[Tensor]) -> Tensor:
+        With one draw per sample both go through the expert together, which is a fifth fewer operations a step.
+        """
+        draws, action, value, expert = inputs.draws, inputs.roles.action, inputs.roles.value, self.model.value
+        if not self.model.has_value:
+            return None, None
+        true = labelled_values(inputs.batch)[:action]
+        told, told_at = mix(true, draws.condition_noise, draws.condition_level), draws.condition_level
+        own = mix(self._clean_values(inputs).unsqueeze(1), draws.value_noise, draws.value_level)
+        if action and value and own.shape[1] == 1:
+            tokens, level = torch.cat([told, own.squeeze(1)]), torch.cat([told_at, draws.value_level.squeeze(1)])
+            both = expert(tokens, self.timestep(level), [layer[: action + value] for layer in features])
+            return [layer[:action] for layer in both.features], both.velocity[action:].unsqueeze(1)
+        read = expert(told, self.timestep(told_at), for_action).features if action else None
+        return read, expert(own, self.timestep(draws.value_level), for_value).velocity if value else None
+
+    def _clean_values(self, inputs: StepInputs) -> Tensor:
+        """True values (n, A, Cv) of the value samples."""
+        first = inputs.roles.action
+        return labelled_values(inputs.batch)[first : first + inputs.roles.value]
+
+    def _action(self, inputs: StepInputs, features: Sequence[Tensor], values: Sequence[Tensor] | None) -> Tensor:
         """The action samples' draws."""
         draws, rows = inputs.draws, inputs.roles.action
-        values = self.values_read(inputs, features)
         clean = inputs.batch.actions[:rows].unsqueeze(1)
         tokens = mix(clean, draws.action_noise, draws.action_level)
         state = inputs.batch.state[:rows].unsqueeze(1)
         history = nn.functional.pad(state, (self.action_dim, 0))  # no action goes with the current state
         velocity = self.model.action(tokens, self.timestep(draws.action_level), features, values, history)
         return velocity_loss(velocity, clean, draws.action_noise)
-
-    def _value(self, inputs: StepInputs, features: Sequence[Tensor]) -> Tensor:
-        """The value samples' draws."""
-        draws, first = inputs.draws, inputs.roles.action
-        clean = labelled_values(inputs.batch)[first : first + inputs.roles.value].unsqueeze(1)
-        tokens = mix(clean, draws.value_noise, draws.value_level)
-        output = self.model.value(tokens, self.timestep(draws.value_level), features)
-        return velocity_loss(output.velocity, clean, draws.value_noise)
