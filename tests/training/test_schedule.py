@@ -10,7 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.micro import CAPTION, CHANNELS, CONFIG, SIZE, VIEWS, inputs_of, objective_of, random_batch
+from tests.training.micro import (
+    CAPTION,
+    CHANNELS,
+    CONFIG,
+    SIZE,
+    VIEWS,
+    inputs_of,
+    objective_of,
+    random_batch,
+    record_calls,
+)
 from wav.config import ModelSettings
 from wav.model import build_model
 from wav.training.objectives.base import Objective
@@ -46,12 +56,14 @@ def gradients(objective: Objective, inputs: Any) -> tuple[float, dict[str, torch
     return float(loss.detach()), found
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_same_losses_and_gradients_as_the_baseline(stage: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "changes"), [*((stage, {}) for stage in STAGES), ("train_joint", {"value_draws": 1, "action_draws": 1})]
+)
+def test_same_losses_and_gradients_as_the_baseline(stage: str, changes: dict[str, int]) -> None:
     batch = random_batch()
     mask = batch.text_mask.clone()
     mask[::2, 3:] = False
-    inputs = inputs_of(replace(batch, text_mask=mask), stage)
+    inputs = inputs_of(replace(batch, text_mask=mask), stage, **changes)
     loss, found = gradients(make(stage), inputs)
     with diffusers_operations():
         wanted_loss, wanted = gradients(make(stage, "baseline"), inputs)
@@ -63,6 +75,16 @@ def test_same_losses_and_gradients_as_the_baseline(stage: str) -> None:
     for name, gradient in found.items():
         scale = float(wanted[name].abs().max())
         torch.testing.assert_close(gradient, wanted[name], atol=1e-4 * scale + 1e-8, rtol=0, msg=name)
+
+
+def test_with_one_draw_all_value_tokens_go_through_their_expert_at_once() -> None:
+    module = make("train_joint")
+    calls = record_calls(module.model, "value")
+    inputs = inputs_of(random_batch(), "train_joint", value_draws=1)
+    module(inputs)
+    assert inputs.roles.value
+    (((tokens, *_), _),) = calls
+    assert len(tokens) == inputs.roles.action + inputs.roles.value
 
 
 def test_the_value_stage_keeps_nothing_of_the_video_pass() -> None:
