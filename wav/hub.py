@@ -6,15 +6,18 @@ is filled in: the libraries' own ``from_pretrained`` warns of missing tensors an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from wav.errors import DataError, ServiceError, WavError
 from wav.io.files import canonical_digest, file_digest, inside, read_json, write_json
 
+SILENCE_SECONDS = 60.0
+"""A hub that says nothing for this long is given up: some of huggingface_hub's calls would wait for ever."""
 REFERENCE_FILE = "reference.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
 #: a weight file of either library; its group is the variant
@@ -51,6 +54,19 @@ def resolve(source: str, field: str, include: Iterable[str] = ()) -> Path:
             f"{field} = {source!r}: not in the local hub cache; fetch it with `{fetch_command(source, include)}` "
             "on a machine with internet access, or name a folder"
         ) from error
+
+
+@contextlib.contextmanager
+def silence_ends() -> Iterator[None]:
+    """Let no call of huggingface_hub wait longer than :data:`SILENCE_SECONDS` for an answer."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    before, session.timeout = session.timeout, SILENCE_SECONDS
+    try:
+        yield
+    finally:
+        session.timeout = before
 
 
 def fetch_command(source: str, include: Iterable[str] = ()) -> str:

@@ -12,9 +12,10 @@ from tests.helpers.fake_hub import NAME, TOKEN, fake_hub
 from tests.helpers.stage_folders import DATA, PLANNER, SETTINGS, make_stages
 from tests.policy.test_export import METRICS
 from wav import cli
+from wav import hub as hub_module
 from wav.errors import CheckpointError, DataError, ServiceError
 from wav.evaluation.tables import metrics_table
-from wav.policy import Observation, Policy, sharing
+from wav.policy import Observation, Policy
 from wav.policy.export import export_policy, load_export, policy_from_stages
 from wav.policy.sharing import pull, push
 
@@ -40,7 +41,7 @@ def _no_pauses(monkeypatch):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.setattr(sharing, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(hub_module, "SILENCE_SECONDS", 1.0)
     with fake_hub(tmp_path / "huggingface") as found:
         yield found
 
@@ -159,7 +160,7 @@ def test_errors_are_one_sentence(exported, hub, tmp_path, monkeypatch, capsys):
         hub.status = status
         both(part)
     hub.status, hub.silent = 0, True
-    monkeypatch.setattr(sharing, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(hub_module, "SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
     both("cannot be reached")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.training.test_loop import finish, weights
-from tests.training.test_resume import run_of
+from tests.training.test_resume import checkpoint, run_of
 from wav.training.spec import TrainSpec
 
 
@@ -63,6 +63,8 @@ def test_a_step_that_is_not_finite_ends_the_run_or_is_counted(
     log = finish(start(spec, spoil))
     assert "resumed from the checkpoint of step 2" in log
     assert log.count("step 3 is dropped, its gradients are not finite (1)") == 1, log
+    saved = [state["skipped_steps"] for state in checkpoint(spec, 4).values() if "skipped_steps" in state]
+    assert set(saved) == {1}  # so that a run that is resumed later may not lose as many again
     metrics = json.loads((spec.paths.output / "metrics.json").read_text())
     assert metrics["skipped_steps"] == 1
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(spec).values())

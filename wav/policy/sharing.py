@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from wav.errors import CheckpointError, DataError, ServiceError, WavError, cut
-from wav.hub import is_hub_id
+from wav.hub import is_hub_id, silence_ends
 from wav.io.files import MANIFEST, atomic_folder, check_format, manifest_files, read_json
 from wav.io.readers import understood
 from wav.policy.export import CARD, FORMAT, VERSION, verify_export
 
 PLACEHOLDER = "USER/NAME"
 """Stands for the repository in a card."""
-SILENCE_SECONDS = 60.0
-"""A hub that says nothing for this long is given up: huggingface_hub itself would wait for ever."""
 _FOLDERS = ("model/", "codec/", "text_encoder/")
 
 
@@ -131,13 +129,11 @@ def _answered(repository: str) -> Iterator[None]:
     Raises:
         ServiceError: with the remedy. CheckpointError: the repository holds no export.
     """
-    from huggingface_hub import get_session
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    session = get_session()
-    before, session.timeout = session.timeout, SILENCE_SECONDS
     try:
-        yield
+        with silence_ends():
+            yield
     except WavError:
         raise
     except Exception as error:  # which of the hub's errors are those of its HTTP library differs between versions
@@ -146,8 +142,6 @@ def _answered(repository: str) -> Iterator[None]:
                 f"{repository}: holds no {MANIFEST}, so is no policy of wav; check the name"
             ) from error
         raise ServiceError(f"{repository}: {_sentence(error)}") from error
-    finally:
-        session.timeout = before
 
 
 def _sentence(error: BaseException) -> str:

@@ -58,6 +58,20 @@ def test_an_interrupted_download_is_gone_on_with_not_taken_for_whole(monkeypatch
     assert libero_assets.assets_here() == cache
 
 
+def test_a_hub_that_says_nothing_is_not_waited_for_without_end(monkeypatch, cache):
+    limits = []
+
+    def fetch(*_, local_dir, **__):
+        limits.append(huggingface_hub.get_session().timeout.read)
+        make(local_dir)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    before = huggingface_hub.get_session().timeout
+    libero_assets.find_assets()
+    assert limits == [60]
+    assert huggingface_hub.get_session().timeout == before
+
+
 def test_the_digest_leaves_out_what_a_download_notes_for_itself(tmp_path):
     digests = set()
     for number, note in enumerate(("1760000000.1", "1760000000.123456")):

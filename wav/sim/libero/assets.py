@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wav.errors import ServiceError, SimulationError
+from wav.hub import silence_ends
 from wav.io.files import canonical_digest, write_text
 from wav.local import local_folder
 
@@ -135,12 +136,13 @@ def _download(folder: Path) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        info: Any = HfApi().repo_info(ASSETS_REPO, repo_type="dataset", files_metadata=True, timeout=20)
-        size = sum(file.size or 0 for file in info.siblings or [])
-        log.warning("LIBERO assets: downloading %.0f MB from %s to %s", size / 1e6, ASSETS_REPO, folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _unfinished(folder).touch()
-        snapshot_download(ASSETS_REPO, repo_type="dataset", revision=info.sha, local_dir=folder)
+        with silence_ends():
+            info: Any = HfApi().repo_info(ASSETS_REPO, repo_type="dataset", files_metadata=True, timeout=20)
+            size = sum(file.size or 0 for file in info.siblings or [])
+            log.warning("LIBERO assets: downloading %.0f MB from %s to %s", size / 1e6, ASSETS_REPO, folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _unfinished(folder).touch()
+            snapshot_download(ASSETS_REPO, repo_type="dataset", revision=info.sha, local_dir=folder)
         _unfinished(folder).unlink()
     except Exception as error:  # the hub's own error classes differ between versions
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
