@@ -60,7 +60,7 @@ def test_views_of_two_arms_have_names_of_their_own() -> None:
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Python of an environment in which LeRobot was installed by the page's command, beside what wav asks for."""
+    """Python of an environment that the page's command made."""
     found = sorted(Path.home().glob(".pyenv/versions/3.12.*/bin/python"))
     base = sys.executable if sys.version_info >= (3, 12) else str(found[-1]) if found else shutil.which("python3.12")
     kept = os.environ.get("WAV_TEST_VENVS")
@@ -69,8 +69,13 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not base:
             pytest.skip("no Python 3.12 here")
         subprocess.run([base, "-m", "venv", str(made.parents[1])], check=True)
+        project = tmp_path_factory.mktemp("project")  # pip builds in it
+        for name in ("wav", "flows", "infra", "clients"):
+            shutil.copytree(ROOT / name, project / name)
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(ROOT / name, project / name)
         (line,) = re.findall(r"(?m)^    pip (install lerobot .*)$", PAGE.read_text())
-        subprocess.run([str(made), "-m", "pip", "-q", *shlex.split(line)], check=True)
+        subprocess.run([str(made), "-m", "pip", "-q", *shlex.split(line)], check=True, cwd=project)
     return made
 
 
