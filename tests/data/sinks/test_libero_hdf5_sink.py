@@ -254,6 +254,21 @@ def test_command_writes_and_refuses_an_existing_folder(make_store, tmp_path, cap
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "libero").iterdir()} == before
 
 
+def cut_front(path: Path, share: float) -> None:
+    """Drop the first steps of every demonstration, as who trims a dataset does."""
+    with h5py.File(path, "a") as file:
+        for demo in file["data"].values():
+            steps = len(demo["actions"])
+            names: list[str] = []
+            demo.visit(names.append)
+            for name in names:
+                if isinstance(demo[name], h5py.Dataset) and demo[name].shape[:1] == (steps,):
+                    kept = demo[name][int(share * steps) :]
+                    del demo[name]
+                    demo[name] = kept
+            demo.attrs["num_samples"] = steps - int(share * steps)
+
+
 @needs_assets
 @pytest.mark.long
 def test_a_recorded_demonstration_with_its_states_is_replayed_from_the_file(tmp_path, monkeypatch, capsys):
@@ -274,6 +289,12 @@ def test_a_recorded_demonstration_with_its_states_is_replayed_from_the_file(tmp_
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     assert cli.main(["replay", str(again.path), "--params", str(tmp_path / "params.yaml")]) == 0
     assert "2 of 2 demonstrations succeed again" in capsys.readouterr().out
+    cut_front(next((tmp_path / "libero").glob("*.hdf5")), 0.4)
+    cut = read_back(settings.data, tmp_path / "libero")
+    assert cut[0].length < store[0].length
+    assert cli.main(["replay", str(cut.path), "--params", str(tmp_path / "params.yaml"), "--json"]) == 0
+    outcomes = json.loads(capsys.readouterr().out)["outcomes"]
+    assert [(one["success"], one["position_error"] < 1e-4) for one in outcomes] == [(True, True)] * 2
     raw["ingest"] |= {"source": "scripted", "seed": 1}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
     assert cli.main(["export-hdf5", str(store.path), str(tmp_path / "no"), *options]) == 1
