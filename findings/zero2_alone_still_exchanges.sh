@@ -11,8 +11,7 @@ set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q torch==2.13.0 numpy==2.4.6 setuptools wheel
-"$folder/venv/bin/pip" install -q --no-build-isolation deepspeed==0.19.8
+"$folder/venv/bin/pip" install -q torch==2.13.0 deepspeed==0.19.8 numpy==2.4.6
 LOCAL_RANK=0 DS_ACCELERATOR=cpu "$folder/venv/bin/python" - 2>/dev/null <<'PYTHON'
 import deepspeed
 import deepspeed.ops
