@@ -114,7 +114,7 @@ def as_recorded(path: Path) -> None:
     used, recorded = leaves(settings.model_dump(mode="json")), leaves(load_yaml(str(path)))
     for name, value in recorded.items():
         mine = used.get(name)
-        value = [value] if name == "data.suites" and isinstance(value, str) else value  # one name alone is taken, too
+        value = [value] if name == ".data.suites" and isinstance(value, str) else value  # one name alone is taken, too
         same = mine == (float(value) if isinstance(mine, float) else value)
         if value != {} and not (same and isinstance(mine, bool) == isinstance(value, bool)):
             raise WrongError(f"{name}: DVC records {value!r}, the run uses {mine!r}")
