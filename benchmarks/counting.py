@@ -56,30 +56,20 @@ class Counted(TorchDispatchMode):
         """Count the multiplications of one operation."""
         if name in ("mm", "addmm", "linear", "_linear_pointwise"):
             self._product(args[1 if name == "addmm" else 0], outputs[0].shape[-1])
-        elif name == "feed":  # wav::feed: two products with a GELU between
-            x, inner = args[0], args[6]
-            self._product(x, inner)
-            self._product(x, inner, backwards=True)
-        elif name == "attend":  # wav::attend
-            self.flops += 4 * args[0].numel() * args[1].shape[1]
-        elif name == "product":  # wav::product, a linear or its gradient for the input
-            self._product(args[0], outputs[0].shape[-1])
-        elif name == "product_gradient":
-            self.flops += 2 * args[0].numel() * args[1].shape[-1]
         elif name == "convolution":
             self.flops += 2 * outputs[0].numel() * args[1][0].numel()
         elif name in ("bmm", "baddbmm"):
             self.flops += 2 * outputs[0].numel() * args[1 if name == "baddbmm" else 0].shape[-1]
-        elif "scaled_dot_product" in name or name.startswith("attention"):  # wav::attention and its gradient
+        elif "scaled_dot_product" in name:
             backward = "backward" in name  # whose first argument is the gradient; logits computed again do not count
             query, key = args[1:3] if backward else args[:2]
             self.flops += (8 if backward else 4) * math.prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]
 
-    def _product(self, rows: Tensor, wide: int, backwards: bool = False) -> None:
-        """Count a linear on ``rows`` (..., D) to ``wide`` columns, or back from them."""
+    def _product(self, rows: Tensor, wide: int) -> None:
+        """Count a linear on ``rows`` (..., D) to ``wide`` columns."""
         dim = rows.shape[-1]
         count = rows.numel() // dim
-        self.products[(wide, dim) if backwards else (dim, wide)] += count
+        self.products[dim, wide] += count
         self.flops += 2 * count * dim * wide
 
 

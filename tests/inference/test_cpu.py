@@ -56,7 +56,9 @@ def test_adaln_rows_per_frame_and_view(both: tuple[Operations, ...], dim: int) -
     """Rows (V, F, 1, D) hold for all cells of their frame and view, in every candidate."""
     wide, narrow = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
     h, (shift, scale, gate) = draw(3, 2, 4, 5, dim), draw(3, 2, 4, 1, dim, seed=1)
-    ours, wanted = (ops.feed(h, (shift, scale, 1e-6), ops.product(wide), ops.product(narrow), gate) for ops in both)
+    ours, wanted = (
+        ops.feed_forward(h, (shift, scale, 1e-6), ops.product(wide), ops.product(narrow), gate) for ops in both
+    )
     close(ours, wanted)
 
 

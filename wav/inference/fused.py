@@ -98,7 +98,7 @@ class Operations:
             parts[index] = part
         return parts
 
-    def feed(
+    def feed_forward(
         self, x: Tensor, modulation: tuple[Tensor, Tensor, float], wide: Product, narrow: Product, gate: Tensor
     ) -> Tensor:
         """X + gate * (GELU((RMS(x) * scale + shift) wide + b) narrow + b)."""
@@ -193,7 +193,7 @@ class Block:
         after = flat
         for cross, kv in zip(self.cross, reads, strict=False):  # without value features attn3 is skipped
             after = cross.add(flat, kv, after, mask)
-        return operations.feed(after.view(h.shape), (net[0], net[1], self.eps), self.wide, self.narrow, net[2])
+        return operations.feed_forward(after.view(h.shape), (net[0], net[1], self.eps), self.wide, self.narrow, net[2])
 
 
 class Expert:

@@ -125,10 +125,10 @@ class CpuOperations(Operations):
         side_by_side = self.linear(x, product, modulation, norms, rope)
         return side_by_side.split(norms[0].shape[-1], -1)  # type: ignore[no-any-return, no-untyped-call]
 
-    def feed(
+    def feed_forward(
         self, x: Tensor, modulation: tuple[Tensor, Tensor, float], wide: Product, narrow: Product, gate: Tensor
     ) -> Tensor:
-        """As :meth:`Operations.feed`; the inner activations never leave the core's cache."""
+        """As :meth:`Operations.feed_forward`; the inner activations never leave the core's cache."""
         x = x.contiguous()
         out = torch.empty_like(x)
         job = self._job(x, wide, out, modulation, x, gate)
@@ -289,7 +289,7 @@ def _check(kernels: CpuOperations) -> None:
             return {
                 "linear": ops.linear(x, first, modulation, (norms, 1e-5), ops.rope(table)),
                 "residual": ops.linear(query.new_ones(2, 7, 60), second, residual=x, gate=gate),
-                "feed": ops.feed(x, modulation, first, second, gate),
+                "feed_forward": ops.feed_forward(x, modulation, first, second, gate),
                 "attend": ops.attend(query, key, value, 2, True),
                 "masked attend": ops.attend(query, key, value, 2, True, mask),
             }
