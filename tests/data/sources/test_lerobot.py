@@ -383,6 +383,8 @@ def test_bimanual_dataset_passes_through(data, root, tmp_path, version):
     ):
         open_source(data, settings)
     settings = changed(settings, action="joint_absolute")
+    with pytest.raises(ConfigError, match=r"data\.state_dim = 8: .* has shape \[14\]; set data\.state_dim to it"):
+        open_source(data.model_copy(update={"state_dim": 8}), settings)
     store = run(data, settings, tmp_path / "out")
     np.testing.assert_array_equal(store[1].actions, episodes[1]["action"].astype(np.float32))
     np.testing.assert_array_equal(store[1].joints, episodes[1]["state"].astype(np.float32))

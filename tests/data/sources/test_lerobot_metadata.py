@@ -283,6 +283,13 @@ def test_states_that_are_not_certain_are_refused(root, read, turn, names, messag
         read()
 
 
+def test_another_rotation_is_declared_where_one_does_not_fit(root, read):
+    lerobot_dataset(root, posed("euler"), "v3.0", images=True)
+    with pytest.raises(ConfigError, match=r"7 numbers are not a .*quat_xyzw \(4\).*another ingest\.lerobot\.rotation"):
+        read(rotation="quat_xyzw", action="osc_pose_delta")
+    assert len(read(rotation="euler_xyz", action="osc_pose_delta")) == 3
+
+
 def test_a_width_behind_a_zero_is_no_pair_of_fingers(root, read):
     """Octo's form (position, rotation, 0, gripper) without names: taken for fingers, the gripper would be inverted."""
     episodes = libero_episodes()
