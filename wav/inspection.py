@@ -27,7 +27,7 @@ from wav.data.sources import open_source
 from wav.data.sources.damage import unreadable
 from wav.data.sources.libero_file import suite_folder
 from wav.data.sources.open_files import files_closed
-from wav.data.sources.recognise import recognise, unknown
+from wav.data.sources.recognise import recognise, refuse_unknown
 from wav.data.sources.staging import DatasetSource
 from wav.data.store import Rejection
 from wav.data.survey import USUAL, Survey, choose_views, survey
@@ -123,8 +123,7 @@ def inspect(
     found = recognise(path)
     if found is None:
         for file in [path] if path.is_file() else islice(path.rglob("*.hdf5"), 1):
-            if told := unknown(file):
-                raise ConfigError(told)
+            refuse_unknown(file)
             raise unreadable(file, "file of a known format", ValueError("unknown to every reader"))
         raise ConfigError(
             f"{path}: holds no robot data that is known by its content; give the folder that holds meta/ (LeRobot) or "

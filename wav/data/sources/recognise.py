@@ -93,14 +93,18 @@ def check_source(path: Path, source: str) -> None:
     raise ConfigError(f"ingest.path = {str(path)!r} holds {found.name}, which {source!r} does not read; {remedy}")
 
 
-def unknown(path: Path) -> str:
-    """What an HDF5 file of no known layout holds, and what to do; empty for anything else."""
+def refuse_unknown(path: Path) -> None:
+    """Say what an HDF5 file of no known layout holds, and what to do.
+
+    Raises:
+        ConfigError: it is one; anything else is for others to judge.
+    """
     try:
         with h5py.File(path, "r") as file:
             names = sorted(file)
     except (OSError, RuntimeError):
-        return ""
-    return (
+        return
+    raise ConfigError(
         f"{path}: is HDF5 of an unknown layout ({', '.join(names[:12]) or 'empty'} at its root); {_CONVERT}, or "
         "write a reader (docs/extending/dataset-reader.md)"
     )
