@@ -24,6 +24,7 @@ from botocore.exceptions import (
     ReadTimeoutError,
     SSLError,
 )
+from botocore.parsers import ResponseParserError
 
 from wav.errors import ServiceError, StorageError, WavError, cut
 from wav.io.storage.base import DamagedError, TransferError
@@ -44,7 +45,7 @@ OTHER_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "301", "307
 OTHER_REGION |= {"IllegalLocationConstraintException", "InvalidRegion", "Redirect"}
 CREDENTIALS_REMEDY = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or an AWS profile) for this store"
 #: what boto3 raises where a server answers 200 with what is no answer of S3
-_NO_ANSWER = (AttributeError, HTTPException, LookupError, RecursionError, TypeError, ValueError)
+_NO_ANSWER = (AttributeError, HTTPException, LookupError, RecursionError, ResponseParserError, TypeError, ValueError)
 
 
 @contextmanager
