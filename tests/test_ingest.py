@@ -100,6 +100,8 @@ def test_too_few_successes_is_one_clear_error(tmp_path):
     with pytest.raises(DataError, match=r"'lift_red_cube' gave 1 of 4 episodes in 8 tries .*: no grasp.*ingest\.noise"):
         run_ingest(tmp_path / "e", recorder=failing("no grasp"))
     assert list(tmp_path.iterdir()) == []
+    fewer = SETTINGS.model_copy(update={"episodes_per_task": 1})  # as the error advises
+    assert run_ingest(tmp_path / "e", fewer, recorder=failing("no grasp")).rejected == 0
 
 
 def test_single_simulator_failure_is_a_rejection(tmp_path):

@@ -127,6 +127,7 @@ def test_colours_are_no_depth(root, read):
     lerobot_dataset(root, libero_episodes(EPISODES, STEPS), "v3.0")
     with pytest.raises(ConfigError, match=r"records colours; leave the view out of ingest\.lerobot\.depth"):
         read(**AS_DEPTH)
+    assert len(read()) == EPISODES
     describe(root, **SCALE)
     with pytest.raises(DataError, match=r"frames are gbrp where .* gray12le; .* out of ingest\.lerobot\.depth"):
         read(**AS_DEPTH)
