@@ -1,1 +1,0 @@
-"""One machine's services (Prefect, S3) and helpers of the Makefile."""

@@ -1,1 +1,0 @@
-"""Episodes on disk and in memory: format, statistics and training windows."""

@@ -1,1 +1,0 @@
-"""Sinks of demonstrations: one writer per format of others, from an episode store."""

@@ -1,1 +1,0 @@
-"""Evaluation beside the pipeline: LIBERO's table, replay, reruns, first frames."""

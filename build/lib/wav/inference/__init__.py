@@ -1,1 +1,0 @@
-"""What turns a model into what the planner needs."""

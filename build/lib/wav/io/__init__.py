@@ -1,1 +1,0 @@
-"""Files on disk and objects in a store: atomic writes, digests, manifests."""

@@ -1,1 +1,0 @@
-"""Dense rewards (Table 2) and returns."""

@@ -1,1 +1,0 @@
-"""LIBERO's suites: tasks, assets, environment and scripted expert."""

@@ -1,1 +1,0 @@
-"""The tabletop suite: scripted tasks of one arm in robosuite."""
