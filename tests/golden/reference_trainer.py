@@ -12,7 +12,6 @@ Every departure is one override, so that the recorded iterations prove the rest 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -86,6 +85,5 @@ class ReferenceJoint(Reference, JointObjective):
         label = random.levels("condition_label", tuple(draws.condition_level.shape))
         return {**super().labels(draws, random), "condition_label": label}
 
-    def values_read(self, inputs: StepInputs, features: Sequence[Tensor]) -> Sequence[Tensor]:
-        told = self.timestep(inputs.draws.condition_label)  # type: ignore[attr-defined]
-        return self.model.value(inputs.draws.condition_noise, told, features).features
+    def values_shown(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        return inputs.draws.condition_noise, self.timestep(inputs.draws.condition_label)  # type: ignore[attr-defined]

@@ -69,15 +69,20 @@ class JointObjective(Objective):
         draws, action, value, expert = inputs.draws, inputs.roles.action, inputs.roles.value, self.model.value
         if not self.model.has_value:
             return None, None
-        true = labelled_values(inputs.batch)[:action]
-        told, told_at = mix(true, draws.condition_noise, draws.condition_level), draws.condition_level
+        shown, shown_at = self.values_shown(inputs)
         own = mix(self._clean_values(inputs).unsqueeze(1), draws.value_noise, draws.value_level)
+        own_at = self.timestep(draws.value_level)
         if action and value and own.shape[1] == 1:
-            tokens, level = torch.cat([told, own.squeeze(1)]), torch.cat([told_at, draws.value_level.squeeze(1)])
-            both = expert(tokens, self.timestep(level), [layer[: action + value] for layer in features])
+            tokens, timestep = torch.cat([shown, own.squeeze(1)]), torch.cat([shown_at, own_at.squeeze(1)])
+            both = expert(tokens, timestep, [layer[: action + value] for layer in features])
             return [layer[:action] for layer in both.features], both.velocity[action:].unsqueeze(1)
-        read = expert(told, self.timestep(told_at), for_action).features if action else None
-        return read, expert(own, self.timestep(draws.value_level), for_value).velocity if value else None
+        read = expert(shown, shown_at, for_action).features if action else None
+        return read, expert(own, own_at, for_value).velocity if value else None
+
+    def values_shown(self, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        """Value tokens (n, A, Cv) that the action samples read, and the timesteps (n,) told with them."""
+        draws, true = inputs.draws, labelled_values(inputs.batch)[: inputs.roles.action]
+        return mix(true, draws.condition_noise, draws.condition_level), self.timestep(draws.condition_level)
 
     def _clean_values(self, inputs: StepInputs) -> Tensor:
         """True values (n, A, Cv) of the value samples."""
