@@ -76,7 +76,7 @@ class Counted(TorchDispatchMode):
 def matrix_peak(size: int = 1024, seconds: float = 1.0) -> float:
     """Best measured FLOP/s of a float32 matrix product on this many threads."""
     from wav.inference.cpu.kernels import CpuOperations, available
-    from wav.inference.fused import Operations
+    from wav.inference.operations import Operations
 
     linear, x = torch.nn.Linear(size, size), torch.randn(size, size)
     ways = [Operations(), *([CpuOperations()] if available() else [])]

@@ -47,13 +47,7 @@ PARTS = (
     Part("plan", 240, "gpu_planning", "plan", "planning: baseline, eager and compiled; nothing compiled before"),
     Part("plan_warm", 70, "gpu_planning", "plan_warm", "the first compiled plans of a process that finds them on disk"),
     Part("train", 110, "gpu_training", "train", "training steps without an engine, not compiled: eager, recomputed"),
-    Part(
-        "engine",
-        270,
-        "gpu_training",
-        "engine",
-        "training steps through DeepSpeed, in turns with plain ones; compiled",
-    ),
+    Part("engine", 270, "gpu_training", "engine", "compiled training steps: DeepSpeed's, in turns with plain ones"),
     Part("exact", 60, "gpu_planning", "exact", "what companions in a batch and the precision change in a plan"),
     Part("tests", 110, "gpu_tests", "tests", "tests/gpu"),
 )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wav import code_cache
 from wav.inference.cpu import kernels
 from wav.inference.cpu.kernels import CpuOperations
-from wav.inference.fused import Operations
+from wav.inference.operations import Operations
 from wav.model.rope import token_rope
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C compiler, or WAV_NATIVE=0")

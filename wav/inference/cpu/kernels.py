@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wav.code_cache import code_cache
-from wav.inference.fused import FusedPlannerModel, Operations, Product
+from wav.inference.fused import FusedPlannerModel
+from wav.inference.operations import Operations, Product
 from wav.model.rope import Rope, token_rope
 from wav.planning.types import NoiseShapes
 
@@ -73,7 +74,7 @@ class _Attention(ctypes.Structure):
 
 
 class CpuOperations(Operations):
-    """:class:`wav.inference.fused.Operations` with what surrounds a product in the same pass over memory."""
+    """:class:`wav.inference.operations.Operations` with what surrounds a product in the same pass over memory."""
 
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
         self.library = library or cast(ctypes.CDLL, _library())
