@@ -102,10 +102,12 @@ class Source:
         return PROJECT / "workspaces" / f"{'study' if own == PROJECT else own.name}-{mode}"
 
 
-def cost(policy: Policy, observations: Sequence[Observation], repeats: int = 3) -> dict[str, dict[str, float]]:
+def cost(
+    policy: Policy, variants: Sequence[str], observations: Sequence[Observation], repeats: int = 3
+) -> dict[str, dict[str, float]]:
     """Median seconds and peak memory of a policy call on ``observations``, per variant."""
     found, rows, cuda = {}, list(range(len(observations))), policy.model.device.type == "cuda"
-    for variant in VARIANTS:
+    for variant in variants:
         seconds = []
         if cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -206,7 +208,8 @@ class Study:
         settings, steps = source.settings.model_copy(update=changes), self.steps(self.protocol.within)
         metrics = evaluate(settings, policy, folder, pool=pool, checkpoint=source.checkpoint, limits=steps)
         records, histories = records_of(folder), self.histories(self.protocol.batch_size)
-        costs = cost(policy, [history[-1] for history in histories])
+        variants = self.protocol.variants
+        costs = cost(policy, variants, [history[-1] for history in histories])
         soon = {factor: summarise(records, {}, limits) for factor in WITHIN if (limits := self.steps(factor))}
         result = {
             "key": self.key(cell, source.checkpoint),
@@ -215,9 +218,9 @@ class Study:
             "checkpoint": source.checkpoint,
             "steps": steps,
             "execute_steps": cell.execute_steps,
-            "variants": {name: metrics[name] | costs[name] for name in VARIANTS},
+            "variants": {name: metrics[name] | costs[name] for name in variants},
             "within": {
-                str(factor): {name: found[name]["within"] for name in VARIANTS} for factor, found in soon.items()
+                str(factor): {name: found[name]["within"] for name in variants} for factor, found in soon.items()
             },
             "paired": metrics["paired"],
             "paired_within": metrics.get("paired_within", metrics["paired"]),
@@ -255,7 +258,7 @@ class Study:
         reports, own = self.source.folder / "reports", self.source.policy.coupling.mode
         timing = read_json(reports / "eval" / "metrics.json", "run `dvc repro eval_libero`")["timing"]
         tasks = {row.task for row in self.source.store.episodes}
-        episodes = len(VARIANTS) * self.protocol.episodes_per_task * len(tasks)
+        episodes = len(self.protocol.variants) * self.protocol.episodes_per_task * len(tasks)
         work = sum(cell.work / base.work for cell in cells if cell == base or cell.setting != base.setting)
         stages = [read_json(reports / "stages" / f"{name}.json", "run `dvc repro`") for name in TRAINED]
         modes = {cell.mode for cell in cells if not (self.source.beside(cell.mode) / "dvc.lock").exists()} - {own}
@@ -291,13 +294,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="instead of WORKSPACE/reports/study")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=AXES, metavar="AXIS", help=", ".join(AXES))
     parser.add_argument("--episodes", type=int, default=50, help="initial states of each task, at most 50")
+    hint = "what planning is compared with; unplanned costs little, being shared"
+    parser.add_argument(
+        "--controls", nargs="*", choices=VARIANTS[1:], default=VARIANTS[1:], metavar="VARIANT", help=hint
+    )
     parser.add_argument("--states", type=int, default=8, help="initial states per task from which scores are ranked")
     parser.add_argument("--dry", action="store_true", help="list cells and hours, run nothing")
     chosen = parser.parse_args()
     runtime = Runtime()
     torch.set_num_threads(runtime.threads or os.cpu_count() or 1)
     source = Source.open(chosen.workspace, runtime.device)
-    changes = {"episodes_per_task": chosen.episodes, "variants": VARIANTS, "swapped_episodes": 0, "videos": 0}
+    variants = (VARIANTS[0], *chosen.controls)
+    changes = {"episodes_per_task": chosen.episodes, "variants": variants, "swapped_episodes": 0, "videos": 0}
     protocol = source.settings.eval_libero.model_copy(update=changes)
     study = Study(source, chosen.out or chosen.workspace / "reports" / "study", protocol, chosen.states, runtime)
     data, steps = source.settings.data, protocol.execute_steps

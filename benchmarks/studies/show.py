@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 
 from wav.evaluation.charts import COLOURS
 from wav.io.files import read_json, write_bytes, write_json, write_text
-from wav.planning import VARIANTS
 from wav.plots import png
 
 REMEDY = "run `make study` again"
@@ -42,19 +41,24 @@ def within(found: Mapping[str, Any]) -> Mapping[str, Any]:
     return found.get("within", found)  # type: ignore[no-any-return]
 
 
+def controls(cell: Mapping[str, Any]) -> list[str]:
+    """What planning was compared with, of the variants that the study was asked for."""
+    return [name for name in cell["variants"] if name != "planned"]
+
+
 def row(cell: Mapping[str, Any]) -> list[str]:
     """A cell's line of the table."""
     variants, paired = cell["variants"], cell["paired_within"]
-    planned, steps = variants["planned"], [variants[name]["median_steps_to_success"] for name in VARIANTS]
+    planned, steps = variants["planned"], [found["median_steps_to_success"] for found in variants.values()]
     use, ranked = cell.get("use", {}).get("action"), cell.get("ranking")
     return [
         cell["axis"] if cell["value"] == cell["axis"] else f"{cell['axis']} {cell['value']}",
-        *(rate(within(variants[name])) for name in VARIANTS),
-        *(difference(paired[f"planned-{name}"]) for name in ("unplanned", "temperature")),
+        *(rate(within(found)) for found in variants.values()),
+        *(difference(paired[f"planned-{name}"]) for name in controls(cell)),
         difference(cell["base"]["within"]),
-        " / ".join(f"{100 * variants[name]['success_rate']:.0f}" for name in VARIANTS),
+        " / ".join(f"{100 * found['success_rate']:.0f}" for found in variants.values()),
         " / ".join("-" if count is None else f"{count:.0f}" for count in steps),
-        f"{planned['seconds_a_call']:.2f} / {variants['unplanned']['seconds_a_call']:.2f}",
+        " / ".join(f"{found['seconds_a_call']:.2f}" for found in variants.values()),
         f"{planned['peak_memory_gib']:.2f}",
         f"{100 * use.get('video', 0):.0f} + {100 * use.get('value', 0):.0f}" if use else "",
         f"{ranked['spearman']:.2f}" if ranked else "",
@@ -67,14 +71,15 @@ def table(study: Mapping[str, Any], axes: Sequence[str] = ()) -> str:
     if not cells:
         return UNMEASURED
     planned = cells[0]["variants"]["planned"]
-    head = ["setting", "planned", "unplanned", "temperature", "less unplanned", "less temperature", "less base's"]
+    names = list(cells[0]["variants"])
+    head = ["setting", *names, *(f"less {name}" for name in controls(cells[0])), "less base's"]
     head += ["at all", "median steps", "s a call", "GiB", "use", "rank"]
     lines = [" | ".join(head), "|".join("---" for _ in head), *(" | ".join(row(cell)) for cell in cells)]
     limits = ", ".join(f"{task} {steps}" for task, steps in cells[0]["steps"].items()) or "the protocol's"
     note = (
         f"{study['suite']}, {planned['episodes']} paired episodes a row. Success in percent within a time limit ("
         f"{limits} steps), planned less the controls' and less the base's, 95% intervals; at all: the protocol's limit "
-        "(planned / unplanned / temperature); steps: of successes; a call: one full batch (planned / unplanned); "
+        f"({' / '.join(names)}); steps: of successes; a call: one full batch (in the same order); "
         "use: percent of the action's variance by video + value noise; rank: Spearman's correlation of scores with "
         "realised returns within a state."
     )
@@ -87,7 +92,7 @@ def plot(study: Mapping[str, Any], axis: str) -> bytes:
     figure = Figure(figsize=(11, 3.2), dpi=110, layout="constrained")
     x, (soon, ever, costs) = range(len(cells)), figure.subplots(1, 3)
     for axes, title, find in ((soon, "success within the time limit, %", within), (ever, "success at all, %", dict)):
-        for name in VARIANTS:
+        for name in cells[0]["variants"]:
             rates = [find(cell["variants"][name]) for cell in cells]
             middle = [100 * r["success_rate"] for r in rates]
             low = [max(0, m - 100 * r["wilson_low"]) for m, r in zip(middle, rates, strict=True)]
