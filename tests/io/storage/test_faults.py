@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from botocore.exceptions import ResponseStreamingError
 
 from tests.helpers.fault_proxy import FaultProxy
 from wav.errors import StorageError
 from wav.io.storage.base import TransferError
 from wav.io.storage.commit import commits, fetch, publish, seal, verify
 from wav.io.storage.s3 import S3Store
+from wav.io.storage.s3_errors import length_said
 
 RECOVERS = ("reset", "reset_after", "error500", "slow_down", "corrupt_upload")
 REFUSES = {
@@ -172,3 +176,18 @@ def test_multipart_upload_recovers(
     with pytest.raises(StorageError, match="InternalError"):
         store.put_file(source, "other")
     assert store.head("other") is None
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "refused"),
+    [
+        (200, {"ContentLength": 0}, False),
+        (206, {"ContentRange": "bytes 0-9/1000", "ContentLength": 10}, False),
+        (206, {"ContentRange": "bytes 0-9/*", "ContentLength": 10}, True),
+        (200, {}, True),
+        (503, {}, False),  # botocore's to say
+    ],
+)
+def test_content_is_taken_only_where_its_length_is_said(status: int, answer: dict[str, Any], refused: bool) -> None:
+    with pytest.raises(ResponseStreamingError, match="length") if refused else contextlib.nullcontext():
+        length_said(http_response=SimpleNamespace(status_code=status), parsed=answer)

@@ -41,6 +41,7 @@ from wav.io.storage.s3_errors import (
     REFUSED,
     code,
     explained,
+    length_said,
     no_checksums,
     not_s3,
     retry_429,
@@ -99,6 +100,7 @@ class S3Store:
             name = f"WAV_S3_ENDPOINT = {self.endpoint!r}" if self.endpoint else f"{self.url} at AWS"
             raise ConfigError(f"{name}: {cut(error)}; use http://host:port") from None
         client.meta.events.register("needs-retry.s3", retry_429(attempts, BACKOFF_429_S))
+        client.meta.events.register("after-call.s3.GetObject", length_said)
         return client
 
     def uri(self, key: str) -> str:
@@ -239,8 +241,8 @@ class S3Store:
         extra = {"VersionId": version} if version else {}
         for last in (False, False, True):
             with self._explained(key):
-                reply = self._client.get_object(Bucket=self.bucket, Key=self._key(key), **extra)
                 try:
+                    reply = self._client.get_object(Bucket=self.bucket, Key=self._key(key), **extra)
                     data: bytes = reply["Body"].read()
                 except (HTTPClientError, IncompleteReadError):
                     if last:

@@ -22,6 +22,7 @@ from botocore.exceptions import (
     ProfileNotFound,
     ProxyConnectionError,
     ReadTimeoutError,
+    ResponseStreamingError,
     SSLError,
 )
 from botocore.parsers import ResponseParserError
@@ -162,3 +163,14 @@ def retry_429(attempts: int, pause_s: float) -> Callable[..., float | None]:
         return min(pause_s * 2.0 ** call["attempts"], 20.0) if again else None
 
     return delay
+
+
+def length_said(http_response: Any, parsed: dict[str, Any], **_: Any) -> None:
+    """A handler of botocore's ``after-call``: an object's content is taken only from an answer that says its length.
+
+    boto3 starts a download with the first part and reads from that answer how many there are. Where it cannot, its
+    threads stop and the download is waited for without end; raised here, the answer counts as one that broke off.
+    """
+    length = str(parsed.get("ContentRange", parsed.get("ContentLength", ""))).rpartition("/")[2]
+    if http_response.status_code < 300 and not length.isdigit():
+        raise ResponseStreamingError(error="the answer does not say the object's length")
