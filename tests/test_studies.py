@@ -14,15 +14,13 @@ import torch
 
 from benchmarks.studies import cells, feasibility, planning, show
 from tests.evaluation.fakes import FakePolicy, FakePool, settings
-from wav.config import CouplingSettings, PlannerSettings, Runtime
+from wav.config import CouplingSettings, PlannerSettings, Runtime, Settings
 from wav.planning import VARIANTS
 
 PROJECT = Path(__file__).resolve().parents[1]
 RESULTS = PROJECT / "benchmarks" / "results"
 PAGE = (PROJECT / "docs" / "planning.md").read_text()
 TASKS = ("lift_red_cube", "lift_green_cube")
-
-EXECUTED = 4, 8  # actions executed of a chunk's
 
 
 @pytest.fixture
@@ -38,6 +36,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> planning.Study:
     seen.submit_reset(0, TASKS[0], 0)
     ((_, reply),) = seen.wait()
     monkeypatch.setattr(planning.Study, "histories", lambda self, *count: [[reply.observation]])
+    monkeypatch.setattr(planning.Source, "minutes", lambda _: 3.0)
     use = {"action": {"video": 0.3, "value": 0.2, "action": 0.5}}
     monkeypatch.setattr(planning.Study, "look", lambda *_: {"use": use})
     changes = {"episodes_per_task": 3, "variants": VARIANTS, "swapped_episodes": 0, "videos": 0}
@@ -46,7 +45,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> planning.Study:
 
 
 def test_a_study_of_two_cells_is_run_once_and_shown(study: planning.Study) -> None:
-    base, other = cells.build_cells(PlannerSettings(), CouplingSettings(), ["act_on"], *EXECUTED)[::2]
+    base, other = cells.build_cells(study.source.settings, ["act_on"])[::2]
     assert (base.name, other.name) == ("base=base", "act_on=winner")
     pool = FakePool(3)
     first = study.run(base, base, pool)
@@ -63,7 +62,7 @@ def test_a_study_of_two_cells_is_run_once_and_shown(study: planning.Study) -> No
     pool = FakePool(3)
     second = study.run(other, base, pool)
     assert len(pool.resets) == 12, "acting unplanned is the same in every cell"
-    same = study.run(cells.build_cells(PlannerSettings(), CouplingSettings(), ["act_on"], *EXECUTED)[1], base, pool)
+    same = study.run(cells.build_cells(study.source.settings, ["act_on"])[1], base, pool)
     assert len(pool.resets) == 12, "a cell that is the base once more is not run"
     assert (same["axis"], same["value"]) == ("act_on", "sample")
     assert {**same, "axis": "base", "value": "base"} == first
@@ -81,13 +80,15 @@ def test_a_study_of_two_cells_is_run_once_and_shown(study: planning.Study) -> No
 
 
 def test_every_cell_is_a_setting_that_planning_takes() -> None:
+    whole = Settings().train_joint.steps
     base = PlannerSettings(iterations=2, video_samples=6, value_samples=2, video_elites=3, value_elites=8)
     for coupling in (CouplingSettings(), CouplingSettings(mode="both", video_schedule=(1.0, 0.5))):
-        found = cells.build_cells(base, coupling, cells.AXES, 2, 5)
+        found = cells.build_cells(Settings(planner=base, coupling=coupling), cells.AXES)
         assert len({cell.name for cell in found}) == len(found)
         assert {cell.axis for cell in found} == set(cells.AXES)
         assert {cell.mode for cell in found} == set(cells.MODES)
-        assert [cell.execute_steps for cell in found if cell.axis == "execute_steps"] == [1, 2, 3, 5]
+        assert [cell.execute_steps for cell in found if cell.axis == "execute_steps"] == [1, 2, 3, 5, 8]
+        assert [cell.steps for cell in found if cell.axis == "steps"] == [whole // 4, whole // 2, 0]
         for cell in found:
             CouplingSettings(mode=cell.mode, video_schedule=cell.schedule)  # refuses what training did not show
             assert cell.planner.video_elites <= cell.planner.video_samples

@@ -6,19 +6,36 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from wav.config import CouplingSettings, PlannerSettings
+from wav.config import PlannerSettings, Settings
 from wav.planning.scores import SCORES
 
 MODES = ("none", "future", "value", "both")
 #: The base, what decides most, the paper's Fig. 4, 6 and 7 (K, M, N), one shot against iterations, its Fig. 5.
-AXES = ("base", "execute_steps", "coupling", "score", "passes", "act_on", "phi", "gate", "K", "M", "N", "budget")
+AXES = (
+    "base",
+    "execute_steps",
+    "coupling",
+    "steps",
+    "score",
+    "passes",
+    "act_on",
+    "phi",
+    "gate",
+    "K",
+    "M",
+    "N",
+    "budget",
+)
 AXES = (*AXES, "alpha", "beta", "K1", "K2")
 EXECUTED = (1, 2, 3, 5, 8)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """``planner`` whole, noise levels of the video passes, actions executed of a plan, and the mode trained with."""
+    """``planner`` whole, noise levels of the video passes, actions executed of a plan, and what was trained.
+
+    Trained are the mode of coupling and the steps of the joint stage (0: as many as in the workspace).
+    """
 
     axis: str
     value: str
@@ -26,6 +43,7 @@ class Cell:
     schedule: tuple[float, ...]
     execute_steps: int
     mode: str
+    steps: int = 0
 
     @property
     def name(self) -> str:
@@ -35,7 +53,7 @@ class Cell:
     @property
     def setting(self) -> tuple[Any, ...]:
         """What is equal in cells of equal results."""
-        return self.planner, self.schedule, self.execute_steps, self.mode
+        return self.planner, self.schedule, self.execute_steps, self.mode, self.steps
 
     @property
     def work(self) -> float:
@@ -77,13 +95,9 @@ def sweeps(base: PlannerSettings) -> dict[str, dict[Any, dict[str, Any]]]:
     }
 
 
-def build_cells(
-    base: PlannerSettings, coupling: CouplingSettings, axes: Iterable[str], execute_steps: int, chunk: int
-) -> list[Cell]:
-    """The cells of ``axes`` around a workspace's planner and what its model was trained with, the base first.
-
-    Of the ``chunk`` actions that a plan decodes ``execute_steps`` are executed.
-    """
+def build_cells(settings: Settings, axes: Iterable[str]) -> list[Cell]:
+    """The cells of ``axes`` around a workspace's planner and what its model was trained with, the base first."""
+    base, coupling, execute_steps = settings.planner, settings.coupling, settings.eval_libero.execute_steps
     mode, schedule = coupling.mode, coupling.video_schedule
     last = schedule[-1] if schedule[-1] < 1 else sum(coupling.future_levels) / 2
     passes: dict[str, tuple[float, ...]] = {"1": (1.0,), "2": (1.0, last), "3": (1.0, (1 + last) / 2, last)}
@@ -97,7 +111,12 @@ def build_cells(
         if axis in levels:
             cells += [Cell(axis, value, base, found, execute_steps, own) for value, found, own in levels[axis]]
         elif axis == "execute_steps":
-            cells += [Cell(axis, str(n), base, schedule, n, mode) for n in EXECUTED if n <= chunk]
+            executed = [n for n in EXECUTED if n <= settings.data.action_chunk]
+            cells += [Cell(axis, str(n), base, schedule, n, mode) for n in executed]
+        elif axis == "steps":
+            whole = settings.train_joint.steps
+            cells += [Cell(axis, str(n), base, schedule, execute_steps, mode, n) for n in (whole // 4, whole // 2)]
+            cells.append(Cell(axis, str(whole), base, schedule, execute_steps, mode))
         else:
             changes = sweeps(base)[axis].items()
             cells += [Cell(axis, str(v), planner_with(base, new), schedule, execute_steps, mode) for v, new in changes]

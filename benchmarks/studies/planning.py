@@ -3,8 +3,9 @@
 A cell (``cells.py``) is one setting, everything else as in the workspace: paired episodes planned, unplanned and with
 the temperature alone, what a call costs, and where the setting decides it, use of the noises and ranking. A cell's JSON
 is written when it ends and a later run skips it; within a cell finished episodes are kept, so that it may be killed at
-any time. The coupling axis trains a workspace of its own for every other mode (`dvc repro train_joint` there, for which
-`make up` must have run; stages that do not change come from DVC's run cache). The hours are said before anything runs::
+any time. The axes ``coupling`` and ``steps`` (of the joint stage) train a workspace of its own for every other value
+(``dvc repro train_joint`` there, for which ``make up`` must have run; stages that do not change come from DVC's run
+cache). The hours are said before anything runs::
 
     make study ARGS=--dry                          # the cells, and the hours they will take
     make study                                     # all that is missing, then tables and plots
@@ -96,10 +97,20 @@ class Source:
         policy.planner, policy.levels = cell.planner, Levels(cell.schedule, self.policy.levels.value)
         return policy
 
-    def beside(self, mode: str) -> Path:
-        """The workspace in which another mode of coupling is trained."""
+    def trains(self, cell: Cell) -> bool:
+        """Whether the cell needs another training than this workspace's."""
+        return bool(cell.steps) or cell.mode != self.policy.coupling.mode
+
+    def beside(self, cell: Cell) -> Path:
+        """The workspace in which another mode of coupling, or another number of steps, is trained."""
         own = self.folder.resolve()
-        return PROJECT / "workspaces" / f"{'study' if own == PROJECT else own.name}-{mode}"
+        name = f"{cell.steps}-steps" if cell.steps else cell.mode
+        return PROJECT / "workspaces" / f"{'study' if own == PROJECT else own.name}-{name}"
+
+    def minutes(self) -> float:
+        """What this workspace's value and joint stages took."""
+        stages = [read_json(self.folder / f"reports/stages/{name}.json", "run `dvc repro`") for name in TRAINED]
+        return float(sum(stage["seconds"] for stage in stages)) / 60
 
 
 def cost(
@@ -154,14 +165,14 @@ class Study:
     branches: list[Branch] = field(default_factory=list)
 
     def source_of(self, cell: Cell) -> Source:
-        """The workspace of the cell's mode, trained now where it is another one's and not there yet."""
-        own = self.source.settings
-        if cell.mode == self.source.policy.coupling.mode:
+        """The workspace that the cell's model is trained in, now where it is another one and not there yet."""
+        if not self.source.trains(cell):
             return self.source
-        folder, coupling = self.source.beside(cell.mode), own.coupling.model_dump()
-        coupling |= {"mode": cell.mode, "video_schedule": cell.schedule}
-        note = f"# {self.source.folder / 'params.yaml'} with coupling.mode: {cell.mode}, by make study.\n"
-        fill_workspace(folder, Settings.model_validate(own.model_dump() | {"coupling": coupling}), note)
+        folder, changed = self.source.beside(cell), self.source.settings.model_dump()
+        changed["coupling"] |= {"mode": cell.mode, "video_schedule": cell.schedule}
+        changed["train_joint"]["steps"] = cell.steps or changed["train_joint"]["steps"]
+        note = f"# {self.source.folder / 'params.yaml'} with {cell.name}, by make study.\n"
+        fill_workspace(folder, Settings.model_validate(changed), note)
         subprocess.run([sys.executable, "-m", "dvc", "repro", "train_joint"], cwd=folder, check=True)
         return Source.open(folder, self.runtime.device)
 
@@ -184,8 +195,8 @@ class Study:
         """The cell's result where it is there and still true."""
         path = self.out / "cells" / f"{cell.name}.json"
         found = read_json(path, "remove it to run the cell again") if path.exists() else None
-        own = cell.mode == self.source.policy.coupling.mode
-        if found and found["key"] == self.key(cell, self.source.checkpoint if own else found["checkpoint"]):
+        weights = found["checkpoint"] if found and self.source.trains(cell) else self.source.checkpoint
+        if found and found["key"] == self.key(cell, weights):
             return dict(found)
         return None
 
@@ -216,6 +227,7 @@ class Study:
             "planner": cell.planner.model_dump(mode="json"),
             "coupling": {"mode": cell.mode, "video_schedule": list(cell.schedule), "value_level": policy.levels.value},
             "checkpoint": source.checkpoint,
+            "training_minutes": round(source.minutes(), 1),
             "steps": steps,
             "execute_steps": cell.execute_steps,
             "variants": {name: metrics[name] | costs[name] for name in variants},
@@ -255,16 +267,15 @@ class Study:
 
     def hours(self, cells: Sequence[Cell], base: Cell) -> str:
         """What ``cells`` will take, by what the workspace's own evaluation and training took."""
-        reports, own = self.source.folder / "reports", self.source.policy.coupling.mode
-        timing = read_json(reports / "eval" / "metrics.json", "run `dvc repro eval_libero`")["timing"]
+        timing = read_json(self.source.folder / "reports/eval/metrics.json", "run `dvc repro eval_libero`")["timing"]
         tasks = {row.task for row in self.source.store.episodes}
         episodes = len(self.protocol.variants) * self.protocol.episodes_per_task * len(tasks)
         work = sum(cell.work / base.work for cell in cells if cell == base or cell.setting != base.setting)
-        stages = [read_json(reports / "stages" / f"{name}.json", "run `dvc repro`") for name in TRAINED]
-        modes = {cell.mode for cell in cells if not (self.source.beside(cell.mode) / "dvc.lock").exists()} - {own}
+        whole, other = self.source.settings.train_joint.steps, filter(self.source.trains, cells)
+        steps = sum(cell.steps or whole for cell in other if not (self.source.beside(cell) / "dvc.lock").exists())
         rate = timing["episodes_per_hour"]  # 0 where it was resumed whole
         evaluating = f"about {episodes * work / rate:.1f}" if rate else "an unknown number of"
-        training = len(modes) * sum(stage["seconds"] for stage in stages) / 3600
+        training = steps / whole * self.source.minutes() / 60
         return f"{evaluating} hours of episodes, {training:.1f} of training"
 
 
@@ -308,8 +319,7 @@ def main() -> None:
     changes = {"episodes_per_task": chosen.episodes, "variants": variants, "swapped_episodes": 0, "videos": 0}
     protocol = source.settings.eval_libero.model_copy(update=changes)
     study = Study(source, chosen.out or chosen.workspace / "reports" / "study", protocol, chosen.states, runtime)
-    data, steps = source.settings.data, protocol.execute_steps
-    cells = build_cells(source.settings.planner, source.policy.coupling, chosen.axes, steps, data.action_chunk)
+    data, cells = source.settings.data, build_cells(source.settings, chosen.axes)
     left = [cell for cell in cells if study.finished(cell) is None]
     say(f"{len(cells)} cells, {len(left)} to run: {study.hours(left, cells[0])}")
     if chosen.dry:

@@ -60,6 +60,7 @@ def row(cell: Mapping[str, Any]) -> list[str]:
         " / ".join("-" if count is None else f"{count:.0f}" for count in steps),
         " / ".join(f"{found['seconds_a_call']:.2f}" for found in variants.values()),
         f"{planned['peak_memory_gib']:.2f}",
+        f"{cell['training_minutes']:.0f}",
         f"{100 * use.get('video', 0):.0f} + {100 * use.get('value', 0):.0f}" if use else "",
         f"{ranked['spearman']:.2f}" if ranked else "",
     ]
@@ -73,13 +74,14 @@ def table(study: Mapping[str, Any], axes: Sequence[str] = ()) -> str:
     planned = cells[0]["variants"]["planned"]
     names = list(cells[0]["variants"])
     head = ["setting", *names, *(f"less {name}" for name in controls(cells[0])), "less base's"]
-    head += ["at all", "median steps", "s a call", "GiB", "use", "rank"]
+    head += ["at all", "median steps", "s a call", "GiB", "training", "use", "rank"]
     lines = [" | ".join(head), "|".join("---" for _ in head), *(" | ".join(row(cell)) for cell in cells)]
     limits = ", ".join(f"{task} {steps}" for task, steps in cells[0]["steps"].items()) or "the protocol's"
     note = (
         f"{study['suite']}, {planned['episodes']} paired episodes a row. Success in percent within a time limit ("
         f"{limits} steps), planned less the controls' and less the base's, 95% intervals; at all: the protocol's limit "
         f"({' / '.join(names)}); steps: of successes; a call: one full batch (in the same order); "
+        "training: minutes of the value and joint stages; "
         "use: percent of the action's variance by video + value noise; rank: Spearman's correlation of scores with "
         "realised returns within a state."
     )
