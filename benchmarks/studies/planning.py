@@ -4,8 +4,8 @@ A cell (``cells.py``) is one setting, everything else as in the workspace: paire
 the temperature alone, what a call costs, and where the setting decides it, use of the noises and ranking. A cell's JSON
 is written when it ends and a later run skips it; within a cell finished episodes are kept, so that it may be killed at
 any time. The axes ``coupling`` and ``steps`` (of the joint stage) train a workspace of its own for every other value
-(``dvc repro train_joint`` there, for which ``make up`` must have run; stages that do not change come from DVC's run
-cache). The hours are said before anything runs::
+(``dvc repro train_joint`` in a copy of this one, where no stage before runs again; ``make up`` must have run). The
+hours are said before anything runs::
 
     make study ARGS=--dry                          # the cells, and the hours they will take
     make study                                     # all that is missing, then tables and plots
@@ -173,6 +173,11 @@ class Study:
         changed["train_joint"]["steps"] = cell.steps or changed["train_joint"]["steps"]
         note = f"# {self.source.folder / 'params.yaml'} with {cell.name}, by make study.\n"
         fill_workspace(folder, Settings.model_validate(changed), note)
+        if not (folder / "dvc.lock").exists():  # outputs that persist never come from DVC's run cache
+            for name in ("data", "models", "reports"):
+                left_out = shutil.ignore_patterns("eval", "study")
+                shutil.copytree(self.source.folder / name, folder / name, ignore=left_out, dirs_exist_ok=True)
+            shutil.copy(self.source.folder / "dvc.lock", folder)
         subprocess.run([sys.executable, "-m", "dvc", "repro", "train_joint"], cwd=folder, check=True)
         return Source.open(folder, self.runtime.device)
 
