@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import logging
 import platform
 import time
@@ -28,7 +27,7 @@ from wav.errors import ConfigError, ServiceError, WavError
 from wav.io.files import canonical_digest
 from wav.local import PROJECT
 from wav.shards import Mapper
-from wav.source_code import module_digests
+from wav.source_code import library_versions, module_digests
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -42,7 +41,6 @@ PATIENCE_S = 300.0
 _LOOK_S, _POLL_S, _CONNECT_S = 1.0, 0.05, 10.0
 _SAME, _CHANGED = "as at its start", "changed since its start"
 _IMPORTED = time.time()  # on a worker, nothing of this project is imported before a task asks for it here
-_PACKAGES = ("numpy", "torch", "mujoco", "robosuite", "h5py", "av")
 _START = "start one (dask scheduler --host ADDRESS --no-dashboard)"
 _REMEDY = "finished shards are kept: run the stage again"
 _log = logging.getLogger(__name__)
@@ -56,10 +54,7 @@ def describe(entries: tuple[str, ...], folder: str) -> dict[str, str]:
     digests = module_digests(entries)
     changed = any((PROJECT / path).stat().st_ctime > _IMPORTED for path in digests)
     found = {"code": canonical_digest(digests)[:12], "files": _CHANGED if changed else _SAME}
-    found["python"] = platform.python_version()
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+    found |= {"python": platform.python_version(), **library_versions(entries)}
     return found | {"folder": f"{folder} is {'there' if Path(folder).is_dir() else 'not there'}"}
 
 

@@ -9,6 +9,7 @@ A registry's ``"wav.module:name"`` is an import too, and so is the name of a fil
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import io
@@ -16,6 +17,7 @@ import re
 import tokenize
 from collections.abc import Iterable, Iterator
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from wav.stages import stage
@@ -44,6 +46,10 @@ PLUMBING = (
 #: imports that no stage reaches: only for_simulator() needs the simulator, called where wav.sim is imported too;
 #: replay looks for the dataset's files under `wav replay` alone, never in an evaluation
 NOT_FOLLOWED = (("wav/data/conventions.py", "wav/sim/"), ("wav/evaluation/extras/replay.py", "wav/data/sources/"))
+#: libraries whose releases may change a result, if only in its last digits: name of the import -> of the package
+LIBRARIES = {
+    name: name for name in ("numpy", "scipy", "torch", "diffusers", "mujoco", "robosuite", "h5py", "av", "pyarrow")
+} | {"PIL": "pillow"}
 _PACKAGES = ("wav", "flows")
 _OTHER = (".c", ".h", ".j2")
 _C_COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*", re.DOTALL)
@@ -73,6 +79,17 @@ def own_module(name: str) -> dict[str, str]:
 def module_digests(entries: tuple[str, ...]) -> dict[str, str]:
     """File -> digest of its code for every file that ``entries`` import, they included."""
     return digests(modules(entries))
+
+
+def library_versions(entries: tuple[str, ...], unused: tuple[str, ...] = ()) -> dict[str, str]:
+    """Versions of those of :data:`LIBRARIES` that :func:`modules` of the same arguments import and are installed."""
+    texts = [(_root() / path).read_text() for path in modules(entries, unused) if path.endswith(".py")]
+    imported = {name.partition(".")[0] for text in texts for name in _imports(ast.parse(text))}
+    found: dict[str, str] = {}
+    for name in sorted(imported & LIBRARIES.keys()):
+        with contextlib.suppress(PackageNotFoundError):
+            found[LIBRARIES[name]] = version(LIBRARIES[name])
+    return found
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,16 @@ def test_worker_that_sees_another_store_is_an_error(store, make_episode, convent
 def test_result_that_is_not_here_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match="let all workers share this folder's disk"):
         list(made(lambda *_: None, {"key": ()}, tmp_path / "staging", Elsewhere()))
+
+
+@pytest.mark.parametrize("name", ["rewards", "latents"])
+def test_what_other_versions_of_libraries_made_is_made_again(stages, name, tmp_path: Path, monkeypatch) -> None:
+    make, out = stages[name], tmp_path / name
+    make(out)
+    monkeypatch.setattr("wav.source_code.version", lambda library: "0" if library == "torch" else version(library))
+    run = Elsewhere()
+    make(out, run)
+    assert run.ran == 4
 
 
 @pytest.mark.parametrize("name", ["rewards", "latents"])

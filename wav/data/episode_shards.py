@@ -1,8 +1,8 @@
 """A store made of an episode store, shard by shard: each shard is made once, here or elsewhere (:mod:`wav.shards`).
 
-A shard's key stands for what its result depends on: the shard of episodes, settings, code. What the store that is to be
-replaced holds under the same key is taken over by linking its files, so that episodes that were appended are the only
-ones that cost anything.
+A shard's key stands for what its result depends on: the shard of episodes, settings, code, versions of libraries, so
+that no store mixes what two versions made. What the store that is to be replaced holds under the same key is taken
+over by linking its files, so that episodes that were appended are the only ones that cost anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from wav.errors import DataError
 from wav.io.files import FileRecord, canonical_digest, check_files, link, manifest_files, read_manifest
 from wav.io.readers import understood
 from wav.shards import Mapper, made, staging_folder
-from wav.source_code import module_digests
+from wav.source_code import library_versions, module_digests
 
 _log = logging.getLogger(__name__)
 #: (rows done, rows in total)
@@ -112,7 +112,8 @@ def fill(
         run: runs the function elsewhere.
         progress: called as rows get done.
     """
-    what = [module_digests((function.__module__,)), *identity]
+    entries = (function.__module__,)
+    what = [module_digests(entries), library_versions(entries), *identity]
     keys = tuple(canonical_digest([digest, *what]) for digest in episodes.shard_digests())
     rows = tuple(episodes.shard_rows.tolist())
     there = _former(out, *version, set(keys))

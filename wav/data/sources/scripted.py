@@ -23,7 +23,7 @@ from wav.io.files import atomic_folder, canonical_digest, read_json, write_json
 from wav.shards import Mapper, in_order, made
 from wav.sim.env import TaskSpec
 from wav.sim.registry import select_tasks
-from wav.source_code import module_digests
+from wav.source_code import library_versions, module_digests
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
@@ -75,8 +75,9 @@ def _plain(value: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def recording_code() -> str:
-    """Digest of the code that decides a demonstration."""
-    return canonical_digest(module_digests(("wav.sim.demonstrations", "wav.sim.worker")))
+    """Digest of the code and the libraries that decide a demonstration."""
+    entries = ("wav.sim.demonstrations", "wav.sim.worker")
+    return canonical_digest([module_digests(entries), library_versions(entries)])
 
 
 class ScriptedSource:

@@ -31,7 +31,7 @@ from wav.data.writer import EpisodeStoreWriter
 from wav.errors import DataError, SimulationError, StorageError
 from wav.io.files import atomic_folder, canonical_digest, read_json, require_free_space, write_json
 from wav.shards import Mapper, made, staging_folder
-from wav.source_code import code_digest, digests, modules
+from wav.source_code import code_digest, digests, library_versions, modules
 
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
@@ -112,8 +112,9 @@ class DatasetSource(ABC):
 
 @lru_cache(maxsize=1)
 def reader_code() -> str:
-    """Digest of the code, without comments, that decides what a staged store holds."""
-    return canonical_digest(digests(modules(("wav.data.sources",), unused=("wav/sim",))))
+    """Digest of the code, without comments, and of the libraries that decide what a staged store holds."""
+    which = ("wav.data.sources",), ("wav/sim",)
+    return canonical_digest([digests(modules(*which)), library_versions(*which)])
 
 
 def stage(
