@@ -39,7 +39,7 @@ class EpisodeStoreWriter:
     Args:
         path: final folder; an existing one is replaced.
         conventions: what the arrays mean; every episode must have its views and image size.
-        shard_bytes: a new shard begins once the current one holds this many bytes.
+        shard_bytes: a new shard begins once the current one holds this many bytes of pixels.
     """
 
     def __init__(self, path: str | Path, conventions: Conventions, shard_bytes: int = SHARD_BYTES) -> None:
@@ -104,7 +104,7 @@ class EpisodeStoreWriter:
             )
         )
         self.frames += episode.length
-        self._bytes += sum(rows.nbytes for rows in arrays.values())
+        self._bytes += sum(frames.nbytes for frames in episode.images.values())
 
     def quarantine(self, episode_id: str, task: str, reason: str) -> None:
         """Record an episode that was not written, and why."""
