@@ -86,8 +86,8 @@ def operations(store: S3Store, folder: Path) -> dict[str, Callable[[], None]]:
 #: a server that says so plainly that an object is not there, or a condition lost, is believed
 BELIEVED = {("no_key", name) for name in ("head", "absent", "claim")}
 BELIEVED |= {(kind, name) for kind in ("precondition", "conflict") for name in ("absent", "claim")}
-#: of an empty answer to a question about an object nobody can tell that it is not the truth
-BELIEVED |= {(kind, "head") for kind in ("empty", "html", "redirect", "no_metadata")}
+#: an answer to HEAD has no text: that there is no bucket, or what an object's digest is, cannot be told from it
+BELIEVED |= {(kind, "head") for kind in ("no_bucket", "no_metadata")}
 
 
 #: operation -> what a success has stored

@@ -19,7 +19,7 @@ from wav.errors import StorageError
 from wav.io.storage.base import TransferError
 from wav.io.storage.commit import commits, fetch, publish, seal, verify
 from wav.io.storage.s3 import S3Store
-from wav.io.storage.s3_errors import length_said
+from wav.io.storage.s3_errors import told_whole
 
 RECOVERS = ("reset", "reset_after", "error500", "slow_down", "corrupt_upload")
 REFUSES = {
@@ -178,16 +178,23 @@ def test_multipart_upload_recovers(
     assert store.head("other") is None
 
 
+TAG = {"ETag": '"0"'}
+
+
 @pytest.mark.parametrize(
     ("status", "answer", "refused"),
     [
-        (200, {"ContentLength": 0}, False),
-        (206, {"ContentRange": "bytes 0-9/1000", "ContentLength": 10}, False),
-        (206, {"ContentRange": "bytes 0-9/*", "ContentLength": 10}, True),
-        (200, {}, True),
-        (503, {}, False),  # botocore's to say
+        (200, TAG | {"ContentLength": 0}, None),
+        (206, TAG | {"ContentRange": "bytes 0-9/1000", "ContentLength": 10}, None),
+        (206, TAG | {"ContentRange": "bytes 0-9/*", "ContentLength": 10}, ResponseStreamingError),
+        (200, TAG, ResponseStreamingError),
+        (200, {"LastModified": "today", "ContentLength": 1}, None),
+        (200, {"ContentLength": 1}, LookupError),  # a page
+        (503, {}, None),  # botocore's to say
     ],
 )
-def test_content_is_taken_only_where_its_length_is_said(status: int, answer: dict[str, Any], refused: bool) -> None:
-    with pytest.raises(ResponseStreamingError, match="length") if refused else contextlib.nullcontext():
-        length_said(http_response=SimpleNamespace(status_code=status), parsed=answer)
+def test_an_object_is_taken_only_where_the_answer_tells_of_one(
+    status: int, answer: dict[str, Any], refused: type[Exception] | None
+) -> None:
+    with pytest.raises(refused) if refused else contextlib.nullcontext():
+        told_whole(http_response=SimpleNamespace(status_code=status), parsed=answer)

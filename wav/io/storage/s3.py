@@ -41,10 +41,10 @@ from wav.io.storage.s3_errors import (
     REFUSED,
     code,
     explained,
-    length_said,
     no_checksums,
     not_s3,
     retry_429,
+    told_whole,
 )
 from wav.probes import within
 
@@ -100,7 +100,8 @@ class S3Store:
             name = f"WAV_S3_ENDPOINT = {self.endpoint!r}" if self.endpoint else f"{self.url} at AWS"
             raise ConfigError(f"{name}: {cut(error)}; use http://host:port") from None
         client.meta.events.register("needs-retry.s3", retry_429(attempts, BACKOFF_429_S))
-        client.meta.events.register("after-call.s3.GetObject", length_said)
+        for operation in ("GetObject", "HeadObject"):
+            client.meta.events.register(f"after-call.s3.{operation}", told_whole)
         return client
 
     def uri(self, key: str) -> str:

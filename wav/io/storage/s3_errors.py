@@ -165,12 +165,17 @@ def retry_429(attempts: int, pause_s: float) -> Callable[..., float | None]:
     return delay
 
 
-def length_said(http_response: Any, parsed: dict[str, Any], **_: Any) -> None:
-    """A handler of botocore's ``after-call``: an object's content is taken only from an answer that says its length.
+def told_whole(http_response: Any, parsed: dict[str, Any], **_: Any) -> None:
+    """A handler of botocore's ``after-call``: an object is taken only from an answer that is S3's and says its length.
 
-    boto3 starts a download with the first part and reads from that answer how many there are. Where it cannot, its
-    threads stop and the download is waited for without end; raised here, the answer counts as one that broke off.
+    A page with status 200 has neither tag nor date. As to the length: boto3 starts a download with the first part and
+    reads from that answer how many there are; where it cannot, its threads stop and the download is waited for without
+    end. Raised here, such an answer counts as one that broke off.
     """
+    if http_response.status_code >= 300:
+        return
+    if not parsed.get("ETag") and "LastModified" not in parsed:
+        raise LookupError("no ETag and no Last-Modified")
     length = str(parsed.get("ContentRange", parsed.get("ContentLength", ""))).rpartition("/")[2]
-    if http_response.status_code < 300 and not length.isdigit():
+    if not length.isdigit():
         raise ResponseStreamingError(error="the answer does not say the object's length")
