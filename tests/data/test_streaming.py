@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.helpers.fake_s3 import FakeS3
 from wav.config import EncodeSettings, LabelRewardsSettings
 from wav.data.encode import build_text_encoder, encode_store, fit_codec
 from wav.data.latents import LatentStore
@@ -34,17 +36,29 @@ def folders(make_store, data, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(params=["folder", "S3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, str]]:
+    """Address and endpoint of an object store."""
+    if request.param == "folder":
+        yield (tmp_path / "store").as_uri(), ""
+        return
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "of-a-test")
+    with FakeS3() as server:
+        yield "s3://bucket/data", server.endpoint
+
+
 def windows(root: Path, data) -> WindowDataset:
     episodes = EpisodeStore.open(root / "episodes")
     latents, rewards = LatentStore.open(root / "latents", episodes), RewardStore.open(root / "rewards", episodes)
     return WindowDataset(episodes, latents, rewards, data, "train", 0.0)
 
 
-def test_training_reads_its_shards_and_no_others(folders: Path, data, tmp_path: Path) -> None:
-    url, near = (tmp_path / "store").as_uri(), tmp_path / "near"
+def test_training_reads_its_shards_and_no_others(folders: Path, place, data, tmp_path: Path) -> None:
+    (url, endpoint), near = place, tmp_path / "near"
     for name in NAMES:
-        put(open_store(url), folders / name, name)
-        stream(url, name, near / name)
+        put(open_store(url, endpoint), folders / name, name)
+        stream(url, name, near / name, endpoint)
     whole, streamed = windows(folders, data), windows(near, data)
     assert not list(near.rglob("shard-*"))
     streamed.expect(np.array([13]))
@@ -59,19 +73,19 @@ def test_training_reads_its_shards_and_no_others(folders: Path, data, tmp_path: 
 
 
 def test_a_store_that_grew_is_sent_and_fetched_in_part(
-    folders: Path, make_episode, conventions, tmp_path: Path
+    folders: Path, place, make_episode, conventions, tmp_path: Path
 ) -> None:
-    url, near = (tmp_path / "store").as_uri(), tmp_path / "near"
-    put(open_store(url), folders / "episodes", "episodes")
-    stream(url, "episodes", near)
+    (url, endpoint), near = place, tmp_path / "near"
+    put(open_store(url, endpoint), folders / "episodes", "episodes")
+    stream(url, "episodes", near, endpoint)
     before = EpisodeStore.open(near)
     before.rows("state", np.arange(12))
     with EpisodeStoreWriter(folders / "episodes", conventions) as writer:
         writer.adopt(EpisodeStore.open(folders / "episodes"))
         writer.add(make_episode(4, 10))
-    line = put(open_store(url), folders / "episodes", "episodes")
+    line = put(open_store(url, endpoint), folders / "episodes", "episodes")
     assert "33 files, 8 of them new" in line  # six of a shard, table, statistics; the quarantine is as it was
-    stream(url, "episodes", near)
+    stream(url, "episodes", near, endpoint)
     assert [path.name for path in near.glob("shard-*/*.npy")] == ["state.npy"]
     after = EpisodeStore.open(near)
     assert (len(after), after.digest) == (5, EpisodeStore.open(folders / "episodes").digest)

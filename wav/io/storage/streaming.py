@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import logging
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 
 from wav.errors import StorageError
@@ -106,6 +107,10 @@ def reader(folder: Path, records: Iterable[FileRecord]) -> Callable[[str], Path]
         place = (str(raw["url"]), str(raw["endpoint"]), str(raw["region"]))
     known = {record.path: record for record in records}
 
+    @cache
+    def elsewhere() -> ObjectStore:
+        return open_store(*place)
+
     def bring(name: str) -> Path:
         path = folder / name
         if not path.is_file():
@@ -113,8 +118,8 @@ def reader(folder: Path, records: Iterable[FileRecord]) -> Callable[[str], Path]
             with (path.parent / f".{path.name}.lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not path.is_file():
-                    record, store = known[name], open_store(*place)
-                    patiently(lambda: store.get_file(_content(record), path, record.sha256), _log.warning)
+                    record = known[name]
+                    patiently(lambda: elsewhere().get_file(_content(record), path, record.sha256), _log.warning)
         return path
 
     return bring
