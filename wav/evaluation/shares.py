@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from wav.config import Runtime
-from wav.errors import ConfigError
+from wav.errors import CheckpointError, ConfigError
 from wav.evaluation.evaluate import Sections, Session
 from wav.evaluation.protocol import EpisodeSpec
 from wav.policy.export import policy_from_stages
@@ -32,13 +32,24 @@ def policy_of_stages(*arguments: Any, **options: Any) -> Policy:
 
 
 @lru_cache(maxsize=1)
-def _loaded(load: bytes) -> Policy:
+def loaded(load: bytes, digest: str) -> Policy:
+    """What the pickled function loads, kept for further shares: of the digest, since a worker outlives trainings.
+
+    Raises:
+        CheckpointError: another policy lies there.
+    """
     policy: Policy = pickle.loads(load)()
+    if policy.digest != digest:
+        raise CheckpointError(
+            f"policy: digest {policy.digest[:12]} on the worker, {digest[:12]} where it was asked for; let all workers "
+            "see the same models"
+        )
     return policy
 
 
 def run_share(
     load: Callable[[], Policy],
+    digest: str,
     sections: Sections,
     out: str,
     checkpoint: str,
@@ -48,9 +59,10 @@ def run_share(
     """Run the episodes of a share that have no record yet; where the time went.
 
     Raises:
+        CheckpointError: the policy is not the one of this digest.
         ConfigError: an episode would not be the one that was asked for; names both keys.
     """
-    policy, specs = _loaded(pickle.dumps(load)), tuple(spec for spec, _ in share)
+    policy, specs = loaded(pickle.dumps(load), digest), tuple(spec for spec, _ in share)
     session = Session(sections, policy, Path(out), checkpoint, None, specs)
     for spec, key in share:
         if session.key(spec) != key:
@@ -82,7 +94,7 @@ class Elsewhere:
         sections = Sections(settings.data, settings.planner, settings.eval_libero)
         size = SHARE_BATCHES * settings.eval_libero.batch_size
         shares = [specs[start : start + size] for start in range(0, len(specs), size)]
-        where = (self.load, sections, str(session.out.absolute()), session.checkpoint)
+        where = (self.load, session.policy.digest, sections, str(session.out.absolute()), session.checkpoint)
         jobs = [(*where, [(spec, session.key(spec)) for spec in share], with_value) for share in shares]
         for number, outcome in self.run(run_share, jobs, 0):
             if isinstance(outcome, Exception):
