@@ -19,8 +19,8 @@ import pytest
 pytestmark = pytest.mark.long
 
 def test_good(record_property):
-    record_property("victim", "rank")
-    record_property("survived", True)
+    record_property("seed", 3)
+    record_property("kills", ["rank in ingest after 0.5 s", "rank in ingest after 2.0 s"])
 
 def test_bad():
     assert 1 == 2, "numbers differ"
@@ -59,7 +59,9 @@ def test_rows_are_merged(tmp_path: Path) -> None:
     assert "no simulator" in rows["test_skipped"]["why"]
     assert "disk full" in rows["test_never_started"]["why"]
     assert {"seconds", "date", "commit", "machine"} <= rows["test_good"].keys()
-    assert (found["summary"]["kills"], found["summary"]["kills_survived"], found["summary"]["failed"]) == (1, 1, 2)
+    summary = found["summary"]
+    assert (summary["kills"], summary["kills_survived"], summary["failed"]) == (2, 2, 2)
+    assert (summary["killed"], summary["seeds_of_kills"]) == ({"rank in ingest": 2}, [3])
 
     (tmp_path / "test_slow.py").write_text(TESTS.replace("1 == 2", "1 == 1"))
     again = record(tmp_path, "test_slow.py::test_bad")

@@ -1,8 +1,6 @@
-"""A smoke pipeline to kill things in: its processes, its services, and copies of it as far as any stage.
+"""A smoke pipeline to kill things in: its processes, its services, and one undisturbed run, which is the reference.
 
-One undisturbed run is the reference. A case is a new workspace that holds what the reference's earlier stages made, so
-that a stage in the middle can be disturbed without running the ones before again. It has no run cache, no work folder
-and its own part of the object store, so the disturbed stage and all that follow really run.
+Every pipeline has a workspace, a DVC cache and a part of the object store of its own, so all its stages really run.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +27,7 @@ from infra.local.workspace import make_workspace
 from tests.free_ports import find_free
 from wav.local import read_env
 from wav.processes import marked
-from wav.stages import CODE_STAGE, STAGES, TRAINING
+from wav.stages import STAGES, TRAINING
 
 PROJECT = Path(__file__).resolve().parents[2]
 TRAININGS = tuple(TRAINING)
@@ -45,6 +43,8 @@ VICTIMS: dict[str, tuple[str, ...]] = {
     "prefect": tuple(STAGES),
     "dvc": tuple(STAGES),
 }
+SERVICES = ("s3", "prefect")
+RUNNING = re.compile(r"Running stage '(\w+)'")
 #: marks every process of the pipeline, and none of the services
 MARK = "WAV_KILL_TEST"
 REPRO_SECONDS = 1800.0
@@ -85,9 +85,12 @@ class Pipeline:
     environment: dict[str, str]
     log: Path
     process: subprocess.Popen[bytes] | None = None
+    struck: bool = False  #: whether something of this run was killed
+    begin: int = 0  #: where in the log this run begins
 
     def start(self) -> None:
         """``dvc repro`` in a session of its own."""
+        self.struck, self.begin = False, len(self.text())
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "dvc", "repro"],
@@ -103,19 +106,38 @@ class Pipeline:
         """Every process that carries this pipeline's mark."""
         return marked(MARK, self.environment[MARK])
 
-    def victims(self, name: str) -> list[psutil.Process]:
-        """Processes of one kind."""
-        found = []
+    def running(self) -> bool:
+        """Whether ``dvc repro`` runs."""
+        return self.process is not None and self.process.poll() is None
+
+    def victims(self) -> dict[str, list[psutil.Process]]:
+        """Its processes by kind."""
+        found: dict[str, list[psutil.Process]] = {}
         for process in self.alive():
             with contextlib.suppress(psutil.Error):
-                if kind(process) == name:
-                    found.append(process)
+                found.setdefault(kind(process), []).append(process)
         return found
 
     def stage(self) -> str:
-        """The stage that the last ``dvc repro`` said it runs; empty before the first."""
-        lines = [line for line in self.text().splitlines() if line.startswith("Running stage '")]
-        return lines[-1].split("'")[1] if lines else ""
+        """The stage that this run of ``dvc repro`` said last; empty before the first."""
+        return (RUNNING.findall(self.text()[self.begin :]) or [""])[-1]
+
+    def past(self, stage: str) -> bool:
+        """Whether this run is at a later stage, or everything is done."""
+        order, now = list(STAGES), self.stage()
+        done = self.process is not None and self.process.poll() == 0
+        return done or (now in order and order.index(now) > order.index(stage))
+
+    def until_past(self, stage: str, seconds: float) -> None:
+        """Wait until it is past the stage or has ended, but no longer than that."""
+        deadline = time.monotonic() + seconds
+        while self.running() and not self.past(stage) and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def finished(self) -> list[str]:
+        """Stages that DVC has written down as done."""
+        lock = self.workspace / "dvc.lock"
+        return list(yaml.safe_load(lock.read_text())["stages"]) if lock.exists() else []
 
     def text(self) -> str:
         """What all runs said."""
@@ -135,7 +157,7 @@ class Pipeline:
             self.end()
             raise AssertionError(f"dvc repro did not end within {seconds:.0f} s: {self.text()[-3000:]}") from None
 
-    def left_over(self, seconds: float = 15.0) -> list[str]:
+    def left_over(self, seconds: float = 30.0) -> list[str]:
         """Command lines of processes that are still there after ``seconds``."""
         deadline = time.monotonic() + seconds
         while (alive := self.alive()) and time.monotonic() < deadline:
@@ -188,8 +210,8 @@ class Lab:
         folder, cache = self.root / name, self.root / f"{name}-cache"
         make_workspace("smoke", folder, cache)
         params = yaml.safe_load((folder / "params.yaml").read_text())
-        for stage in SPREAD:
-            params[stage]["ranks"] = 2
+        for stage in TRAININGS:  # a checkpoint after every step, so that pruning is met as well
+            params[stage] |= {"ranks": 2 if stage in SPREAD else 1, "checkpoint_every": 1}
         params["eval_libero"] |= {"variants": ["planned"], "swapped_episodes": 0}  # two episodes, not ten
         (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
         own = {MARK: uuid.uuid4().hex, "WAV_STORE": f"s3://wav/{name}", "WAV_S3_ENDPOINT": self.endpoint}
@@ -215,25 +237,6 @@ class Lab:
             reference.end()
         self.spans = {key: times[-1] - times[0] for key, times in seen.items()}
         return reference
-
-    def case(self, name: str, stage: str) -> Pipeline:
-        """A workspace in which everything before ``stage`` is done, as the reference did it."""
-        assert self.reference is not None
-        case, names = self.pipeline(name), list(STAGES)
-        lock = yaml.safe_load((self.reference.workspace / "dvc.lock").read_text())
-        done = names[: names.index(stage)]
-        cache = self.root / "reference-cache" / "files"  # "runs" beside it would spare stages from running
-        shutil.copytree(cache, self.root / f"{name}-cache" / "files")
-        lock["stages"] = {name: entry for name, entry in lock["stages"].items() if name in (CODE_STAGE, *done)}
-        if done:
-            (case.workspace / "dvc.lock").write_text(yaml.safe_dump(lock, sort_keys=False))
-        code = [row.code for row in STAGES.values()]
-        for path in (*code, *(out for earlier in done for out in STAGES[earlier].made)):
-            source, target = self.reference.workspace / path, case.workspace / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            copy = shutil.copytree if source.is_dir() else shutil.copy2
-            copy(source, target)
-        return case
 
 
 @contextlib.contextmanager

@@ -119,17 +119,19 @@ class Recorder:
 
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What the file holds: totals, versions, rows by name."""
-    kills = [row for row in rows.values() if "victim" in row]
+    chains = [row for row in rows.values() if "kills" in row]
+    kills = Counter(kill.partition(" after ")[0] for row in chains for kill in row["kills"])
     generated = [row for row in rows.values() if "silent_wrongs" in row]
-    seeds = {row["seed"] for row in generated}
     return {
         "summary": {
             **Counter(row["outcome"] for row in rows.values()),
             "seconds": round(sum(row["seconds"] for row in rows.values())),
-            "kills": len(kills),
-            "kills_survived": sum(bool(row.get("survived")) and row["outcome"] == "passed" for row in kills),
+            "kills": kills.total(),
+            "kills_survived": sum(len(row["kills"]) for row in chains if row["outcome"] == "passed"),
+            "killed": dict(sorted(kills.items())),
             **{name: sum(row[name] for row in generated) for name in ("cases", "tracebacks", "silent_wrongs")},
-            "seeds": sorted(seeds),
+            "seeds": sorted({row["seed"] for row in generated}),
+            "seeds_of_kills": sorted({row["seed"] for row in chains}),
         },
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "tests": dict(sorted(rows.items())),
