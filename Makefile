@@ -92,7 +92,7 @@ quick: $(VENV)/.installed-test ## unit tests and the golden losses: no simulator
 	@env $(PYTEST) -m 'not long and not smoke and not simulator and not services and not integration'
 
 # TESTS="tests/fuzz -k 0-500": some of them. RESUME=1: without what passed at this commit, as the record says.
-check-long: check-system $(VENV)/.installed-test ## the slow checks; KILLS=n: n seeds of every kill, SEED=n: other generated cases
+check-long: check-system $(VENV)/.installed-test ## the slow checks; KILLS=n: n chains of kills, SEED=n: other generated cases
 	@$(BEAT) 'pytest' -- python -m pytest -m long --record benchmarks/results/check-long.json --seed $(or $(SEED),0) \
 		$(if $(RESUME),--resume) $(TESTS)
 

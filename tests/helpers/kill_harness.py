@@ -132,7 +132,7 @@ class Pipeline:
         """Wait until it is past the stage or has ended, but no longer than that."""
         deadline = time.monotonic() + seconds
         while self.running() and not self.past(stage) and time.monotonic() < deadline:
-            time.sleep(0.1)
+            time.sleep(0.5)
 
     def finished(self) -> list[str]:
         """Stages that DVC has written down as done."""
@@ -161,7 +161,7 @@ class Pipeline:
         """Command lines of processes that are still there after ``seconds``."""
         deadline = time.monotonic() + seconds
         while (alive := self.alive()) and time.monotonic() < deadline:
-            time.sleep(0.1)
+            time.sleep(0.5)
         found = []
         for process in alive:
             with contextlib.suppress(psutil.Error):
