@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,20 @@ def kind(process: psutil.Process) -> str:
             return name
     flows = [word for word in words if word.startswith("flows.")]
     return "flow" if flows and "-m" in words and Path(words[0]).name.startswith("python") else ""
+
+
+def work(found: Mapping[str, Sequence[psutil.Process]], victim: str) -> float:
+    """CPU seconds of ranks or simulators so far; for other victims those of all that runs in the stage.
+
+    A share of it is a point of a stage's life whatever else the machine has to do.
+    """
+    names = (victim,) if victim in ("rank", "simulator") else found.keys() - {"dvc"}
+    total = 0.0
+    for process in (process for name in names for process in found.get(name, ())):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 @dataclass
@@ -179,12 +193,12 @@ class Pipeline:
 
 @dataclass
 class Lab:
-    """Services, the reference run, and when each kind of process lived in it."""
+    """Services, the reference run, and how much each kind of process worked in it."""
 
     root: Path
     environment: dict[str, str]
-    #: (kind, stage) -> seconds between its first and last sighting in the reference run
-    spans: dict[tuple[str, str], float] = field(default_factory=dict)
+    #: (victim, stage) -> CPU seconds that :func:`work` found at most in the reference run
+    lives: dict[tuple[str, str], float] = field(default_factory=dict)
     reference: Pipeline | None = None
 
     def services(self, command: str) -> None:
@@ -220,22 +234,19 @@ class Lab:
     def run_reference(self) -> Pipeline:
         """The undisturbed run, watched."""
         reference = self.pipeline("reference")
-        seen: dict[tuple[str, str], list[float]] = {}
         reference.start()
         assert reference.process is not None
         try:
             deadline = time.monotonic() + REPRO_SECONDS
             while reference.process.poll() is None and time.monotonic() < deadline:
-                stage, now = reference.stage(), time.monotonic()
-                for process in reference.alive():
-                    with contextlib.suppress(psutil.Error):
-                        seen.setdefault((kind(process), stage), []).append(now)
-                time.sleep(0.2)
+                stage, found = reference.stage(), reference.victims()
+                for victim in VICTIMS:
+                    self.lives[victim, stage] = max(self.lives.get((victim, stage), 0.0), work(found, victim))
+                time.sleep(0.5)
             assert reference.wait(1) == 0, reference.ending()
             assert not reference.left_over()
         finally:
             reference.end()
-        self.spans = {key: times[-1] - times[0] for key, times in seen.items()}
         return reference
 
 
@@ -248,7 +259,7 @@ def open_lab(root: Path, keep: bool) -> Iterator[Lab]:
     memory = root / "lab.json"
     if memory.is_file():
         raw = json.loads(memory.read_text())
-        lab = Lab(root, raw["environment"], {(name, stage): seconds for name, stage, seconds in raw["spans"]})
+        lab = Lab(root, raw["environment"], {(name, stage): life for name, stage, life in raw["lives"]})
         lab.reference = Pipeline(root / "reference", raw["reference"], root / "reference.log")
     else:
         lab = Lab(root, environment(root))
@@ -256,8 +267,8 @@ def open_lab(root: Path, keep: bool) -> Iterator[Lab]:
     try:
         if lab.reference is None:
             lab.reference = lab.run_reference()
-            spans = [[*key, seconds] for key, seconds in lab.spans.items()]
-            raw = {"environment": lab.environment, "spans": spans, "reference": lab.reference.environment}
+            lives = [[*key, life] for key, life in lab.lives.items()]
+            raw = {"environment": lab.environment, "lives": lives, "reference": lab.reference.environment}
             memory.write_text(json.dumps(raw))
         yield lab
     finally:
