@@ -17,6 +17,7 @@ export PYTHONUNBUFFERED := 1
 export DO_NOT_TRACK := 1
 # A shell for robots (ROS) puts packages of another Python before ours, with plugins that pytest would load.
 unexport PYTHONPATH
+unexport PYTHONDONTWRITEBYTECODE
 # Servers on this machine are never asked through a proxy.
 export NO_PROXY := $(or $(no_proxy),$(NO_PROXY),localhost),127.0.0.1,localhost,::1
 export no_proxy := $(NO_PROXY)
@@ -35,13 +36,14 @@ check-system: ## are the system libraries for rendering there
 	@$(PYTHON) infra/local/system.py
 
 # torch first and alone: its wheel differs from machine to machine (CPU, CUDA), so constraints.txt does not hold it.
+# --no-compile: most of the packages' modules are never imported, and Python compiles the others when they first are.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@$(BEAT) 'pip install torch' -- $(VENV)/bin/python -m pip install 'torch==2.13.0'
-	@$(BEAT) 'pip install wav' -- $(VENV)/bin/python -m pip install -c constraints.txt -e '.[all]'
+	@$(BEAT) 'pip install torch' -- $(VENV)/bin/python -m pip install --no-compile 'torch==2.13.0'
+	@$(BEAT) 'pip install wav' -- $(VENV)/bin/python -m pip install --no-compile -c constraints.txt -e '.[all]'
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-libero
-	@$(BEAT) 'pip install wav[test]' -- $(VENV)/bin/python -m pip install -c constraints.txt -e '.[test]'
+	@$(BEAT) 'pip install wav[test]' -- $(VENV)/bin/python -m pip install --no-compile -c constraints.txt -e '.[test]'
 	@touch $@
 
 install: check-system $(VENV)/.installed ## the environment in .venv
@@ -71,8 +73,8 @@ study: install up ## the planning study of a trained workspace: resumable, state
 
 # hf-libero without its dependencies: they would replace torch by a CUDA build whose torchvision does not import here.
 $(VENV)/.installed-libero: $(VENV)/.installed
-	@$(BEAT) 'pip install wav[libero]' -- $(VENV)/bin/python -m pip install -c constraints.txt -e '.[libero]'
-	@$(BEAT) 'pip install hf-libero' -- $(VENV)/bin/python -m pip install --no-deps 'hf-libero==0.1.4'
+	@$(BEAT) 'pip install wav[libero]' -- $(VENV)/bin/python -m pip install --no-compile -c constraints.txt -e '.[libero]'
+	@$(BEAT) 'pip install hf-libero' -- $(VENV)/bin/python -m pip install --no-compile --no-deps 'hf-libero==0.1.4'
 	@touch $@
 
 libero: check-system $(VENV)/.installed-libero ## LIBERO's simulator; then: wav render libero_spatial
@@ -111,7 +113,7 @@ format: $(VENV)/.installed-test ## let ruff rewrite
 	ruff format .
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	@$(BEAT) 'pip install wav[docs]' -- $(VENV)/bin/python -m pip install -c constraints.txt -e '.[docs]'
+	@$(BEAT) 'pip install wav[docs]' -- $(VENV)/bin/python -m pip install --no-compile -c constraints.txt -e '.[docs]'
 	@touch $@
 
 docs: $(VENV)/.installed-docs ## the docs site in site/: links checked, whole without a network (open site/index.html)

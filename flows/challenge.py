@@ -48,7 +48,11 @@ class Retrain:
 
 @step("evaluation identity")
 def identity(run: Retrain) -> str:
-    """Of the checkout's code and parameters, asked from its own code."""
+    """Of the checkout's code and parameters, asked from its own code.
+
+    Raises:
+        ConfigError: the checkout's code cannot tell it; what it said.
+    """
     done = run.checkout.python("evaluation identity", "-m", "wav.promotion")
     said = [line for line in done.lines if line.startswith('{"evaluation":')]  # libraries may have words of their own
     if done.status != 0 or not said:

@@ -121,7 +121,11 @@ def make_automation(client: SyncPrefectClient, wanted: AutomationCore) -> None:
 
 
 def make_deployments() -> None:
-    """``prefect deploy --all``; its output is shown only where it fails."""
+    """``prefect deploy --all``; its output is shown only where it fails.
+
+    Raises:
+        ServiceError: it failed; holds the end of what it said.
+    """
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
     if done.returncode != 0:

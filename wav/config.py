@@ -193,7 +193,7 @@ def parse_settings(raw: dict[str, Any], source: str = "parameters") -> Settings:
     try:  # as JSON, whose strict check takes lists for tuples and yet no "8" or true for a number
         return Settings.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        raise ConfigError(explain(error, Settings, source)) from None
+        raise explain(error, Settings, source) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: no parameters ({cut(error)}); use texts, numbers, lists and sections") from None
 

@@ -154,7 +154,11 @@ def write_reference(folder: Path, source: str, digest: str) -> None:
 
 
 def read_reference(folder: Path) -> tuple[str, str] | None:
-    """Hub id and digest recorded in ``folder``, or None where the folder holds the weights themselves."""
+    """Hub id and digest recorded in ``folder``, or None where the folder holds the weights themselves.
+
+    Raises:
+        DataError: the file there names no source.
+    """
     file = folder / REFERENCE_FILE
     if not file.is_file():
         return None

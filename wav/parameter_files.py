@@ -91,8 +91,8 @@ def _known_names(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]
     return list(current.model_fields)
 
 
-def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
-    """First of pydantic's complaints as one sentence: field, value, remedy."""
+def explain(error: ValidationError, model: type[BaseModel], source: str) -> ConfigError:
+    """First of pydantic's complaints as our error, of one sentence: field, value, remedy."""
     first = error.errors()[0]
     location = tuple(first["loc"])
     field = cut(".".join(str(part) for part in location))
@@ -102,12 +102,12 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
             names = _known_names(model, location[:-1])
         except (KeyError, AttributeError, TypeError):
             names = []
-        return f"{source}: {field}: unknown parameter{nearest(str(location[-1])[:80], names)}{more}"
+        return ConfigError(f"{source}: {field}: unknown parameter{nearest(str(location[-1])[:80], names)}{more}")
     message, given = first["msg"].removeprefix("Value error, "), first["input"]
     if not field:
-        return f"{source}: {message}{more}"
+        return ConfigError(f"{source}: {message}{more}")
     if isinstance(given, dict):
-        return f"{source}: {field}: {message}{more}"
+        return ConfigError(f"{source}: {field}: {message}{more}")
     quoted = isinstance(given, (int, float)) and (first["type"] == "string_type" or f"'{given}'" in message)
     hint = f"; put it in quotes: '{cut(given)}'" if quoted else ""
-    return f"{source}: {field} = {shown(given)}: {message[:1].lower() + message[1:]}{hint}{more}"
+    return ConfigError(f"{source}: {field} = {shown(given)}: {message[:1].lower() + message[1:]}{hint}{more}")

@@ -62,7 +62,11 @@ def curves(
     xlabel: str = "step",
     ylabel: str = "",
 ) -> bytes:
-    """Line plot of named columns of values (n,), where NaN breaks a line, at positions ``x`` (n,), else from 0 on."""
+    """Line plot of named columns of values (n,), where NaN breaks a line, at positions ``x`` (n,), else from 0 on.
+
+    Raises:
+        DataError: there is no column.
+    """
     if not columns:
         raise DataError("curves: no column to draw; pass at least one")
     figure = _figure(7.5, 3.8, title)
@@ -90,6 +94,9 @@ def image_strip(
         labels: one per column, below it.
         title: above the strip.
         names: one per row, left of it.
+
+    Raises:
+        DataError: there is no image.
     """
     columns = max((len(images) for images in rows), default=0)
     if not columns:
@@ -135,7 +142,11 @@ def spearman(values: ArrayLike) -> float:
 
 
 def returns_over_time(returns: Sequence[ArrayLike], title: str = "") -> bytes:
-    """Returns (T_i,) of several episodes against the share of the episode done; the title gives the median Spearman."""
+    """Returns (T_i,) of several episodes against the share of the episode done; the title gives the median Spearman.
+
+    Raises:
+        DataError: there is no episode.
+    """
     if not returns:
         raise DataError("returns_over_time: no episode to draw; pass at least one")
     correlations = [spearman(value) for value in returns]

@@ -139,12 +139,21 @@ EXPLAINED = {
     "wav.evaluation": ("LIBERO and evaluation", "../libero.md"),
     "wav.hub": ("LIBERO on eight GPUs", "../howto/libero.md"),
     "wav": ("parameters", "parameters.md"),
+    "wav.cluster": ("a stage on several machines", "../cluster.md"),
+    "wav.shards": ("a stage on several machines", "../cluster.md"),
+    "wav.commands": ("command line", "commands.md"),
+    "wav.new_project": ("your own dataset", "../howto/own-dataset.md"),
+    "wav.starter": ("your own dataset", "../howto/own-dataset.md"),
+    "wav.policy.sharing": ("the hub", "../hub.md"),
+    "wav.prefect_api": ("runbook", "../operations.md"),
+    "wav.promotion": ("runbook", "../operations.md"),
     "flows": ("runbook", "../operations.md"),
     "infra": ("runbook", "../operations.md"),
+    "infra.kubernetes": ("pools, queues, Kubernetes", "../kubernetes.md"),
 }
 
 
-def sentence(node: ast.expr) -> str | None:
+def sentence(node: ast.AST) -> str | None:
     """The text of a message, with NAMES in the place of what is filled in; None where it is no text."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
@@ -154,6 +163,9 @@ def sentence(node: ast.expr) -> str | None:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         left, right = sentence(node.left), sentence(node.right)
         return None if left is None or right is None else left + right
+    if isinstance(node, ast.IfExp):
+        one, other = sentence(node.body), sentence(node.orelse)
+        return f"({one} / {other})" if one and other else one or other
     return None
 
 
@@ -163,19 +175,42 @@ def _hole(node: ast.expr) -> str:
     return (names[-1] if names else "value").strip("_").upper()
 
 
+#: what makes an error
+_MAKES = re.compile(r"(\w*Error|error|kind\(.*\))$")
+_WORD = re.compile(r"\b[a-z]{2,}\b")
+
+
+def told(tree: ast.Module) -> Iterator[tuple[ast.expr, list[str]]]:
+    """What each error that a module makes is given as its message, and the sentences that this can hold.
+
+    A class chosen as ``error`` or by ``kind`` counts as one. Where a message names a variable or calls a function of
+    its module, the sentences that are assigned to that variable, or returned by that function, are among them.
+    """
+    elsewhere: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            elsewhere.setdefault(node.targets[0].id, []).append(node.value)
+        elif isinstance(node, ast.FunctionDef):
+            returned = [part.value for part in ast.walk(node) if isinstance(part, ast.Return) and part.value]
+            elsewhere.setdefault(node.name, []).extend(returned)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and node.args and _MAKES.match(ast.unparse(node.func)):
+            names = [part.id for part in ast.walk(node.args[0]) if isinstance(part, ast.Name)]
+            parts = [part for name in dict.fromkeys(names) for part in elsewhere.get(name, [])]
+            own, others = sentence(node.args[0]) or "", filter(None, map(sentence, parts))
+            texts = [own] * (len(_WORD.findall(own)) > 0) + [text for text in others if len(_WORD.findall(text)) > 2]
+            yield node.args[0], [" ".join(text.split()) for text in texts]
+
+
 def errors() -> dict[str, dict[str, list[str]]]:
     """Room -> module -> the sentences that its errors can print, in the order of the code."""
     found: dict[str, dict[str, list[str]]] = {}
     for path in sorted(file for room in ("wav", "flows", "infra") for file in (PROJECT / room).rglob("*.py")):
         module = ".".join(path.relative_to(PROJECT).with_suffix("").parts).removesuffix(".__init__")
         room = max((name for name in EXPLAINED if f"{module}.".startswith(f"{name}.")), key=len)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Raise) or not isinstance(node.exc, ast.Call) or not node.exc.args:
-                continue
-            kind = getattr(node.exc.func, "id", "")
-            words = sentence(node.exc.args[0])
-            if kind.endswith("Error") and words and " " in words:
-                found.setdefault(room, {}).setdefault(module, []).append(" ".join(words.split()))
+        for _, sentences in told(ast.parse(path.read_text())):
+            if sentences:
+                found.setdefault(room, {}).setdefault(module, []).extend(sentences)
     return found
 
 

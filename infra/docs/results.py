@@ -11,6 +11,7 @@ import json
 import re
 from typing import Any
 
+from wav.config import load_settings
 from wav.local import PROJECT
 
 SOURCE = "benchmarks/results/tabletop-default.json"
@@ -33,7 +34,12 @@ def table() -> str:
     whole = json.loads((PROJECT / SOURCE).read_text())
     found, settings = whole["evaluation"], whole["parameters"]["eval_libero"]
     limits = " or ".join(f"{steps}" for steps in sorted(set(found["within"].values())))
-    longest = settings["within"]
+    longest, default = settings["within"], load_settings(PROJECT / "params.yaml").eval_libero.episodes_per_task
+    more = (
+        ""
+        if (n := settings["episodes_per_task"]) == default
+        else (f"Of each task {n} initial states; `make repro` evaluates the first {default}. ")
+    )
     lines = [
         f"| {found['suite']}, {found['planned']['episodes']} episodes each | planned | unplanned | temperature alone "
         "| planned - unplanned | planned - temperature |",
@@ -52,7 +58,7 @@ def table() -> str:
     lines += [
         "",
         f"Rates with 95% Wilson intervals, paired differences in points with 95% bootstrap intervals; "
-        f"`execute_steps` = {settings['execute_steps']}, {limits} steps are {longest:g} times the direct expert's. "
+        f"`execute_steps` = {settings['execute_steps']}, {limits} steps are {longest:g} times the direct expert's. {more}"
         f"Numbers: [{SOURCE.rpartition('/')[2]}]({SOURCE}).",
     ]
     return "\n".join(lines) + "\n"

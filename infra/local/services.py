@@ -136,7 +136,11 @@ def _prefect(folder: Path, chosen: dict[str, int]) -> Service:
 
 
 def weed_command(folder: Path, chosen: dict[str, int], bind: str = HOST) -> list[str]:
-    """How SeaweedFS is started on ``folder``: its parts dial each other on 127.0.0.1 and listen on ``bind``."""
+    """How SeaweedFS is started on ``folder``: its parts dial each other on 127.0.0.1 and listen on ``bind``.
+
+    Raises:
+        ServiceError: SeaweedFS is not installed.
+    """
     weed = Path(sys.executable).with_name("weed")
     if not weed.exists():
         raise ServiceError(f"{weed}: the S3 server is not installed; run make install")

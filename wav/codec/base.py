@@ -93,7 +93,11 @@ def check_latents(latents: NDArray, dims: int, channels: int) -> None:
 
 
 def psnr(images: NDArray, reference: NDArray) -> float:
-    """Peak signal-to-noise ratio in dB of uint8 ``images`` against ``reference`` of the same shape; inf if equal."""
+    """Peak signal-to-noise ratio in dB of uint8 ``images`` against ``reference`` of the same shape; inf if equal.
+
+    Raises:
+        DataError: the shapes differ.
+    """
     if images.shape != reference.shape:
         raise DataError(f"psnr: shapes {images.shape} and {reference.shape} differ; compare images of equal size")
     total, count = 0.0, 0

@@ -131,6 +131,7 @@ def encode_store(
 
     Raises:
         DataError: the store's views or image size are not those of ``data``, a text is too long.
+        ConfigError: the text encoder was opened for another ``data.text_tokens``.
         StorageError: the disk is full, or too small for what will be written.
     """
     have = episodes.conventions

@@ -165,6 +165,9 @@ def split_episodes(store: EpisodeStore, split: Split, validation_share: float) -
 
     The held-out ``round(share * E)`` episodes (at least one for a share above 0) are shared out evenly over the tasks
     and depend on the episodes' ids alone, never on a seed: all training stages hold out the same ones.
+
+    Raises:
+        ConfigError: the share is not in [0, 1). DataError: no episode would be left to train on.
     """
     if not 0.0 <= validation_share < 1.0:
         raise ConfigError(f"validation_share = {validation_share}: must lie in [0, 1)")

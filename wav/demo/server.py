@@ -131,7 +131,8 @@ def demo(folder: Path, *, port: int = 8080, device: str = "auto", say: Callable[
     """``wav demo``: an export beside a simulator of its suite, until SIGINT or SIGTERM.
 
     Raises:
-        WavError: a damaged export, a suite without simulator, other simulator versions, a port that is taken.
+        ConfigError: the suite has no simulator, or one of other conventions. ServiceError: the port is taken.
+        CheckpointError: the export is damaged.
     """
     from wav.evaluation.evaluate import check_start
     from wav.policy.export import load_export

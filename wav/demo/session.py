@@ -58,7 +58,7 @@ class Ask(Section):
         try:
             return cls.model_validate_json(message)
         except ValidationError as error:
-            raise ConfigError(explain(error, cls, "message")) from None
+            raise explain(error, cls, "message") from None
 
 
 @dataclass

@@ -23,6 +23,7 @@ def refuse_failed(store: EpisodeStore) -> None:
 
     Raises:
         ConfigError: this very store (by digest) failed; names share, report and remedy.
+        DataError: the replay's report lacks a field.
     """
     path = report_path(store.path)
     if not path.is_file() or os.environ.get(ALLOW_VARIABLE, "") == "1":

@@ -35,7 +35,11 @@ class ArrayWriter:
         np.lib.format.write_array_header_1_0(self._file, fields)
 
     def append(self, rows: NDArray[Any]) -> None:
-        """Add rows (n, ...)."""
+        """Add rows (n, ...).
+
+        Raises:
+            DataError: another row shape or dtype than the file has.
+        """
         if rows.shape[1:] != self.row_shape or rows.dtype != self.dtype:
             raise DataError(
                 f"{self.path}: rows of {rows.dtype} {rows.shape[1:]} where the file holds {self.dtype} "

@@ -158,7 +158,11 @@ def read_recorded(path: Path, demo: str) -> tuple[NDArray[np.float64], dict[str,
 
 
 def body_poses(model: str) -> dict[str, Pose]:
-    """Body name -> (position 3, quaternion 4 as w, x, y, z) of a MuJoCo XML; empty for an empty text."""
+    """Body name -> (position 3, quaternion 4 as w, x, y, z) of a MuJoCo XML; empty for an empty text.
+
+    Raises:
+        DataError: the text is no XML.
+    """
     if not model:
         return {}
     try:

@@ -96,7 +96,11 @@ def replay_episode(
 
 
 def begin_scripted(env: SimEnv, suite: str, start: ReplayStart) -> Observation:
-    """The expert's beginning: the initial state, for some moved on (:func:`wav.sim.demonstrations.begin`)."""
+    """The expert's beginning: the initial state, for some moved on (:func:`wav.sim.demonstrations.begin`).
+
+    Raises:
+        DataError: the episode was recorded under another ``ingest.seed``.
+    """
     if start.episode_seed != derive_seed(start.seed, "expert", start.task, start.index) % 2**31:
         raise DataError(
             f"{start.episode_id}: was recorded under another ingest.seed than {start.seed}; "

@@ -89,6 +89,9 @@ class SimPool:
 
         Args:
             timeout: seconds after which to return with nothing; None: wait as long as it takes.
+
+        Raises:
+            SimulationError: nothing was submitted.
         """
         if not self._unanswered:
             raise SimulationError("SimPool.wait: nothing was submitted; submit a reset or steps first")

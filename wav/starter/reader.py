@@ -29,7 +29,11 @@ class NpzSource(DatasetSource):
     """Reads every ``*.npz`` at ``ingest.path``: state (T, S), action (T, A) in radians, pictures of every view."""
 
     def files(self) -> list[Path]:
-        """The episodes, in order."""
+        """The episodes, in order.
+
+        Raises:
+            ConfigError: the folder has none.
+        """
         found = sorted(project(self.settings.path).glob("*.npz"))
         if not found:
             raise ConfigError(f"ingest.path = {self.settings.path!r}: holds no *.npz; name the folder of your episodes")

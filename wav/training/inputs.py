@@ -66,7 +66,11 @@ def open_inputs(spec: TrainSpec) -> Inputs:
 
 
 def check_init(spec: TrainSpec, inputs: Inputs) -> None:
-    """Refuse initial weights that were trained with other statistics, conventions or latents."""
+    """Refuse initial weights that were trained with other statistics, conventions or latents.
+
+    Raises:
+        CheckpointError: names what differs, the weights' and the data's.
+    """
     assert spec.paths.init is not None
     trained: dict[str, Any] = read_checkpoint_file(spec.paths.init)
     where = spec.paths.init / "checkpoint.json"

@@ -308,7 +308,7 @@ def check_node(spec: TrainSpec) -> None:
 
 
 def main() -> int:
-    """Entry point of every rank, whatever launcher started it: the spec file is the last argument."""
+    """Entry point of every rank, whatever launcher started it: the spec file is the last argument; else ConfigError."""
     die_with_parent()
     logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.WARNING, force=True)
     LOG.setLevel(logging.INFO)

@@ -160,7 +160,11 @@ def make_spec(
 
 
 def input_digests(paths: TrainPaths) -> dict[str, str]:
-    """Digest of every input: the stores' manifests (which list their files' digests) and the initial weights."""
+    """Digest of every input: the stores' manifests (which list their files' digests) and the initial weights.
+
+    Raises:
+        DataError: an input is not there; names the stage that makes it.
+    """
     digests = {}
     for name, stage in (("episodes", "ingest"), ("latents", "encode"), ("rewards", "label_rewards")):
         folder: Path | None = getattr(paths, name)

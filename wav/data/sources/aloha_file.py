@@ -171,7 +171,11 @@ def find_cameras(
 
 
 def images(file: Any, name: str, steps: int, prepare: Preparation, options: AlohaHdf5Options) -> Images:
-    """(T, height, width, 3) frames of a camera in RGB, read one at a time."""
+    """(T, height, width, 3) frames of a camera in RGB, read one at a time.
+
+    Raises:
+        DataError: the camera is missing, or has another number of frames than qpos has rows.
+    """
     found = file.get(f"observations/images/{name}")
     if not isinstance(found, h5py.Dataset) or len(found) != steps:
         raise DataError(f"camera {name} has {0 if found is None else len(found)} frames where qpos has {steps} rows")

@@ -123,7 +123,11 @@ def canonical_gripper(command: Floats, convention: str) -> Floats:
 
 
 def check_deltas(actions: Floats) -> None:
-    """Refuse actions (T, A) whose motion part is not an OSC_POSE delta in [-1, 1]."""
+    """Refuse actions (T, A) whose motion part is not an OSC_POSE delta in [-1, 1].
+
+    Raises:
+        DataError: names the first step and column that lies outside.
+    """
     motion = np.abs(actions[:, :-1])
     if motion.max(initial=0.0) > 1.0 + 1e-3:
         step, column = (int(i) for i in np.unravel_index(motion.argmax(), motion.shape))
@@ -137,6 +141,10 @@ def check_state_layout(state: Floats) -> None:
     """Refuse states (T, 8) that cannot be end-effector position (m), axis-angle (rad), two finger positions (m).
 
     The two fingers move along one axis in opposite directions, so their signs differ.
+
+    Raises:
+        DataError: positions, angles or fingers are too large, columns look like a quaternion, or the fingers have one
+            sign.
     """
     rotation = np.linalg.norm(state[:, 3:6], axis=1).max()
     fingers = np.abs(state[:, 6:8]).max()
@@ -164,6 +172,9 @@ def check_instructions(instructions: Iterable[str], tokens: int) -> None:
     """Refuse instructions that no T5 fits into ``tokens`` (data.text_tokens): each word and the end is one or more.
 
     Said before anything is read: ``encode``, which counts exactly, comes hours later.
+
+    Raises:
+        ConfigError: names the instruction and how many tokens it has at least.
     """
     for instruction in instructions:
         least = len(instruction.split()) + 1

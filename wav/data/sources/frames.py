@@ -64,7 +64,11 @@ def described(camera: str, size: tuple[int, int], data: DataSettings) -> dict[st
 
 
 def check_frame(frame: NDArray[Any], size: tuple[int, int] | None, where: str) -> None:
-    """Refuse what is not (H, W, 3) uint8 of ``size`` (H, W)."""
+    """Refuse what is not (H, W, 3) uint8 of ``size`` (H, W).
+
+    Raises:
+        DataError: another type, shape or size; ``where`` names the frame.
+    """
     if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
         raise DataError(f"{where} is {frame.dtype} {frame.shape}; record RGB images as uint8 (H, W, 3)")
     if size is not None and frame.shape[:2] != size:

@@ -108,7 +108,7 @@ def _state(plan: Plan, table: pa.Table) -> checks.Floats:
 def read_episodes(
     plan: Plan, entries: tuple[Entry, ...], names: tuple[str, ...], data: DataSettings, settings: IngestSettings
 ) -> Iterator[Episode | Rejection]:
-    """Episodes one by one; one that is not sound comes as a Rejection with file, episode and field."""
+    """Episodes one by one; one that is not sound comes as a Rejection with the DataError's file, episode and field."""
     for entry, task in zip(entries, names, strict=True):
         name = f"{full_name(data.suite, task or 'no_task')}/episode_{entry.index:06d}"
         try:

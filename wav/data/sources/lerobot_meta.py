@@ -93,14 +93,22 @@ def open_dataset(path: str) -> Dataset:
 
 
 def part(raw: Any, name: str, where: Path) -> Any:
-    """A required field of a mapping."""
+    """A required field of a mapping.
+
+    Raises:
+        DataError: it is not there.
+    """
     if not isinstance(raw, dict) or name not in raw:
         raise DataError(f"{where}: field {name!r} is missing; {DOWNLOAD}")
     return raw[name]
 
 
 def positive(raw: Any, name: str, where: Path) -> float:
-    """A required number above 0."""
+    """A required number above 0.
+
+    Raises:
+        DataError: it is missing or no such number.
+    """
     value = part(raw, name, where)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise DataError(f"{where}: {name} = {value!r}: must be a positive number; correct it")
@@ -108,7 +116,11 @@ def positive(raw: Any, name: str, where: Path) -> float:
 
 
 def natural(raw: Any, name: str, where: Path) -> int:
-    """A required index or count; tables that went through pandas hold whole numbers as 1.0."""
+    """A required index or count; tables that went through pandas hold whole numbers as 1.0.
+
+    Raises:
+        DataError: it is missing, below 0 or no whole number.
+    """
     value = part(raw, name, where)
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or value < 0:

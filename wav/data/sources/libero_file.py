@@ -66,7 +66,11 @@ class TaskFile:
 
 
 def dataset_files(path: str, suite: str) -> list[Path]:
-    """The HDF5 files of a suite under ``path`` (a file, a folder, or a folder of suites)."""
+    """The HDF5 files of a suite under ``path`` (a file, a folder, or a folder of suites).
+
+    Raises:
+        ConfigError: ``ingest.path`` is missing, holds no HDF5 file, or only folders of other suites.
+    """
     root = Path(path).expanduser()
     if not path or not root.exists():
         raise ConfigError(
@@ -95,7 +99,11 @@ def suite_folder(root: Path, suite: str) -> Path | None:
 
 
 def task_files(path: str, suite: str) -> list[tuple[Path, str]]:
-    """The HDF5 files of a suite, or of several in a folder each below ``path``, and the tasks they are of."""
+    """The HDF5 files of a suite, or of several in a folder each below ``path``, and the tasks they are of.
+
+    Raises:
+        ConfigError: as from :func:`dataset_files`; or one of the suites has no folder.
+    """
     root, suites = Path(path).expanduser(), suites_of(suite)
     lacking = next((own for own in suites if len(suites) > 1 and suite_folder(root, own) is None), None)
     if lacking is not None and path and root.exists():
@@ -191,7 +199,11 @@ def instruction(where: str, attributes: Any, task: str) -> str:
 def find_cameras(
     where: str, group: Any, demos: tuple[str, ...], data: DataSettings, options: DatasetOptions
 ) -> tuple[tuple[str, str, tuple[int, int]], ...]:
-    """(view, dataset, (H, W)) of every view, as most of the demonstrations that have all cameras hold it."""
+    """(view, dataset, (H, W)) of every view, as most of the demonstrations that have all cameras hold it.
+
+    Raises:
+        ConfigError: no demonstration has the camera of a view; names those that there are.
+    """
     found = [_recorded(group[demo], data, options) for demo in demos]
     whole = [cameras for cameras in found if len(cameras) == len(data.views)]
     if whole:
@@ -242,7 +254,11 @@ def has_joints(demo: Any) -> bool:
 
 
 def control_rate(arguments: dict[str, Any], where: str) -> float:
-    """The control rate (Hz) of env_args; 0 where it tells none."""
+    """The control rate (Hz) of env_args; 0 where it tells none.
+
+    Raises:
+        DataError: it is no number.
+    """
     kwargs = arguments.get("env_kwargs") or {}
     rate = kwargs.get("control_freq") or 0 if isinstance(kwargs, dict) else kwargs
     if not isinstance(rate, (int, float)):
@@ -325,7 +341,11 @@ def attribute_text(value: Any) -> str:
 
 
 def attribute_json(value: Any, where: str) -> dict[str, Any]:
-    """A JSON attribute; {} where it is missing."""
+    """A JSON attribute; {} where it is missing.
+
+    Raises:
+        DataError: it is no JSON, or no object.
+    """
     text = attribute_text(value)
     if not text:
         return {}

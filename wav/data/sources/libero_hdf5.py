@@ -153,7 +153,7 @@ def demo_jobs(source: DatasetSource, files: Sequence[TaskFile]) -> list[Job]:
 def read_demos(
     file: TaskFile, demos: tuple[str, ...], data: DataSettings, settings: IngestSettings
 ) -> Iterator[Episode | Rejection]:
-    """Episodes of a file one by one; one that is not sound comes as a Rejection with file, episode and field."""
+    """Episodes of a file one by one; what is not sound comes as a Rejection with the DataError's episode and field."""
     target = "camera" if file.rotation == "camera" else "180"
     prepare = preparation(file.rotation, target, file.mirrored, data.image_height, data.image_width)
     with h5py.File(file.path, "r") as opened:
@@ -264,7 +264,11 @@ def _joints(demo: Any, steps: int) -> NDArray[np.floating] | None:
 
 
 def numbers(demo: Any, name: str, width: int, steps: int | None = None) -> NDArray[np.floating]:
-    """A finite floating-point dataset (T, width)."""
+    """A finite floating-point dataset (T, width).
+
+    Raises:
+        DataError: missing, of another type or shape, or not finite; names the step.
+    """
     if name not in demo:
         raise DataError(f"{name} is missing; record it or drop the demonstration")
     data = demo[name]

@@ -169,7 +169,11 @@ class S3Store:
                 self._client.put_bucket_versioning(Bucket=self.bucket, VersioningConfiguration={"Status": "Enabled"})
 
     def put_file(self, path: Path, key: str) -> ObjectInfo:
-        """Upload a file in parts, each with a SHA-256 that the server compares."""
+        """Upload a file in parts, each with a SHA-256 that the server compares.
+
+        Raises:
+            StorageError: the store refused it, or has another object than the file. TransferError: try again.
+        """
         digest = file_digest(path)
         with disk_errors(path), self._explained(key):
             self._checksummed(lambda extra: self._upload(path, key, {"Metadata": {"sha256": digest}, **extra}))

@@ -180,7 +180,11 @@ class LiberoEnv(RobosuiteEnv):
         return Scene(path, robots=["Panda"], gripper_types="default", render_camera="frontview", **options)
 
     def step(self, action: NDArray[np.float32], render: bool = True) -> Observation | None:
-        """Advance one control step; actions are clipped to [-1, 1]. The observation is sampled when LIBERO samples."""
+        """Advance one control step; actions are clipped to [-1, 1]. The observation is sampled when LIBERO samples.
+
+        Raises:
+            SimulationError: LIBERO gave no observation.
+        """
         scene = self.scene
         scene.wanted, scene.seen = render, None
         scene.step(np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0))

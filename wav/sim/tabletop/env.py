@@ -204,7 +204,11 @@ class TabletopEnv(RobosuiteEnv):
         return resting and not self.grasped(top)
 
     def success(self, task: str) -> bool:
-        """Success predicate of ``task``, which must belong to the current scene."""
+        """Success predicate of ``task``, which must belong to the current scene.
+
+        Raises:
+            ConfigError: the suite has no such task.
+        """
         match task:
             case "lift_red_cube":
                 return self.lifted("red_cube")

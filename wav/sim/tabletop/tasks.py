@@ -61,7 +61,11 @@ class InitialState:
 
 
 def initial_state(task: str, index: int) -> InitialState:
-    """Initial state ``index`` of ``task``: a pure function of (the task's scene, index)."""
+    """Initial state ``index`` of ``task``: a pure function of (the task's scene, index).
+
+    Raises:
+        ConfigError: the index is below 0.
+    """
     if index < 0:
         raise ConfigError(f"initial state index = {index}: must be 0 or more (0-49 evaluation, 1000+ demonstrations)")
     scene = TASKS[task].scene
