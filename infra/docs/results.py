@@ -58,8 +58,8 @@ def table() -> str:
     lines += [
         "",
         f"Rates with 95% Wilson intervals, paired differences in points with 95% bootstrap intervals; "
-        f"`execute_steps` = {settings['execute_steps']}, {limits} steps are {longest:g} times the direct expert's. {more}"
-        f"Numbers: [{SOURCE.rpartition('/')[2]}]({SOURCE}).",
+        f"`execute_steps` = {settings['execute_steps']}, {limits} steps are {longest:g} times the direct expert's. "
+        f"{more}Numbers: [{SOURCE.rpartition('/')[2]}]({SOURCE}).",
     ]
     return "\n".join(lines) + "\n"
 
