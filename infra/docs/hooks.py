@@ -13,12 +13,17 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from infra.docs import commands, reference
+from infra.docs import commands, reference, results
 from wav.local import PROJECT
 
 _LINK = re.compile(r"(\]\()((?:\.\./)+[^)#\s]+|(?:\.\./)+)((?:#[^)\s]*)?\))")
 _MARK = re.compile(r"<!-- generated: (\w+) -->")
-_TABLES = {"parameters": reference.parameters, "errors": reference.error_page, "commands": commands.command_page}
+_TABLES = {
+    "parameters": reference.parameters,
+    "errors": reference.error_page,
+    "commands": commands.command_page,
+    "results": lambda: results.table().replace("](", "](../"),
+}
 #: what a browser shows as it is; everything else becomes a text
 _SHOWN = (".json", ".png", ".svg", ".gif", ".txt")
 
@@ -69,7 +74,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         anchor = "" if path.endswith(".md") else match[3][:-1]
         return f"{match[1]}{posixpath.relpath(copied(path), here or '.')}{anchor})"
 
-    return _MARK.sub(lambda match: _TABLES[match[1]](), _LINK.sub(lead, markdown))
+    return _LINK.sub(lead, _MARK.sub(lambda match: _TABLES[match[1]](), markdown))
 
 
 def on_page_content(html: str, **_: Any) -> str:
