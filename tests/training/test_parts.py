@@ -83,11 +83,20 @@ def test_average() -> None:
     with ema.swapped():
         assert torch.allclose(module.weight, before + 0.5)
     assert torch.allclose(module.weight, before + 1)
-    young = Ema(module, 0.999, 0, 1)
-    young.update(step=1)
-    assert torch.allclose(young.full("weight"), module.weight)
     with pytest.raises(CheckpointError, match="other parameters"):
         ema.load([{"weight": torch.zeros(5)}])
+
+
+@pytest.mark.parametrize(("step", "follows"), [(1, 9 / 11), (1400, 9 / 1410), (1790, 0.005), (10**6, 0.005)])
+def test_a_young_average_follows_faster(step: int, follows: float) -> None:
+    """What params.yaml says of ``ema_decay``: 0.995 holds from step 1,790 on."""
+    module = nn.Linear(1, 1, bias=False)
+    ema = Ema(module, 0.995, 0, 1)
+    before = module.weight.detach().clone()
+    with torch.no_grad():
+        module.weight.add_(1)
+    ema.update(step)
+    torch.testing.assert_close(ema.full("weight"), before + follows)
 
 
 def test_average_shards_cover_every_weight() -> None:
