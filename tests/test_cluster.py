@@ -28,7 +28,7 @@ pytestmark = pytest.mark.integration
 
 needs_dask = pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="distributed is not installed")
 PLAIN = ("--nthreads", "1", "--memory-limit", "0")
-WAIT_S = 120.0
+WAIT_S = 300.0
 
 
 def until(found: Callable[[], Any], what: str) -> Any:
