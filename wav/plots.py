@@ -14,7 +14,6 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import spearmanr
 
 from wav.codec.base import psnr
 from wav.errors import DataError
@@ -135,6 +134,8 @@ def reward_terms(terms: RewardTerms, title: str = "") -> bytes:
 
 def spearman(values: ArrayLike) -> float:
     """Spearman correlation of values (T,) with time; NaN where they are constant or fewer than two."""
+    from scipy.stats import spearmanr  # a sixth of the time in which a stage starts, and one picture needs it
+
     x = np.asarray(values, dtype=np.float64)
     if len(x) < 2 or np.ptp(x) == 0:
         return float("nan")
