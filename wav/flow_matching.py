@@ -35,7 +35,7 @@ def training_sigmas() -> Tensor:
 
 
 def timesteps(sigma: Tensor) -> Tensor:
-    """What the network is told about level ``sigma``: sigma * 1000, float32."""
+    """What the network is told about levels ``sigma`` of any shape: sigma * 1000, float32."""
     return sigma.float() * 1000.0
 
 
@@ -59,12 +59,12 @@ def mix(clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
-    """Velocity v = noise - clean, from data to noise."""
+    """Velocity v = noise - clean, from data to noise, of two tensors of one shape."""
     return noise - clean
 
 
 def euler_step(x: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: float | Tensor) -> Tensor:
-    """Move x to ``sigma_next`` from x at ``sigma``: x + (sigma_next - sigma) v."""
+    """Move x, of any shape, to ``sigma_next`` from ``sigma`` along v of that shape: x + (sigma_next - sigma) v."""
     return x + (sigma_next - sigma) * velocity
 
 
@@ -80,5 +80,5 @@ def frame_timesteps(memory_frames: int, future_frames: int, timestep: Tensor) ->
 
 
 def velocity_loss(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error of a predicted velocity, in float32; ``clean`` may be shared by several draws of noise."""
+    """Mean squared error, a float32 scalar, of a velocity shaped as ``noise``, over whose draws ``clean`` broadcasts."""
     return nn.functional.mse_loss(velocity.float(), velocity_target(clean, noise).float())

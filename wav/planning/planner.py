@@ -102,7 +102,7 @@ class Planner:
     def choose(
         self, history: Sequence[Iteration], z_vid: Tensor, z_val: Tensor, variant: Variant
     ) -> tuple[Tensor, Tensor]:
-        """The noises that are acted on, from the search and from standard normal draws of both."""
+        """Noises acted on, from the search and standard normal draws of both: (B, V, C, Ff, h, w) and (B, A, Cv)."""
         last, settings = history[-1], self.settings
         f_vid, f_val = last.video, last.value
         if variant == "temperature":

@@ -41,18 +41,18 @@ def snr(returns: Tensor, settings: PlannerSettings) -> Tensor:
 
 @score
 def lower_bound(returns: Tensor, settings: PlannerSettings) -> Tensor:
-    """Mean along time less ``score_penalty`` standard deviations; shifting all returns changes no ranking."""
+    """Mean along time of returns (..., A) less ``score_penalty`` deviations; shifting them all changes no ranking."""
     return returns.mean(-1) - settings.score_penalty * returns.std(-1, correction=0)
 
 
 @score
 def mean(returns: Tensor, settings: PlannerSettings) -> Tensor:
-    """Mean along time: the return itself, which ranks a fast future above a slow one, as the ratio ``snr`` does not."""
+    """Mean along time of returns (..., A): ranks a fast future above a slow one, as the ratio ``snr`` does not."""
     return returns.mean(-1)
 
 
 @score
 def ensemble(returns: Tensor, settings: PlannerSettings) -> Tensor:
-    """Mean along time less ``score_penalty`` standard deviations over the candidate's N value samples."""
+    """Mean along time of returns (B, M, N, A) less ``score_penalty`` deviations over a candidate's N value samples."""
     value = returns.mean(-1)
     return value - settings.score_penalty * value.std(-1, correction=0, keepdim=True)

@@ -163,7 +163,7 @@ class Plan:
 
     @property
     def means(self) -> tuple[Tensor, Tensor] | None:
-        """Means of the last iteration, to warm-start the next plan; None without planning."""
+        """Means of the last iteration, shaped as its noises, to warm-start the next plan; None without planning."""
         return (self.history[-1].video.mean, self.history[-1].value.mean) if self.history else None
 
 

@@ -46,7 +46,7 @@ class PolicyOutput:
 
 
 def host(tensor: Tensor, rows: int) -> NDArray[np.float32]:
-    """The first ``rows`` rows as float32 on the host."""
+    """The first ``rows`` rows of (n, ...) as float32 on the host."""
     return tensor[:rows].float().cpu().numpy()
 
 

@@ -329,7 +329,7 @@ class Policy:
         return self.statistics.denormalize_values(values)[..., -1]
 
     def actions(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Actions in the environment's units of decoded tokens [actions | states]; deltas are clipped to [-1, 1]."""
+        """Actions (..., A, action_dim) in the environment's units of tokens (..., A, Ca); deltas clipped to [-1, 1]."""
         actions = self.statistics.denormalize_actions(tokens[..., : self.data.action_dim])
         return np.clip(actions, -1, 1) if self.conventions.action == DELTA_ACTIONS else actions
 

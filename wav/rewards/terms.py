@@ -58,19 +58,19 @@ def term(subject: Subject, *names: str, weight: float) -> Callable[[Measure], Me
 
 @term("camera", "mse", "ssim", weight=1.0)
 def similarity(frames: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """exp(-0.01 MSE) and exp(SSIM - 1) with the final frame."""
+    """exp(-0.01 MSE) and exp(SSIM - 1) of frames (T, H, W, 3) with the final one: (2, T)."""
     return np.stack([np.exp(-0.01 * mse(frames, frames[-1])), np.exp(ssim(frames, frames[-1]) - 1)])
 
 
 @term("state", "proximity", weight=1.0)
 def proximity(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """exp(-|x_t - x_T|)."""
+    """exp(-|x_t - x_T|) of states (T, D): (T,)."""
     return np.asarray(np.exp(-np.linalg.norm(x - x[-1], axis=1)))
 
 
 @term("state", "state_velocity", "state_acceleration", weight=-1.0)
 def state_motion(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Velocity sum_j |x_t - x_{t-1}| and acceleration sum_j |v_t - v_{t-1}|; the robot starts at rest."""
+    """Velocity sum_j |x_t - x_{t-1}| and acceleration sum_j |v_t - v_{t-1}| of (T, D), begun at rest: (2, T)."""
     velocity = np.diff(x, axis=0, prepend=x[:1])
     acceleration = np.diff(velocity, axis=0, prepend=velocity[:1])
     return np.stack([np.abs(velocity).sum(axis=1), np.abs(acceleration).sum(axis=1)])
@@ -78,7 +78,7 @@ def state_motion(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @term("action", "action_velocity", "action_acceleration", weight=-0.1)
 def action_motion(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The same of the actions."""
+    """The same of the actions (T, D): (2, T)."""
     return state_motion(x)
 
 
