@@ -80,5 +80,5 @@ def frame_timesteps(memory_frames: int, future_frames: int, timestep: Tensor) ->
 
 
 def velocity_loss(velocity: Tensor, clean: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error, a float32 scalar, of a velocity shaped as ``noise``; ``clean`` may be one for several draws."""
+    """Mean squared error, a float32 scalar, of a velocity shaped as ``noise``; several draws may share ``clean``."""
     return nn.functional.mse_loss(velocity.float(), velocity_target(clean, noise).float())
