@@ -19,7 +19,7 @@ from wav.evaluation.extras.table import evaluated_table, markdown
 from wav.evaluation.held_out import held_out_values
 from wav.evaluation.instruments import INSTRUMENTS
 from wav.evaluation.instruments.executed import all_returns
-from wav.evaluation.instruments.futures import futures_apart
+from wav.evaluation.instruments.futures import direct_ahead, futures_apart
 from wav.evaluation.instruments.oracle import held_out_windows, oracle
 from wav.evaluation.instruments.ranking import ranking
 from wav.evaluation.instruments.swap import swaps
@@ -124,6 +124,8 @@ def instruments(run: StageRun, policy: Policy, metrics: dict[str, Any], store: E
         rewards = RewardStore.open(run.path("data/rewards"), store) if run.settings.model.value_expert else None
         metrics["oracle"] = oracle(policy, held_out_windows(store, latents, rewards, policy))
         metrics["futures"] = futures_apart(store, latents) | {"read_at": policy.levels.video[-1]}
+        if rewards is not None:
+            metrics["futures"]["direct_ahead"] = direct_ahead(store, latents, rewards.values)
     write_json(run.path("reports/eval/metrics.json"), metrics)
     found = {name: metrics[name] for name in INSTRUMENTS if name in metrics}
     publish_numbers("instruments", found, "what the noises decide, and whether scores are right")

@@ -294,6 +294,13 @@ class CouplingSettings(Section):
                 f"video_schedule = {list(levels)}: features are read at {levels[-1]:g}, training shows "
                 f"future_levels = [{low:g}, {high:g}]; end the schedule there or widen future_levels"
             )
+        if self.mode != "none" and self.pure_noise == 1:
+            raise ValueError(f"pure_noise = 1: training shows nothing of mode = {self.mode}; set mode to none")
+        if self.future and levels[-1] == 1.0 and high < 1 and not self.pure_noise:
+            raise ValueError(
+                "pure_noise = 0: training never shows features of pure noise, where video_schedule = [1] reads them; "
+                f"end the schedule in future_levels = [{low:g}, {high:g}] or raise pure_noise"
+            )
         low, high = self.value_levels
         if self.value and not low <= self.value_level <= high:
             raise ValueError(

@@ -19,7 +19,7 @@ from wav.data.windows import WindowBatch, split_episodes
 from wav.evaluation.held_out import held_out_share
 from wav.evaluation.instruments import ranking as ranks
 from wav.evaluation.instruments.executed import realised_return
-from wav.evaluation.instruments.futures import futures_apart
+from wav.evaluation.instruments.futures import direct_ahead, futures_apart
 from wav.evaluation.instruments.oracle import oracle
 from wav.evaluation.instruments.ranking import Candidates, candidates, ranking, searches
 from wav.evaluation.instruments.swap import swaps
@@ -274,6 +274,19 @@ def test_futures_of_unknown_styles_have_an_upper_bound() -> None:
     assert futures_apart(*demonstrations([""], {"": 0.0})) == {}
 
 
+@pytest.mark.parametrize("better", ["direct", "slow"])
+def test_a_return_that_prefers_the_slower_way_is_seen_through(better: str) -> None:
+    styles = ["direct", "slow", "direct", "recover"]
+    store, latents = demonstrations(styles, dict.fromkeys(styles, 0.0))
+    values = np.zeros((store.frames, 2))
+    values[:, -1] = np.repeat([float(style == better) for style in styles], 10)
+    found = direct_ahead(store, latents, values)
+    assert found == {"slow": 1.0 if better == "direct" else 0.0}
+    text = "".join(findings({"futures": {"distance": 9.0, "level": 0.8, "read_at": 0.5, "direct_ahead": found}}))
+    assert ("prefers the slow ones" in text) == (better == "slow")
+    assert direct_ahead(*demonstrations(["", ""], {"": 0.0}), values) == {}
+
+
 class Store(list[str]):
     """Episodes of these tasks."""
 
@@ -318,3 +331,9 @@ def test_a_chunk_that_stays_at_the_goal_returns_the_most(policy: Policy, histori
     stayed = Segment((branch.final,) * 4, True)
     value = realised_return(branch, stayed, still, settings, policy.data.views)
     assert value == pytest.approx(5 / 9 * (1 + 0.5 + 0.25))  # four similarities and proximity are 1, nothing moves
+    longer = settings.model_copy(update={"horizon": 4})
+    value = realised_return(branch, stayed, still, longer, policy.data.views)
+    assert value == pytest.approx(5 / 9 * (1 + 0.5 + 0.25 + 0.125)), "it rests where the chunk ended"
+    moving = np.array([[0.0] * 7, [0.0] * 7, [1.0] * 7], np.float32)
+    short, long = (realised_return(branch, stayed, moving, s, policy.data.views) for s in (settings, longer))
+    assert long - short == pytest.approx(5 / 9 * 0.125), "what the last action cost is paid once"

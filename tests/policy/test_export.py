@@ -12,6 +12,7 @@ from wav.data.store import EpisodeStore
 from wav.errors import CheckpointError, DataError, StorageError, WavError
 from wav.evaluation.tables import metrics_table
 from wav.inference.cpu import kernels
+from wav.planning.types import Levels
 from wav.policy.export import base_model, export_policy, load_export, policy_from_stages, verify_export
 from wav.policy.policy import Observation, Policy
 
@@ -77,6 +78,22 @@ def chunk(policy, stages, variant="planned"):
 def test_export_acts_as_the_stages_do(policy, exported, stages, variant):
     loaded = load_export(exported, batch_size=2, device="cpu")
     np.testing.assert_array_equal(chunk(loaded, stages, variant), chunk(policy[0], stages, variant))
+
+
+def test_planning_reads_what_the_checkpoint_says_training_showed(stages, joint, tmp_path):
+    """Whatever a parameter file says by then: stage folders and exports carry section coupling with the weights."""
+    meta = json.loads((joint / "checkpoint.json").read_text())
+    meta["coupling"] = {"mode": "both", "video_schedule": [1.0, 0.6], "value_level": 0.2}
+    (joint / "checkpoint.json").write_text(json.dumps(meta))
+    found = policy_from_stages(joint, stages.latents, DATA, PLANNER, batch_size=2, device="cpu")
+    assert found[0].levels == Levels((1.0, 0.6), 0.2)
+    assert SETTINGS.coupling.mode == "none"
+    out = export_policy(*found, tmp_path / "export", settings=SETTINGS.for_stage("export"), metrics=None)
+    assert load_export(out, batch_size=2, device="cpu").levels == found[0].levels
+    meta["coupling"]["video_schedule"] = [1.0, 0.9]
+    (joint / "checkpoint.json").write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match=r"features are read at 0\.9"):
+        policy_from_stages(joint, stages.latents, DATA, PLANNER, batch_size=2, device="cpu")
 
 
 def test_export_needs_nothing_else(exported, stages, policy, tmp_path):

@@ -28,6 +28,11 @@ def everything(env) -> list[np.ndarray]:
     return [np.array(data.qpos), np.array(data.qvel), np.array(data.body_xpos), env.state()]
 
 
+def heights(env) -> np.ndarray:
+    """(n,) of a LIBERO scene's objects, in m."""
+    return env.scene.sim.data.body_xpos[sorted(env.scene.obj_body_id.values()), 2].copy()
+
+
 def test_a_chunk_runs_again_bit_for_bit_after_another_one_and_in_a_scene_reset_elsewhere(env):
     env.reset(TASK, INDEX)
     expert, actions, states, after = TabletopExpert(env, TASK), [], [], []
@@ -86,16 +91,21 @@ def test_a_libero_demonstration_goes_on_bit_for_bit_after_another_reset(monkeypa
     env = make_env("libero_spatial", data)
     task = next(iter(env.tasks))
     env.reset(task, 0)
+    lying = heights(env)
     expert, actions, states, after = LiberoExpert(env, task), [], [], []
     for _ in range(55):
         actions.append(expert())
         env.step(actions[-1], render=False)
         states.append(save(env.scene))
         after.append(everything(env))
-    env.reset(task, 3)  # draws the fixtures elsewhere
-    restore(env.scene, states[44])
-    for step in range(45, 55):
-        env.step(actions[step], render=False)
-        for found, wanted in zip(everything(env), after[step], strict=True):
-            np.testing.assert_array_equal(found, wanted)
+    assert (heights(env) - lying).max() > 0.03, "the bowl is in the hand, the case in which setting positions fails"
+    for start, elsewhere in ((20, 0), (45, 3)):  # another reset draws the fixtures elsewhere
+        env.reset(task, elsewhere)
+        for action in np.random.default_rng(0).uniform(-1, 1, (6, 7)).astype(np.float32):
+            env.step(action, render=False)
+        restore(env.scene, states[start - 1])
+        for step in range(start, start + 10):
+            env.step(actions[step], render=False)
+            for found, wanted in zip(everything(env), after[step], strict=True):
+                np.testing.assert_array_equal(found, wanted)
     env.close()

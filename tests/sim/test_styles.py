@@ -7,7 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from wav.config import load_settings
+from tests.helpers.libero import KIT, needs_assets
+from wav.config import DataSettings, load_settings
 from wav.sim.demonstrations import begin, run_expert
 from wav.sim.registry import make_env
 from wav.sim.styles import SLOW, STYLES, draw_style
@@ -82,3 +83,17 @@ def test_shares_decide_the_styles_and_equal_names_draw_equal_styles():
     assert set(drawn) == {"direct", "slow"}
     assert 350 < drawn["direct"] < 450
     assert draw_style(shares, 0, "task", 5) == draw_style(dict(reversed(shares.items())), 0, "task", 5)
+
+
+@needs_assets
+@pytest.mark.long
+@pytest.mark.parametrize("style", STYLES)
+def test_libero_is_solved_in_every_style(style, monkeypatch, tmp_path):
+    monkeypatch.setenv("WAV_LIBERO_ASSETS", str(KIT))
+    monkeypatch.setenv("WAV_LOCAL_DIR", str(tmp_path))
+    env = make_env("libero_object", DataSettings(suite="libero_object", tasks=(), image_height=64, image_width=64))
+    env.observe = lambda: None  # type: ignore[method-assign]  # pictures are not looked at here
+    solved, steps = run_expert(env, "libero_object", next(iter(env.tasks)), 1001, style=style)
+    env.close()
+    assert solved
+    assert (steps > 150) == (style == "slow")

@@ -12,7 +12,9 @@ from wav.config import CouplingSettings
 from wav.flow_matching import mix
 from wav.training.draws import SeededRandom, coupled_levels
 
-BOTH = CouplingSettings(mode="both", future_levels=(0.4, 0.6), value_levels=(0.05, 0.2), pure_noise=0.0)
+BOTH = CouplingSettings(
+    mode="both", future_levels=(0.4, 0.6), value_levels=(0.05, 0.2), pure_noise=0.0, video_schedule=(1.0, 0.5)
+)
 
 
 def test_levels_lie_in_their_range_but_for_the_share_of_pure_noise() -> None:
@@ -77,6 +79,8 @@ def test_the_video_expert_is_given_the_noised_future_at_its_timestep() -> None:
         ({"mode": "both", "video_schedule": (0.5,)}, "must begin at 1.0 and fall"),
         ({"mode": "both", "future_levels": (0.6, 0.4)}, "the lower level comes first"),
         ({"mode": "value", "value_level": 0.5}, "value_level = 0.5"),
+        ({"mode": "future", "pure_noise": 0.0}, "never shows features of pure noise"),
+        ({"mode": "value", "pure_noise": 1.0}, "nothing of mode = value"),
     ],
 )
 def test_a_schedule_that_training_does_not_show_is_refused(fields: dict, named: str) -> None:

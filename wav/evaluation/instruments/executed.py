@@ -43,8 +43,8 @@ def realised_return(
 ) -> float:
     """Return v_t of Table 2 that a chunk really reached, with the expert's final frame as the reference.
 
-    ``segment`` is what was seen, A + 1 observations, while ``actions`` (A, 7) were executed; the sum runs over the
-    chunk.
+    ``segment`` is what was seen, A + 1 observations, while ``actions`` (A, 7) were executed. The sum runs over
+    ``label_rewards.horizon`` like a label's; what of it is beyond the chunk, the robot rests where the chunk ended.
     """
     seen = [*segment.seen, branch.final]
     joints = [observation.joints for observation in seen if observation.joints is not None]
@@ -62,5 +62,7 @@ def realised_return(
         seed=0,
         source="executed candidate",
     )
-    reward = episode_rewards(episode, settings, tuple(views)).reward[: len(actions)]
-    return float((reward * settings.gamma ** np.arange(len(actions))).sum())
+    terms, length = episode_rewards(episode, settings, tuple(views)), len(actions)
+    horizon, rest = settings.horizon or length, np.maximum(terms.weighted[length], 0).sum()  # costs are of motion
+    reward = np.concatenate([terms.reward[:length], np.full(max(0, horizon - length), rest)])
+    return float((reward[:horizon] * settings.gamma ** np.arange(horizon)).sum())

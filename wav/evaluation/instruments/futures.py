@@ -4,6 +4,9 @@ Two equally likely futures at distance D can be told apart at noise levels below
 drowns the difference. Demonstrations seldom begin from the same state twice, so the futures compared are those of a
 window and of the most similar state of another demonstration of the same instruction; what two such states differ in
 anyway is the distance of pairs of the same style, and is taken off.
+
+Futures that differ help no planner whose return prefers the worse one. Where demonstrations have styles, the returns of
+direct windows are therefore compared with those of like states in the styles that take longer.
 """
 
 from __future__ import annotations
@@ -18,9 +21,12 @@ from wav.seeding import numpy_generator
 if TYPE_CHECKING:
     from wav.data.latents import LatentStore
     from wav.data.store import EpisodeStore
+    from wav.io.arrays import ShardedArray
 
 #: Windows whose partners are looked for, and windows among which.
 WINDOWS, POOL = 200, 4000
+#: Styles that do the same and take longer (:mod:`wav.sim.styles`); after its first steps ``recover`` is direct.
+LONGER = ("slow", "hesitant", "detour", "fumble")
 
 
 def futures_apart(store: EpisodeStore, latents: LatentStore) -> dict[str, float]:
@@ -59,3 +65,33 @@ def _distances(states: NDArray[np.float32], asked: NDArray[np.int64]) -> NDArray
     """Squared distances (len(asked), n) of some of n states (n, d) to all."""
     sizes = np.square(states).sum(1)
     return np.asarray(sizes[asked][:, None] + sizes[None] - 2 * states[asked] @ states.T)
+
+
+def direct_ahead(
+    store: EpisodeStore, latents: LatentStore, values: ShardedArray | NDArray[np.floating], windows: int = WINDOWS
+) -> dict[str, float]:
+    """How often the return is higher for the direct style than for another one of the same instruction, by that style.
+
+    Below one half a search for higher returns finds the slower ways.
+
+    Args:
+        store: demonstrations; those of the style ``direct`` are compared with those of :data:`LONGER`.
+        latents: of them; each direct window's partner is the most similar state.
+        values: (N, channels) of every window in the store's order of frames; the last one is the return.
+        windows: direct ones that are looked at.
+    """
+    rng, styles = numpy_generator(0, "direct_ahead"), np.array([info.style for info in store.episodes])
+    texts = np.array([info.instruction for info in store.episodes])
+    pool = np.sort(rng.permutation(store.frames)[:POOL])
+    episode = np.searchsorted(store.offsets, pool, side="right") - 1
+    asked = np.sort(rng.permutation(np.flatnonzero(styles[episode] == "direct"))[:windows])
+    apart = _distances(latents.image[pool].reshape(len(pool), -1), asked)
+    alike, found = texts[episode[asked]][:, None] == texts[episode][None], {}
+    returns = np.asarray(values[pool])[:, -1]
+    for style in LONGER:
+        pairs = alike & (styles[episode] == style)
+        rows = pairs.any(1)
+        if rows.any():
+            near = np.where(pairs, apart, np.inf)[rows].argmin(1)
+            found[style] = float(np.mean(returns[asked[rows]] > returns[near]))
+    return found
