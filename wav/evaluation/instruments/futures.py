@@ -86,8 +86,8 @@ def direct_ahead(
     episode = np.searchsorted(store.offsets, pool, side="right") - 1
     asked = np.sort(rng.permutation(np.flatnonzero(styles[episode] == "direct"))[:windows])
     apart = _distances(latents.image[pool].reshape(len(pool), -1), asked)
-    alike, found = texts[episode[asked]][:, None] == texts[episode][None], {}
-    returns = np.asarray(values[pool])[:, -1]
+    alike, returns = texts[episode[asked]][:, None] == texts[episode][None], np.asarray(values[pool])[:, -1]
+    found: dict[str, float] = {}
     for style in LONGER:
         pairs = alike & (styles[episode] == style)
         rows = pairs.any(1)
