@@ -114,7 +114,6 @@ def act(folder: Path, option: Option, episodes: int, record: list[Call] | None) 
             policy,
             execute_steps=5,
             batch_size=ROWS,
-            with_value=False,
             on_finish=lambda rollout: done.update({rollout.spec: rollout.success}),
         ).run(specs)
     return [done[spec] for spec in specs]

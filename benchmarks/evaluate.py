@@ -134,7 +134,6 @@ class Side:
             self.policy,
             execute_steps=self.execute_steps,
             batch_size=self.batch,
-            with_value=True,
             on_finish=lambda rollout: done.__setitem__(rollout.spec, rollout),
         )
         start, ours, theirs, busy = (

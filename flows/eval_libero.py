@@ -14,7 +14,7 @@ from flows.policy import assemble, options, parts
 from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
-from wav.evaluation.evaluate import evaluate
+from wav.evaluation.evaluate import evaluate, without_simulator
 from wav.evaluation.extras.table import evaluated_table, markdown
 from wav.evaluation.held_out import held_out_values
 from wav.evaluation.instruments import INSTRUMENTS
@@ -25,12 +25,11 @@ from wav.evaluation.instruments.ranking import ranking
 from wav.evaluation.instruments.swap import swaps
 from wav.evaluation.instruments.use import held_out_histories, noise_use
 from wav.evaluation.protocol import other_instructions
+from wav.evaluation.records import step_limits
 from wav.evaluation.report import build_report
 from wav.evaluation.shares import Elsewhere, policy_of_stages
 from wav.evaluation.start import check_all
 from wav.evaluation.tables import metrics_table
-from wav.evaluation.unsimulated import without_simulator
-from wav.evaluation.within import step_limits
 from wav.io.files import write_json, write_text
 from wav.policy.export import Checkpoint
 from wav.policy.policy import Policy
@@ -64,7 +63,6 @@ def closed_loop(
         SimPool(data.suite, data, workers=run.runtime.workers, slots=settings.batch_size) as pool,
         run.cluster() as cluster,
     ):
-        began = check_all(policy, data, pool=pool, out=out, store=store)
         return evaluate(
             run.settings,
             policy,
@@ -72,8 +70,7 @@ def closed_loop(
             pool=pool,
             checkpoint=digest,
             data_conventions=None if store is None else store.conventions,
-            with_value=policy.model.shapes.value is not None,
-            start=began.as_dict(),
+            start=check_all(policy, data, pool=pool, out=out, store=store),
             limits=step_limits(store, settings, [task.name for task in select_tasks(data.suite, data.tasks)]),
             progress=lambda state: progress(
                 state.done,
@@ -117,7 +114,7 @@ def instruments(run: StageRun, policy: Policy, metrics: dict[str, Any], store: E
     if histories:
         metrics["use"] = noise_use(policy, histories)
         metrics["swap"] = swaps(policy, histories, other_instructions(data) if simulated else {})
-    if states and policy.model.shapes.value is not None:
+    if states and policy.has_values:
         metrics["ranking"] = rank(run, policy, states)
     if store is not None and (run.workspace / "data/latents").is_dir():
         latents = LatentStore.open(run.path("data/latents"), store)

@@ -1,7 +1,4 @@
-"""Pictures as PNG bytes, drawn with matplotlib's Agg canvas: no display, no global pyplot state.
-
-Shared by flows, reports and evaluation: reward terms, returns over time, reconstruction strips, curves.
-"""
+"""Pictures of flows and reports, drawn with matplotlib: no display, no global pyplot state; PNG but for bars (SVG)."""
 
 from __future__ import annotations
 
@@ -9,8 +6,11 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
@@ -19,6 +19,8 @@ from wav.codec.base import psnr
 from wav.errors import DataError
 from wav.rewards.terms import RewardTerms
 
+#: One colour per variant, everywhere.
+COLOURS = {"planned": "#2563eb", "unplanned": "#6b7280", "temperature": "#d97706"}
 _DPI = 110
 _MAX_STRIP = 12
 
@@ -36,6 +38,15 @@ def _figure(width: float, height: float, title: str) -> Figure:
     if title:
         figure.suptitle(title, fontsize=11)
     return figure
+
+
+def _chart(xlabel: str, ylabel: str, title: str = "", width: float = 7.5) -> tuple[Figure, Axes]:
+    """Empty chart with a grid."""
+    figure = _figure(width, 3.8, title)
+    axes = figure.add_subplot()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    return figure, axes
 
 
 def read_curve(path: Path) -> tuple[list[float], list[float]]:
@@ -68,16 +79,64 @@ def curves(
     """
     if not columns:
         raise DataError("curves: no column to draw; pass at least one")
-    figure = _figure(7.5, 3.8, title)
-    axes = figure.add_subplot()
+    figure, axes = _chart(xlabel, ylabel, title)
     for name, values in columns.items():
         y = np.asarray(values, dtype=np.float64)
         axes.plot(np.arange(len(y)) if x is None else np.asarray(x)[: len(y)], y, label=name, linewidth=1.4)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
     if len(columns) > 1 or not ylabel:
         axes.legend(fontsize=8, ncols=1 + len(columns) // 8)
     return png(figure)
+
+
+def training_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> bytes:
+    """Losses over steps: name -> (steps, values); many are smoothed, and logarithmic where all are positive."""
+    from scipy.ndimage import uniform_filter1d  # slow to import, and every stage imports this module
+
+    figure, axes = _chart("step", "")
+    for name, (steps, values) in curves.items():
+        (line,) = axes.plot(steps, values, linewidth=1.3, marker="." if len(values) < 20 else "", label=name)
+        if len(values) > 60:
+            axes.plot(steps, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
+            line.set_ydata(uniform_filter1d(np.asarray(values, float), len(values) // 20, mode="nearest"))
+    if all(value > 0 for _, values in curves.values() for value in values):
+        axes.set_yscale("log")
+    axes.legend(fontsize=8)
+    return png(figure)
+
+
+def values_by_outcome(groups: Mapping[str, Sequence[Sequence[float]]]) -> bytes:
+    """Predicted value per policy call: one thin line per episode, a thick mean per outcome."""
+    figure, axes = _chart("policy call", "predicted return")
+    for (name, rows), colour in zip(groups.items(), ("#059669", "#dc2626"), strict=True):
+        for row in rows[:25]:
+            axes.plot(row, color=colour, alpha=0.15, linewidth=0.8)
+        if rows:
+            mean = [np.mean([row[call] for row in rows if len(row) > call]) for call in range(max(map(len, rows)))]
+            axes.plot(mean, color=colour, linewidth=1.8, label=f"{name} ({len(rows)})")
+    axes.legend(fontsize=8)
+    return png(figure)
+
+
+def success_rates(metrics: Mapping[str, Any], variants: Sequence[str]) -> str:
+    """SVG of success rates with Wilson intervals, per task (or suite, of several) and overall, a colour per variant."""
+    suites = metrics.get("suites", {})
+    tasks = [*(suites or metrics[variants[0]]["tasks"]), "all"]
+    figure, axes = _chart("", "success, %", width=1.6 + 1.5 * len(tasks))
+    width = 0.8 / len(variants)
+    for number, variant in enumerate(variants):
+        parts = [own[variant] for own in suites.values()] or metrics[variant]["tasks"].values()
+        names = ("wilson_low", "success_rate", "wilson_high")
+        low, rate, high = (100 * np.array([rates[name] for rates in (*parts, metrics[variant])]) for name in names)
+        x = np.arange(len(tasks)) + (number - (len(variants) - 1) / 2) * width
+        axes.bar(x, rate, 0.9 * width, color=COLOURS[variant], label=variant)
+        axes.errorbar(x, rate, np.maximum([rate - low, high - rate], 0), fmt="none", ecolor="black", capsize=3)
+    axes.set_xticks(range(len(tasks)), [task.replace("_", " ") for task in tasks])
+    axes.set_ylim(0, 105)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "wav"}):  # neither date nor chance: equal numbers, equal text
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def image_strip(
@@ -153,13 +212,10 @@ def returns_over_time(returns: Sequence[ArrayLike], title: str = "") -> bytes:
     correlations = [spearman(value) for value in returns]
     known = [c for c in correlations if np.isfinite(c)]
     median = f"median Spearman with time {np.median(known):.2f}" if known else "constant returns"
-    figure = _figure(7.5, 3.8, f"{title} ({median}, {len(returns)} episodes)".strip())
-    axes = figure.add_subplot()
+    figure, axes = _chart("share of the episode", "return", f"{title} ({median}, {len(returns)} episodes)".strip())
     for value in returns:
         y = np.asarray(value, dtype=np.float64)
         axes.plot(np.linspace(0, 1, len(y)), y, linewidth=1, alpha=0.6)
-    axes.set(xlabel="share of the episode", ylabel="return")
-    axes.grid(alpha=0.3)
     return png(figure)
 
 

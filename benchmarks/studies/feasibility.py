@@ -42,7 +42,7 @@ from wav.planning.types import NoiseShapes, RowKey, SeededNoise
 from wav.plots import png
 from wav.policy.policy import Policy
 from wav.seeding import numpy_generator
-from wav.sim.futures import Branch, Segment, branches, execute_all
+from wav.sim.futures import Branch, Segment, branches, execute, of_all
 
 AXES, GRID, HORIZON = 3, 801, 60
 #: Standard deviation per step of the decoder of the corridor; None: uniform actions.
@@ -177,7 +177,7 @@ def simulated(workspace: Path, states: int) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, sample in samplers.items():
         chunks = [(branch, np.asarray(sample(branch), np.float32)) for branch in found]
-        executed = execute_all(data, chunks, runtime.workers)
+        executed = of_all(execute, [(data.suite, data, *chunk) for chunk in chunks], runtime.workers)
         pairs = [(b, segment) for (b, _), several in zip(chunks, executed, strict=True) for segment in several]
         shares = [wilson(sum(feasible(b, s, h) for b, s in pairs), len(pairs)).as_dict() for h in range(1, A + 1)]
         result[name] = {"feasible": shares, "solved": sum(segment.solved for _, segment in pairs) / len(pairs)}

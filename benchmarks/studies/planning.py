@@ -52,8 +52,7 @@ from wav.evaluation.instruments.swap import swaps
 from wav.evaluation.instruments.use import held_out_histories, noise_use
 from wav.evaluation.intervals import paired_difference
 from wav.evaluation.protocol import code_digest, other_instructions
-from wav.evaluation.records import EpisodeRecord, read_record, summarise
-from wav.evaluation.within import step_limits
+from wav.evaluation.records import EpisodeRecord, read_record, step_limits, summarise
 from wav.io.files import canonical_digest, read_json, write_json
 from wav.local import PROJECT
 from wav.planning import VARIANTS

@@ -16,9 +16,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from wav.evaluation.charts import COLOURS
 from wav.io.files import read_json, write_bytes, write_json, write_text
-from wav.plots import png
+from wav.plots import COLOURS, png
 
 REMEDY = "run `make study` again"
 PICTURES = ("plots/value-truth.png", "truth/*/predictions/*-imagined.png", "plots/futures-*.png")

@@ -129,7 +129,7 @@ class FakePolicy:
     def __init__(self, conventions: Conventions | None = None) -> None:
         self.conventions = conventions or Conventions.for_simulator(DATA)
         self.statistics = Digest()
-        self.compiled, self.levels = False, PAPER
+        self.compiled, self.levels, self.has_values = False, PAPER, True
         self.rows: dict = {}
         self.calls: list[tuple[str, int, bool]] = []
         self.noise: list[tuple] = []

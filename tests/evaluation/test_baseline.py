@@ -77,7 +77,7 @@ def test_conditions_that_plan_are_not_applicable() -> None:
 def test_refusal_comes_before_the_first_episode(tmp_path: Path) -> None:
     pool, policy = FakePool(3), FakePolicy()
     with pytest.raises(ConfigError, match="no value expert"):
-        evaluate(settings(variants=("planned",)), policy, tmp_path, pool=pool, checkpoint="w", with_value=False)
+        evaluate(settings(variants=("planned",)), policy, tmp_path, pool=pool, checkpoint="w")
     assert (pool.resets, policy.calls, list(tmp_path.iterdir())) == ([], [], [])
 
 
@@ -87,7 +87,7 @@ def test_evaluation_and_report(
 ) -> None:
     policy, checkpoint = parts
     out = tmp_path / "reports" / "eval"
-    metrics = evaluate(BASELINE, policy, out, pool=pool, checkpoint=checkpoint.digest, with_value=False)
+    metrics = evaluate(BASELINE, policy, out, pool=pool, checkpoint=checkpoint.digest)
     assert metrics["unplanned"]["episodes"] == 2
     assert not {"planned", "temperature"} & set(metrics)
     assert set(metrics["not_applicable"]) == {"planned", "temperature"}

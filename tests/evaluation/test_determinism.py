@@ -112,7 +112,7 @@ def test_a_stalled_episode_is_run_again_and_three_crashes_stop_the_run(suite, tm
 
     def run(pool, chosen):
         with pool:
-            options = {"execute_steps": 4, "batch_size": 2, "with_value": True, "on_finish": finished.append}
+            options = {"execute_steps": 4, "batch_size": 2, "on_finish": finished.append}
             Scheduler(pool, FakePolicy(), **options).run(chosen)
 
     with pytest.raises(SimulationError, match=r"initial state 2: .*failed 3 times.*its output is in") as stopped:

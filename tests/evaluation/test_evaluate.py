@@ -146,7 +146,6 @@ def test_code_digest_covers_what_decides_a_result():
     assert {*rooms, *others, "wav/evaluation/rollout.py", "wav/data/state.py"} <= found
     shown = (
         "wav/evaluation/report",
-        "wav/evaluation/charts",
         "wav/evaluation/records",
         "wav/evaluation/tables",
         "wav/training",

@@ -14,7 +14,7 @@ from wav.errors import ConfigError, DataError, SimulationError
 from wav.evaluation import first_frames
 from wav.evaluation.extras.replay import replay
 from wav.evaluation.first_frames import check_first_frames, rendered_frames
-from wav.evaluation.verdict import refuse_failed, report_path
+from wav.evaluation.verdict import replay_verdict, report_path
 from wav.sim.demonstrations import record_demonstration
 from wav.sim.env import Observation
 from wav.sim.replay import ReplayStart, replay_episode, state_errors
@@ -50,24 +50,24 @@ def test_replay_finds_a_wrong_gripper_and_evaluation_then_refuses(demonstrations
     assert report.worst["rotation_error"] < 1e-5
     assert json.loads(report_path(good.path).read_text())["digest"] == good.digest
     assert not list(good.path.glob("*replay*"))  # the store itself is another stage's output
-    refuse_failed(good)
+    replay_verdict(good)
 
     def flipped(episode):
         return dataclasses.replace(episode, actions=(episode.actions * (1, 1, 1, 1, 1, 1, -1)).astype(np.float32))
 
     bad = write(tmp_path / "bad", [flipped(episode) for episode in demonstrations])
-    refuse_failed(bad)  # not replayed yet
+    replay_verdict(bad)  # not replayed yet
     report = replay(bad, DATA, INGEST, workers=1)
     assert not report.passed
     assert report.worst["gripper_error"] > 0.01
     assert "FAILED" in report.line
     with pytest.raises(ConfigError, match=r"only 0% .* WAV_ALLOW_FAILED_REPLAY=1"):
-        refuse_failed(bad)
+        replay_verdict(bad)
     monkeypatch.setenv("WAV_ALLOW_FAILED_REPLAY", "1")
-    refuse_failed(bad)
+    replay_verdict(bad)
     monkeypatch.delenv("WAV_ALLOW_FAILED_REPLAY")
     other = write(tmp_path / "bad", demonstrations)  # the verdict was on another content
-    refuse_failed(other)
+    replay_verdict(other)
 
 
 def test_the_last_action_is_executed_as_well(demonstrations):

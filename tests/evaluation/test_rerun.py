@@ -82,9 +82,10 @@ def test_a_difference_is_named_with_its_first_policy_call(recorded):
     found = Rerun(record, again, ("torch was 1.0, is 2.0",))
     assert not found.same
     assert found.first_call == 1
-    assert "note: torch was 1.0, is 2.0" in found.lines
-    assert found.lines[-1].startswith(f"NOT the same: success {was.success} recorded, {not was.success} now; actions ")
-    assert found.lines[-1].endswith("; first at policy call 1 (step 4)")
+    *_, note, last = found.lines
+    assert note == "note: torch was 1.0, is 2.0"
+    assert last.startswith(f"NOT the same: success {was.success} recorded, {not was.success} now; actions ")
+    assert last.endswith("; first at policy call 1 (step 4)")
     again.values[0] += 1e-6
     assert found.first_call == 0
     record = dataclasses.replace(record, call_digests=again.call_digests[:2], values=again.values)

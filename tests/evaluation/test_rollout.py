@@ -20,7 +20,6 @@ def run(slots=4, order=0, crashes=None, pool=None, patience=60.0, **changes):
         policy,
         execute_steps=settings.execute_steps,
         batch_size=settings.batch_size,
-        with_value=True,
         on_finish=finished.append,
         patience=patience,
     )
@@ -164,7 +163,7 @@ def test_a_lost_episode_is_run_again_and_no_crash_of_its_own():
     rollouts = run(slots=2)[0]
     pool, finished = Losing(2), []
     settings = EVALUATION.model_copy(update={})
-    Scheduler(pool, FakePolicy(), execute_steps=4, batch_size=3, with_value=True, on_finish=finished.append).run(
+    Scheduler(pool, FakePolicy(), execute_steps=4, batch_size=3, on_finish=finished.append).run(
         build_episodes(DATA, settings)
     )
     assert outcome({r.spec: r for r in finished}) == outcome(rollouts)

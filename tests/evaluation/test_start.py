@@ -45,7 +45,7 @@ def store(tmp_path):
 
 def test_what_an_evaluation_began_with_is_recorded(store, tmp_path):
     pool = DrawingPool()
-    found = check_all(FakePolicy(), DATA, pool=pool, out=tmp_path, store=store).as_dict()
+    found = check_all(FakePolicy(), DATA, pool=pool, out=tmp_path, store=store)
     assert found["simulator"] == dict(Conventions.for_simulator(DATA).simulator)
     assert found["simulator"]["mujoco"]
     assert (found["render"], found["renderer"]["renderer"]) == (DATA.render, "a card")
@@ -53,9 +53,9 @@ def test_what_an_evaluation_began_with_is_recorded(store, tmp_path):
     assert [view["view"] for view in found["first_frames"]] == list(DATA.views)
     assert pool.resets == list(DATA.tasks)
     write_json(report_path(store.path), {"passed": True, "digest": store.digest, "success_share": 1.0, "episodes": 6})
-    assert check_all(FakePolicy(), DATA, pool=pool, out=tmp_path, store=store).replay == "passed, 100% of 6"
+    assert check_all(FakePolicy(), DATA, pool=pool, out=tmp_path, store=store)["replay"] == "passed, 100% of 6"
     alone = check_all(FakePolicy(), DATA, pool=DrawingPool(), out=tmp_path, store=None)
-    assert (alone.store, alone.replay, alone.first_frames) == ("", "no demonstrations at hand", ())
+    assert (alone["store"], alone["replay"], alone["first_frames"]) == ("", "no demonstrations at hand", [])
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_failed_replay_is_refused_unless_allowed(store, tmp_path, monkeypatch)
         check_all(FakePolicy(), DATA, pool=DrawingPool(), out=tmp_path, store=store)
     monkeypatch.setenv("WAV_ALLOW_FAILED_REPLAY", "1")
     found = check_all(FakePolicy(), DATA, pool=DrawingPool(), out=tmp_path, store=store)
-    assert found.replay == "failed, 50% of 6, allowed by WAV_ALLOW_FAILED_REPLAY"
+    assert found["replay"] == "failed, 50% of 6, allowed by WAV_ALLOW_FAILED_REPLAY"
 
 
 def test_only_the_policys_own_demonstrations_are_compared_with(store, tmp_path):

@@ -10,12 +10,12 @@ from tests.helpers.retrain import record
 from wav.config import DataSettings, EvalLiberoSettings
 from wav.data.names import full_name, joined
 from wav.evaluation import protocol
-from wav.evaluation.charts import success_rates
 from wav.evaluation.extras.published import AVERAGE, SUITES
 from wav.evaluation.extras.table import evaluated_table, markdown
 from wav.evaluation.protocol import build_episodes
 from wav.evaluation.records import EpisodeRecord, by_suite, record_path, summarise, write_record
 from wav.evaluation.tables import metrics_table
+from wav.plots import success_rates
 from wav.promotion import read_outcomes
 from wav.sim.env import TaskSpec
 

@@ -30,7 +30,7 @@ HEADING = {
     "checkpoint": "c" * 64,
     "trained_on": {"suite": "libero_10", "tasks": []},
     "planner": {"iterations": 3, "video_samples": 30, "value_samples": 5},
-    "protocol": {"tasks": (), "episodes": 50, "execute_steps": 8, "seed": 7},
+    "protocol": {"tasks": (), "episodes_per_task": 50, "execute_steps": 8, "seed": 7},
 }
 LONGER = {"libero_10": 480}
 
@@ -223,7 +223,7 @@ def test_the_table_of_a_random_policy(stages, tmp_path, capsys, monkeypatch):
     assert "| **this policy, unplanned** |  | 0.0 [0.0, 79.3] |  |  |  |" in out
     found = json.loads((tmp_path / "out" / "table.json").read_text())
     assert found["rows"][0]["libero_object"]["episodes"] == 1
-    assert (found["comparisons"], found["protocol"]["execute_steps"]) == ([], 8)
+    assert (found["comparisons"], found["protocol"]["execute_steps"]) == ([], 6)
     assert (tmp_path / "out" / "table.md").read_text() in out
     record = tmp_path / "out" / "libero_object" / "episodes" / "unplanned" / f"{task}-000.json"
     assert json.loads(record.read_text())["execute_steps"] == 6  # the chunk's length

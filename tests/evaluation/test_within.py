@@ -13,9 +13,8 @@ from tests.evaluation.fakes import FakePolicy, FakePool, settings
 from wav.config import EvalLiberoSettings
 from wav.evaluation.evaluate import evaluate
 from wav.evaluation.intervals import paired_difference
-from wav.evaluation.records import read_record
+from wav.evaluation.records import read_record, step_limits
 from wav.evaluation.tables import metrics_table
-from wav.evaluation.within import step_limits
 
 TASKS = ("lift_red_cube", "lift_green_cube")
 

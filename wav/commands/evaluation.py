@@ -43,23 +43,25 @@ def libero_table(
 ) -> int:
     """Evaluate on LIBERO's four suites and print the table beside the published figures."""
     from wav.config import Runtime
-    from wav.evaluation.extras.table import EvaluationProtocol, markdown
+    from wav.evaluation.extras.published import SUITES
     from wav.evaluation.extras.table import libero_table as make
+    from wav.evaluation.extras.table import markdown
 
-    default = EvaluationProtocol()
-    protocol = EvaluationProtocol(
-        suites=tuple(dict.fromkeys(suite or ())) or default.suites,
-        tasks=tuple(dict.fromkeys(task or ())),
-        episodes=episodes,
-        variants=tuple(dict.fromkeys(one.value for one in variant or ())) or default.variants,
-        execute_steps=execute_steps,
-        batch_size=batch_size,
-        budget=budget,
-        seed=seed,
-    )
+    protocol = {
+        "episodes_per_task": episodes,
+        "variants": tuple(dict.fromkeys(one.value for one in variant or OneVariant)),
+        "execute_steps": execute_steps,
+        "batch_size": batch_size,
+        "budget": budget,
+        "swapped_episodes": 0,
+        "videos": 0,
+        "seed": seed,
+    }
     table = make(
         export,
         out,
+        tuple(dict.fromkeys(suite or SUITES)),
+        tuple(dict.fromkeys(task or ())),
         protocol,
         workers=simulators(workers),
         device=Runtime().device,

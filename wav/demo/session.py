@@ -90,7 +90,7 @@ class Session:
     def __init__(self, policy: Policy, pool: SimPool, seed: int = 7) -> None:
         self.policy, self.pool, self.seed = policy, pool, seed
         self.tasks = {task.name: task for task in select_tasks(policy.data.suite, policy.data.tasks)}
-        self.variants, _ = applicable(VARIANTS, policy.model.shapes.value is not None)
+        self.variants, _ = applicable(VARIANTS, policy.has_values)
         self.episode: Episode | None = None
 
     def about(self) -> dict[str, Any]:
@@ -192,10 +192,10 @@ class Session:
         policy, settings = self.policy, planner_settings(self.policy.planner, ask)
         name = f"{full_name(policy.data.suite, episode.task.name)}/{episode.index}"  # as in an evaluation (EpisodeSpec)
         noise = SeededNoise([RowKey(self.seed, name, episode.call)], policy.model.device)
-        context, valued = policy.context([list(episode.seen)]), policy.model.shapes.value is not None
+        context = policy.context([list(episode.seen)])
         with on_threads(policy.model) as model:
             planner = Planner(model, settings, policy.returns, policy.levels)
-            plan = planner.plan(context, noise, variant=ask.variant, warm=episode.warm, with_value=valued)
+            plan = planner.plan(context, noise, variant=ask.variant, warm=episode.warm, with_value=policy.has_values)
         episode.plan, episode.actions = plan, policy.actions(plan.actions.float().cpu().numpy())[0]
         told: dict[str, Any] = {
             "is": "plan",

@@ -83,15 +83,12 @@ def act_episodes(
     slots = min(episodes, 8)
     policy = policy_for_suite(load_export(folder, batch_size=slots, device=device), data)
     check_start(policy, data)
-    value_expert = policy.model.shapes.value is not None
-    applicable((variant,), value_expert, "--variant")
+    applicable((variant,), policy.has_values, "--variant")
     specs = []
     for number in range(episodes):
         task, index = chosen[number % len(chosen)], number // len(chosen)
-        recorded = videos is not None
-        own, limit = own_task(suite, task.name)[0], task.max_steps
-        spec = EpisodeSpec(own, task.name, index, variant, task.name, task.instruction, limit, seed, number, recorded)
-        specs.append(spec)
+        own, told = own_task(suite, task.name)[0], (task.name, task.instruction, task.max_steps)
+        specs.append(EpisodeSpec(own, task.name, index, variant, *told, seed, number, record=videos is not None))
     results: dict[EpisodeSpec, bool] = {}
 
     def finish(rollout: Rollout) -> None:
@@ -106,12 +103,6 @@ def act_episodes(
             pictures.write_mp4(Path(videos) / f"{spec.picture}.mp4", frames, data.control_hz)
 
     with pool_factory(suite, data, min(workers, slots), slots) as pool:
-        Scheduler(
-            pool,
-            policy,
-            execute_steps=min(execute_steps or policy.execute_steps, data.action_chunk),
-            batch_size=slots,
-            with_value=value_expert,
-            on_finish=finish,
-        ).run(specs)
+        steps = min(execute_steps or policy.execute_steps, data.action_chunk)
+        Scheduler(pool, policy, execute_steps=steps, batch_size=slots, on_finish=finish).run(specs)
     return [results[spec] for spec in specs]

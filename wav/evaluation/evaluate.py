@@ -6,6 +6,7 @@ A killed evaluation is resumed without repeating finished episodes.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from wav.config import DataSettings, EvalLiberoSettings, PlannerSettings, Settings
 from wav.data.conventions import Conventions
@@ -27,7 +27,7 @@ from wav.evaluation.protocol import (
     episode_key,
     versions,
 )
-from wav.evaluation.records import EpisodeRecord, finished_record, record_path, summarise, write_record
+from wav.evaluation.records import ASKED, EpisodeRecord, finished_record, record_path, summarise, write_record
 from wav.evaluation.rollout import Clock, Rollout, Scheduler
 from wav.io.files import write_json
 from wav.planning import Variant
@@ -115,7 +115,6 @@ def evaluate(
     pool: SimPool,
     checkpoint: str,
     data_conventions: Conventions | None = None,
-    with_value: bool = True,
     start: Mapping[str, Any] | None = None,
     limits: Mapping[str, int] | None = None,
     progress: Callable[[Progress], None] | None = None,
@@ -130,15 +129,14 @@ def evaluate(
         pool: open simulators for ``data.suite``.
         checkpoint: digest of the weights, part of every episode's key.
         data_conventions: see :func:`check_start`.
-        with_value: whether the model has a value expert. Without one no values are asked for, and the variants that
-            plan are left out; ``metrics.json`` names them under ``not_applicable`` with the reason.
         start: what :func:`wav.evaluation.start.check_all` found, kept in ``metrics.json``.
-        limits: steps by task within which success is reported too (:func:`wav.evaluation.within.step_limits`).
+        limits: steps by task within which success is reported too (:func:`wav.evaluation.records.step_limits`).
         progress: called after every episode.
         elsewhere: where the episodes run, if not in ``pool``.
 
     Returns:
-        The content of ``metrics.json``.
+        The content of ``metrics.json``. Variants that need a value expert which the model lacks are left out and named
+        under ``not_applicable`` with the reason.
 
     Raises:
         ConfigError: see :func:`check_start` and :func:`applicable`.
@@ -146,13 +144,13 @@ def evaluate(
         StorageError: the disk is full.
     """
     check_start(policy, settings.data, data_conventions)
-    variants, left_out = applicable(settings.eval_libero.variants, with_value)
+    variants, left_out = applicable(settings.eval_libero.variants, policy.has_values)
     for variant, reason in left_out.items():
         log.warning("evaluation: variant %s is %s", variant, reason)
     wanted = settings.eval_libero.model_copy(update={"variants": variants})
     session = Session(settings, policy, Path(out), checkpoint, progress, build_episodes(settings.data, wanted))
-    timing = session.run(pool, with_value, elsewhere)
-    session.remove_stale()
+    timing = session.run(pool, elsewhere)
+    session.remove_stale_pictures()
     metrics = summarise([session.records[spec] for spec in session.episodes], timing, limits)
     metrics["not_applicable"], metrics["start"] = left_out, dict(start or {})
     write_json(session.out / "metrics.json", metrics)
@@ -178,14 +176,14 @@ class Session:
         self.records: dict[EpisodeSpec, EpisodeRecord] = {}
         self.began, self.resumed = time.perf_counter(), 0
 
-    def run(self, pool: SimPool, with_value: bool, elsewhere: Elsewhere | None) -> dict[str, float]:
+    def run(self, pool: SimPool, elsewhere: Elsewhere | None) -> dict[str, float]:
         """Run the episodes that are left; where the time went."""
         waiting, began = self.resume(), time.perf_counter()
         if elsewhere is None:
-            clock = self.roll_out(waiting, pool, with_value)
+            clock = self.roll_out(waiting, pool)
         else:
             clock = asdict(Clock())
-            for share, part in elsewhere.roll_out(self, waiting, with_value):
+            for share, part in elsewhere.roll_out(self, waiting):
                 clock = {name: seconds + part[name] for name, seconds in clock.items()}
                 self._take(share)
         wall = time.perf_counter() - began
@@ -197,7 +195,7 @@ class Session:
             "episodes_per_hour": 3600 * len(waiting) / wall if waiting else 0.0,
         }
 
-    def roll_out(self, specs: Sequence[EpisodeSpec], pool: SimPool, with_value: bool) -> dict[str, float]:
+    def roll_out(self, specs: Sequence[EpisodeSpec], pool: SimPool) -> dict[str, float]:
         """Run these episodes here; where the time went."""
         protocol = self.settings.eval_libero
         scheduler = Scheduler(
@@ -205,7 +203,6 @@ class Session:
             self.policy,
             execute_steps=protocol.execute_steps,
             batch_size=protocol.batch_size,
-            with_value=with_value,
             on_finish=self.finish,
         )
         scheduler.run(specs)
@@ -242,10 +239,9 @@ class Session:
 
         Records of other episodes, which an earlier protocol left, go: what lies in the folder is its result.
         """
-        paths = {record_path(self.out, spec) for spec in self.episodes}
-        for folder in {path.parent for path in paths}:
-            for path in set(folder.glob("*.json")) - paths:
-                path.unlink()
+        asked = {record_path(self.out, spec) for spec in self.episodes}
+        for path in {*(self.out / "episodes").rglob("*.json")} - asked:
+            path.unlink()
         waiting = self.left(self.episodes)
         self.resumed = len(self.records)
         if self.resumed:
@@ -273,9 +269,8 @@ class Session:
     def _record(self, rollout: Rollout) -> EpisodeRecord:
         """What is kept of an episode, and what it takes to run it again."""
         spec, protocol = rollout.spec, self.settings.eval_libero
-        names = ("suite", "task", "init_index", "seed", "variant", "instructed", "instruction", "max_steps")
         return EpisodeRecord(
-            **{name: getattr(spec, name) for name in names},
+            **{name: getattr(spec, name) for name in ASKED},
             key=self.key(spec),
             success=rollout.success,
             successes=rollout.successes,
@@ -320,30 +315,19 @@ class Session:
         pictures.write_png(
             self.out / "strips" / f"{name}.png", pictures.strip([f[views[0]] for f in rollout.frames]), 96
         )
-        for step, future in _evenly(self._complete(rollout), _PREDICTIONS):
-            predicted = self.policy.decode_future(future)
-            real = self._real(rollout, step)
-            path = self.out / "predictions" / f"{name}-step{step:03d}.png"
-            pictures.write_png(path, pictures.prediction_grid(real, predicted), 96 * 2 * len(views))
-
-    def _complete(self, rollout: Rollout) -> list[tuple[int, Any]]:
-        """Predictions whose whole future was seen before the episode ended."""
-        reach = self.settings.data.frame_stride * self.settings.data.future_frames
-        return [(step, future) for step, future in rollout.predictions if step + reach < len(rollout.frames)]
-
-    def _real(self, rollout: Rollout, step: int) -> NDArray[np.uint8]:
-        """The frames that a prediction made at ``step`` is about: (V, F, H, W, 3)."""
         data = self.settings.data
-        at = [step + data.frame_stride * (i + 1) for i in range(data.future_frames)]
-        return np.stack([np.stack([rollout.frames[t][view] for t in at]) for view in data.views])
+        ahead = data.frame_stride * (1 + np.arange(data.future_frames))
+        complete = [(step, future) for step, future in rollout.predictions if step + ahead[-1] < len(rollout.frames)]
+        for step, future in [complete[i] for i in pictures.evenly(len(complete), _PREDICTIONS)]:
+            real = np.stack([[rollout.frames[t][view] for t in step + ahead] for view in views])
+            path = self.out / "predictions" / f"{name}-step{step:03d}.png"
+            pictures.write_png(
+                path, pictures.prediction_grid(real, self.policy.decode_future(future)), 192 * len(views)
+            )
 
-    def remove_stale(self) -> None:
-        """Remove records and pictures of episodes that this evaluation does not ask for; make the folders."""
-        keep = {record_path(self.out, spec) for spec in self.episodes}
+    def remove_stale_pictures(self) -> None:
+        """Remove pictures of episodes that this evaluation does not ask for; make the folders."""
         names = {self.video_path(spec).stem for spec in self.episodes if spec.record}
-        for path in (self.out / "episodes").rglob("*.json"):
-            if path not in keep:
-                path.unlink()
         for folder in ("videos", "strips", "predictions"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
             for path in (self.out / folder).glob("*.*"):
@@ -351,6 +335,27 @@ class Session:
                     path.unlink()
 
 
-def _evenly(items: Sequence[Any], count: int) -> list[Any]:
-    """At most ``count`` items at even distances."""
-    return [items[i] for i in pictures.evenly(len(items), count)]
+def without_simulator(settings: EvaluationSettings, out: Path, checkpoint: str) -> dict[str, Any]:
+    """The evaluation of a suite without simulator, such as a real robot's dataset: nothing runs.
+
+    ``metrics.json`` names every variant as not applicable; the folders of the stage's outputs are empty. What can be
+    said of such a policy is in the pictures along held-out demonstrations (:mod:`wav.evaluation.held_out`).
+
+    Returns:
+        The content of ``metrics.json``.
+    """
+    suite = settings.data.suite
+    reason = f"not applicable, suite {suite!r} has no simulator"
+    log.warning("evaluation: %s; held-out demonstrations are all there is to see", reason)
+    for name in ("episodes", "videos", "strips", "predictions"):
+        shutil.rmtree(out / name, ignore_errors=True)
+        (out / name).mkdir(parents=True)
+    metrics = {
+        "suite": suite,
+        "seed": settings.eval_libero.seed,
+        "checkpoint": checkpoint,
+        "execute_steps": settings.eval_libero.execute_steps,
+        "not_applicable": dict.fromkeys(settings.eval_libero.variants, reason),
+    }
+    write_json(out / "metrics.json", metrics)
+    return metrics

@@ -6,18 +6,28 @@ is needed to run the episode again and see whether it came out the same.
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wav.errors import DataError
 from wav.evaluation.intervals import paired_difference, wilson
 from wav.evaluation.protocol import EpisodeSpec
 from wav.io.files import read_json, write_json
 
+if TYPE_CHECKING:
+    from wav.config import EvalLiberoSettings
+    from wav.data.store import EpisodeStore
+
+log = logging.getLogger(__name__)
+
 _REMEDY = "remove the file to run the episode again"
+#: What a record has of the :class:`EpisodeSpec` that was asked for.
+ASKED = ("suite", "task", "init_index", "seed", "variant", "instructed", "instruction", "max_steps")
 #: Pairs of variants whose difference is reported.
 PAIRS = (("planned", "unplanned"), ("planned", "temperature"), ("temperature", "unplanned"))
 
@@ -115,6 +125,24 @@ def finished_record(path: Path, key: str) -> EpisodeRecord | None:
     return read_record(path) if isinstance(value, dict) and value.get("key") == key else None
 
 
+def step_limits(store: EpisodeStore | None, settings: EvalLiberoSettings, tasks: Sequence[str]) -> dict[str, int]:
+    """Steps by task within which success is reported too: planning shows in the time before it shows in success.
+
+    They are the mean length of the task's demonstrations in style ``direct`` (:mod:`wav.sim.styles`) times
+    ``eval_libero.within``, or ``eval_libero.within_steps``. Empty where neither is known, and the log says why.
+    """
+    if settings.within_steps:
+        return dict.fromkeys(tasks, settings.within_steps)
+    direct = [] if store is None else [info for info in store.episodes if info.style == "direct" and info.success]
+    steps = {task: [info.length - 1 for info in direct if info.task == task] for task in tasks}  # the last: no step
+    missing = [task for task, found in steps.items() if not found]
+    if settings.within and missing:
+        log.info("success within a time: no direct demonstration of %s; set eval_libero.within_steps", missing[0])
+    if not settings.within or missing:
+        return {}
+    return {task: math.ceil(settings.within * fmean(found)) for task, found in steps.items()}
+
+
 Counts = Callable[[EpisodeRecord], bool]
 
 
@@ -178,7 +206,7 @@ def summarise(
     Args:
         records: of all finished episodes.
         timing: where the time went.
-        limits: steps by task (:func:`wav.evaluation.within.step_limits`). Where every task has one, each variant's
+        limits: steps by task (:func:`step_limits`). Where every task has one, each variant's
             section holds ``within``, its success within those steps, and ``paired_within`` holds the differences.
 
     Raises:

@@ -6,19 +6,17 @@ It is made from whatever lies in the workspace; a part that is not there is name
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 
 from wav import plots
-from wav.evaluation import charts
-from wav.evaluation.extras.table import evaluated_table, legend, lines_of
+from wav.evaluation import tables
+from wav.evaluation.extras import table
 from wav.evaluation.records import EpisodeRecord, read_record
-from wav.evaluation.tables import columns, differences, findings, rows
 from wav.io.files import read_json, write_text
 from wav.planning import VARIANTS
 from wav.stages import STAGES, TRAINING
@@ -27,6 +25,7 @@ _MIME = {".png": "image/png", ".mp4": "video/mp4", ".svg": "image/svg+xml"}
 _MAX_VIDEOS, _MAX_PICTURES = 12, 9
 #: Files beyond this size are named instead of embedded, so that the page stays a page.
 _MAX_BYTES = 4 * 2**20
+_OUTCOMES = {"solved": True, "not solved": False}
 
 
 @dataclass(frozen=True)
@@ -44,19 +43,13 @@ class Page:
 
     suite: str
     metrics: dict[str, Any] | None = None
-    variants: list[str] = field(default_factory=list)
-    columns: list[str] = field(default_factory=list)
-    rows: list[tuple[str, list[str]]] = field(default_factory=list)
-    differences: list[tuple[str, str, Mapping[str, Any]]] = field(default_factory=list)
+    """Of the closed loop; None where no variant was run in one."""
     findings: list[str] = field(default_factory=list)
-    libero: list[list[str]] = field(default_factory=list)
-    libero_legend: list[str] = field(default_factory=list)
     success_chart: Item | None = None
     rollouts: list[Item] = field(default_factory=list)
     strips: list[Item] = field(default_factory=list)
     predictions: list[Item] = field(default_factory=list)
     values: list[Item] = field(default_factory=list)
-    held_out: dict[str, Any] | None = None
     training: list[dict[str, Any]] = field(default_factory=list)
     pictures: dict[str, list[Item]] = field(default_factory=dict)
     planning: list[dict[str, Any]] = field(default_factory=list)
@@ -85,10 +78,10 @@ def build_report(workspace: Path, settings: Any = None) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = lambda share: f"{100 * share:.0f}%"
-    environment.filters["duration"] = _duration
+    environment.filters |= {"percent": lambda share: f"{100 * share:.0f}%", "duration": _duration}
+    environment.globals |= {"tables": tables, "libero": table}
     path = workspace / "reports" / "index.html"
-    text = environment.get_template("report.html.j2").render(page=page, variants=VARIANTS)
+    text = environment.get_template("report.html.j2").render(page=page)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
     return path
@@ -100,20 +93,14 @@ def collect(workspace: Path, suite: str) -> Page:
     evaluation = workspace / "reports" / "eval"
     if (evaluation / "metrics.json").exists():
         metrics = read_json(evaluation / "metrics.json", "run `dvc repro eval_libero`")
-        page.suite = metrics["suite"]
-        page.variants = [name for name in VARIANTS if name in metrics]
-        page.findings = list(findings(metrics))
+        page.suite, page.findings = metrics["suite"], list(tables.findings(metrics))
         page.missing += [f"variant {name}: {why}" for name, why in metrics.get("not_applicable", {}).items()]
         records = _records(evaluation)
         _rollouts(page, evaluation, records)
-        if page.variants:
+        if variants := [name for name in VARIANTS if name in metrics]:
             page.metrics = metrics
-            page.columns, page.rows = [heading for heading, _ in columns(metrics)], rows(metrics)
-            page.differences = differences(metrics)
-            if (table := evaluated_table(metrics)) is not None:
-                page.libero, page.libero_legend = lines_of(table), legend(table)
-            page.success_chart = _chart("success", charts.success_rates(metrics, page.variants))
-            _planning(page, list(records.values()))
+            page.success_chart = Item("success", _uri(plots.success_rates(metrics, variants).encode(), ".svg"))
+            _planning(page, variants, list(records.values()))
     else:
         page.missing.append("closed-loop results: stage eval_libero has not run")
     _held_out(page, evaluation)
@@ -132,11 +119,6 @@ def collect(workspace: Path, suite: str) -> Page:
 def _uri(data: bytes, suffix: str) -> str:
     """A data URI."""
     return f"data:{_MIME[suffix]};base64,{base64.b64encode(data).decode()}"
-
-
-def _chart(caption: str, svg: str) -> Item:
-    """A chart as an image, so that its identifiers stay its own."""
-    return Item(caption, _uri(svg.encode(), ".svg"))
 
 
 def _items(page: Page, paths: Iterable[Path], captions: Mapping[str, str] | None = None) -> list[Item]:
@@ -195,9 +177,9 @@ def _per_variant(paths: list[Path]) -> list[Path]:
     return [path for variant in (*VARIANTS, "") for path in groups.get(variant, [])[:share]]
 
 
-def _planning(page: Page, records: list[EpisodeRecord]) -> None:
+def _planning(page: Page, variants: Sequence[str], records: Sequence[EpisodeRecord]) -> None:
     """What the planner did to the noise, and predicted values by outcome."""
-    for variant in page.variants:
+    for variant in variants:
         chosen = [r for r in records if r.variant == variant and not r.swapped and r.plan]
         row: dict[str, Any] = {"variant": variant, "episodes": len(chosen)}
         for name in ("sigma_video", "sigma_value", "shift_video", "shift_value"):
@@ -207,14 +189,11 @@ def _planning(page: Page, records: list[EpisodeRecord]) -> None:
             page.planning.append(row)
     if not page.planning:
         page.missing.append("planning diagnostics: no planned episode, or planner.iterations is 0")
-    lines = [r for r in records if r.variant == page.variants[0] and not r.swapped and r.values]
-    if lines:
-        groups = {
-            "solved": [r.values for r in lines if r.success],
-            "not solved": [r.values for r in lines if not r.success],
-        }
-        caption = f"Predicted return at every policy call, {page.variants[0]}, by outcome"
-        page.values.append(_chart(caption, charts.values_by_outcome(groups)))
+    own = [r for r in records if r.variant == variants[0] and not r.swapped and r.values]
+    if own:
+        groups = {name: [r.values for r in own if r.success is good] for name, good in _OUTCOMES.items()}
+        caption = f"Predicted return at every policy call, {variants[0]}, by outcome"
+        page.values.append(Item(caption, _uri(plots.values_by_outcome(groups), ".png")))
 
 
 def _held_out(page: Page, evaluation: Path) -> None:
@@ -222,15 +201,15 @@ def _held_out(page: Page, evaluation: Path) -> None:
     if not (evaluation / "values.json").exists():
         page.missing.append("value along a held-out episode: reports/eval/values.json is not there")
         return
-    page.held_out = found = read_json(evaluation / "values.json", "run `dvc repro eval_libero`")
+    found = read_json(evaluation / "values.json", "run `dvc repro eval_libero`")
     where = f"{found['suite']}, {found['task']}, held-out demonstration {found['episode']}"
     if found["predicted_value"]:
         lines = {"predicted": found["predicted_value"], "real return": found["real_value"]}
-        svg = charts.along(found["steps"], lines, "environment step", "return")
-        page.values.insert(0, _chart(f"Predicted and real return ({where})", svg))
+        picture = plots.curves(lines, found["steps"], xlabel="environment step", ylabel="return")
+        page.values.insert(0, Item(f"Predicted and real return ({where})", _uri(picture, ".png")))
     lines = {"predicted frames": found["psnr"], "current frame repeated": found["psnr_copy"]}
-    svg = charts.along(found["steps"], lines, "environment step", "PSNR, dB")
-    page.values.append(_chart(f"Predicted future frames ({where})", svg))
+    picture = plots.curves(lines, found["steps"], xlabel="environment step", ylabel="PSNR, dB")
+    page.values.append(Item(f"Predicted future frames ({where})", _uri(picture, ".png")))
 
 
 def _training(page: Page, stage: str, folder: Path) -> None:
@@ -238,16 +217,14 @@ def _training(page: Page, stage: str, folder: Path) -> None:
     curves = {}
     for path in sorted((folder / "plots").rglob("*.tsv")):
         name = path.relative_to(folder / "plots").with_suffix("").as_posix().removeprefix("metrics/")
-        if "loss" in name:
-            curves[name] = plots.read_curve(path)
-    curves = {name: curve for name, curve in curves.items() if curve[0]}
-    numbers = (
-        read_json(folder / "metrics.json", f"run `dvc repro {stage}`") if (folder / "metrics.json").exists() else {}
-    )
+        if "loss" in name and (curve := plots.read_curve(path))[0]:
+            curves[name] = curve
+    path = folder / "metrics.json"
+    numbers = read_json(path, f"run `dvc repro {stage}`") if path.exists() else {}
     if not curves and not numbers:
         page.missing.append(f"training curves of {stage}: {folder.name} has neither plots nor metrics")
         return
-    chart = _chart(f"{stage}: losses", charts.training_curves(curves)) if curves else None
+    chart = Item(f"{stage}: losses", _uri(plots.training_curves(curves), ".png")) if curves else None
     shown = {key: _number(value) for key, value in numbers.items() if isinstance(value, int | float)}
     page.training.append({"stage": stage, "chart": chart, "numbers": shown})
 
@@ -268,7 +245,7 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _duration(seconds: float) -> Markup:
+def _duration(seconds: float) -> str:
     """``12 s`` or ``3 min 20 s``."""
     minutes, rest = divmod(round(seconds), 60)
-    return Markup(f"{minutes} min {rest} s" if minutes else f"{rest} s")
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

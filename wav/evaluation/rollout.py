@@ -122,12 +122,11 @@ class Scheduler:
         *,
         execute_steps: int,
         batch_size: int,
-        with_value: bool,
         on_finish: Callable[[Rollout], None],
         patience: float | None = None,
     ) -> None:
         self.pool, self.policy, self.on_finish = pool, policy, on_finish
-        self.execute_steps, self.batch_size, self.with_value = execute_steps, batch_size, with_value
+        self.execute_steps, self.batch_size = execute_steps, batch_size
         self.clock, self._patience = Clock(), patience
         self._live: dict[int, Rollout] = {}
         self._ready: dict[int, Rollout] = {}  # in the order in which they became ready
@@ -253,7 +252,7 @@ class Scheduler:
             seen,
             rows,
             variant=batch[0].spec.variant,
-            with_value=self.with_value,
+            with_value=self.policy.has_values,
             with_future=any(rollout.spec.record for rollout in batch),
         )
         self.clock.policy_seconds += time.perf_counter() - began

@@ -54,7 +54,6 @@ def run_share(
     out: str,
     checkpoint: str,
     share: Sequence[tuple[EpisodeSpec, str]],
-    with_value: bool,
 ) -> dict[str, float]:
     """Run the episodes of a share that have no record yet; where the time went.
 
@@ -72,7 +71,7 @@ def run_share(
             )
     data, slots = sections.data, sections.eval_libero.batch_size
     with SimPool(data.suite, data, workers=Runtime().workers, slots=slots) as pool:
-        return session.roll_out(session.left(specs), pool, with_value)
+        return session.roll_out(session.left(specs), pool)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class Elsewhere:
     load: Callable[[], Policy]
 
     def roll_out(
-        self, session: Session, specs: Sequence[EpisodeSpec], with_value: bool
+        self, session: Session, specs: Sequence[EpisodeSpec]
     ) -> Iterator[tuple[Sequence[EpisodeSpec], dict[str, float]]]:
         """(share, where its time went) as shares are done."""
         settings = session.settings
@@ -95,7 +94,7 @@ class Elsewhere:
         size = SHARE_BATCHES * settings.eval_libero.batch_size
         shares = [specs[start : start + size] for start in range(0, len(specs), size)]
         where = (self.load, session.policy.digest, sections, str(session.out.absolute()), session.checkpoint)
-        jobs = [(*where, [(spec, session.key(spec)) for spec in share], with_value) for share in shares]
+        jobs = [(*where, [(spec, session.key(spec)) for spec in share]) for share in shares]
         for number, outcome in self.run(run_share, jobs, 0):
             if isinstance(outcome, Exception):
                 raise outcome

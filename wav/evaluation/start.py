@@ -7,8 +7,7 @@ setting, a gripper of the other sign, pictures upside down, initial states of an
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +16,12 @@ from wav.data.conventions import Conventions
 from wav.data.store import EpisodeStore
 from wav.evaluation.evaluate import check_start
 from wav.evaluation.first_frames import check_first_frames
-from wav.evaluation.verdict import ALLOW_VARIABLE, refuse_failed, report_path
-from wav.io.files import read_json
+from wav.evaluation.verdict import replay_verdict
 from wav.policy.policy import Policy
 from wav.sim.registry import initial_states_digest
 from wav.sim.workers import SimPool
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Start:
-    """What an evaluation began with: section ``start`` of ``metrics.json``.
-
-    ``simulator``: versions that decide physics and pixels; ``initial_states``: digest of LIBERO's files, else empty;
-    ``renderer``: backend, device, OpenGL implementation; ``store``: digest of the demonstrations compared with, empty
-    where there are none; ``replay``: verdict of `wav replay` on them; ``first_frames``: SSIM per view.
-    """
-
-    simulator: Mapping[str, str]
-    render: str
-    renderer: Mapping[str, str]
-    initial_states: str
-    store: str
-    replay: str
-    first_frames: tuple[dict[str, Any], ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
 
 
 def own_store(policy: Policy, path: Path) -> EpisodeStore | None:
@@ -65,11 +41,18 @@ def own_store(policy: Policy, path: Path) -> EpisodeStore | None:
     return None
 
 
-def check_all(policy: Policy, data: DataSettings, *, pool: SimPool, out: Path, store: EpisodeStore | None) -> Start:
-    """Refuse what would make the evaluation worthless; what it starts with otherwise.
+def check_all(
+    policy: Policy, data: DataSettings, *, pool: SimPool, out: Path, store: EpisodeStore | None
+) -> dict[str, Any]:
+    """Refuse what would make the evaluation worthless; section ``start`` of ``metrics.json`` otherwise.
 
     A refusal leaves its pictures in ``out``. ``store`` holds the demonstrations the policy was trained on, where at
     hand.
+
+    Returns:
+        ``simulator``: versions that decide physics and pixels; ``renderer``: backend, device, OpenGL implementation;
+        ``initial_states``: digest of LIBERO's files, else empty; ``store``: digest of the demonstrations, empty where
+        there are none; ``replay``: verdict of `wav replay` on them; ``first_frames``: SSIM per view.
 
     Raises:
         ConfigError: a convention, version or render setting differs, the replay of the store failed, or the pictures
@@ -79,32 +62,17 @@ def check_all(policy: Policy, data: DataSettings, *, pool: SimPool, out: Path, s
     """
     check_start(policy, data, None if store is None else store.conventions)
     states = initial_states_digest(data.suite)
-    replay, likeness = "no demonstrations at hand", []
-    if store is not None:
-        refuse_failed(store)
-        replay = _verdict(store)
-        likeness = check_first_frames(pool, store, data, out)
-    found = Start(
-        simulator=Conventions.for_simulator(data).simulator,
-        render=data.render,
-        renderer=pool.renderer(),
-        initial_states=states,
-        store="" if store is None else store.digest,
-        replay=replay,
-        first_frames=tuple(asdict(view) for view in likeness),
-    )
-    versions = ", ".join(f"{name} {version}" for name, version in found.simulator.items())
-    log.info("start: %s; render %s with %s; replay: %s", versions, data.render, found.renderer["renderer"], replay)
-    return found
-
-
-def _verdict(store: EpisodeStore) -> str:
-    """What `wav replay` said about this very store, which was not refused."""
-    path = report_path(store.path)
-    if not path.is_file():
-        return "not replayed"
-    verdict = read_json(path, "run `wav replay` again")
-    if verdict["digest"] != store.digest:
-        return "not replayed since the data changed"
-    share = f"{100 * verdict['success_share']:.0f}% of {verdict['episodes']}"
-    return f"passed, {share}" if verdict["passed"] else f"failed, {share}, allowed by {ALLOW_VARIABLE}"
+    replay = "no demonstrations at hand" if store is None else replay_verdict(store)
+    likeness = [] if store is None else check_first_frames(pool, store, data, out)
+    simulator, renderer = dict(Conventions.for_simulator(data).simulator), pool.renderer()
+    versions = ", ".join(f"{name} {version}" for name, version in simulator.items())
+    log.info("start: %s; render %s with %s; replay: %s", versions, data.render, renderer["renderer"], replay)
+    return {
+        "simulator": simulator,
+        "render": data.render,
+        "renderer": renderer,
+        "initial_states": states,
+        "store": "" if store is None else store.digest,
+        "replay": replay,
+        "first_frames": [asdict(view) for view in likeness],
+    }

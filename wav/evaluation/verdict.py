@@ -1,4 +1,4 @@
-"""The verdict of ``wav replay`` on a store: where it lies, and the refusal to evaluate on data that failed."""
+"""What ``wav replay`` said about a store: where it lies, and the refusal to evaluate on data that failed."""
 
 from __future__ import annotations
 
@@ -6,35 +6,38 @@ import os
 from pathlib import Path
 
 from wav.data.store import EpisodeStore
-from wav.errors import ConfigError, DataError
-from wav.io.files import read_json
+from wav.errors import ConfigError
+from wav.io.readers import read_json, understood
 
 ALLOW_VARIABLE = "WAV_ALLOW_FAILED_REPLAY"
-REPORT_SUFFIX = ".replay.json"
 
 
 def report_path(store: Path) -> Path:
     """Next to the store, not in it: the store is another stage's output."""
-    return store.with_name(store.name + REPORT_SUFFIX)
+    return store.with_name(f"{store.name}.replay.json")
 
 
-def refuse_failed(store: EpisodeStore) -> None:
-    """Refuse to evaluate on a store whose replay failed, unless ``WAV_ALLOW_FAILED_REPLAY=1``.
+def replay_verdict(store: EpisodeStore) -> str:
+    """The verdict on this very store (by digest), in a few words.
 
     Raises:
-        ConfigError: this very store (by digest) failed; names share, report and remedy.
-        DataError: the replay's report lacks a field.
+        ConfigError: it failed, and ``WAV_ALLOW_FAILED_REPLAY=1`` is not set; names share, report and remedy.
+        DataError: the verdict is damaged, or lacks a field.
     """
-    path = report_path(store.path)
-    if not path.is_file() or os.environ.get(ALLOW_VARIABLE, "") == "1":
-        return
-    try:
-        verdict = read_json(path, "run `wav replay` again")
-        passed, digest, share = verdict["passed"], verdict["digest"], verdict["success_share"]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: field {error} is missing; run `wav replay` again") from None
-    if digest == store.digest and not passed:
-        raise ConfigError(
-            f"{store.path}: only {100 * share:.0f}% of its replayed demonstrations succeed ({path}): actions, gripper "
-            f"or controller mean something else here; fix the ingest, or set {ALLOW_VARIABLE}=1 to evaluate anyway"
-        )
+    path, remedy = report_path(store.path), "run `wav replay` again"
+    if not path.is_file():
+        return "not replayed"
+    verdict = read_json(path, remedy)
+    with understood(path, remedy):
+        passed, digest, share = verdict["passed"], verdict["digest"], f"{100 * verdict['success_share']:.0f}%"
+        found = f"{share} of {verdict['episodes']}"
+    if digest != store.digest:
+        return "not replayed since the data changed"
+    if passed:
+        return f"passed, {found}"
+    if os.environ.get(ALLOW_VARIABLE, "") == "1":
+        return f"failed, {found}, allowed by {ALLOW_VARIABLE}"
+    raise ConfigError(
+        f"{store.path}: only {share} of its replayed demonstrations succeed ({path}): actions, gripper or controller "
+        f"mean something else here; fix the ingest, or set {ALLOW_VARIABLE}=1 to evaluate anyway"
+    )

@@ -216,7 +216,7 @@ def model_card(
         parameters=sum(p.numel() for p in policy.model.model.parameters()),
         dtype=settings.export.dtype,
         planner=settings.planner.model_dump(mode="json"),
-        value_expert=policy.model.shapes.value is not None,
+        value_expert=policy.has_values,
         table=table,
         metrics=metrics,
         version=wav.__version__,

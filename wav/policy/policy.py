@@ -122,6 +122,11 @@ class Policy:
         self._prompts: dict[str, Prompt] = dict(prompts or {})
         self._rows: dict[Hashable, _Row] = {}
 
+    @property
+    def has_values(self) -> bool:
+        """Whether the model has a value expert, which planning needs."""
+        return self.model.shapes.value is not None
+
     @classmethod
     def load(
         cls,

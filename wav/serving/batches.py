@@ -182,7 +182,7 @@ class Batches:
                 [waiting.request.observation for waiting in batch],
                 [waiting.session.row for waiting in batch],
                 variant=self.variant,
-                with_value=self.policy.model.shapes.value is not None,
+                with_value=self.policy.has_values,
             )
         except Exception as error:
             if len(batch) > 1:

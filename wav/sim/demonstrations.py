@@ -75,18 +75,11 @@ def run_expert(
     on_step: Callable[[Observation, Action, Action], None] | None = None,
     style: str = "direct",
 ) -> tuple[bool, int]:
-    """Run the expert from initial state ``index``; ``on_step(observation, executed, label)`` sees every step.
+    """Run the expert from initial state ``index`` in style ``style`` (:data:`wav.sim.styles.STYLES`).
 
-    Args:
-        env: simulator of the suite.
-        suite: its name.
-        task: a task's name.
-        index: initial state.
-        noise: standard deviation of the motion noise added to executed actions, in action units.
-        detour: probability that the arm is first moved, unrecorded, to a random pose above the table.
-        seed: of noise and detour.
-        on_step: called with the observation, the executed action and the clean label; None renders only the beginning.
-        style: how the expert moves (:data:`wav.sim.styles.STYLES`).
+    ``on_step`` sees every step's observation, executed action and clean label; without it only the beginning is
+    rendered. ``noise`` is the standard deviation of the motion noise added to executed actions, in action units;
+    ``detour`` as in :func:`begin`; ``seed`` is of both.
 
     Returns:
         whether the task's predicate held within the step limit, and the steps made.
@@ -148,16 +141,9 @@ def record_demonstration(
     from wav.data.episode import Episode
 
     env = kept_env(suite, data)
-    observations: list[Observation] = []
-    executed: list[Action] = []
-    labels: list[Action] = []
-
-    def keep(observation: Observation, action: Action, label: Action) -> None:
-        observations.append(observation)
-        executed.append(action)
-        labels.append(label)
-
-    success, _ = run_expert(env, suite, task, init_index, noise, detour, seed, keep, style)
+    steps: list[tuple[Observation, Action, Action]] = []
+    success, _ = run_expert(env, suite, task, init_index, noise, detour, seed, lambda *step: steps.append(step), style)
+    observations, executed, labels = zip(*steps, strict=True)
     return Episode(
         episode_id=f"{full_name(suite, task)}/{init_index:05d}",
         task=task,

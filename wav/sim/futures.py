@@ -2,11 +2,10 @@
 
 :func:`branch_points` runs the scripted expert on an initial state that no demonstration began from and keeps the
 simulator's state on the way; :func:`execute` puts a simulator into one of them again and again and executes chunks of
-actions from there. Both run in simulator processes (no torch); :func:`branches` and :func:`execute_all` run many of
-them::
+actions from there. Both run in simulator processes (no torch); :func:`branches` and :func:`of_all` run many of them::
 
     found = branches(data, range(4), count=2, every=5, workers=2)
-    segments = execute_all(data, [(branch, chunks) for branch in found], workers=2)     # chunks (M, A, 7)
+    segments = of_all(execute, [(data.suite, data, branch, chunks) for branch in found], workers=2)  # chunks (M, A, 7)
 """
 
 from __future__ import annotations
@@ -125,19 +124,12 @@ def branches(data: DataSettings, indices: Iterable[int], count: int, every: int,
     return found
 
 
-def execute_all(
-    data: DataSettings, chunks: Sequence[tuple[Branch, NDArray[np.float32]]], workers: int
-) -> list[list[Segment]]:
-    """:func:`execute` for each of ``chunks``, in their order, in ``workers`` processes.
+def of_all(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int) -> list[Any]:
+    """Results of ``function`` for all ``jobs`` in their order, in simulator processes.
 
     Raises:
-        SimulationError: a simulator kept dying.
+        SimulationError: a simulator kept dying; else what a job raised.
     """
-    return of_all(execute, [(data.suite, data, *chunk) for chunk in chunks], workers)
-
-
-def of_all(function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], workers: int) -> list[Any]:
-    """Results of ``function`` for all ``jobs`` in their order, in simulator processes; raises what a job raised."""
     found = dict(map_in_processes(function, jobs, workers))
     for result in found.values():
         if isinstance(result, Exception):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 from wav.data.names import LIBERO_SUITES
 from wav.errors import DataError
@@ -20,7 +21,8 @@ from wav.sim.demonstrations import begin, kept_env
 from wav.sim.env import Observation, SimEnv
 
 if TYPE_CHECKING:
-    from wav.config import DataSettings
+    from wav.config import DataSettings, IngestSettings
+    from wav.data.store import EpisodeInfo
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class ReplayStart:
     file: str = ""
     demo: str = ""
     style: str = "direct"
+
+    @classmethod
+    def of(cls, info: EpisodeInfo, ingest: IngestSettings) -> ReplayStart:
+        """Where an episode of a store begins that was ingested as ``ingest`` says."""
+        return cls(info.episode_id, info.task, info.init_index, info.seed, ingest.detour, ingest.seed, style=info.style)
 
 
 @dataclass(frozen=True)
@@ -128,15 +135,6 @@ def state_errors(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
     """Position (m), rotation (rad) and gripper (m) differences (T,) of states (T, 8)."""
     position = np.linalg.norm(one[:, :3].astype(np.float64) - two[:, :3], axis=1)
-    cosine = np.abs((_quaternions(one[:, 3:6]) * _quaternions(two[:, 3:6])).sum(axis=1))
-    rotation = 2 * np.arccos(np.clip(cosine, 0.0, 1.0))
+    rotation = (Rotation.from_rotvec(one[:, 3:6]).inv() * Rotation.from_rotvec(two[:, 3:6])).magnitude()
     gripper = np.abs(one[:, 6:8].astype(np.float64) - two[:, 6:8]).max(axis=1)
     return position, rotation, gripper
-
-
-def _quaternions(rotation: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Unit quaternions (T, 4), scalar last, of rotation vectors (T, 3)."""
-    vector = rotation.astype(np.float64)
-    angle = np.linalg.norm(vector, axis=1, keepdims=True)
-    axis = np.divide(vector, angle, out=np.zeros_like(vector), where=angle > 0)
-    return np.concatenate([axis * np.sin(angle / 2), np.cos(angle / 2)], axis=1)

@@ -129,14 +129,7 @@ def _hold(gripper: float, rise: float = 0.0) -> Action:
 
 
 #: Style name -> actions of an expert in that style.
-STYLES = {
-    "direct": direct,
-    "slow": slow,
-    "hesitant": hesitant,
-    "detour": detour,
-    "fumble": fumble,
-    "recover": recover,
-}
+STYLES = {style.__name__: style for style in (direct, slow, hesitant, detour, fumble, recover)}
 
 
 def draw_style(shares: Mapping[Any, float], seed: int, task: str, index: int) -> str:

@@ -194,17 +194,16 @@ class Caller:
         Where its process dies it is run again, :data:`JOB_ATTEMPTS` times in all: a killed simulator must not cost a
         demonstration that another machine would have recorded.
         """
-        for last in (*[False] * (JOB_ATTEMPTS - 1), True):
+        for left in reversed(range(JOB_ATTEMPTS)):
             process = self.process = self.process or WorkerProcess(self._number)
             try:
                 return process.ask("call", (function, job), self._seconds)
             except SimulationError as error:
                 process.kill()
                 self.process = None
-                if last or self.stopped:
+                if not left or self.stopped:
                     return error
                 log.warning("%s; its job is run again", error)
-        raise AssertionError("unreachable")
 
     def stop(self) -> None:
         """End a call that is under way in another thread: nobody takes its result."""

@@ -79,9 +79,7 @@ def _start(info: EpisodeInfo, ingest: IngestSettings) -> ReplayStart:
             f"episode {info.episode_id}: source {info.source[:40]!r}: only scripted demonstrations can be run again; "
             "export without states"
         )
-    return ReplayStart(
-        info.episode_id, info.task, info.init_index, info.seed, ingest.detour, ingest.seed, style=info.style
-    )
+    return ReplayStart.of(info, ingest)
 
 
 @functools.lru_cache(maxsize=1)

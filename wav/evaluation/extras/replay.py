@@ -65,9 +65,7 @@ class ReplayReport:
 def _start(info: EpisodeInfo, ingest: IngestSettings, suite: str) -> ReplayStart:
     """Where an episode begins; DataError if its source does not tell."""
     kind, _, rest = info.source.partition(":")
-    start = ReplayStart(
-        info.episode_id, info.task, info.init_index, info.seed, ingest.detour, ingest.seed, style=info.style
-    )
+    start = ReplayStart.of(info, ingest)
     if info.source.startswith("scripted"):
         return start
     if kind == "libero_hdf5":

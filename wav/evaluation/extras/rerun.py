@@ -8,7 +8,8 @@ every action. Where it does not, the first policy call whose actions differ says
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,8 @@ from wav.data.statistics import check_statistics
 from wav.errors import CheckpointError, DataError
 from wav.evaluation.act import exported_data, policy_for_suite
 from wav.evaluation.evaluate import applicable, check_start
-from wav.evaluation.protocol import (
-    COMPILED,
-    EpisodeSpec,
-    check_conventions,
-    code_digest,
-    versions,
-)
-from wav.evaluation.records import EpisodeRecord, read_record
+from wav.evaluation.protocol import COMPILED, EpisodeSpec, check_conventions, code_digest, versions
+from wav.evaluation.records import ASKED, EpisodeRecord, read_record
 from wav.evaluation.rollout import Rollout, Scheduler
 from wav.io.files import read_json
 from wav.planning import VARIANTS
@@ -51,11 +46,12 @@ class Rerun:
     @property
     def differences(self) -> tuple[str, ...]:
         """One phrase per recorded quantity that came out otherwise; empty where it is the same episode."""
+        record, again = self.record, self.again
         pairs: dict[str, tuple[Any, Any]] = {
-            "success": (self.record.success, self.again.success),
-            "steps": (self.record.steps, self.again.steps),
-            "policy calls": (self.record.policy_calls, self.again.calls),
-            "actions": (self.record.actions_digest[:16], self.again.actions_digest[:16]),
+            "success": (record.success, again.success),
+            "steps": (record.steps, again.steps),
+            "policy calls": (record.policy_calls, again.calls),
+            "actions": (record.actions_digest[:16], again.actions_digest[:16]),
         }
         return tuple(f"{name} {was} recorded, {now} now" for name, (was, now) in pairs.items() if was != now)
 
@@ -63,35 +59,26 @@ class Rerun:
     def first_call(self) -> int | None:
         """Number (from 0) of the first policy call whose actions or predicted value differ; None if none does."""
         kinds = ((self.record.call_digests, self.again.call_digests), (self.record.values, self.again.values))
-        return min((n for was, now in kinds if (n := _first_difference(was, now)) is not None), default=None)
+        calls = [call for pair in kinds for call, (was, now) in enumerate(zip_longest(*pair)) if was != now]
+        return min(calls, default=None)
 
     @property
-    def lines(self) -> tuple[str, ...]:
+    def lines(self) -> Iterator[str]:
         """What came of it, for people."""
         record, again = self.record, self.again
-        where = f"{record.suite}: {record.variant}: {record.task}, initial state {record.init_index}"
         told = f", instructed {record.instruction!r}" if record.swapped else ""
-        lines = [f"{where}, seed {record.seed}{told}"]
+        where = f"{record.suite}: {record.variant}: {record.task}, initial state {record.init_index}"
+        yield f"{where}, seed {record.seed}{told}"
         for name, success, steps, calls, actions in (
             ("recorded", record.success, record.steps, record.policy_calls, record.actions_digest),
             ("now", again.success, again.steps, again.calls, again.actions_digest),
         ):
             verdict = "success" if success else "failure"
-            lines.append(f"{name}: {verdict} after {steps} steps, {calls} policy calls, actions {actions[:16]}")
-        lines += [f"note: {note}" for note in self.notes]
-        if self.same:
-            return (*lines, "the same")
+            yield f"{name}: {verdict} after {steps} steps, {calls} policy calls, actions {actions[:16]}"
+        yield from (f"note: {note}" for note in self.notes)
         call = self.first_call
-        where = "" if call is None else f"; first at policy call {call} (step {call * record.execute_steps})"
-        return (*lines, f"NOT the same: {'; '.join(self.differences)}{where}")
-
-
-def _first_difference(was: list[Any], now: list[Any]) -> int | None:
-    """First index where two lists differ, the end of the shorter one included."""
-    for index, (a, b) in enumerate(zip(was, now, strict=False)):
-        if a != b:
-            return index
-    return None if len(was) == len(now) else min(len(was), len(now))
+        at = "" if call is None else f"; first at policy call {call} (step {call * record.execute_steps})"
+        yield "the same" if self.same else f"NOT the same: {'; '.join(self.differences)}{at}"
 
 
 def rerun_episode(
@@ -123,18 +110,11 @@ def rerun_episode(
     check_statistics(record.statistics, policy.statistics.digest, str(export))
     check_conventions(policy.conventions, Conventions.from_json(record.conventions, str(path)), "record")
     check_start(policy, data)
-    value_expert = policy.model.shapes.value is not None
-    applicable((spec.variant,), value_expert, f"{path}: variant")
+    applicable((spec.variant,), policy.has_values, f"{path}: variant")
     finished: list[Rollout] = []
     with pool_factory(suite, data, 1, 1) as pool:
-        Scheduler(
-            pool,
-            policy,
-            execute_steps=record.execute_steps,
-            batch_size=record.batch[0],
-            with_value=value_expert,
-            on_finish=finished.append,
-        ).run([spec])
+        sizes = {"execute_steps": record.execute_steps, "batch_size": record.batch[0]}
+        Scheduler(pool, policy, on_finish=finished.append, **sizes).run([spec])
     return Rerun(record, finished[0], _notes(record, export, manifest, policy.compiled))
 
 
@@ -148,27 +128,15 @@ def _asked(record: EpisodeRecord, path: Path) -> tuple[EpisodeSpec, PlannerSetti
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{path}: not an episode that can be run ({reason}); evaluate it again") from None
-    spec = EpisodeSpec(
-        suite=record.suite,
-        task=record.task,
-        init_index=record.init_index,
-        variant=record.variant,
-        instructed=record.instructed,
-        instruction=record.instruction,
-        max_steps=record.max_steps,
-        seed=record.seed,
-        row=place,
-    )
-    return spec, planner
+    return EpisodeSpec(**{name: getattr(record, name) for name in ASKED}, row=place), planner
 
 
 def _notes(record: EpisodeRecord, export: Path, manifest: Mapping[str, Any], compiled: bool) -> tuple[str, ...]:
     """What else is not as it was; each may explain a difference in the last bits."""
     now = versions(compiled)
+    pairs = {name: (record.versions.get(name), now.get(name)) for name in sorted({*record.versions, *now})}
     notes = [
-        f"{name} was {record.versions.get(name, 'unknown')}, is {now.get(name, 'unknown')}"
-        for name in sorted({*record.versions, *now})
-        if record.versions.get(name) != now.get(name)
+        f"{name} was {old or 'unknown'}, is {new or 'unknown'}" for name, (old, new) in pairs.items() if old != new
     ]
     if record.code != code_digest():
         notes.append(f"the code that decides a result was {record.code[:12]}, is {code_digest()[:12]}")

@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from wav.config import DataSettings, EvalLiberoSettings, parse_settings
+from wav.config import parse_settings
 from wav.data.names import in_libero, joined
 from wav.errors import ConfigError
 from wav.evaluation.act import exported_data, policy_for_suite
 from wav.evaluation.evaluate import Progress, Sections, evaluate
-from wav.evaluation.extras.published import AVERAGE, EPISODES, PUBLISHED, SUITES, TASKS, Published
+from wav.evaluation.extras.published import AVERAGE, PUBLISHED, SUITES, TASKS, Published
 from wav.evaluation.intervals import Rate, independent_difference, wilson
 from wav.evaluation.records import by_suite
 from wav.evaluation.start import check_all, own_store
-from wav.evaluation.verdict import refuse_failed
-from wav.io.files import read_json, write_json, write_text
+from wav.evaluation.verdict import replay_verdict
+from wav.io.files import write_json, write_text
 from wav.planning import VARIANTS
 from wav.policy.export import verify_export
 from wav.policy.policy import Policy
@@ -36,38 +36,6 @@ from wav.sim.workers import SimPool
 #: Seconds between two lines of progress.
 _TELL = 15.0
 _MARKS = {"protocol": "*", "reference": "†"}
-
-
-@dataclass(frozen=True)
-class EvaluationProtocol:
-    """How the suites are evaluated; the defaults are the published protocol."""
-
-    suites: tuple[str, ...] = tuple(SUITES)
-    tasks: tuple[str, ...] = ()
-    """For a trial, of several suites as SUITE/TASK; empty: all, which alone compares with published figures."""
-    episodes: int = EPISODES
-    variants: tuple[str, ...] = VARIANTS
-    execute_steps: int = 8
-    """Actions executed per policy call, at most the policy's chunk."""
-    batch_size: int = 8
-    budget: str = "protocol"
-    """``reference``: each episode goes on to the published code's 1000 steps, reported in rows of its own."""
-    seed: int = 7
-
-    def settings(self, data: DataSettings) -> EvalLiberoSettings:
-        """Section ``eval_libero``; ConfigError for a value out of range."""
-        section = {
-            "episodes_per_task": self.episodes,
-            "variants": self.variants,
-            "execute_steps": min(self.execute_steps, data.action_chunk),
-            "batch_size": self.batch_size,
-            "budget": self.budget,
-            "swapped_episodes": 0,
-            "videos": 0,
-            "seed": self.seed,
-        }
-        chunk = {"action_chunk": data.action_chunk}
-        return parse_settings({"data": chunk, "eval_libero": section}, "libero-table").eval_libero
 
 
 @dataclass(frozen=True)
@@ -105,28 +73,39 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Table:
-    """Everything the table shows; ``metrics`` holds the sections of each suite."""
+    """Everything the table shows; ``metrics`` holds the sections of each suite, ``heading`` what was evaluated."""
 
     metrics: Mapping[str, Mapping[str, Any]]
     rows: tuple[Row, ...]
     comparisons: tuple[Comparison, ...]
-    heading: Mapping[str, Any] = field(default_factory=dict)
+    heading: Mapping[str, Any]
 
 
 def libero_table(
     export: Path,
     out: Path,
-    protocol: EvaluationProtocol,
+    suites: Sequence[str],
+    tasks: Sequence[str],
+    protocol: Mapping[str, Any],
     *,
     workers: int,
     device: str = "auto",
-    demonstrations: Path | None = None,
+    demonstrations: Path,
     report: Callable[[str], None],
 ) -> Table:
-    """Evaluate ``export`` over the protocol's suites and write ``out/table.json`` and ``out/table.md``.
+    """Evaluate ``export`` and write ``out/table.json`` and ``out/table.md``. Episodes that are in ``out`` are kept.
 
-    Episodes that are in ``out`` are not repeated. Where the policy was trained on ``demonstrations``, their replay's
-    verdict counts, and their pictures are compared with those of the tasks that they are of.
+    Args:
+        export: the policy's folder.
+        out: folder of the results.
+        suites: of LIBERO's four; no task repeats.
+        tasks: for a trial, of several suites as SUITE/TASK; empty: all, which alone compares with published figures.
+        protocol: values of section ``eval_libero``; of ``execute_steps`` at most the policy's chunk is executed.
+        workers: simulator processes.
+        device: of the policy.
+        demonstrations: a store. Where the policy was trained on it, its replay's verdict counts, and its pictures are
+            compared with those of the tasks that they are of.
+        report: called with a line of progress now and then.
 
     Raises:
         CheckpointError: the export is missing or damaged.
@@ -134,59 +113,47 @@ def libero_table(
             demonstrations failed their replay or look otherwise; a bad value.
         ServiceError: LIBERO or its assets are missing.
     """
-    for suite in protocol.suites:
+    for suite in suites:
         if suite not in SUITES:
             raise ConfigError(f"--suite = {suite}: not in the table; its suites are {', '.join(SUITES)}")
-    suite, heading = joined(protocol.suites), _heading(export, protocol)
-    simulator_versions(suite)
-    policy = Policy.load(export, batch_size=protocol.batch_size, device=device)
-    store = own_store(policy, demonstrations) if demonstrations is not None else None
-    if store is not None:
-        refuse_failed(store)
-        store.conventions = replace(store.conventions, suite=suite)
-    data = exported_data(export, suite, protocol.tasks).model_copy(update={"tasks": protocol.tasks})
-    policy_for_suite(policy, data)
-    with SimPool(suite, data, workers=workers, slots=protocol.batch_size) as pool:
-        metrics = evaluate(
-            Sections(data, policy.planner, protocol.settings(data)),
-            policy,
-            out / suite,
-            pool=pool,
-            checkpoint=heading["checkpoint"],
-            with_value=policy.model.shapes.value is not None,
-            start=check_all(policy, data, pool=pool, out=out / suite, store=store).as_dict(),
-            progress=_told(suite, report),
-        )
-    table = make_table(by_suite(metrics), heading, complete=not protocol.tasks)
-    write_json(out / "table.json", as_json(table))
-    write_text(out / "table.md", markdown(table))
-    return table
-
-
-def _heading(export: Path, protocol: EvaluationProtocol) -> dict[str, Any]:
-    """What is evaluated, from a sound export's manifest and settings.
-
-    Raises:
-        CheckpointError: it is damaged.
-        ConfigError: it was trained on another robot's data.
-    """
-    manifest = verify_export(export)
-    own = read_json(export / "settings.json", "export the policy again (`dvc repro export`)")
-    data = exported_data(export)
-    if not in_libero(data.suite):
+    manifest, own, suite = verify_export(export), exported_data(export), joined(suites)
+    if not in_libero(own.suite):
         raise ConfigError(
-            f"{export}: trained on {data.suite!r}, whose scenes and conventions are not LIBERO's; "
+            f"{export}: trained on {own.suite!r}, whose scenes and conventions are not LIBERO's; "
             "give an export trained on LIBERO data (presets/libero.yaml)"
         )
-    return {
+    simulator_versions(suite)
+    data = exported_data(export, suite).model_copy(update={"tasks": tuple(tasks)})
+    section = {**protocol, "execute_steps": min(protocol["execute_steps"], data.action_chunk)}
+    whole = {"data": {"action_chunk": data.action_chunk}, "eval_libero": section}
+    settings = parse_settings(whole, "libero-table").eval_libero
+    policy = policy_for_suite(Policy.load(export, batch_size=settings.batch_size, device=device), data)
+    if (store := own_store(policy, demonstrations)) is not None:
+        replay_verdict(store)
+        store.conventions = replace(store.conventions, suite=suite)
+    heading: dict[str, Any] = {
         "export": str(export),
         "name": manifest.get("name"),
         "checkpoint": str(manifest["checkpoint"]["digest"]),
         "dtype": manifest.get("dtype"),
-        "trained_on": {"suite": data.suite, "tasks": data.tasks},
-        "planner": own["planner"],
-        "protocol": asdict(protocol),
+        "trained_on": {"suite": own.suite, "tasks": own.tasks},
+        "planner": policy.planner.model_dump(mode="json"),
+        "protocol": {"suites": suites, "tasks": tasks, **settings.model_dump(mode="json", include={*section})},
     }
+    with SimPool(suite, data, workers=workers, slots=settings.batch_size) as pool:
+        metrics = evaluate(
+            Sections(data, policy.planner, settings),
+            policy,
+            out / suite,
+            pool=pool,
+            checkpoint=heading["checkpoint"],
+            start=check_all(policy, data, pool=pool, out=out / suite, store=store),
+            progress=_told(suite, report),
+        )
+    table = make_table(by_suite(metrics), heading, complete=not tasks)
+    write_json(out / "table.json", as_json(table))
+    write_text(out / "table.md", markdown(table))
+    return table
 
 
 def _told(suite: str, report: Callable[[str], None]) -> Callable[[Progress], None]:
@@ -202,12 +169,7 @@ def _told(suite: str, report: Callable[[str], None]) -> Callable[[Progress], Non
     return tell
 
 
-def make_table(
-    metrics: Mapping[str, Mapping[str, Any]],
-    heading: Mapping[str, Any],
-    *,
-    complete: bool = True,
-) -> Table:
+def make_table(metrics: Mapping[str, Mapping[str, Any]], heading: Mapping[str, Any], *, complete: bool = True) -> Table:
     """Rows and comparisons from the suites' metrics.
 
     ``complete`` says whether all tasks of each suite were evaluated; otherwise nothing is compared.
@@ -219,16 +181,15 @@ def make_table(
             if found:
                 rows.append(Row(variant, budget, _rates(found)))
     comparisons = [c for entry in PUBLISHED for c in _compare(entry, rows)] if complete else []
-    return Table(dict(metrics), tuple(rows), tuple(comparisons), dict(heading))
+    return Table(metrics, tuple(rows), tuple(comparisons), heading)
 
 
 def _rates(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Rate]:
     """Suites' rates, and their average where all four were evaluated with equally many episodes."""
-    rates = {s: wilson(round(m["success_rate"] * m["episodes"]), m["episodes"]) for s, m in found.items()}
-    episodes = {rate.episodes for rate in rates.values()}
-    if set(rates) == set(SUITES) and len(episodes) == 1:
-        solved = sum(round(rate.success_rate * rate.episodes) for rate in rates.values())
-        rates[AVERAGE] = wilson(solved, sum(rate.episodes for rate in rates.values()))
+    solved = {suite: round(m["success_rate"] * m["episodes"]) for suite, m in found.items()}
+    rates = {suite: wilson(solved[suite], m["episodes"]) for suite, m in found.items()}
+    if set(rates) == set(SUITES) and len({rate.episodes for rate in rates.values()}) == 1:
+        rates[AVERAGE] = wilson(sum(solved.values()), sum(rate.episodes for rate in rates.values()))
     return rates
 
 
@@ -249,46 +210,41 @@ def _compare(entry: Published, rows: Sequence[Row]) -> list[Comparison]:
 
 def as_json(table: Table) -> dict[str, Any]:
     """The table as plain data; rates in [0, 1], published figures in percent as printed."""
+    rows = [
+        {"variant": r.variant, "budget": r.budget, **{c: asdict(rate) for c, rate in r.rates.items()}}
+        for r in table.rows
+    ]
     return {
         **table.heading,
-        "rows": [
-            {"variant": row.variant, "budget": row.budget, **{c: r.as_dict() for c, r in row.rates.items()}}
-            for row in table.rows
-        ],
-        "published": [{**asdict(entry), "percent": dict(entry.percent)} for entry in PUBLISHED],
+        "rows": rows,
+        "published": [asdict(entry) for entry in PUBLISHED],
         "comparisons": [{**asdict(c), "larger_than_intervals": c.larger} for c in table.comparisons],
-        "paired": {suite: m.get("paired", {}) for suite, m in table.metrics.items()},
-        "not_applicable": {suite: m.get("not_applicable", {}) for suite, m in table.metrics.items()},
+        **{name: {s: m.get(name, {}) for s, m in table.metrics.items()} for name in ("paired", "not_applicable")},
         "versions": next((m["versions"] for m in table.metrics.values()), {}),
     }
 
 
 def markdown(table: Table) -> str:
     """The table for people: our rows with intervals, then the published ones, marked where they differ."""
-    lines = [
-        *(_title(table.heading) if table.heading else ()),
-        "| | " + " | ".join([*SUITES.values(), AVERAGE]) + " |",
-        "|---" * (len(SUITES) + 2) + "|",
-    ]
-    ours = len(table.rows)
+    head, columns = table.heading, [*SUITES.values(), AVERAGE]
+    lines = []
+    if head:
+        protocol, planner = head["protocol"], head["planner"]
+        tasks = ", ".join(protocol["tasks"]) or f"all {TASKS} tasks of a suite"
+        lines += [
+            f"LIBERO: {head['name']} ({head['export']}, weights {head['checkpoint'][:12]}), trained on "
+            f"{head['trained_on']['suite']}",
+            "",
+            f"{tasks}, {protocol['episodes_per_task']} initial states each, {protocol['execute_steps']} actions per "
+            f"policy call, planner K = {planner['iterations']}, M = {planner['video_samples']}, N = "
+            f"{planner['value_samples']}, seed {protocol['seed']}; success in %, 95% Wilson intervals.",
+            "",
+        ]
+    lines += ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for number, (name, *cells) in enumerate(lines_of(table)):
-        lines.append(f"| {f'**{name}**' if number < ours else name} | " + " | ".join(cells) + " |")
+        shown = f"**{name}**" if number < len(table.rows) else name
+        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"- {line}" for line in legend(table))]) + "\n"
-
-
-def _title(heading: Mapping[str, Any]) -> list[str]:
-    """What was evaluated, and how."""
-    protocol, planner = heading["protocol"], heading["planner"]
-    tasks = ", ".join(protocol["tasks"]) or f"all {TASKS} tasks of a suite"
-    return [
-        f"LIBERO: {heading['name']} ({heading['export']}, weights {heading['checkpoint'][:12]}), trained on "
-        f"{heading['trained_on']['suite']}",
-        "",
-        f"{tasks}, {protocol['episodes']} initial states each, {protocol['execute_steps']} actions per policy call, "
-        f"planner K = {planner['iterations']}, M = {planner['video_samples']}, N = {planner['value_samples']}, "
-        f"seed {protocol['seed']}; success in %, 95% Wilson intervals.",
-        "",
-    ]
 
 
 def lines_of(table: Table) -> list[list[str]]:
@@ -298,14 +254,13 @@ def lines_of(table: Table) -> list[list[str]]:
     for c in table.comparisons:
         if c.larger:
             marks[c.published, c.column] = marks.get((c.published, c.column), "") + _MARKS[c.budget]
-    theirs = [
-        [
-            f"{entry.name} ({entry.date})",
-            *(f"{entry.percent[c]:.1f}{marks.get((entry.name, c), '')}" if c in entry.percent else "" for c in columns),
+    lines = [[row.name, *(_ours(row.rates.get(c)) for c in columns)] for row in table.rows]
+    for entry in PUBLISHED:
+        cells = [
+            f"{entry.percent[c]:.1f}{marks.get((entry.name, c), '')}" if c in entry.percent else "" for c in columns
         ]
-        for entry in PUBLISHED
-    ]
-    return [*([row.name, *(_ours(row.rates.get(c)) for c in columns)] for row in table.rows), *theirs]
+        lines.append([f"{entry.name} ({entry.date})", *cells])
+    return lines
 
 
 def _ours(rate: Rate | None) -> str:
@@ -317,20 +272,16 @@ def _ours(rate: Rate | None) -> str:
 
 def legend(table: Table) -> list[str]:
     """What the marks mean, what planning changed on the same episodes, what could not be evaluated; the sources."""
+    lines = ["Nothing is compared: the published figures are over all tasks of a suite."]
     if table.comparisons:
         lines = ["`*` differs from this policy (same variant) by more than the intervals of both."]
         if any(row.budget == "reference" for row in table.rows):
             lines.append("`†` the same against the rows with 1000 steps, which is what the published WAV code allows.")
-    else:
-        lines = ["Nothing is compared: the published figures are over all tasks of a suite."]
     for suite, metrics in table.metrics.items():
-        paired = metrics.get("paired", {}).get("planned-unplanned")
-        if paired:
-            low, high = 100 * paired["low"], 100 * paired["high"]
-            lines.append(
-                f"{suite}: planned - unplanned on the same episodes {100 * paired['difference']:+.1f} points "
-                f"[{low:+.1f}, {high:+.1f}]."
-            )
+        if paired := metrics.get("paired", {}).get("planned-unplanned"):
+            points, low, high = (100 * paired[name] for name in ("difference", "low", "high"))
+            same = "planned - unplanned on the same episodes"
+            lines.append(f"{suite}: {same} {points:+.1f} points [{low:+.1f}, {high:+.1f}].")
         lines += [f"{suite}: {name}: {why}." for name, why in metrics.get("not_applicable", {}).items()]
     return lines + [f"{entry.name}: {entry.source}." for entry in PUBLISHED]
 

@@ -58,13 +58,12 @@ def noise_use(
     """
     planner = policy.make_planner()
     keys = tuple(RowKey(seed, f"use/{index}", 0) for index in range(len(histories)))
-    valued = policy.model.shapes.value is not None
 
     def variances(context: object, purposes: frozenset[str]) -> tuple[float, ...]:
         found: list[list[Tensor]] = [[], []]
         for draw in range(draws):
             noise = VaryOnly(keys, purposes, draw, policy.model.device)
-            plan = planner.plan(context, noise, variant="unplanned", with_value=valued)
+            plan = planner.plan(context, noise, variant="unplanned", with_value=policy.has_values)
             found[0].append(plan.actions[..., : policy.data.action_dim])
             if plan.values is not None:
                 found[1].append(policy.returns(plan.values).mean(-1))

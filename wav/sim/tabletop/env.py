@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from wav.errors import ConfigError
 from wav.sim.env import Observation
 from wav.sim.fast_control import use_fast_control
 from wav.sim.rendering import simplify_model
@@ -21,6 +20,7 @@ from wav.sim.tabletop.tasks import (
     BIN_HALF,
     BIN_WALL,
     CUBE_HALF,
+    GOALS,
     SCENES,
     TABLE_HEIGHT,
     TASKS,
@@ -113,19 +113,10 @@ def _bin_body() -> Any:
         "right": ((0, -hy, hz), (hx, wall, hz)),
     }
     for part, (position, size) in boxes.items():
-        body.append(new_geom(name=f"bin_{part}", type="box", pos=position, size=size, group=0, rgba=(0, 0, 0, 0)))
-        body.append(
-            new_geom(
-                name=f"bin_{part}_visual",
-                type="box",
-                pos=position,
-                size=size,
-                group=1,
-                contype=0,
-                conaffinity=0,
-                rgba=(0.2, 0.3, 0.8, 1),
-            )
-        )
+        box = {"type": "box", "pos": position, "size": size}
+        body.append(new_geom(name=f"bin_{part}", **box, group=0, rgba=(0, 0, 0, 0)))
+        seen = {"group": 1, "contype": 0, "conaffinity": 0, "rgba": (0.2, 0.3, 0.8, 1)}
+        body.append(new_geom(name=f"bin_{part}_visual", **box, **seen))
     return body
 
 
@@ -204,20 +195,8 @@ class TabletopEnv(RobosuiteEnv):
         return resting and not self.grasped(top)
 
     def success(self, task: str) -> bool:
-        """Success predicate of ``task``, which must belong to the current scene.
-
-        Raises:
-            ConfigError: the suite has no such task.
-        """
-        match task:
-            case "lift_red_cube":
-                return self.lifted("red_cube")
-            case "lift_green_cube":
-                return self.lifted("green_cube")
-            case "stack_red_on_green":
-                return self._stacked("red_cube", "green_cube")
-            case "put_can_in_bin":
-                return self.in_bin("can")
-            case "put_milk_and_bread_in_bin":
-                return self.in_bin("milk") and self.in_bin("bread")
-        raise ConfigError(f"task {task!r}: no success predicate; the tasks are {list(TASKS)}")
+        """Success predicate of ``task``, which must belong to the current scene."""
+        what, names = GOALS[task]
+        if what == "stack":
+            return self._stacked(*names)
+        return all(map(self.lifted if what == "lift" else self.in_bin, names))

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from wav.errors import ConfigError
 from wav.sim.arm import Action, Arm
-from wav.sim.tabletop.tasks import BIN_CENTER, BIN_WALL, CUBE_HALF, SCENES, TABLE_HEIGHT
+from wav.sim.tabletop.tasks import BIN_CENTER, BIN_WALL, CUBE_HALF, GOALS, SCENES, TABLE_HEIGHT
 
 if TYPE_CHECKING:
     from wav.sim.tabletop.env import TabletopEnv
@@ -42,18 +41,10 @@ class TabletopExpert:
 
     def __call__(self) -> Action:
         """The clean action (7,) for the simulator's current state."""
-        match self.task:
-            case "lift_red_cube":
-                return self._lift("red_cube")
-            case "lift_green_cube":
-                return self._lift("green_cube")
-            case "put_can_in_bin":
-                return self._into_bin(("can",))
-            case "put_milk_and_bread_in_bin":
-                return self._into_bin(("milk", "bread"))
-            case "stack_red_on_green":
-                return self._stack()
-        raise ConfigError(f"task {self.task!r}: the expert does not know it")
+        what, names = GOALS[self.task]
+        if what == "lift":
+            return self._lift(names[0])
+        return self._into_bin(names) if what == "bin" else self._stack(*names)
 
     def _lift(self, name: str) -> Action:
         if not self._pick(name):
@@ -61,10 +52,9 @@ class TabletopExpert:
         above = self.env.object_position(name) * (1, 1, 0) + (0, 0, TABLE_HEIGHT + 0.16)
         return self.arm.toward(above, closed=True, yaw=self._yaw)
 
-    def _stack(self) -> Action:
-        below = self.env.object_position("green_cube")
-        target = below + (0, 0, 2 * CUBE_HALF + 0.004)
-        return self._pick_and_place("red_cube", target, clearance=0.06, tolerance=0.006)
+    def _stack(self, name: str, below: str) -> Action:
+        target = self.env.object_position(below) + (0, 0, 2 * CUBE_HALF + 0.004)
+        return self._pick_and_place(name, target, clearance=0.06, tolerance=0.006)
 
     def _into_bin(self, names: tuple[str, ...]) -> Action:
         for slot, name in enumerate(names):

@@ -42,6 +42,15 @@ TASKS: dict[str, TaskSpec] = {
     )
 }
 
+GOALS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "lift_red_cube": ("lift", ("red_cube",)),
+    "lift_green_cube": ("lift", ("green_cube",)),
+    "put_can_in_bin": ("bin", ("can",)),
+    "stack_red_on_green": ("stack", ("red_cube", "green_cube")),
+    "put_milk_and_bread_in_bin": ("bin", ("milk", "bread")),
+}
+"""Task -> what is to be done, and with which objects."""
+
 
 @dataclass(frozen=True)
 class Placement:
