@@ -105,18 +105,26 @@ class _Shapes:
     normal = levels = uniform
 
 
+class Summed:
+    """Numbers of one unit that make a whole."""
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return float(sum(vars(self).values()))
+
+    def as_dict(self) -> dict[str, float]:
+        """They and their total, for JSON."""
+        return {**vars(self), "total": self.total}
+
+
 @dataclass(frozen=True)
-class TrainingCost:
+class TrainingCost(Summed):
     """Operations per training sample; ``recomputed``: forward operations that gradient checkpointing repeats."""
 
     forward: float
     backward: float
     recomputed: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.forward + self.backward + self.recomputed
 
 
 def training_cost(sizes: Sizes, train: TrainSettings) -> TrainingCost:
@@ -159,16 +167,11 @@ def _step(sizes: Sizes, train: TrainSettings, checkpointing: bool) -> tuple[floa
 
 
 @dataclass(frozen=True)
-class PlanCost:
+class PlanCost(Summed):
     """Operations of one policy call for one observation: the search of Algorithm 1, and decoding the actions."""
 
     search: float
     act: float
-
-    @property
-    def total(self) -> float:
-        """Both."""
-        return self.search + self.act
 
 
 def plan_cost(sizes: Sizes, planner: PlannerSettings, levels: Levels = PAPER) -> PlanCost:
@@ -236,7 +239,7 @@ def _reference_iteration(sizes: Sizes, M: int, N: int, steps: int) -> float:
 
 
 @dataclass(frozen=True)
-class Memory:
+class Memory(Summed):
     """Bytes on one GPU."""
 
     weights: float
@@ -244,11 +247,6 @@ class Memory:
     optimizer: float
     average: float
     activations: float
-
-    @property
-    def total(self) -> float:
-        """All of them."""
-        return self.weights + self.gradients + self.optimizer + self.average + self.activations
 
 
 def memory_per_gpu(

@@ -14,7 +14,7 @@ from wav.commands import app
 from wav.errors import print_any_name
 
 #: modules of wav.commands, in the order of use
-GROUPS = ("begin", "data", "parameters", "pipeline", "policy", "evaluation", "store")
+GROUPS = ("begin", "data", "pipeline", "policy", "evaluation", "store")
 for _name in GROUPS:
     import_module(f"wav.commands.{_name}")
 

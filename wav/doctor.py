@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -131,8 +130,3 @@ def run_checks(runtime: Runtime, report: Callable[[Check], None]) -> bool:
             report(check)
             good = good and (check.ok or not check.needed)
     return good
-
-
-def as_json(checks: list[Check]) -> str:
-    """Findings for a machine to read."""
-    return json.dumps([{"name": c.name, "ok": c.ok, "needed": c.needed, "text": c.text} for c in checks], indent=1)

@@ -104,19 +104,6 @@ def training_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]
     return png(figure)
 
 
-def values_by_outcome(groups: Mapping[str, Sequence[Sequence[float]]]) -> bytes:
-    """Predicted value per policy call: one thin line per episode, a thick mean per outcome."""
-    figure, axes = _chart("policy call", "predicted return")
-    for (name, rows), colour in zip(groups.items(), ("#059669", "#dc2626"), strict=True):
-        for row in rows[:25]:
-            axes.plot(row, color=colour, alpha=0.15, linewidth=0.8)
-        if rows:
-            mean = [np.mean([row[call] for row in rows if len(row) > call]) for call in range(max(map(len, rows)))]
-            axes.plot(mean, color=colour, linewidth=1.8, label=f"{name} ({len(rows)})")
-    axes.legend(fontsize=8)
-    return png(figure)
-
-
 def success_rates(metrics: Mapping[str, Any], variants: Sequence[str]) -> str:
     """SVG of success rates with Wilson intervals, per task (or suite, of several) and overall, a colour per variant."""
     suites = metrics.get("suites", {})

@@ -53,21 +53,19 @@ def summarise(settings: Settings, gpus: int = 8) -> dict[str, Any]:
             "micro_batch": micro,
             "precision": train.precision,
             "gradient_checkpointing": train.gradient_checkpointing,
-            "flops_per_sample": {**asdict(cost), "total": cost.total},
+            "flops_per_sample": cost.as_dict(),
             "flops": cost.total * train.batch_size * train.steps,
             "memory": {
-                f"zero_{stage}": {**asdict(memory), "total": memory.total}
+                f"zero_{stage}": memory_per_gpu(sizes, split, train, stage, gpus, micro).as_dict()
                 for stage in ZERO_STAGES
-                for memory in [memory_per_gpu(sizes, split, train, stage, gpus, micro)]
             },
         }
-    plan = plan_cost(sizes, settings.planner, Levels.of(settings.coupling))
     result = {
         "sizes": {**asdict(sizes), "frames": sizes.frames, "tokens": sizes.tokens},
         "parameters": split,
         "gpus": gpus,
         "stages": stages,
-        "plan": {**asdict(plan), "total": plan.total},
+        "plan": plan_cost(sizes, settings.planner, Levels.of(settings.coupling)).as_dict(),
     }
     if sizes.value_width:
         same = settings.planner.model_copy(update=dict(zip(_SCHEDULE, REFERENCE, strict=True)))
@@ -76,8 +74,7 @@ def summarise(settings: Settings, gpus: int = 8) -> dict[str, Any]:
             "search_as_built": plan_cost(sizes, same).search,
         }
         changes, levels = COUPLED
-        coupled = plan_cost(sizes, settings.planner.model_copy(update=changes), levels)
-        result["coupled_plan"] = {**asdict(coupled), "total": coupled.total}
+        result["coupled_plan"] = plan_cost(sizes, settings.planner.model_copy(update=changes), levels).as_dict()
     return result
 
 
@@ -92,9 +89,8 @@ def micro_batch(stage: str, train: TrainSettings, gpus: int) -> int:
     return micro
 
 
-def lines(settings: Settings, gpus: int = 8) -> Iterator[str]:
-    """The summary as text."""
-    found = summarise(settings, gpus)
+def lines(settings: Settings, found: dict[str, Any]) -> Iterator[str]:
+    """What :func:`summarise` found, as text."""
     yield from _size_lines(settings, found["sizes"])
     yield ""
     yield "parameters"

@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 #: what every parser of options has in common; errors of ours are one line, so no decorated tracebacks
-_COMMON: dict[str, Any] = {"no_args_is_help": True, "pretty_exceptions_enable": False}
-_COMMON["context_settings"] = {"help_option_names": ["-h", "--help"]}
+_COMMON: dict[str, Any] = {
+    "no_args_is_help": True,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
 app = typer.Typer(
     name="wav",
     help="World-Value-Action policies: data, training, evaluation, serving.",
@@ -77,7 +80,9 @@ def command(
 
             raise typer.Exit(exit_status(call, f"{spoken}: ", "stopped"))
 
-        parent.command(title, rich_help_panel=group, epilog=_epilog(examples))(run)
+        # one example a line; square brackets would be read as colours, as in every text of typer's
+        epilog = "\n\n".join(["Examples:", *(f"  {line}" for line in examples)]).replace("[", r"\[")
+        parent.command(title, rich_help_panel=group, epilog=epilog)(run)
         return function
 
     return register
@@ -88,11 +93,6 @@ def family(group: str, name: str, text: str) -> typer.Typer:
     made = typer.Typer(name=name, help=text, **_COMMON)
     app.add_typer(made, rich_help_panel=group)
     return made
-
-
-def _epilog(examples: Iterable[str]) -> str:
-    """Examples one a line; square brackets would be read as colours, as in every text of typer's."""
-    return "\n\n".join(["Examples:", *(f"  {line}" for line in examples)]).replace("[", r"\[")
 
 
 def say(line: str) -> None:
@@ -107,9 +107,11 @@ def tell(line: str) -> None:
     sys.stderr.flush()
 
 
-def say_json(numbers: Any) -> None:
-    """Plain data as JSON; paths as text."""
-    say(json.dumps(numbers, indent=1, default=str))
+def answer(as_json: bool, numbers: Any, lines: Iterable[str], good: bool = True) -> int:
+    """The end of a command: its numbers as JSON (paths as text) or its lines; the exit status."""
+    for line in [json.dumps(numbers, indent=1, default=str)] if as_json else lines:
+        say(line)
+    return 0 if good else 1
 
 
 @contextmanager

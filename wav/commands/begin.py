@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from wav.commands import Json, command, say
+from wav.commands import Json, answer, command, say
 
 GROUP = "Begin"
 
@@ -15,21 +15,14 @@ GROUP = "Begin"
 @command(GROUP, "wav doctor", "wav doctor --json")
 def doctor(as_json: Json = False) -> int:
     """Check renderer, versions, services and disk; each failure says what to do."""
+    from dataclasses import asdict
+
     from wav.config import Runtime
     from wav.doctor import Check, run_checks
-    from wav.doctor import as_json as text
 
     found: list[Check] = []
-
-    def report(check: Check) -> None:
-        found.append(check)
-        if not as_json:
-            say(check.line)
-
-    good = run_checks(Runtime(), report)
-    if as_json:
-        say(text(found))
-    return 0 if good else 1
+    good = run_checks(Runtime(), found.append if as_json else lambda check: say(check.line))
+    return answer(as_json, [asdict(check) for check in found], (), good)
 
 
 @command(GROUP, "wav init my-project")

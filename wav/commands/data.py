@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from wav.commands import Json, Params, Workers, busy, command, counting, say, say_json, simulators, tell
+from wav.commands import Json, Params, Workers, answer, busy, command, counting, say, simulators, tell
 
 GROUP = "Data"
 Store = Annotated[Path, typer.Argument(help="episode store that the stage ingest wrote")]
@@ -43,28 +43,18 @@ def inspect_folder(
     from wav.parameter_files import read_parameters
 
     base = read_parameters(params) if params.is_file() else {}
+    declared = inspection.parse_declared(given or [])
     with counting("inspect") as bar:
-
-        def progress(count: int) -> None:
-            bar.update(count - bar.n)
-
         found = inspection.inspect(
-            folder, base, inspection.parse_declared(given or []), episodes=episodes, progress=progress
+            folder, base, declared, episodes=episodes, progress=lambda count: bar.update(count - bar.n)
         )
     written = write_pictures(found, pictures)
+    told = [*lines(found), *(f"picture: {path}" for path in written)]
     if write is not None:
         write.parent.mkdir(parents=True, exist_ok=True)
         write_text(write, overlay_text(found))
-    if as_json:
-        say_json(numbers(found) | {"pictures": written})
-        return 0 if found.ready else 1
-    for line in lines(found):
-        say(line)
-    for path in written:
-        say(f"picture: {path}")
-    if write is not None:
-        say(f"{write}: ingests it" if found.ready else f"{write}: complete it where it says TO BE DECLARED")
-    return 0 if found.ready else 1
+        told.append(f"{write}: {'ingests it' if found.ready else 'complete it where it says TO BE DECLARED'}")
+    return answer(as_json, numbers(found) | {"pictures": written}, told, found.ready)
 
 
 @command(GROUP, "wav render tabletop", "wav render libero_spatial --index 3 --out first.png")
@@ -126,11 +116,7 @@ def replay(
         report = replay_store(opened, settings.data, settings.ingest, episodes=episodes, workers=workers, progress=told)
     for skipped in report.not_replayed:
         progress(f"{skipped['episode']}: not replayed: {skipped['reason']}")
-    if as_json:
-        say_json(dataclasses.asdict(report))
-    else:
-        say(f"{report.line}; {report_path(store)}")
-    return 0 if report.passed else 1
+    return answer(as_json, dataclasses.asdict(report), [f"{report.line}; {report_path(store)}"], report.passed)
 
 
 @command(GROUP, "wav export-hdf5 data/episodes libero-files", "wav export-hdf5 data/episodes libero-files --states")
@@ -160,9 +146,5 @@ def export_hdf5(
         recover = partial(recover_states, opened, data=settings.data, ingest=settings.ingest, workers=workers)
     with counting("export-hdf5", len(opened)) as bar:
         report = write(opened, folder, alignment=alignment, recover=recover, progress=lambda _: bar.update())
-    if as_json:
-        say_json({"folder": report.folder, "demonstrations": report.files})
-        return 0
-    for name, demonstrations in report.files.items():
-        say(f"{report.folder / name}: {demonstrations} demonstrations")
-    return 0
+    lines = [f"{report.folder / name}: {count} demonstrations" for name, count in report.files.items()]
+    return answer(as_json, {"folder": report.folder, "demonstrations": report.files}, lines)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from wav.commands import ExecuteSteps, Json, Seed, Workers, busy, command, say, say_json, simulators, tell
+from wav.commands import ExecuteSteps, Json, Seed, Workers, answer, busy, command, say, simulators, tell
 
 GROUP = "Evaluation"
 
@@ -44,6 +44,7 @@ def libero_table(
     """Evaluate on LIBERO's four suites and print the table beside the published figures."""
     from wav.config import Runtime
     from wav.evaluation.extras.published import SUITES
+    from wav.evaluation.extras.table import as_json as numbers
     from wav.evaluation.extras.table import libero_table as make
     from wav.evaluation.extras.table import markdown
 
@@ -68,11 +69,7 @@ def libero_table(
         demonstrations=demonstrations,
         report=tell if as_json else say,
     )
-    if as_json:
-        say((out / "table.json").read_text().rstrip())
-    else:
-        say("\n" + markdown(table) + f"\n{out / 'table.md'}, {out / 'table.json'}")
-    return 0
+    return answer(as_json, numbers(table), ["\n" + markdown(table) + f"\n{out / 'table.md'}, {out / 'table.json'}"])
 
 
 @command(
@@ -92,10 +89,6 @@ def evaluate(
 
     with busy(f"{record}: the episode runs again"):
         found = rerun_episode(record, export, device=Runtime().device)
-    if as_json:
-        again = found.again
-        say_json({"same": found.same, "differences": found.differences, "success": again.success, "steps": again.steps})
-        return 0 if found.same else 1
-    for line in found.lines:
-        say(line)
-    return 0 if found.same else 1
+    told = {"same": found.same, "differences": found.differences}
+    told |= {"success": found.again.success, "steps": found.again.steps}
+    return answer(as_json, told, found.lines, found.same)

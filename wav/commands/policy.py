@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from wav.commands import Json, Seed, Workers, command, counting, say, say_json, simulators, tell
+from wav.commands import Json, Seed, Workers, answer, command, counting, say, simulators, tell
 from wav.planning import Variant
 
 GROUP = "Policies"
@@ -58,11 +58,8 @@ def act(
             videos=videos,
             report=report,
         )
-    if as_json:
-        say_json({"suite": suite, "variant": variant, "solved": sum(results), "success": results})
-    else:
-        say(f"{suite}: {sum(results)} of {len(results)} episodes solved ({variant})")
-    return 0
+    told = {"suite": suite, "variant": variant, "solved": sum(results), "success": results}
+    return answer(as_json, told, [f"{suite}: {sum(results)} of {len(results)} episodes solved ({variant})"])
 
 
 @command(GROUP, "wav serve export", "wav serve export --host 0.0.0.0 --api-key-env ROBOT_KEY")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from wav.commands import Json, busy, command, family, say, say_json
+from wav.commands import Json, answer, busy, command, family, say
 
 if TYPE_CHECKING:
     from wav.io.storage import ObjectStore
@@ -43,10 +43,10 @@ def ls(prefix: Annotated[str, typer.Argument(help="below this")] = "", store: Wh
     """List complete commits, and uploads that are not complete."""
     from wav.io.storage import commands
 
+    opened = _opened(store)
     if as_json:
-        say_json(list(commands.listed(_opened(store), prefix)))
-        return 0
-    return _print(commands.ls(_opened(store), prefix))
+        return answer(True, list(commands.listed(opened, prefix)), ())
+    return answer(False, (), commands.ls(opened, prefix))
 
 
 @command(GROUP, "wav storage get training/train_joint/RUN/model weights", parent=storage)

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import re
-import signal
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from websockets.http11 import Request, Response
 
 from wav.demo.session import Ask, Session
 from wav.errors import ConfigError, ServiceError, WavError
-from wav.serving.server import Connection, quiet
+from wav.serving.server import Connection, quiet, until_stopped
 
 log = logging.getLogger(__name__)
 
@@ -59,16 +58,9 @@ class Server:
     async def run(self, listening: socket.socket, stop: asyncio.Event) -> None:
         """Answer on a socket that listens already, until ``stop`` is set."""
         options: dict[str, Any] = {"max_size": MAX_MESSAGE, "max_queue": 2, "compression": None, "logger": quiet}
-        connection: Any = partial(Connection, limit=MAX_CONNECTIONS)
+        options |= {"close_timeout": 2, "create_connection": partial(Connection, limit=MAX_CONNECTIONS)}
         try:
-            async with listen(
-                self._converse,
-                sock=listening,
-                process_request=self._admit,
-                close_timeout=2,
-                create_connection=connection,
-                **options,
-            ):
+            async with listen(self._converse, sock=listening, process_request=self._admit, **options):
                 await stop.wait()
         finally:
             self._thread.shutdown()
@@ -148,15 +140,8 @@ def demo(folder: Path, *, port: int = 8080, device: str = "auto", say: Callable[
         if not has_simulator(policy.data.suite):
             raise ConfigError(f"{folder}: its suite {policy.data.suite!r} has no simulator; `wav serve` can serve it")
         check_start(policy, policy.data)
-
-        async def main(session: Session) -> None:
-            stop, loop = asyncio.Event(), asyncio.get_running_loop()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, stop.set)
-            say(f"open http://127.0.0.1:{listening.getsockname()[1]} ({policy.data.suite}); Ctrl-C ends it")
-            await Server(session).run(listening, stop)
-
         with SimPool(policy.data.suite, policy.data, workers=1, slots=1) as pool:
             session = Session(policy, pool)
             session.warm_up()
-            asyncio.run(main(session))
+            say(f"open http://127.0.0.1:{listening.getsockname()[1]} ({policy.data.suite}); Ctrl-C ends it")
+            asyncio.run(until_stopped(partial(Server(session).run, listening)))

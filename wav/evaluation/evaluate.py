@@ -27,7 +27,15 @@ from wav.evaluation.protocol import (
     episode_key,
     versions,
 )
-from wav.evaluation.records import ASKED, EpisodeRecord, finished_record, record_path, summarise, write_record
+from wav.evaluation.records import (
+    ASKED,
+    REACHED,
+    EpisodeRecord,
+    finished_record,
+    record_path,
+    summarise,
+    write_record,
+)
 from wav.evaluation.rollout import Clock, Rollout, Scheduler
 from wav.io.files import write_json
 from wav.planning import Variant
@@ -198,13 +206,8 @@ class Session:
     def roll_out(self, specs: Sequence[EpisodeSpec], pool: SimPool) -> dict[str, float]:
         """Run these episodes here; where the time went."""
         protocol = self.settings.eval_libero
-        scheduler = Scheduler(
-            pool,
-            self.policy,
-            execute_steps=protocol.execute_steps,
-            batch_size=protocol.batch_size,
-            on_finish=self.finish,
-        )
+        sizes = {"execute_steps": protocol.execute_steps, "batch_size": protocol.batch_size}
+        scheduler = Scheduler(pool, self.policy, on_finish=self.finish, **sizes)
         scheduler.run(specs)
         return asdict(scheduler.clock)
 
@@ -271,16 +274,10 @@ class Session:
         spec, protocol = rollout.spec, self.settings.eval_libero
         return EpisodeRecord(
             **{name: getattr(spec, name) for name in ASKED},
+            **{name: getattr(rollout, name) for name in REACHED},
             key=self.key(spec),
-            success=rollout.success,
-            successes=rollout.successes,
-            steps=rollout.steps,
             policy_calls=rollout.calls,
-            values=rollout.values,
-            plan=rollout.plan,
-            actions_digest=rollout.actions_digest,
             wall_seconds=round(rollout.finished - rollout.started, 3),
-            attempts=rollout.attempts,
             versions=self.versions,
             checkpoint=self.checkpoint,
             statistics=self.policy.statistics.digest,
@@ -291,7 +288,6 @@ class Session:
             batch=[protocol.batch_size, spec.row % protocol.batch_size],
             planner=self.settings.planner.model_dump(mode="json"),
             code=code_digest(),
-            call_digests=rollout.call_digests,
             protocol_steps=spec.protocol_steps or spec.max_steps,
         )
 
@@ -308,22 +304,17 @@ class Session:
 
     def _pictures(self, rollout: Rollout) -> None:
         """Video, strip and predicted-against-real frames of a recorded episode."""
-        views = self.settings.data.views
-        frames = [pictures.join_views(frame, views) for frame in rollout.frames]
-        pictures.write_mp4(self.video_path(rollout.spec), frames, self.settings.data.control_hz)
-        name = self.video_path(rollout.spec).stem
-        pictures.write_png(
-            self.out / "strips" / f"{name}.png", pictures.strip([f[views[0]] for f in rollout.frames]), 96
-        )
-        data = self.settings.data
+        data, video = self.settings.data, self.video_path(rollout.spec)
+        frames = [pictures.join_views(frame, data.views) for frame in rollout.frames]
+        pictures.write_mp4(video, frames, data.control_hz)
+        strip = pictures.strip([frame[data.views[0]] for frame in rollout.frames])
+        pictures.write_png(self.out / "strips" / f"{video.stem}.png", strip, 96)
         ahead = data.frame_stride * (1 + np.arange(data.future_frames))
         complete = [(step, future) for step, future in rollout.predictions if step + ahead[-1] < len(rollout.frames)]
         for step, future in [complete[i] for i in pictures.evenly(len(complete), _PREDICTIONS)]:
-            real = np.stack([[rollout.frames[t][view] for t in step + ahead] for view in views])
-            path = self.out / "predictions" / f"{name}-step{step:03d}.png"
-            pictures.write_png(
-                path, pictures.prediction_grid(real, self.policy.decode_future(future)), 192 * len(views)
-            )
+            real = np.stack([[rollout.frames[t][view] for t in step + ahead] for view in data.views])
+            path = self.out / "predictions" / f"{video.stem}-step{step:03d}.png"
+            pictures.write_prediction(path, real, self.policy.decode_future(future))
 
     def remove_stale_pictures(self) -> None:
         """Remove pictures of episodes that this evaluation does not ask for; make the folders."""

@@ -63,7 +63,7 @@ def held_out_values(
     pictured = set(pictures.evenly(len(steps), _PICTURED))
     policy.reset(_ROW, f"held-out/{index}", settings.eval_libero.seed)
     predicted: list[float] = []
-    frames: list[dict[str, float]] = []
+    found: dict[str, list[float]] = {"psnr": [], "psnr_copy": []}
     for call, step in enumerate(steps):
         output = policy.act(
             [observed(episode, step, data.views)],
@@ -78,11 +78,10 @@ def held_out_values(
         assert output.future is not None
         decoded = policy.decode_future(output.future[0])
         current = np.stack([episode.images[view][step] for view in data.views])[:, None]
-        copied = np.broadcast_to(current, real.shape)
-        frames.append({"psnr": min(99.0, psnr(decoded, real)), "psnr_copy": min(99.0, psnr(copied, real))})
+        for name, frames in (("psnr", decoded), ("psnr_copy", np.broadcast_to(current, real.shape))):
+            found[name].append(min(99.0, psnr(frames, real)))
         if call in pictured:
-            path = out / "predictions" / f"{_picture(data, episode)}-step{step:03d}.png"
-            pictures.write_png(path, pictures.prediction_grid(real, decoded), 96 * 2 * len(data.views))
+            pictures.write_prediction(_picture(data, episode, out, f"step{step:03d}"), real, decoded)
     _imagine(policy, settings, episode, out)
     result: dict[str, Any] = {
         "suite": data.suite,
@@ -91,8 +90,7 @@ def held_out_values(
         "steps": steps,
         "predicted_value": predicted,
         "real_value": [] if rewards is None else [float(v) for v in rewards.episode(index)[steps, -1]],
-        "psnr": [entry["psnr"] for entry in frames],
-        "psnr_copy": [entry["psnr_copy"] for entry in frames],
+        **found,
     }
     write_json(out / "values.json", result)
     return result
@@ -104,14 +102,12 @@ def _imagine(policy: Policy, settings: EvaluationSettings, episode: Episode, out
     first = observed(episode, 0, data.views)
     imagined = policy.generate_video(first, chunks, seed=settings.eval_libero.seed, episode=_ROW)[:, 1:]
     real = _future(episode, 0, data.views, data.frame_stride, imagined.shape[1])
-    path = out / "predictions" / f"{_picture(data, episode)}-imagined.png"
-    pictures.write_png(path, pictures.prediction_grid(real, imagined), 96 * 2 * len(data.views))
+    pictures.write_prediction(_picture(data, episode, out, "imagined"), real, imagined)
 
 
-def _picture(data: DataSettings, episode: Episode) -> str:
-    """How the files of its pictures begin."""
+def _picture(data: DataSettings, episode: Episode, out: Path, what: str) -> Path:
     suite, task = own_task(data.suite, episode.task)
-    return f"{suite}-{_ROW}-{task}"
+    return out / "predictions" / f"{suite}-{_ROW}-{task}-{what}.png"
 
 
 def held_out_share(store: EpisodeStore) -> float:

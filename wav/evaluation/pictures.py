@@ -92,22 +92,20 @@ def grid(rows: Sequence[Sequence[Picture]]) -> Picture:
 
 def prediction_grid(real: NDArray[np.uint8], predicted: NDArray[np.uint8]) -> Picture:
     """Two rows per view, real above predicted; both (V, F, H, W, 3)."""
-    if real.shape != predicted.shape:
-        raise ValueError(f"real frames {real.shape} and predicted frames {predicted.shape} differ in shape")
     return grid([list(row) for pair in zip(real, predicted, strict=True) for row in pair])
 
 
-def png_bytes(image: Picture, height: int = 0) -> bytes:
-    """The picture as PNG, enlarged to at least ``height`` pixels."""
-    buffer = io.BytesIO()
-    Image.fromarray(enlarge(image, height) if height else image).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+def write_prediction(path: Path, real: NDArray[np.uint8], predicted: NDArray[np.uint8]) -> None:
+    """Write :func:`prediction_grid` as :func:`write_png` does."""
+    write_png(path, prediction_grid(real, predicted), 192 * len(real))
 
 
 def write_png(path: Path, image: Picture, height: int = 0) -> None:
-    """Write the picture as PNG, atomically, making its folder.
+    """Write the picture as PNG of at least ``height`` pixels, atomically, making its folder.
 
     Raises:
         StorageError: the disk is full.
     """
-    write_bytes(path, png_bytes(image, height))
+    buffer = io.BytesIO()
+    Image.fromarray(enlarge(image, height) if height else image).save(buffer, format="PNG", optimize=True)
+    write_bytes(path, buffer.getvalue())

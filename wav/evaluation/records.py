@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 _REMEDY = "remove the file to run the episode again"
 #: What a record has of the :class:`EpisodeSpec` that was asked for.
 ASKED = ("suite", "task", "init_index", "seed", "variant", "instructed", "instruction", "max_steps")
+#: What it has of the :class:`wav.evaluation.rollout.Rollout` that came of it.
+REACHED = ("success", "successes", "steps", "values", "plan", "actions_digest", "attempts", "call_digests")
 #: Pairs of variants whose difference is reported.
 PAIRS = (("planned", "unplanned"), ("planned", "temperature"), ("temperature", "unplanned"))
 

@@ -25,7 +25,6 @@ _MIME = {".png": "image/png", ".mp4": "video/mp4", ".svg": "image/svg+xml"}
 _MAX_VIDEOS, _MAX_PICTURES = 12, 9
 #: Files beyond this size are named instead of embedded, so that the page stays a page.
 _MAX_BYTES = 4 * 2**20
-_OUTCOMES = {"solved": True, "not solved": False}
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def _per_variant(paths: list[Path]) -> list[Path]:
 
 
 def _planning(page: Page, variants: Sequence[str], records: Sequence[EpisodeRecord]) -> None:
-    """What the planner did to the noise, and predicted values by outcome."""
+    """What the planner did to the noise."""
     for variant in variants:
         chosen = [r for r in records if r.variant == variant and not r.swapped and r.plan]
         row: dict[str, Any] = {"variant": variant, "episodes": len(chosen)}
@@ -189,11 +188,6 @@ def _planning(page: Page, variants: Sequence[str], records: Sequence[EpisodeReco
             page.planning.append(row)
     if not page.planning:
         page.missing.append("planning diagnostics: no planned episode, or planner.iterations is 0")
-    own = [r for r in records if r.variant == variants[0] and not r.swapped and r.values]
-    if own:
-        groups = {name: [r.values for r in own if r.success is good] for name, good in _OUTCOMES.items()}
-        caption = f"Predicted return at every policy call, {variants[0]}, by outcome"
-        page.values.append(Item(caption, _uri(plots.values_by_outcome(groups), ".png")))
 
 
 def _held_out(page: Page, evaluation: Path) -> None:
@@ -206,7 +200,7 @@ def _held_out(page: Page, evaluation: Path) -> None:
     if found["predicted_value"]:
         lines = {"predicted": found["predicted_value"], "real return": found["real_value"]}
         picture = plots.curves(lines, found["steps"], xlabel="environment step", ylabel="return")
-        page.values.insert(0, Item(f"Predicted and real return ({where})", _uri(picture, ".png")))
+        page.values.append(Item(f"Predicted and real return ({where})", _uri(picture, ".png")))
     lines = {"predicted frames": found["psnr"], "current frame repeated": found["psnr_copy"]}
     picture = plots.curves(lines, found["steps"], xlabel="environment step", ylabel="PSNR, dB")
     page.values.append(Item(f"Predicted future frames ({where})", _uri(picture, ".png")))

@@ -15,7 +15,7 @@ import logging
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -299,6 +299,14 @@ def _is_loopback(host: str) -> bool:
     return False
 
 
+async def until_stopped(run: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Await ``run`` with an event that SIGINT and SIGTERM set."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await run(stop)
+
+
 def serve(
     folder: Path, options: Options, *, batch_size: int = 8, device: str = "auto", say: Callable[[str], None] = log.info
 ) -> None:
@@ -310,11 +318,4 @@ def serve(
     from wav.policy.export import load_export
 
     server = Server(options, lambda: load_export(folder, batch_size=batch_size, device=device), say)
-
-    async def main() -> None:
-        stop, loop = asyncio.Event(), asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, stop.set)
-        await server.run(stop)
-
-    asyncio.run(main())
+    asyncio.run(until_stopped(server.run))

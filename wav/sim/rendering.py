@@ -57,19 +57,14 @@ def choose_backend(timeout: float = 60.0) -> str:
 
     A value already set by the user is kept and not probed. Raises ServiceError naming the apt line if none works.
     """
-    chosen = os.environ.get("MUJOCO_GL", "").lower()
-    if not chosen:
-        complaint = probe("egl", timeout)
-        if not complaint:
-            chosen = "egl"
-        else:
-            log.warning("EGL does not render here (%s); trying OSMesa, which is slower", complaint)
-            second = probe("osmesa", timeout)
-            if second:
-                raise ServiceError(
-                    f"no offscreen renderer: EGL: {complaint}; OSMesa: {second}; on Debian/Ubuntu: {APT_LINE}"
-                )
-            chosen = "osmesa"
+    chosen = os.environ.get("MUJOCO_GL", "").lower() or "egl"
+    if not os.environ.get("MUJOCO_GL") and (complaint := probe("egl", timeout)):
+        log.warning("EGL does not render here (%s); trying OSMesa, which is slower", complaint)
+        chosen = "osmesa"
+        if second := probe("osmesa", timeout):
+            raise ServiceError(
+                f"no offscreen renderer: EGL: {complaint}; OSMesa: {second}; on Debian/Ubuntu: {APT_LINE}"
+            )
     os.environ["MUJOCO_GL"] = chosen
     if chosen in ("egl", "osmesa"):
         os.environ["PYOPENGL_PLATFORM"] = chosen

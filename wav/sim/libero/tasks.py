@@ -87,30 +87,23 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin1")
 
 
-def _allowed() -> dict[tuple[str, str], Any]:
-    rebuild = np.zeros(0).__reduce__()[0]
-    modules = ("numpy.core.multiarray", "numpy._core.multiarray")
-    return {
-        **{(module, "_reconstruct"): rebuild for module in modules},
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _latin1,
-    }
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+    ("numpy._core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _latin1,
+}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
     """Builds numpy arrays of numbers and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Only what :func:`_allowed` lists."""
-        found = _allowed().get((module, name))
-        if found is None:
+        """Only what :data:`_ALLOWED` lists."""
+        if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} is not allowed")
-        return found
-
-    def persistent_load(self, pid: Any) -> Any:
-        """Arrays need no storages outside the pickle."""
-        raise pickle.UnpicklingError("a reference outside the pickle is not allowed")
+        return _ALLOWED[module, name]
 
 
 def read_init_file(path: Path) -> NDArray[np.float64]:
