@@ -177,10 +177,8 @@ class PlanCost(Summed):
 def plan_cost(sizes: Sizes, planner: PlannerSettings, levels: Levels = PAPER) -> PlanCost:
     """A call as the readable backend computes it: keys and values once per candidate, no candidate tiled.
 
-    Args:
-        sizes: of the model and what it looks at.
-        planner: section ``planner``. ``iterations`` 0, or a model without value expert, leaves the decoding alone.
-        levels: what the experts read: a video pass for each level, and values before actions where those are read.
+    ``levels`` are what the experts read: a video pass for each, and values before actions where those are read.
+    ``iterations`` 0, or a model without value expert, leaves the decoding alone.
     """
     parts = functools.cache(lambda few: _plan(few, planner, levels))
     search, act = (of_layers(lambda few, i=i: parts(few)[i], sizes) for i in (0, 1))  # type: ignore[misc]

@@ -132,13 +132,7 @@ def image_strip(
     title: str = "",
     names: Sequence[str] = (),
 ) -> bytes:
-    """Rows of images side by side.
-
-    Args:
-        rows: rows of images (H, W, 3) uint8.
-        labels: one per column, below it.
-        title: above the strip.
-        names: one per row, left of it.
+    """Rows of images (H, W, 3) uint8 side by side, ``labels`` below the columns and ``names`` left of the rows.
 
     Raises:
         DataError: there is no image.

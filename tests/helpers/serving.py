@@ -43,7 +43,7 @@ class FakePolicy:
         self.batch_size, self.data, self.digest = batch_size, DATA, "0" * 64
         self.conventions = Conventions.for_simulator(DATA, {})
         self.planner, self.results, self.execute_steps = PlannerSettings(act_on="winner"), Results(3), 3
-        self.model = SimpleNamespace(shapes=SimpleNamespace(value=(6, 10)))
+        self.has_values = True
         self.statistics = SimpleNamespace(key=lambda name: SimpleNamespace(mean=(0.0,) * DATA.state_dim))
         self.gate, self.gated = threading.Semaphore(0), gated
         self.rows: dict[Any, list[Any]] = {}

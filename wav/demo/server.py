@@ -143,5 +143,9 @@ def demo(folder: Path, *, port: int = 8080, device: str = "auto", say: Callable[
         with SimPool(policy.data.suite, policy.data, workers=1, slots=1) as pool:
             session = Session(policy, pool)
             session.warm_up()
-            say(f"open http://127.0.0.1:{listening.getsockname()[1]} ({policy.data.suite}); Ctrl-C ends it")
-            asyncio.run(until_stopped(partial(Server(session).run, listening)))
+
+            async def run(stop: asyncio.Event) -> None:
+                say(f"open http://127.0.0.1:{listening.getsockname()[1]} ({policy.data.suite}); Ctrl-C ends it")
+                await Server(session).run(listening, stop)
+
+            asyncio.run(until_stopped(run))

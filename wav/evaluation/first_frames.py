@@ -33,10 +33,8 @@ CHANGES: dict[str, Callable[[Picture], Picture]] = {
     "rotated by 180 degrees": lambda image: image[::-1, ::-1],
     "turned upside down": lambda image: image[::-1],
 }
-MARGIN = 0.05
-"""SSIM by which another picture must look more alike than the one as recorded before it is refused."""
-TASKS, EPISODES = 3, 3
-"""At most this many tasks, and demonstrations of each, are compared."""
+MARGIN = 0.05  #: SSIM by which another picture must look more alike than the one as recorded before it is refused.
+TASKS, EPISODES = 3, 3  #: At most this many tasks, and demonstrations of each, are compared.
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from wav.errors import ServiceError
 from wav.io.files import atomic_file, write_bytes
 
 Picture = NDArray[np.uint8]
-#: Encoders in order of preference (browsers play H.264; mpeg4 is always in FFmpeg).
-ENCODERS = ("libx264", "mpeg4")
 _MARGIN = 2
 
 
@@ -34,18 +31,6 @@ def join_views(frame: Mapping[str, Picture], views: Sequence[str] | None = None)
     return np.concatenate([np.pad(i, ((0, height - len(i)), (0, 0), (0, 0))) for i in images], axis=1)
 
 
-def encoder() -> str:
-    """The video encoder this machine's FFmpeg has.
-
-    Raises:
-        ServiceError: none of :data:`ENCODERS`.
-    """
-    for name in ENCODERS:
-        if name in av.codec.codecs_available:
-            return name
-    raise ServiceError(f"video encoders {', '.join(ENCODERS)}: none in PyAV's FFmpeg; reinstall av from PyPI")
-
-
 def write_mp4(path: Path, frames: Iterable[Picture], fps: int, height: int = 192) -> None:
     """Write (H, W, 3) frames as a video of at least ``height`` pixels, atomically.
 
@@ -57,10 +42,11 @@ def write_mp4(path: Path, frames: Iterable[Picture], fps: int, height: int = 192
     if not pictures:
         raise ValueError(f"{path}: a video needs at least one frame")
     rows, columns = (size + size % 2 for size in pictures[0].shape[:2])
+    encoder = "libx264" if "libx264" in av.codec.codecs_available else "mpeg4"  # browsers play H.264; FFmpeg has mpeg4
     with atomic_file(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream(encoder(), rate=Fraction(fps))
+            stream = container.add_stream(encoder, rate=Fraction(fps))
             stream.width, stream.height, stream.pix_fmt = columns, rows, "yuv420p"
             for picture in pictures:
                 even = np.pad(picture, ((0, rows - picture.shape[0]), (0, columns - picture.shape[1]), (0, 0)))

@@ -205,11 +205,8 @@ def summarise(
     ``budget: reference`` section ``reference`` holds in addition, per variant, success within the longer limit. Of
     several suites ``suites`` holds the same sections for each.
 
-    Args:
-        records: of all finished episodes.
-        timing: where the time went.
-        limits: steps by task (:func:`step_limits`). Where every task has one, each variant's
-            section holds ``within``, its success within those steps, and ``paired_within`` holds the differences.
+    Where every task has a limit (:func:`step_limits`), each variant's section holds ``within``, its success within
+    those steps, and ``paired_within`` holds the differences. ``timing``: where the time went.
 
     Raises:
         DataError: no records at all.

@@ -41,8 +41,7 @@ class Page:
     """What the template shows; ``missing`` collects what was not produced."""
 
     suite: str
-    metrics: dict[str, Any] | None = None
-    """Of the closed loop; None where no variant was run in one."""
+    metrics: dict[str, Any] | None = None  #: Of the closed loop; None where no variant was run in one.
     findings: list[str] = field(default_factory=list)
     success_chart: Item | None = None
     rollouts: list[Item] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from wav.planning import VARIANTS
@@ -40,27 +40,30 @@ def differences(metrics: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str,
     ]
 
 
+def markdown_rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
 def metrics_table(metrics: Mapping[str, Any]) -> str:
     """Markdown of all that was found; success rates with 95% Wilson intervals, the suite in the heading row."""
     shown = columns(metrics)
     if not shown:
         reasons = [f"{metrics['suite']}: {name}: {why}." for name, why in metrics["not_applicable"].items()]
         return "\n\n".join([*reasons, *findings(metrics)])
-    head = [f"{metrics['suite']} (success, 95% interval)", *(heading for heading, _ in shown)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    found = []
     for heading, cells in rows(metrics):
         bold = "**" if heading.startswith("all") else ""
-        lines.append("| " + " | ".join(f"{bold}{cell}{bold}" if cell else "" for cell in (heading, *cells)) + " |")
+        found.append([f"{bold}{cell}{bold}" if cell else "" for cell in (heading, *cells)])
+    lines = markdown_rows([f"{metrics['suite']} (success, 95% interval)", *(heading for heading, _ in shown)], found)
     lines += [f"\n{variant}: {reason}." for variant, reason in metrics.get("not_applicable", {}).items()]
     if compared := differences(metrics):
-        lines += [
-            "",
-            "| difference over the same episodes | [95% bootstrap] | only one solved | McNemar p |",
-            "|---" * 4 + "|",
-        ]
+        found = []
         for what, pair, d in compared:
             interval = f"{100 * d['difference']:+.0f} [{100 * d['low']:+.0f}, {100 * d['high']:+.0f}]"
-            lines.append(f"| {what}, {pair} | {interval} | {d['wins']} : {d['losses']} | {d['mcnemar_p']:.3g} |")
+            found.append([f"{what}, {pair}", interval, f"{d['wins']} : {d['losses']}", f"{d['mcnemar_p']:.3g}"])
+        head = ("difference over the same episodes", "[95% bootstrap]", "only one solved", "McNemar p")
+        lines += ["", *markdown_rows(head, found)]
     lines += [f"\n{sentence}" for sentence in findings(metrics)]
     for variant, probe in metrics.get("swapped", {}).items():
         lines.append(

@@ -16,8 +16,7 @@ from wav.errors import DataError
 from wav.policy.parts import check_observation
 from wav.sim.env import Observation
 
-RESET = "<reset>"
-"""In a prompt: a new episode begins. For clients that can send nothing but openpi's fields."""
+RESET = "<reset>"  #: In a prompt: a new episode begins. For clients that can send nothing but openpi's fields.
 MAX_PROMPT = 1000
 _ROTATIONS = ("none", "180")
 

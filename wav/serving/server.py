@@ -44,15 +44,11 @@ quiet.setLevel(logging.CRITICAL)  # the library logs a traceback for whatever kn
 
 IDLE_SECONDS = 3600.0
 """A connection without a whole message for this long is closed. Pings would close those of robots that are busy."""
-MESSAGE_SECONDS = 30.0
-"""From a fragmented message's first fragment to its last."""
+MESSAGE_SECONDS = 30.0  #: From a fragmented message's first fragment to its last.
 MAX_FRAGMENTS = 4096
-MAX_UNSENT = 1 << 20
-"""Bytes of answers, those to pings included, that a client may leave unread."""
-HANDSHAKES = 64
-"""Connections beyond those that may become sessions."""
-UNREAD_REPLIES = 4
-"""Replies of one connection that may wait to be sent; beyond them nothing is read from it."""
+MAX_UNSENT = 1 << 20  #: Bytes of answers, those to pings included, that a client may leave unread.
+HANDSHAKES = 64  #: Connections beyond those that may become sessions.
+UNREAD_REPLIES = 4  #: Replies of one connection that may wait to be sent; beyond them nothing is read from it.
 
 
 @dataclass(frozen=True)
@@ -101,10 +97,8 @@ class Connection(ServerConnection):
 class Server:
     """A policy behind a port.
 
-    Args:
-        options: how to serve.
-        load: loads the policy, on a thread; until it has made one plan connections are answered with 503.
-        say: called with one line once it has.
+    ``load`` runs on a thread; until the policy has made one plan connections are answered with 503. Then ``say`` is
+    called with one line.
     """
 
     def __init__(self, options: Options, load: Callable[[], Policy], say: Callable[[str], None] = log.info) -> None:

@@ -9,10 +9,8 @@ from numpy.typing import NDArray
 
 Action = NDArray[np.float32]
 
-POSITION_SCALE = 0.05
-"""Metres of commanded displacement per unit of action (robosuite's OSC_POSE default)."""
-ROTATION_SCALE = 0.5
-"""Radians of commanded rotation per unit of action."""
+POSITION_SCALE = 0.05  #: Metres of commanded displacement per unit of action (robosuite's OSC_POSE default).
+ROTATION_SCALE = 0.5  #: Radians of commanded rotation per unit of action.
 DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 """Orientation of the gripper site when it points down with its fingers along y."""
 
@@ -20,11 +18,9 @@ DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
 class Arm:
     """The first robot of a robosuite scene, steered by its gripper site.
 
-    Args:
-        scene: the robosuite environment.
-        turn: yaws are equal modulo this (rad); the nearest one is taken. Pi is the gripper's own symmetry, half of it
-            that of things as wide as they are long.
-        gain: commanded displacement per distance to the target; 1 lags behind a target that moves.
+    Yaws are equal modulo ``turn`` (rad), and the nearest one is taken: pi is the gripper's own symmetry, half of it
+    that of things as wide as they are long. ``gain``: commanded displacement per distance to the target; 1 lags behind
+    a target that moves.
     """
 
     def __init__(self, scene: Any, turn: float, gain: float = 1.0) -> None:

@@ -116,8 +116,7 @@ class Solved:
 
     success: bool
     steps: int
-    seconds: float
-    """Of one core, the reset included."""
+    seconds: float  #: Of one core, the reset included.
 
 
 def solves(suite: str, task: str, index: int, data: DataSettings, noise: float, detour: float, seed: int) -> Solved:

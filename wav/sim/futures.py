@@ -36,25 +36,19 @@ class Branch:
     """A state from which several futures are executed."""
 
     task: str
-    index: int
-    """Initial state of the episode."""
-    step: int
-    """Environment steps made since then."""
-    seen: tuple[Observation, ...]
-    """What a policy that is called every few steps has seen, now last."""
+    index: int  #: Initial state of the episode.
+    step: int  #: Environment steps made since then.
+    seen: tuple[Observation, ...]  #: What a policy that is called every few steps has seen, now last.
     state: SceneState
-    final: Observation
-    """What the expert's episode ended with: the reference of Table 2."""
+    final: Observation  #: What the expert's episode ended with: the reference of Table 2.
 
 
 @dataclass(frozen=True)
 class Segment:
     """One executed chunk of A actions."""
 
-    seen: tuple[Observation, ...]
-    """(A + 1) observations, the branch's own first."""
-    solved: bool
-    """Whether the task's predicate held at some step."""
+    seen: tuple[Observation, ...]  #: (A + 1) observations, the branch's own first.
+    solved: bool  #: Whether the task's predicate held at some step.
 
 
 def branch_points(suite: str, data: DataSettings, task: str, index: int, count: int, every: int) -> list[Branch]:

@@ -22,8 +22,7 @@ from wav.local import local_folder
 from wav.processes import ending
 from wav.sim.rendering import simulator_environment
 
-KEPT_LOGS = 20
-"""Logs of failed simulators that are kept, the newest."""
+KEPT_LOGS = 20  #: Logs of failed simulators that are kept, the newest.
 _numbers = itertools.count()
 
 

@@ -23,18 +23,13 @@ if TYPE_CHECKING:
     from wav.sim.libero.env import LiberoEnv
 
 Pose = tuple[NDArray[np.float64], NDArray[np.float64]]
-State = NDArray[np.float64]
-"""(1 + nq + nv,): time, positions, velocities."""
-_SEARCHED = 60
-"""Recorded simulator states among which a demonstration's first frame is looked for."""
-_NEAR = 1e-4
-"""Metres within which a state is the one of a frame."""
+State = NDArray[np.float64]  #: (1 + nq + nv,): time, positions, velocities.
+_SEARCHED = 60  #: Recorded simulator states among which a demonstration's first frame is looked for.
+_NEAR = 1e-4  #: Metres within which a state is the one of a frame.
 _OPENINGS = np.linspace(-1, 1, 9)
 """What the gripper's command can be at a control step's end: it starts at 0 and an action moves it by 25 x 0.01."""
-_TURN = 1e-3
-"""Radians by which orientations are varied, to see what they change."""
-_ROUNDS = 8
-"""Corrections of the orientation; six reach 1e-8 from half a radian."""
+_TURN = 1e-3  #: Radians by which orientations are varied, to see what they change.
+_ROUNDS = 8  #: Corrections of the orientation; six reach 1e-8 from half a radian.
 
 
 def begin_recorded(
@@ -45,16 +40,11 @@ def begin_recorded(
     first: NDArray[np.float32],
     action: NDArray[np.float32],
 ) -> NDArray[np.float32]:
-    """Put ``env`` where a recorded demonstration begins.
+    """Put ``env`` where a recorded demonstration of ``task`` begins.
 
-    Args:
-        env: simulator of the suite.
-        task: the demonstration's.
-        index: draws the fixtures where no model was recorded.
-        recorded: of :func:`read_recorded`.
-        first: (8,) state of its first frame. Frames may have been dropped or stored after their action, so the
-            recorded state nearest to it is where the episode begins.
-        action: (7,) the first one executed.
+    ``index`` draws the fixtures where no model was recorded; ``recorded`` is of :func:`read_recorded`, ``first`` (8,)
+    the state of the first frame, ``action`` (7,) the first one executed. Frames may have been dropped or stored after
+    their action, so the recorded state nearest to ``first`` is where the episode begins.
 
     Returns:
         (8,) state as LIBERO would have sampled it.

@@ -17,8 +17,7 @@ from wav.sim.env import SimEnv, TaskSpec
 if TYPE_CHECKING:
     from wav.config import DataSettings
 
-SUITES = ("tabletop", *LIBERO_SUITES)
-"""Suites with a simulator."""
+SUITES = ("tabletop", *LIBERO_SUITES)  #: Suites with a simulator.
 
 
 def is_libero(suite: str) -> bool:

@@ -27,8 +27,7 @@ log = logging.getLogger(__name__)
 
 DEVICE_VARIABLE, CUDA_VARIABLE = "MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES"
 APT_LINE = "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri libosmesa6"
-FAST_MAX_FACES = 400
-"""Triangles a visual mesh keeps under render: fast."""
+FAST_MAX_FACES = 400  #: Triangles a visual mesh keeps under render: fast.
 
 _PROBE = """
 import mujoco, numpy as np

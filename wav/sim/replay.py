@@ -55,8 +55,7 @@ class ReplayOutcome:
     position_error: float
     rotation_error: float
     gripper_error: float
-    start_error: float
-    """Metres between the first states: a wrong start, rather than wrong actions."""
+    start_error: float  #: Metres between the first states: a wrong start, rather than wrong actions.
 
 
 def smallest_pictures(data: DataSettings) -> DataSettings:
@@ -67,14 +66,11 @@ def smallest_pictures(data: DataSettings) -> DataSettings:
 def replay_episode(
     data: DataSettings, start: ReplayStart, actions: NDArray[np.float32], states: NDArray[np.float32]
 ) -> ReplayOutcome:
-    """Replay one demonstration.
+    """Replay one demonstration; pictures are drawn as small as can be.
 
-    Args:
-        data: the store's suite and views; pictures are drawn as small as can be.
-        start: its beginning.
-        actions: (T, 7) as executed, action t on seeing frame t. All are executed: the last one is a hold in scripted
-            demonstrations, but in datasets it may be the one that succeeds.
-        states: (T, 8) as recorded; the state after the last action has nothing to be compared with.
+    ``actions`` (T, 7) are as executed, action t on seeing frame t, and ``states`` (T, 8) as recorded. All actions are
+    executed, though the state after the last has nothing to be compared with: it is a hold in scripted demonstrations,
+    but in datasets it may be the one that succeeds.
 
     Raises:
         DataError: the beginning cannot be restored; names the episode and the remedy.

@@ -35,12 +35,10 @@ class SceneState:
 
     physics: NDArray[np.float64]
     """MuJoCo's integration state: time, positions, velocities, activations, warm start, controls, applied forces."""
-    gripper: NDArray[np.float64]
-    """The gripper's commanded opening, which each physics step integrates."""
+    gripper: NDArray[np.float64]  #: The gripper's commanded opening, which each physics step integrates.
     goals: dict[str, NDArray[np.float64]]
     """The arm controller's goals; a rotation of exactly zero keeps the goal of the step before."""
-    clock: dict[str, Any]
-    """robosuite's own step count and time."""
+    clock: dict[str, Any]  #: robosuite's own step count and time.
     sampling: dict[str, tuple[float, bool]]
     """Observable -> (seconds since its last sample, whether it was sampled); it decides when LIBERO looks."""
     fixtures: dict[int, Pose]
@@ -67,13 +65,10 @@ def save(scene: Any) -> SceneState:
 
 
 def restore(scene: Any, state: SceneState, look: bool = False) -> None:
-    """Put ``scene`` into ``state``; the next thing done with it must be a step, unless ``look``.
+    """Put ``scene``, of the task that ``state`` was saved in, into it; the next thing done must be a step.
 
-    Args:
-        scene: a robosuite environment of the task that the state was saved in.
-        state: of :func:`save`.
-        look: also compute what rendering and success predicates read. A picture then shows the bodies where the
-            joints have them, which is up to one physics step newer than the observation that the step returned.
+    Unless ``look``, which also computes what rendering and success predicates read. A picture then shows the bodies
+    where the joints have them, which is up to one physics step newer than the observation that the step returned.
 
     Raises:
         ValueError: the state is of another scene (its physics has another size).

@@ -44,11 +44,9 @@ macros.CONSOLE_LOGGING_LEVEL = None
 macros.FILE_LOGGING_LEVEL = None
 
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
-SETTLE_STEPS = 10
-"""Environment steps with a still arm and an open gripper before an episode begins."""
+SETTLE_STEPS = 10  #: Environment steps with a still arm and an open gripper before an episode begins.
 STILL = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float32)
-KEPT_SCENES = 2
-"""Scenes an environment keeps built: one of LIBERO's takes two seconds to build and about 0.3 GB."""
+KEPT_SCENES = 2  #: Scenes an environment keeps built: one of LIBERO's takes two seconds to build and about 0.3 GB.
 
 
 def scene_options(control_hz: int) -> dict[str, Any]:

@@ -26,10 +26,8 @@ from numpy.typing import NDArray
 from wav.seeding import numpy_generator
 from wav.sim.arm import Action, Arm, Expert
 
-SLOW = 0.3
-"""Largest commanded motion of the slow style, as a share of the action range."""
-PAUSE_EVERY, PAUSE = 8, (3, 8)
-"""Mean steps between pauses of the hesitant style, and the range of their lengths."""
+SLOW = 0.3  #: Largest commanded motion of the slow style, as a share of the action range.
+PAUSE_EVERY, PAUSE = 8, (3, 8)  #: Mean steps between pauses of the hesitant style, and the range of their lengths.
 ARRIVED, DETOUR_STEPS = 0.03, 20
 """Metres from the place of a detour that count as there, and the most steps taken toward it."""
 MISS, MISS_STEPS = (0.025, 0.04), 80

@@ -29,13 +29,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STALL_SECONDS = 300.0
-"""A process that has not answered a request for this long is taken for dead and replaced."""
+STALL_SECONDS = 300.0  #: A process that has not answered a request for this long is taken for dead and replaced.
 
-JOB_SECONDS = 3600.0
-"""The same for one job of :func:`map_in_processes`."""
-JOB_ATTEMPTS = 3
-"""Processes that a job of :func:`map_in_processes` may cost."""
+JOB_SECONDS = 3600.0  #: The same for one job of :func:`map_in_processes`.
+JOB_ATTEMPTS = 3  #: Processes that a job of :func:`map_in_processes` may cost.
 
 
 def worker_count(workers: int) -> int:
@@ -85,10 +82,7 @@ class SimPool:
         self._hosts[slot % self.workers].requests.put((slot, kind, payload))
 
     def wait(self, timeout: float | None = None) -> list[tuple[int, SimReply]]:
-        """Block until at least one request is answered; all (slot, reply) that are ready.
-
-        Args:
-            timeout: seconds after which to return with nothing; None: wait as long as it takes.
+        """Block until a request is answered, or for ``timeout`` seconds; all (slot, reply) that are ready.
 
         Raises:
             SimulationError: nothing was submitted.

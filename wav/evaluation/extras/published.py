@@ -26,10 +26,8 @@ class Published:
     """One row of somebody's table."""
 
     name: str
-    variant: Variant
-    """Which of our variants it is compared with."""
-    date: str
-    """YYYY-MM of the source."""
+    variant: Variant  #: Which of our variants it is compared with.
+    date: str  #: YYYY-MM of the source.
     source: str
     percent: Mapping[str, float]
     """Suite, or "average", -> success in percent; what the source does not give is left out."""

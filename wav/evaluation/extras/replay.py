@@ -26,8 +26,7 @@ from wav.sim.workers import map_in_processes
 if TYPE_CHECKING:
     from wav.config import DataSettings, IngestSettings
 
-REQUIRED_SHARE = 0.95
-"""Share of demonstrations that must succeed again."""
+REQUIRED_SHARE = 0.95  #: Share of demonstrations that must succeed again.
 
 
 @dataclass(frozen=True)

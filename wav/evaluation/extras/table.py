@@ -25,6 +25,7 @@ from wav.evaluation.extras.published import AVERAGE, PUBLISHED, SUITES, TASKS, P
 from wav.evaluation.intervals import Rate, independent_difference, wilson
 from wav.evaluation.records import by_suite
 from wav.evaluation.start import check_all, own_store
+from wav.evaluation.tables import markdown_rows
 from wav.evaluation.verdict import replay_verdict
 from wav.io.files import write_json, write_text
 from wav.planning import VARIANTS
@@ -44,8 +45,7 @@ class Row:
 
     variant: str
     budget: str
-    rates: Mapping[str, Rate]
-    """Suite, or "average" where all four were evaluated alike, -> success."""
+    rates: Mapping[str, Rate]  #: Suite, or "average" where all four were evaluated alike, -> success.
 
     @property
     def name(self) -> str:
@@ -95,17 +95,10 @@ def libero_table(
 ) -> Table:
     """Evaluate ``export`` and write ``out/table.json`` and ``out/table.md``. Episodes that are in ``out`` are kept.
 
-    Args:
-        export: the policy's folder.
-        out: folder of the results.
-        suites: of LIBERO's four; no task repeats.
-        tasks: for a trial, of several suites as SUITE/TASK; empty: all, which alone compares with published figures.
-        protocol: values of section ``eval_libero``; of ``execute_steps`` at most the policy's chunk is executed.
-        workers: simulator processes.
-        device: of the policy.
-        demonstrations: a store. Where the policy was trained on it, its replay's verdict counts, and its pictures are
-            compared with those of the tasks that they are of.
-        report: called with a line of progress now and then.
+    ``protocol`` holds values of section ``eval_libero``; of ``execute_steps`` at most the policy's chunk is executed.
+    ``tasks``, for a trial, are SUITE/TASK of several ``suites``; only all tasks compare with published figures.
+    Where the policy was trained on the store ``demonstrations``, its replay's verdict counts, and its pictures are
+    compared with those of the tasks that they are of. ``report`` gets a line of progress now and then.
 
     Raises:
         CheckpointError: the export is missing or damaged.
@@ -226,8 +219,8 @@ def as_json(table: Table) -> dict[str, Any]:
 
 def markdown(table: Table) -> str:
     """The table for people: our rows with intervals, then the published ones, marked where they differ."""
-    head, columns = table.heading, [*SUITES.values(), AVERAGE]
-    lines = []
+    lines: list[str] = []
+    head = table.heading
     if head:
         protocol, planner = head["protocol"], head["planner"]
         tasks = ", ".join(protocol["tasks"]) or f"all {TASKS} tasks of a suite"
@@ -240,10 +233,9 @@ def markdown(table: Table) -> str:
             f"{planner['value_samples']}, seed {protocol['seed']}; success in %, 95% Wilson intervals.",
             "",
         ]
-    lines += ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for number, (name, *cells) in enumerate(lines_of(table)):
-        shown = f"**{name}**" if number < len(table.rows) else name
-        lines.append(f"| {shown} | " + " | ".join(cells) + " |")
+    ours, rows = len(table.rows), lines_of(table)
+    rows = [[f"**{name}**", *cells] for name, *cells in rows[:ours]] + rows[ours:]
+    lines += markdown_rows(["", *SUITES.values(), AVERAGE], rows)
     return "\n".join([*lines, "", *(f"- {line}" for line in legend(table))]) + "\n"
 
 

@@ -28,14 +28,9 @@ def imagine(policy: Policy, context: Any, noise: Noise) -> tuple[Tensor, Tensor 
 def decode_given(
     policy: Policy, context: Any, noise: Noise, future: Tensor | None = None, values: Tensor | None = None
 ) -> Tensor:
-    """Normalised actions (B, A, action_dim).
+    """Normalised actions (B, A, action_dim) of the policy, unplanned, for a ``context`` of B observations.
 
-    Args:
-        policy: the policy; it acts unplanned.
-        context: the model's handle of B observations.
-        noise: draws for the B rows.
-        future: clean latents (B, V, C, Ff, h, w); None: what the policy imagines along its levels.
-        values: normalised values (B, A, Cv); None: what the policy imagines on those features.
+    ``future`` are clean latents (B, V, C, Ff, h, w), ``values`` normalised ones (B, A, Cv); without them it imagines.
     """
     model, level = policy.model, policy.levels.value
     features, tokens = _features(policy, context, noise, future), None

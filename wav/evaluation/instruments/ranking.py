@@ -34,10 +34,8 @@ Execute = Callable[[Sequence[tuple["Branch", NDArray[np.float32]]]], Sequence[ND
 class Candidates:
     """Candidates of one state, drawn from N(0, I)."""
 
-    actions: NDArray[np.float32]
-    """(M, A, 7) in the environment's units, each decoded on its best value sample."""
-    values: Tensor
-    """(1, M, N, A, Cv) normalised."""
+    actions: NDArray[np.float32]  #: (M, A, 7) in the environment's units, each decoded on its best value sample.
+    values: Tensor  #: (1, M, N, A, Cv) normalised.
 
 
 def candidates(policy: Policy, branch: Branch, count: int, seed: int = 0) -> Candidates:
@@ -66,14 +64,10 @@ def scores(policy: Policy, found: Sequence[Candidates], samples: int) -> NDArray
 
 
 def ranking(policy: Policy, branches: Sequence[Branch], execute: Execute, count: int) -> dict[str, Any]:
-    """Whether the planner's scores rank candidates as reality does.
+    """Whether the planner's scores rank ``count`` candidates of each branch as executing them does.
 
-    Args:
-        policy: with a value expert.
-        branches: states to plan from.
-        execute: realised returns (M,) of chunks (M, A, 7) from their branches
-            (:func:`wav.evaluation.instruments.executed.executed_returns`).
-        count: M of the search, all of whose candidates are executed.
+    ``execute`` gives the realised returns (M,) of chunks (M, A, 7) from their branches
+    (:func:`wav.evaluation.instruments.executed.all_returns`). The policy has a value expert.
 
     Returns:
         ``spearman``: rank correlation within a state between score and realised return, averaged over states;
@@ -105,10 +99,8 @@ def ranking(policy: Policy, branches: Sequence[Branch], execute: Execute, count:
 def searches(realised: NDArray[np.float64], judged: NDArray[np.float64], N: int) -> Iterator[dict[str, float]]:
     """Whether searching harder pays, or finds what the score is wrong about.
 
-    Args:
-        realised: returns (states, M) of all candidates.
-        judged: their scores, of ``N`` value samples each. (They all act on the best of all their samples.)
-        N: value samples that the scores looked at.
+    ``realised`` are the returns (states, M) of all candidates, ``judged`` their scores of ``N`` value samples each.
+    (They all act on the best of all their samples.)
 
     Yields:
         per number M of candidates: ``gain``, the chosen one's realised return less the mean candidate's, in mean, and

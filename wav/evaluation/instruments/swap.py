@@ -30,14 +30,10 @@ DRAWS = 2
 def swaps(
     policy: Policy, histories: Sequence[History], others: Mapping[str, str], seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Shares of the way from the own action to the other's, by what is swapped.
+    """Shares of the way from the own action to the other's, by what is swapped. The policy acts unplanned.
 
-    Args:
-        policy: the policy; it acts unplanned.
-        histories: per state, the observations that the policy has seen at its calls, now last; neighbours may be of one
-            episode.
-        others: instruction -> another one that makes sense in the same scene.
-        seed: of the draws.
+    ``histories`` are, per state, what it has seen at its calls, now last; neighbours may be of one episode. ``others``:
+    instruction -> another one that makes sense in the same scene.
 
     Returns:
         ``instruction`` (where some state's instruction has another) and ``episode``: each with shares for ``future``,

@@ -82,13 +82,9 @@ def noise_use(
 def held_out_histories(
     store: EpisodeStore, views: tuple[str, ...], every: int, states: int = STATES
 ) -> list[list[Observation]]:
-    """What a policy that is called every few steps has seen, at states spread over held-out demonstrations.
+    """What a policy that is called at every ``every``-th step has seen, at most ``states`` times.
 
-    Args:
-        store: the demonstrations; one of each task is looked at.
-        views: cameras of the policy.
-        every: steps between two calls.
-        states: wanted at most.
+    The states are spread over held-out demonstrations, one of each task.
     """
     histories = []
     for index in split_episodes(store, "validation", held_out_share(store)):

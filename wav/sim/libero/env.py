@@ -38,12 +38,10 @@ with quiet():
     from robosuite.utils.errors import RandomizationError
     from robosuite.utils.observables import Observable, sensor
 
-Pose = tuple[NDArray[np.float64], NDArray[np.float64]]
-"""Position (m) and quaternion (w, x, y, z) of a body."""
+Pose = tuple[NDArray[np.float64], NDArray[np.float64]]  #: Position (m) and quaternion (w, x, y, z) of a body.
 FIRST_DRAWN = 1000
 """Indices from here on are drawn from the task's placement regions; below lie LIBERO's fixed initial states."""
-FAST_MAX_FACES = 3000
-"""Triangles an untextured visual mesh keeps under render: fast (1500 show on round rims)."""
+FAST_MAX_FACES = 3000  #: Triangles an untextured visual mesh keeps under render: fast (1500 show on round rims).
 FAST_MIN_PIXELS = 128
 """Smaller pictures are rendered larger and averaged down under render: fast, as multisampling is off."""
 _RESET_ATTEMPTS = 50
@@ -93,14 +91,10 @@ class LiberoEnv(RobosuiteEnv):
         settle: bool = True,
         fixtures: Mapping[str, Pose] | None = None,
     ) -> Observation:
-        """Put ``task`` into a MuJoCo state (time, qpos, qvel), or a drawn one for None.
+        """Put ``task`` into a state (1 + nq + nv,) of LIBERO's init files and demonstrations, or a drawn one for None.
 
-        Args:
-            task: a task of the suite.
-            state: (1 + nq + nv,) as stored in LIBERO's init files and demonstrations.
-            index: names the draw of whatever the state does not hold (fixtures).
-            settle: make the ten still steps.
-            fixtures: body -> (position, quaternion) of a recorded model, in place of the drawn ones.
+        ``index`` names the draw of whatever the state does not hold (fixtures); ``fixtures`` are those of a recorded
+        model, body -> (position, quaternion), in place of the drawn ones; ``settle``: make the ten still steps.
 
         Raises:
             ConfigError: no such task.

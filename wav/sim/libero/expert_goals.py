@@ -16,12 +16,9 @@ PLACED = ("in", "on")
 class Goal:
     """One conjunct of a task's goal."""
 
-    predicate: str
-    """One of :data:`ORDER`."""
-    subject: str
-    """The object to put somewhere, or the part (a drawer's region, a stove) to work."""
-    place: str = ""
-    """The object or region that ``subject`` goes in or on; empty for parts."""
+    predicate: str  #: One of :data:`ORDER`.
+    subject: str  #: The object to put somewhere, or the part (a drawer's region, a stove) to work.
+    place: str = ""  #: The object or region that ``subject`` goes in or on; empty for parts.
 
     @property
     def state(self) -> list[str]:

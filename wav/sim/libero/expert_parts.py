@@ -15,20 +15,14 @@ from wav.sim.arm import Action, Arm, pointing
 from wav.sim.libero.expert_goals import Goal
 from wav.sim.libero.grasps import Grasp, HeightMap, Solids, grasps, gripper_points
 
-CLOSE_STEPS = 7
-"""Steps the fingers are given to close or to open."""
-HANDLE_DEPTH = 0.018
-"""Metres from a drawer's outermost point within which all points are its handle."""
+CLOSE_STEPS = 7  #: Steps the fingers are given to close or to open.
+HANDLE_DEPTH = 0.018  #: Metres from a drawer's outermost point within which all points are its handle.
 PITCH = np.deg2rad(5.0)
 """Angle below the horizontal at which the gripper reaches for a drawer's handle: more, and it meets the one above."""
-SLANT = np.deg2rad(50.0)
-"""Angle below the horizontal at which the gripper pushes a drawer shut."""
-STANDOFF = 0.09
-"""Metres before a handle at which the gripper aligns."""
-TURN_BEYOND = 0.6
-"""Radians a knob is turned beyond what its predicate asks for."""
-SLIDE = 2
-"""MuJoCo's number of the joint type mjJNT_SLIDE."""
+SLANT = np.deg2rad(50.0)  #: Angle below the horizontal at which the gripper pushes a drawer shut.
+STANDOFF = 0.09  #: Metres before a handle at which the gripper aligns.
+TURN_BEYOND = 0.6  #: Radians a knob is turned beyond what its predicate asks for.
+SLIDE = 2  #: MuJoCo's number of the joint type mjJNT_SLIDE.
 UP = np.array([0.0, 0.0, 1.0])
 
 

@@ -19,18 +19,12 @@ from wav.sim.arm import Action, Arm
 from wav.sim.libero.expert_goals import Goal
 from wav.sim.libero.grasps import CELL, Grasp, HeightMap, Points, Solids, grasps, gripper_points
 
-STUCK_STEPS = 12
-"""Steps over which a gripper that moves less than 3 mm counts as stuck."""
-CLOSE_STEPS = 5
-"""Steps the fingers are given to close or to open."""
-ON_TOP = 0.012
-"""Metres from its centre at which things are put on an object (LIBERO asks for 30 mm)."""
-DRAWER_GRASPS = 96
-"""Grasps that are compared when a thing goes into a drawer."""
-REACH = 0.70
-"""Metres from the robot's base up to which it works with a bent elbow; at 0.78 m the elbow is straight."""
-INSET = 0.012
-"""Metres a landing place keeps from the border of its region."""
+STUCK_STEPS = 12  #: Steps over which a gripper that moves less than 3 mm counts as stuck.
+CLOSE_STEPS = 5  #: Steps the fingers are given to close or to open.
+ON_TOP = 0.012  #: Metres from its centre at which things are put on an object (LIBERO asks for 30 mm).
+DRAWER_GRASPS = 96  #: Grasps that are compared when a thing goes into a drawer.
+REACH = 0.70  #: Metres from the robot's base up to which it works with a bent elbow; at 0.78 m the elbow is straight.
+INSET = 0.012  #: Metres a landing place keeps from the border of its region.
 
 
 class PickPlace:

@@ -14,35 +14,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Points = NDArray[np.float64]
-"""(n, 3), metres, world frame unless said otherwise."""
+Points = NDArray[np.float64]  #: (n, 3), metres, world frame unless said otherwise.
 
-SPACING = 0.005
-"""Metres between the points of a cloud, twice that on large faces."""
-CELL = 0.01
-"""Metres of one cell of a height map: solids grow by up to as much."""
-HUGE = 0.45
-"""Half-length (m) from which a box counts as table, floor or wall and not as an obstacle."""
-FINGER_TIP = 0.0095
-"""Metres the fingertips reach below the grip site."""
-HAND_BOTTOM = 0.030
-"""Metres the hand's lower side lies above the grip site: nothing held may reach higher."""
+SPACING = 0.005  #: Metres between the points of a cloud, twice that on large faces.
+CELL = 0.01  #: Metres of one cell of a height map: solids grow by up to as much.
+HUGE = 0.45  #: Half-length (m) from which a box counts as table, floor or wall and not as an obstacle.
+FINGER_TIP = 0.0095  #: Metres the fingertips reach below the grip site.
+HAND_BOTTOM = 0.030  #: Metres the hand's lower side lies above the grip site: nothing held may reach higher.
 HAND_HALF = (0.021, 0.104)
 """Half-width and half-length (m) of the hand's lower part, the length along the closing direction."""
-WRIST = (0.065, 0.034)
-"""Metres above the grip site from which the hand is wider, and its half-width (m) there."""
-FINGER_HALF = 0.0105
-"""Half-width (m) of a finger across the closing direction."""
-FINGER_DEPTH, FINGER_TIP_DEPTH = 0.027, 0.015
-"""Metres a finger, and its tip, take up along the closing direction."""
-PAD = 0.008
-"""Half-height and half-width (m) of a finger's pad."""
-OPENING = 0.0385
-"""Metres from the grip site to either pad when open."""
-MAX_WIDTH = 0.068
-"""Widest run (m) that is grasped, a few millimetres less than the opening."""
-FLAT = 0.03
-"""Metres of height up to which a thing is grasped by its upper edge only: a plate's rim."""
+WRIST = (0.065, 0.034)  #: Metres above the grip site from which the hand is wider, and its half-width (m) there.
+FINGER_HALF = 0.0105  #: Half-width (m) of a finger across the closing direction.
+FINGER_DEPTH, FINGER_TIP_DEPTH = 0.027, 0.015  #: Metres a finger, and its tip, take up along the closing direction.
+PAD = 0.008  #: Half-height and half-width (m) of a finger's pad.
+OPENING = 0.0385  #: Metres from the grip site to either pad when open.
+MAX_WIDTH = 0.068  #: Widest run (m) that is grasped, a few millimetres less than the opening.
+FLAT = 0.03  #: Metres of height up to which a thing is grasped by its upper edge only: a plate's rim.
 YAWS = np.deg2rad(np.arange(-90, 90, 10))
 
 
@@ -50,12 +37,9 @@ YAWS = np.deg2rad(np.arange(-90, 90, 10))
 class Grasp:
     """A pose of the open gripper around part of an object."""
 
-    position: NDArray[np.float64]
-    """(3,) of the grip site (m)."""
-    yaw: float
-    """Of the gripper about the vertical (rad), equal modulo pi; 0 closes along y."""
-    width: float
-    """Of what lies between the fingers (m)."""
+    position: NDArray[np.float64]  #: (3,) of the grip site (m).
+    yaw: float  #: Of the gripper about the vertical (rad), equal modulo pi; 0 closes along y.
+    width: float  #: Of what lies between the fingers (m).
     cost: float
 
 

@@ -26,8 +26,7 @@ from wav.sim.libero.assets import INSTALL, package_folder
 
 LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 """Environment steps an evaluation episode may take, by suite (the settling steps not counted)."""
-INIT_STATES = 50
-"""Initial states per task that evaluation uses."""
+INIT_STATES = 50  #: Initial states per task that evaluation uses.
 INIT_DIGESTS = {
     "libero_spatial": "fffa5778f0404384",
     "libero_object": "235091c8aaeacdd9",

@@ -38,8 +38,7 @@ with quiet():
     from robosuite.models.tasks import ManipulationTask
     from robosuite.utils.mjcf_utils import new_body, new_geom
 
-LIFT_HEIGHT = 0.04
-"""Metres an object's bottom must be above the table to count as lifted."""
+LIFT_HEIGHT = 0.04  #: Metres an object's bottom must be above the table to count as lifted.
 SUPERSAMPLE = 2
 """Frames are rendered this many times larger and averaged down (multisampling is off in fast rendering)."""
 AGENTVIEW_POSITION = (0.55, 0.0, 1.45)

@@ -15,16 +15,13 @@ from wav.errors import ConfigError
 from wav.seeding import numpy_generator
 from wav.sim.env import TaskSpec
 
-TABLE_HEIGHT = 0.8
-"""World z of the table top in metres; the table's centre is x = y = 0, the robot looks along +x."""
+TABLE_HEIGHT = 0.8  #: World z of the table top in metres; the table's centre is x = y = 0, the robot looks along +x.
 
-CUBE_HALF = 0.025
-"""Half the edge of a cube in metres."""
+CUBE_HALF = 0.025  #: Half the edge of a cube in metres.
 
 BIN_CENTER = (0.02, 0.17)
 BIN_HALF = (0.08, 0.08)
-BIN_WALL = 0.05
-"""Height of the bin's walls in metres."""
+BIN_WALL = 0.05  #: Height of the bin's walls in metres.
 
 SCENES: dict[str, tuple[str, ...]] = {
     "two_cubes": ("red_cube", "green_cube"),
