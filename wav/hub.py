@@ -16,8 +16,7 @@ from typing import Any
 from wav.errors import DataError, ServiceError, WavError
 from wav.io.files import canonical_digest, file_digest, inside, read_json, write_json
 
-SILENCE_SECONDS = 60.0
-"""A hub that says nothing for this long is given up: some of huggingface_hub's calls would wait for ever."""
+SILENCE_SECONDS = 60.0  #: A hub silent for this long is given up: some of huggingface_hub's calls would wait for ever.
 REFERENCE_FILE = "reference.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
 #: a weight file of either library; its group is the variant

@@ -25,8 +25,7 @@ from wav.serving.requests import Request
 
 log = logging.getLogger(__name__)
 
-GATHER_SECONDS = 0.005
-"""How long a batch that is not full waits: sessions that have been answered together ask again together."""
+GATHER_SECONDS = 0.005  #: How long a batch that is not full waits: sessions answered together ask again together.
 
 
 @dataclass(frozen=True)

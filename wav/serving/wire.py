@@ -16,8 +16,7 @@ import numpy as np
 
 from wav.errors import DataError
 
-MAX_CONTAINERS = 256
-"""Maps and lists of one message, arrays and numbers included: each costs more memory than its bytes."""
+MAX_CONTAINERS = 256  #: Maps and lists of one message, arrays and numbers included: each costs more than its bytes.
 MAX_DIMENSIONS = 8
 _LIMITS = {"max_array_len": 1024, "max_map_len": 64, "max_str_len": 1 << 16, "max_ext_len": 0}
 _DTYPE = re.compile(r"[<>|=]?[biufUS][0-9]{1,4}")

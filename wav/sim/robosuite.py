@@ -67,28 +67,24 @@ def scene_options(control_hz: int) -> dict[str, Any]:
 class RobosuiteEnv(abc.ABC):
     """A suite's simulator (:class:`wav.sim.env.SimEnv`) but for its own reset, step and predicates.
 
-    Scenes are built when first needed. Non-obvious: every rendering makes its own GL context current, so several
-    environments may live in one process.
+    Scenes are built when first needed; pictures are drawn ``supersampling`` times larger a side and averaged down.
+    Non-obvious: every rendering makes its own GL context current, so several environments may live in one process.
 
     Raises:
         ConfigError: a view that robosuite's Panda scenes do not have.
     """
 
-    def __init__(self, data: DataSettings, tasks: Mapping[str, TaskSpec]) -> None:
+    def __init__(self, data: DataSettings, tasks: Mapping[str, TaskSpec], supersampling: int) -> None:
         unknown = [view for view in data.views if view not in CAMERAS]
         if unknown:
             raise ConfigError(f"data.views: {unknown[0]!r} is no camera of {data.suite!r}; it has {list(CAMERAS)}")
-        self.data, self.tasks, self.suite = data, tasks, data.suite
+        self.data, self.tasks, self.suite, self._supersampling = data, tasks, data.suite, supersampling
         self._scenes: OrderedDict[str, Any] = OrderedDict()
         self._task = ""
 
     @abc.abstractmethod
     def _build(self, task: str) -> Any:
         """A new robosuite environment for the scene of ``task``."""
-
-    @abc.abstractmethod
-    def _supersampling(self) -> int:
-        """How many times larger each side of a picture is drawn than it is needed."""
 
     @abc.abstractmethod
     def success(self, task: str) -> bool:
@@ -131,7 +127,7 @@ class RobosuiteEnv(abc.ABC):
 
     def _render(self, camera: str) -> NDArray[np.uint8]:
         """(H, W, 3): the raw OpenGL buffer rotated by 180 degrees, averaged down where drawn larger."""
-        height, width, k = self.data.image_height, self.data.image_width, self._supersampling()
+        height, width, k = self.data.image_height, self.data.image_width, self._supersampling
         context = self.scene.sim._render_context_offscreen
         context.gl_ctx.make_current()
         context.render(width=width * k, height=height * k, camera_id=self.scene.sim.model.camera_name2id(camera))

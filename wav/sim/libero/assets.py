@@ -79,11 +79,9 @@ def write_configuration(folder: Path, package: Path) -> Path:
         "datasets": folder / "datasets",
         "init_states": package / "init_files",
     }
-    text = "".join(f"{name}: {str(path)!r}\n" for name, path in lines.items())
     path = folder / "config.yaml"
-    if not path.is_file() or path.read_text() != text:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, "".join(f"{name}: {str(place)!r}\n" for name, place in lines.items()))
     return path
 
 

@@ -39,11 +39,9 @@ with quiet():
     from robosuite.utils.observables import Observable, sensor
 
 Pose = tuple[NDArray[np.float64], NDArray[np.float64]]  #: Position (m) and quaternion (w, x, y, z) of a body.
-FIRST_DRAWN = 1000
-"""Indices from here on are drawn from the task's placement regions; below lie LIBERO's fixed initial states."""
+FIRST_DRAWN = 1000  #: From here on indices are drawn from a task's placement regions; below are LIBERO's fixed states.
 FAST_MAX_FACES = 3000  #: Triangles an untextured visual mesh keeps under render: fast (1500 show on round rims).
-FAST_MIN_PIXELS = 128
-"""Smaller pictures are rendered larger and averaged down under render: fast, as multisampling is off."""
+FAST_MIN_PIXELS = 128  #: Smaller pictures are drawn larger and averaged down under render: fast (no multisampling).
 _RESET_ATTEMPTS = 50
 
 
@@ -67,7 +65,8 @@ class LiberoEnv(RobosuiteEnv):
     """
 
     def __init__(self, data: DataSettings) -> None:
-        super().__init__(data, task_specs(data.suite))
+        smallest = min(data.image_height, data.image_width)
+        super().__init__(data, task_specs(data.suite), -(-FAST_MIN_PIXELS // smallest) if data.render == "fast" else 1)
 
     def reset(self, task: str, index: int) -> Observation:
         """Initial state ``index`` of ``task``, settled for ten steps; a pure function of both.
@@ -186,10 +185,6 @@ class LiberoEnv(RobosuiteEnv):
         if render and scene.seen is None:
             raise SimulationError(f"{self.suite}: {self._task}: a step gave no observation; run `wav doctor`")
         return scene.seen if render else None
-
-    def _supersampling(self) -> int:
-        smallest = min(self.data.image_height, self.data.image_width)
-        return max(1, -(-FAST_MIN_PIXELS // smallest)) if self.data.render == "fast" else 1
 
     def success(self, task: str) -> bool:
         """LIBERO's own predicate of the current task."""

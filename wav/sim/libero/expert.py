@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from wav.sim.libero.env import LiberoEnv
 
 
-AJAR = 0.85
-"""How far a drawer is pulled to put something in, as a share of open: further, and it covers what lies before it."""
+AJAR = 0.85  #: Share of open that a drawer is pulled to put something in: further, it covers what lies before it.
 Skill = PickPlace | Drawer | Knob
 
 

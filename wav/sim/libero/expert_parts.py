@@ -17,8 +17,7 @@ from wav.sim.libero.grasps import Grasp, HeightMap, Solids, grasps, gripper_poin
 
 CLOSE_STEPS = 7  #: Steps the fingers are given to close or to open.
 HANDLE_DEPTH = 0.018  #: Metres from a drawer's outermost point within which all points are its handle.
-PITCH = np.deg2rad(5.0)
-"""Angle below the horizontal at which the gripper reaches for a drawer's handle: more, and it meets the one above."""
+PITCH = np.deg2rad(5.0)  #: Below the horizontal, to reach for a drawer's handle: more, and it meets the one above.
 SLANT = np.deg2rad(50.0)  #: Angle below the horizontal at which the gripper pushes a drawer shut.
 STANDOFF = 0.09  #: Metres before a handle at which the gripper aligns.
 TURN_BEYOND = 0.6  #: Radians a knob is turned beyond what its predicate asks for.
@@ -165,9 +164,10 @@ class Knob:
         self._target = on + TURN_BEYOND if goal.predicate == "turnon" else off
         cloud, others = solids.cloud(self.part.body), solids.others(self.part.body, arm.position())
         self._around = HeightMap(np.concatenate([cloud, others]), arm.position(), float(others[:, 2].min()))
-        self._grasp = next(grasps(cloud, others, float(cloud[:, 2].min()), self._turned_cost), None)
-        if self._grasp is None:
+        grasp = next(grasps(cloud, others, float(cloud[:, 2].min()), self._turned_cost), None)
+        if grasp is None:
             raise DataError(f"expert: the knob of {goal.subject} cannot be grasped from above; try another state")
+        self._grasp = grasp
         self._start = self.part.angle
         self.finished = False
         self._closing = self._releasing = 0
@@ -179,7 +179,6 @@ class Knob:
     def __call__(self) -> Action:
         """The next clean action (7,)."""
         grasp, eef = self._grasp, self.arm.position()
-        assert grasp is not None
         turned = (self.part.angle - self._start) * float(np.sign(self.part.axis[2]))
         if self._releasing or (self._closing and self.scene._eval_predicate(self.goal.state)):
             self._releasing += 1

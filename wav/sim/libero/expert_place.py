@@ -30,6 +30,9 @@ INSET = 0.012  #: Metres a landing place keeps from the border of its region.
 class PickPlace:
     """Puts the goal's subject in or on its place; call once per step until :attr:`finished`."""
 
+    _around: HeightMap  #: of what lies around, once a grasp is planned
+    _shape: Points  #: of what is held and the gripper, once it is
+
     def __init__(self, scene: Any, arm: Arm, solids: Solids, goal: Goal) -> None:
         self.scene, self.arm, self.solids, self.goal = scene, arm, solids, goal
         self.finished = False
@@ -40,14 +43,12 @@ class PickPlace:
         self._grasp: Grasp | None = None
         self._grasped_at = np.zeros(7)
         self._tried: list[Grasp] = []
-        self._around: HeightMap | None = None
         self._trace: deque[NDArray[np.float64]] = deque(maxlen=STUCK_STEPS)
         self._start_over()
 
     def _start_over(self) -> None:
         """Forget the hold, not what was tried."""
         self._grasp, self._landing = None, np.zeros(3)
-        self._shape: Points | None = None
         self._hold = np.zeros(3)
         self._closing = self._opening = self._releasing = self._slipped = 0
         self._held = self._down = self._out = False
@@ -88,10 +89,8 @@ class PickPlace:
             return self.arm.toward(self.arm.position() + (0, 0, 0.03), closed=False, yaw=self._tried[-1].yaw)
         if self._grasp is None or (not self._closing and self._moved()):
             self._plan_grasp()
-        grasp, around = self._grasp, self._around
+        grasp, around, eef = self._grasp, self._around, self.arm.position()
         assert grasp is not None
-        assert around is not None
-        eef = self.arm.position()
         if self._closing:
             return self._close(grasp)
         lateral = float(np.linalg.norm(eef[:2] - grasp.position[:2]))
@@ -185,8 +184,6 @@ class PickPlace:
         """Up, across and down to the landing place."""
         position, grasp, around = self._position(), self._grasp, self._around
         assert grasp is not None
-        assert around is not None
-        assert self._shape is not None
         hold = self.arm.position() - position
         if not self._out:
             self._out = bool(np.linalg.norm(position[:2] - self._exit[:2]) < 0.006)
@@ -232,8 +229,6 @@ class PickPlace:
     def _way_out(self) -> NDArray[np.float64]:
         """Nearest point (m) from which the held object can rise: a bowl in a drawer is partly under the cabinet."""
         position, around = self._position(), self._around
-        assert around is not None
-        assert self._shape is not None
         for radius in np.arange(0.0, 0.1, 0.01):
             for angle in np.arange(0.0, 2 * np.pi, np.pi / 6):
                 place = position[:2] + radius * np.array([np.cos(angle), np.sin(angle)])

@@ -123,7 +123,7 @@ class TabletopEnv(RobosuiteEnv):
     """The tabletop suite's simulator (:class:`wav.sim.env.SimEnv`)."""
 
     def __init__(self, data: DataSettings) -> None:
-        super().__init__(data, TASKS)
+        super().__init__(data, TASKS, SUPERSAMPLE)
 
     def _build(self, task: str) -> _Scene:
         return _Scene(TASKS[task].scene, fast=self.data.render == "fast")
@@ -156,9 +156,6 @@ class TabletopEnv(RobosuiteEnv):
         """Advance one control step; actions are clipped to [-1, 1]."""
         self.scene.step(np.clip(action, -1.0, 1.0))
         return self.observe() if render else None
-
-    def _supersampling(self) -> int:
-        return SUPERSAMPLE
 
     def object_position(self, name: str) -> NDArray[np.float64]:
         """World position (m) of an object's body: privileged, for the expert and the predicates."""
