@@ -36,13 +36,11 @@ class SceneState:
     physics: NDArray[np.float64]
     """MuJoCo's integration state: time, positions, velocities, activations, warm start, controls, applied forces."""
     gripper: NDArray[np.float64]  #: The gripper's commanded opening, which each physics step integrates.
-    goals: dict[str, NDArray[np.float64]]
-    """The arm controller's goals; a rotation of exactly zero keeps the goal of the step before."""
+    goals: dict[str, NDArray[np.float64]]  #: The arm controller's; a rotation of exactly zero keeps the goal before.
     clock: dict[str, Any]  #: robosuite's own step count and time.
     sampling: dict[str, tuple[float, bool]]
     """Observable -> (seconds since its last sample, whether it was sampled); it decides when LIBERO looks."""
-    fixtures: dict[int, Pose]
-    """Body -> (position, quaternion) of LIBERO's fixtures, which are no part of any MuJoCo state."""
+    fixtures: dict[int, Pose]  #: Body -> (position, quaternion) of LIBERO's fixtures: no part of any MuJoCo state.
 
 
 def save(scene: Any) -> SceneState:

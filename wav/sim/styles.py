@@ -28,8 +28,7 @@ from wav.sim.arm import Action, Arm, Expert
 
 SLOW = 0.3  #: Largest commanded motion of the slow style, as a share of the action range.
 PAUSE_EVERY, PAUSE = 8, (3, 8)  #: Mean steps between pauses of the hesitant style, and the range of their lengths.
-ARRIVED, DETOUR_STEPS = 0.03, 20
-"""Metres from the place of a detour that count as there, and the most steps taken toward it."""
+ARRIVED, DETOUR_STEPS = 0.03, 20  #: Metres from a detour's place that count as there, and the most steps toward it.
 MISS, MISS_STEPS = (0.025, 0.04), 80
 """Range in metres by which a missed grasp is off, sideways or upward, and the most steps before it."""
 

@@ -29,8 +29,7 @@ class Published:
     variant: Variant  #: Which of our variants it is compared with.
     date: str  #: YYYY-MM of the source.
     source: str
-    percent: Mapping[str, float]
-    """Suite, or "average", -> success in percent; what the source does not give is left out."""
+    percent: Mapping[str, float]  #: Suite, or "average", -> success in percent; without what the source does not give.
 
     def rate(self, column: str) -> Rate | None:
         """The figure with Wilson's interval under the protocol's number of episodes; None where none is given."""

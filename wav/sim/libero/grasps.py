@@ -21,8 +21,7 @@ CELL = 0.01  #: Metres of one cell of a height map: solids grow by up to as much
 HUGE = 0.45  #: Half-length (m) from which a box counts as table, floor or wall and not as an obstacle.
 FINGER_TIP = 0.0095  #: Metres the fingertips reach below the grip site.
 HAND_BOTTOM = 0.030  #: Metres the hand's lower side lies above the grip site: nothing held may reach higher.
-HAND_HALF = (0.021, 0.104)
-"""Half-width and half-length (m) of the hand's lower part, the length along the closing direction."""
+HAND_HALF = (0.021, 0.104)  #: Half-width and half-length (m) of the hand's lower part; it closes along its length.
 WRIST = (0.065, 0.034)  #: Metres above the grip site from which the hand is wider, and its half-width (m) there.
 FINGER_HALF = 0.0105  #: Half-width (m) of a finger across the closing direction.
 FINGER_DEPTH, FINGER_TIP_DEPTH = 0.027, 0.015  #: Metres a finger, and its tip, take up along the closing direction.

@@ -39,8 +39,7 @@ with quiet():
     from robosuite.utils.mjcf_utils import new_body, new_geom
 
 LIFT_HEIGHT = 0.04  #: Metres an object's bottom must be above the table to count as lifted.
-SUPERSAMPLE = 2
-"""Frames are rendered this many times larger and averaged down (multisampling is off in fast rendering)."""
+SUPERSAMPLE = 2  #: Frames are drawn this many times larger and averaged down (no multisampling in fast rendering).
 AGENTVIEW_POSITION = (0.55, 0.0, 1.45)
 AGENTVIEW_FOVY = 40.0
 

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from wav.sim.tabletop.env import TabletopEnv
 
 HOVER = 0.07  #: Metres above the grasp point at which the gripper aligns before it descends.
-GRASP_OFFSET = {"can": 0.02, "milk": 0.05, "bread": 0.0}
-"""Metres above an object's origin to grasp at (0 where not listed)."""
+GRASP_OFFSET = {"can": 0.02, "milk": 0.05, "bread": 0.0}  #: Metres above its origin to grasp an object at, if not 0.
 CLOSE_STEPS = 4  #: Steps the fingers are given to close or open.
 
 
