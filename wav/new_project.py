@@ -19,11 +19,7 @@ _DVCIGNORE = "/.venv/\n/.local/\n/.wav/\n/workspaces/\n"
 
 
 def make_project(folder: Path) -> list[str]:
-    """Make a new project in ``folder``; names of its files.
-
-    Raises:
-        ConfigError: the folder exists and is not empty.
-    """
+    """Make a new project in ``folder``; names of its files. ConfigError where the folder exists and is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder}: exists already; name a new or an empty folder")
     for path in sorted(STARTER.rglob("*")):

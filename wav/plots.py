@@ -50,11 +50,7 @@ def _chart(xlabel: str, ylabel: str, title: str = "", width: float = 7.5) -> tup
 
 
 def read_curve(path: Path) -> tuple[list[float], list[float]]:
-    """Steps and values of a dvclive TSV; the value is its last column.
-
-    Raises:
-        DataError: a row is not numbers.
-    """
+    """Steps and values of a dvclive TSV; the value is its last column. DataError where a row is not numbers."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     try:

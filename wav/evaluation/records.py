@@ -94,11 +94,7 @@ def record_path(out: Path, spec: EpisodeSpec) -> Path:
 
 
 def read_record(path: Path) -> EpisodeRecord:
-    """Read one record.
-
-    Raises:
-        DataError: missing, truncated, or of other fields than this version writes.
-    """
+    """Read one record; DataError where it is missing, truncated, or of other fields than this version writes."""
     value = read_json(path, _REMEDY)
     if not isinstance(value, dict):
         raise DataError(f"{path}: holds a {type(value).__name__} instead of a record; {_REMEDY}")
@@ -110,11 +106,7 @@ def read_record(path: Path) -> EpisodeRecord:
 
 
 def write_record(path: Path, record: EpisodeRecord) -> None:
-    """Write one record atomically, making its folder.
-
-    Raises:
-        StorageError: the disk is full.
-    """
+    """Write one record atomically, making its folder; StorageError where the disk is full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, asdict(record))
 

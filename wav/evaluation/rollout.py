@@ -133,11 +133,7 @@ class Scheduler:
         self._waiting: list[EpisodeSpec] = []
 
     def run(self, episodes: Sequence[EpisodeSpec]) -> None:
-        """Run every episode once.
-
-        Raises:
-            SimulationError: one episode's simulator crashed :data:`MAX_ATTEMPTS` times.
-        """
+        """Run every episode once; SimulationError where a simulator crashed :data:`MAX_ATTEMPTS` times on one."""
         self._waiting = list(episodes)
         for slot in range(min(self.pool.slots, len(episodes))):
             self._start(Rollout(self._next(), slot))
