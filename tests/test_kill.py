@@ -4,7 +4,7 @@ Each blow is SIGKILL to a random process or service at a random point of a stage
 again and goes on to the next blow, often of the same stage, so that reruns are struck as well. Between blows trainings
 find the litter of killed pruning and torn downloads.
 
-``make check-long`` runs the chain of seed 0, about 20 kills; ``make check-long KILLS=12`` those of seeds 0 to 11, which
+``make check-long`` runs the chain of seed 0, about 16 kills; ``make check-long KILLS=14`` those of seeds 0 to 13, which
 are more than 200, with ``RESUME=1`` those of them that are missing. What each saw goes to
 ``benchmarks/results/check-long.json`` (tests/helpers/record.py). ``KILL_LAB=folder`` keeps services and the undisturbed
 run there for the next call; stop them with ``WAV_LOCAL_DIR=folder/local make down``.
