@@ -15,8 +15,7 @@ __all__ = ["Codec", "PCACodec", "load_codec", "psnr"]
 def load_codec(source: str | Path, device: str = "cpu") -> Codec:
     """Codec from a folder that :meth:`Codec.save` wrote, or an LTX VAE from a folder or hub id on ``device``.
 
-    Raises:
-        DataError: the folder holds no readable codec. ServiceError: a hub id that is not in the local cache.
+    DataError where the folder holds none that can be read, ServiceError for a hub id that was not fetched.
     """
     folder = Path(source)
     file = folder / CODEC_FILE

@@ -6,8 +6,8 @@ becomes 1 + k latent frames: its first frame stands alone, then each group of ``
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,43 +20,56 @@ Latents = NDArray[np.float32]
 CODEC_FILE = "codec.json"
 
 
-@runtime_checkable
-class Codec(Protocol):
+class Codec(ABC):
     """Frames <-> latents. N is any batch size, h = H / spatial, w = W / spatial, C = channels."""
 
-    @property
-    def channels(self) -> int:
-        """Latent channels C, position channels included."""
+    channels: int
+    """Latent channels C, position channels included."""
+    spatial: int
+    """Pixels per latent cell along height and width."""
+    temporal: int
+    """Frames per latent frame inside a clip."""
 
     @property
-    def spatial(self) -> int:
-        """Pixels per latent cell along height and width."""
-
-    @property
-    def temporal(self) -> int:
-        """Frames per latent frame inside a clip."""
-
-    @property
+    @abstractmethod
     def digest(self) -> str:
         """SHA-256 of everything that decides the latents."""
 
-    def encode_frames(self, images: Images) -> Latents:
-        """Images (N, H, W, 3) uint8, each on its own, to latents (N, C, h, w)."""
-
-    def encode_clips(self, clips: Images) -> Latents:
-        """Clips (N, 1 + temporal*k, H, W, 3) uint8 to latents (N, C, 1 + k, h, w)."""
-
-    def decode_frames(self, latents: Latents) -> Images:
-        """Latents (N, C, h, w) to images (N, H, W, 3) uint8."""
-
-    def decode_clips(self, latents: Latents) -> Images:
-        """Latents (N, C, 1 + k, h, w) to clips (N, 1 + temporal*k, H, W, 3) uint8."""
-
+    @abstractmethod
     def save(self, folder: str | Path, reference: bool = False) -> None:
         """Write the codec so that :func:`wav.codec.load_codec` reads it back.
 
         With ``reference``, weights that came from the hub are named (id and digest) instead of copied.
         """
+
+    def encode_frames(self, images: Images) -> Latents:
+        """Images (N, H, W, 3) uint8, each on its own, to latents (N, C, h, w)."""
+        check_images(images, 4, self.spatial, "images")
+        return self._encode(images[:, None])[:, :, 0]
+
+    def encode_clips(self, clips: Images) -> Latents:
+        """Clips (N, 1 + temporal*k, H, W, 3) uint8 to latents (N, C, 1 + k, h, w)."""
+        check_images(clips, 5, self.spatial, "clips")
+        check_clip_length(clips.shape[1], self.temporal)
+        return self._encode(clips)
+
+    def decode_frames(self, latents: Latents) -> Images:
+        """Latents (N, C, h, w) to images (N, H, W, 3) uint8."""
+        check_latents(latents, 4, self.channels)
+        return self._decode(latents[:, :, None])[:, 0]
+
+    def decode_clips(self, latents: Latents) -> Images:
+        """Latents (N, C, 1 + k, h, w) to clips (N, 1 + temporal*k, H, W, 3) uint8."""
+        check_latents(latents, 5, self.channels)
+        return self._decode(latents)
+
+    @abstractmethod
+    def _encode(self, clips: Images) -> Latents:
+        """:meth:`encode_clips` of what was checked."""
+
+    @abstractmethod
+    def _decode(self, latents: Latents) -> Images:
+        """:meth:`decode_clips` of what was checked."""
 
 
 def check_images(images: NDArray, dims: int, spatial: int, what: str) -> None:

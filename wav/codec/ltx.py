@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from wav.codec.base import CODEC_FILE, Images, Latents, check_clip_length, check_images, check_latents
+from wav.codec.base import CODEC_FILE, Codec, Images, Latents
 from wav.errors import DataError
 from wav.hub import content_digest, is_hub_id, load_whole, resolve
 from wav.io.files import read_json, write_json
@@ -22,7 +22,7 @@ FIELD = "encode.path"
 FORMAT = 1
 
 
-class LTXCodec:
+class LTXCodec(Codec):
     """A frozen LTX VAE. Make one with :meth:`from_pretrained` or ``wav.codec.load_codec``."""
 
     kind = "ltx"
@@ -43,9 +43,7 @@ class LTXCodec:
     ) -> LTXCodec:
         """Load the VAE from a folder (of the VAE, or of a pipeline with vae/) or a hub id in the local cache.
 
-        Raises:
-            ServiceError: a hub id that was not fetched; the message holds the command.
-            DataError: the folder holds no LTX VAE, or not all of it.
+        ServiceError for a hub id that was not fetched, DataError for a folder that holds no LTX VAE, or not all of it.
         """
         from diffusers import AutoencoderKLLTXVideo  # slow import
 
@@ -79,27 +77,6 @@ class LTXCodec:
         """SHA-256 of weights and configuration."""
         return content_digest(self._files)
 
-    def encode_frames(self, images: Images) -> Latents:
-        """Images (N, H, W, 3) uint8, each a clip of one frame, to latents (N, C, h, w)."""
-        check_images(images, 4, self.spatial, "images")
-        return self._encode(images[:, None])[:, :, 0]
-
-    def encode_clips(self, clips: Images) -> Latents:
-        """Clips (N, 1 + 8k, H, W, 3) uint8 to latents (N, C, 1 + k, h, w)."""
-        check_images(clips, 5, self.spatial, "clips")
-        check_clip_length(clips.shape[1], self.temporal)
-        return self._encode(clips)
-
-    def decode_frames(self, latents: Latents) -> Images:
-        """Latents (N, C, h, w) to images (N, H, W, 3) uint8."""
-        check_latents(latents, 4, self.channels)
-        return self._decode(latents[:, :, None])[:, 0]
-
-    def decode_clips(self, latents: Latents) -> Images:
-        """Latents (N, C, 1 + k, h, w) to clips (N, 1 + 8k, H, W, 3) uint8."""
-        check_latents(latents, 5, self.channels)
-        return self._decode(latents)
-
     def save(self, folder: str | Path, reference: bool = False) -> None:
         """Write the VAE and ``codec.json``; with ``reference``, weights of a hub id are named instead of copied."""
         folder = Path(folder)
@@ -118,7 +95,6 @@ class LTXCodec:
 
     @torch.no_grad()
     def _encode(self, clips: Images) -> Latents:
-        """Clips (N, F, H, W, 3) -> (N, C, f, h, w)."""
         mean, std = self._scale()
         out = []
         for start in range(0, len(clips), self.batch):
@@ -130,7 +106,6 @@ class LTXCodec:
 
     @torch.no_grad()
     def _decode(self, latents: Latents) -> Images:
-        """Latents (N, C, f, h, w) -> (N, F, H, W, 3)."""
         mean, std = self._scale()
         out = []
         for start in range(0, len(latents), self.batch):

@@ -11,20 +11,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
-from wav.codec.base import (
-    CODEC_FILE,
-    Images,
-    Latents,
-    check_clip_length,
-    check_images,
-    check_latents,
-)
+from wav.codec.base import CODEC_FILE, Codec, Images, Latents, check_clip_length, check_images
 from wav.errors import ConfigError, DataError, cut
 from wav.seeding import numpy_generator
 
@@ -137,7 +131,7 @@ def _subset(stack: Images, cells: int, generator: np.random.Generator) -> Images
     return stack[np.sort(generator.choice(len(stack), limit, replace=False))]
 
 
-class PCACodec:
+class PCACodec(Codec):
     """Patch PCA with whitening; see :mod:`wav.codec.pca`. Make one with :meth:`fit` or ``load_codec``."""
 
     kind = "pca"
@@ -146,7 +140,6 @@ class PCACodec:
         self.image, self.clip = image, clip
         self.spatial, self.temporal, self.coordinates, self.floor = patch, temporal, coordinates, floor
         self.channels = image.encode.shape[1] + (2 if coordinates else 0)
-        self.digest = self._digest()
 
     @classmethod
     def fit(
@@ -198,35 +191,23 @@ class PCACodec:
         clip = _aligned(clip, image, groups, patch, temporal)
         return cls(image, clip, patch, temporal, coordinates, floor)
 
-    def encode_frames(self, images: Images) -> Latents:
-        """Images (N, H, W, 3) uint8 to latents (N, C, h, w)."""
-        check_images(images, 4, self.spatial, "images")
-        return self._encode(images[:, None], self.image)
-
-    def encode_clips(self, clips: Images) -> Latents:
-        """Clips (N, 1 + temporal*k, H, W, 3) uint8 to latents (N, C, 1 + k, h, w)."""
-        check_images(clips, 5, self.spatial, "clips")
+    def _encode(self, clips: Images) -> Latents:
         n, k = len(clips), check_clip_length(clips.shape[1], self.temporal)
-        first = self._encode(clips[:, :1], self.image)[:, :, None]
+        first = self._project(clips[:, :1], self.image)[:, :, None]
         if not k:
             return first
         groups = clips[:, 1:].reshape(n * k, self.temporal, *clips.shape[2:])
-        rest = self._encode(groups, self.clip)
+        rest = self._project(groups, self.clip)
         rest = rest.reshape(n, k, *rest.shape[1:]).transpose(0, 2, 1, 3, 4)
         return np.concatenate([first, rest], axis=2)
 
-    def decode_frames(self, latents: Latents) -> Images:
-        """Latents (N, C, h, w) to images (N, H, W, 3) uint8."""
-        check_latents(latents, 4, self.channels)
-        return self._decode(latents, self.image, 1)[:, 0]
-
-    def decode_clips(self, latents: Latents) -> Images:
-        """Latents (N, C, 1 + k, h, w) to clips (N, 1 + temporal*k, H, W, 3) uint8."""
-        check_latents(latents, 5, self.channels)
+    def _decode(self, latents: Latents) -> Images:
         n, c, frames, h, w = latents.shape
-        first = self._decode(latents[:, :, 0], self.image, 1)
+        first = self._pixels(latents[:, :, 0], self.image, 1)
+        if frames == 1:
+            return first
         rest = latents[:, :, 1:].transpose(0, 2, 1, 3, 4).reshape(n * (frames - 1), c, h, w)
-        groups = self._decode(rest, self.clip, self.temporal)
+        groups = self._pixels(rest, self.clip, self.temporal)
         return np.concatenate([first, groups.reshape(n, -1, *first.shape[2:])], axis=1)
 
     def save(self, folder: str | Path, reference: bool = False) -> None:
@@ -258,7 +239,7 @@ class PCACodec:
             raise DataError(f"{folder}: the basis does not match its digest; restore the folder or run encode again")
         return codec
 
-    def _encode(self, groups: Images, basis: Basis) -> Latents:
+    def _project(self, groups: Images, basis: Basis) -> Latents:
         """Groups (N, G, H, W, 3) -> (N, C, h, w)."""
         n, _, height, width, _ = groups.shape
         h, w = height // self.spatial, width // self.spatial
@@ -273,7 +254,7 @@ class PCACodec:
             out[:, content + 1] = ((2 * np.arange(w) + 1) / w - 1)[None, :]
         return out
 
-    def _decode(self, latents: Latents, basis: Basis, group: int) -> Images:
+    def _pixels(self, latents: Latents, basis: Basis, group: int) -> Images:
         """Latents (N, C, h, w) -> (N, group, H, W, 3) uint8."""
         n, _, h, w = latents.shape
         out = np.empty((n, group, h * self.spatial, w * self.spatial, 3), np.uint8)
@@ -304,7 +285,9 @@ class PCACodec:
             for part in _PARTS
         }
 
-    def _digest(self) -> str:
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of header and bases."""
         digest = hashlib.sha256(json.dumps(self._header(), sort_keys=True).encode())
         for name, array in sorted(self._tensors().items()):
             digest.update(name.encode() + str(array.shape).encode() + array.tobytes())
