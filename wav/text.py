@@ -7,13 +7,12 @@ It is loaded through ``from_pretrained`` like any other.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import re
 import shutil
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,11 +58,9 @@ def build_small(folder: str | Path, corpus: Sequence[str], dim: int = 64, seed: 
     """Write a small T5 encoder and its tokenizer into ``folder``.
 
     Words of ``corpus`` become single tokens; ``dim``, the width of the embeddings Ct, is a multiple of 4.
-
-    Raises:
-        ConfigError: a width that four heads cannot share.
     """
     from transformers import T5Config, T5EncoderModel, T5Tokenizer  # slow import
+    from transformers.utils.logging import disable_progress_bar
 
     if dim % 4:
         raise ConfigError(
@@ -98,23 +95,9 @@ def build_small(folder: str | Path, corpus: Sequence[str], dim: int = 64, seed: 
                 scale = 0.5 / parameter.shape[1] ** 0.5  # layers add context; the word itself stays the larger part
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
         model.shared.weight.copy_(_orthogonal_rows(len(vocabulary), dim, seed))
-    with _quiet():
-        model.save_pretrained(folder)
+    disable_progress_bar()  # they flicker for models that load at once
+    model.save_pretrained(folder)
     return folder
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars, which flicker for models that load at once."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 class TextEncoder:
@@ -166,14 +149,15 @@ class TextEncoder:
     def encode(self, instructions: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Embeddings (n, tokens, dim), zero where padded, and mask (n, tokens), true on real tokens.
 
-        Each instruction is encoded alone, so its embedding does not depend on the others.
-
-        Raises:
-            DataError: an instruction longer than ``tokens``; nothing is ever cut off silently.
+        Each instruction is encoded alone, so its embedding does not depend on the others; DataError for one that is
+        longer than ``tokens``: nothing is ever cut off silently.
         """
         if not instructions:
             raise DataError("instructions: none given; pass at least one")
-        rows = [self._one(instruction) for instruction in instructions]
+        for instruction in instructions:
+            if instruction not in self._memory:
+                self._memory[instruction] = self._compute(instruction)
+        rows = [self._memory[instruction] for instruction in instructions]
         return np.stack([row[0] for row in rows]), np.stack([row[1] for row in rows])
 
     def save(self, folder: str | Path, reference: bool = False) -> None:
@@ -217,18 +201,12 @@ class TextEncoder:
     @cached_property
     def _model(self) -> Any:
         from transformers import T5EncoderModel
+        from transformers.utils.logging import disable_progress_bar
 
-        with _quiet():  # the decoder's half goes unused where the folder holds a whole T5
-            model = load_whole(
-                T5EncoderModel, self._model_folder, FIELD, ("decoder.", "lm_head."), dtype=getattr(torch, self.dtype)
-            )
+        disable_progress_bar()
+        unused = ("decoder.", "lm_head.")  # where the folder holds a whole T5
+        model = load_whole(T5EncoderModel, self._model_folder, FIELD, unused, dtype=getattr(torch, self.dtype))
         return model.eval().requires_grad_(False).to(self.device)
-
-    def _one(self, instruction: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Embedding (tokens, dim) and mask (tokens,) of one instruction, computed once."""
-        if instruction not in self._memory:
-            self._memory[instruction] = self._compute(instruction)
-        return self._memory[instruction]
 
     def _check_known(self, instruction: str, ids: Sequence[int]) -> None:
         """Refuse an instruction of which the tokenizer knows too little: others would have its embedding too."""

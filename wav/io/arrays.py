@@ -65,11 +65,7 @@ class ArrayWriter:
 
 
 def open_array(path: str | Path, shape: Sequence[int | None], dtype: DTypeLike, *, remedy: str) -> NDArray[Any]:
-    """Memory-map a ``.npy`` file read-only; ``None`` in ``shape`` accepts any size.
-
-    Raises:
-        DataError: not a ``.npy`` file, or of another shape or dtype; the message ends in ``remedy``.
-    """
+    """Memory-map a ``.npy`` file read-only; DataError where it is of another shape (None: any size) or type."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # the header is Python text, whose parser has many ways to say no

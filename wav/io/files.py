@@ -45,8 +45,7 @@ _HOST = re.sub(r"[^\w.]", "_", platform.node())
 def inside(folder: str | Path, name: str) -> Path:
     """``folder / name``, where ``name`` is what somebody wrote down: a manifest, an index, a key of a store.
 
-    Raises:
-        DataError: it is absolute, or has a part that is empty, ``.`` or ``..``, and so may mean a file elsewhere.
+    DataError where it is absolute or has a part that is empty, ``.`` or ``..``, and so may mean a file elsewhere.
     """
     if not isinstance(name, str) or "\0" in name or not {"", ".", ".."}.isdisjoint(name.split("/")):
         raise DataError(f"{name!r:.200}: is no path of a file below {folder}; find out who wrote it there")
@@ -110,11 +109,7 @@ def _free_bytes(path: Path) -> int:
 
 
 def require_free_space(path: str | Path, needed: int) -> None:
-    """Refuse to start writing ``needed`` bytes under ``path`` where they cannot fit.
-
-    Raises:
-        StorageError: fewer than ``needed`` bytes are free.
-    """
+    """StorageError where fewer than ``needed`` bytes are free under ``path``."""
     free = _free_bytes(Path(path))
     if free < needed:
         raise StorageError(
@@ -146,7 +141,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         temporary.mkdir()
         try:
             yield temporary
-            _sync_tree(temporary)
+            for root, _, files in os.walk(temporary):
+                for name in (*files, "."):
+                    fsync_path(Path(root) / name)
             replace_folder(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -175,14 +172,6 @@ def fsync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sync_tree(folder: Path) -> None:
-    """Flush every file and folder under ``folder``."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            fsync_path(Path(root) / name)
-        fsync_path(Path(root))
 
 
 def replace_folder(new: Path, path: Path) -> None:
@@ -249,21 +238,12 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file atomically; its folder must exist.
-
-    Raises:
-        StorageError: the disk is full.
-    """
-    with atomic_file(Path(path)) as temporary:
-        temporary.write_text(text)
+    """Write a text file atomically, making its folder."""
+    write_bytes(Path(path), text.encode())
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically, making its folder.
-
-    Raises:
-        StorageError: the disk is full.
-    """
+    """Write a file atomically, making its folder."""
     with atomic_file(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
@@ -379,11 +359,7 @@ def check_format(
 
 
 def read_manifest(folder: str | Path, name: str, version: int, *, remedy: str) -> dict[str, Any]:
-    """Read ``manifest.json`` and check the format, its version and the size of every file it lists.
-
-    Raises:
-        DataError: folder or manifest missing, another format or version, a file missing or truncated.
-    """
+    """``manifest.json`` of a folder; DataError where its format, its version or the size of a file is another."""
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; {remedy}")

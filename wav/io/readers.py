@@ -42,11 +42,7 @@ def understood(where: str | Path, remedy: str, error: type[WavError] = DataError
 
 
 def read_text(path: str | Path, remedy: str, error: type[WavError] = DataError, limit: int = TEXT_BYTES) -> str:
-    """A file of UTF-8 text, with or without a byte order mark.
-
-    Raises:
-        DataError (or ``error``): there is none, it cannot be read, is no text or is larger than ``limit`` bytes.
-    """
+    """A file of UTF-8 text, with or without a byte order mark; ``error`` where it is none, or larger than ``limit``."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -65,11 +61,7 @@ def read_text(path: str | Path, remedy: str, error: type[WavError] = DataError, 
 
 
 def read_json(path: str | Path, remedy: str, error: type[WavError] = DataError, limit: int = TEXT_BYTES) -> Any:
-    """Read a JSON file of at most ``limit`` bytes.
-
-    Raises:
-        DataError (or ``error``): it is missing or not JSON; the message ends in ``remedy``.
-    """
+    """A JSON file of at most ``limit`` bytes; ``error`` where it is missing or not JSON, ending in ``remedy``."""
     return parse_json(read_text(path, remedy, error, limit), str(path), remedy, error)
 
 

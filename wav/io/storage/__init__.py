@@ -16,12 +16,7 @@ __all__ = ["ObjectInfo", "ObjectStore", "open_store"]
 
 
 def open_store(url: str, endpoint: str = "", region: str = "us-east-1") -> ObjectStore:
-    """The store at ``url``: ``s3://bucket[/prefix]`` or ``file:///folder``.
-
-    Args:
-        url: where objects live.
-        endpoint: address of the S3 server, such as ``http://127.0.0.1:8333``; empty: AWS.
-        region: S3 region.
+    """The store at ``url``: ``s3://bucket[/prefix]``, at ``endpoint`` (empty: AWS), or ``file:///folder``.
 
     Raises:
         ConfigError: the url is of no known kind, or an address holds credentials.

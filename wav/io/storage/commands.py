@@ -56,11 +56,7 @@ def ls(store: ObjectStore, prefix: str = "") -> Iterator[str]:
 
 
 def get(store: ObjectStore, prefix: str, folder: Path) -> str:
-    """Download a commit, verified; a broken download goes on when it is asked for again.
-
-    Raises:
-        StorageError: ``folder`` exists, there is no such commit, or it is damaged.
-    """
+    """Download a commit, verified; a broken download goes on when it is asked for again."""
     if folder.exists():
         raise StorageError(f"{folder}: exists already; name another folder or remove it")
     manifest = fetch(store, prefix.strip("/"), folder)
@@ -68,12 +64,7 @@ def get(store: ObjectStore, prefix: str, folder: Path) -> str:
 
 
 def verify(store: ObjectStore, prefix: str) -> Iterator[str]:
-    """Read a commit's objects back and compare each with its digest; a line per file, the bad ones first word BAD.
-
-    Raises:
-        StorageError: there is no such commit.
-        TransferError: the connection broke.
-    """
+    """Read a commit's objects back and compare each with its digest; a line per file, the bad ones first word BAD."""
     prefix = prefix.strip("/")
     manifest = remote_manifest(store, prefix)
     if manifest is None:

@@ -185,11 +185,6 @@ class Retention:
     best: int = 0
     every: int = 0
 
-    @property
-    def needs_facts(self) -> bool:
-        """Whether the choice depends on what manifests say (else on the order of names alone)."""
-        return bool(self.best or self.every)
-
     def old(self, facts: Mapping[str, Mapping[str, Scalar]]) -> list[str]:
         """Names that may go, of checkpoints by name (whose order is their age) with their manifests' facts."""
         names = sorted(facts)
@@ -214,7 +209,7 @@ def superseded(store: ObjectStore, prefix: str, keep: Retention) -> list[str]:
     """Commits below ``prefix`` that ``keep`` does not keep."""
     facts: dict[str, Mapping[str, Scalar]] = {}
     for commit in commits(store, prefix):
-        manifest = remote_manifest(store, commit) if keep.needs_facts else None
+        manifest = remote_manifest(store, commit) if keep.best or keep.every else None  # else names tell
         facts[commit] = manifest.meta if manifest else {}
     return keep.old(facts)
 

@@ -174,18 +174,20 @@ class S3Store:
         Raises:
             StorageError: the store refused it, or has another object than the file. TransferError: try again.
         """
-        digest = file_digest(path)
+        digest, place = file_digest(path), (str(path), self.bucket, self._key(key))
+
+        def upload(checksums: dict[str, str]) -> None:
+            extra = {"Metadata": {"sha256": digest}, **checksums}
+            self._client.upload_file(*place, ExtraArgs=extra, Config=self._transfer)
+
         with disk_errors(path), self._explained(key):
-            self._checksummed(lambda extra: self._upload(path, key, {"Metadata": {"sha256": digest}, **extra}))
+            self._checksummed(upload)
         info = self.head(key)
         if info is None or info.size != path.stat().st_size or info.sha256 != digest:
             raise StorageError(f"{self.uri(key)}: the uploaded object is not the file {path}; upload it again")
         if not self._checksums:
             self._read_back(key, digest)
         return info
-
-    def _upload(self, path: Path, key: str, extra: dict[str, Any]) -> None:
-        self._client.upload_file(str(path), self.bucket, self._key(key), ExtraArgs=extra, Config=self._transfer)
 
     def _checksummed(self, write: Callable[[dict[str, str]], Result]) -> Result:
         """A write whose bytes the server compares with a SHA-256, where it knows how to."""
@@ -196,14 +198,10 @@ class S3Store:
                 refused = error if isinstance(error, ClientError) else error.__context__
                 if not isinstance(refused, ClientError) or not no_checksums(refused):
                     raise
-                self._without_checksums()
+                _LOG.warning("%s: the server knows no request checksums; every upload is read back", self._where())
+                self._checksums = False
+                self._client = self._connect(self._attempts)
         return write({})
-
-    def _without_checksums(self) -> None:
-        """From now on write without checksums, and read every object back."""
-        _LOG.warning("%s: the server knows no request checksums; every upload is read back", self._where())
-        self._checksums = False
-        self._client = self._connect(self._attempts)
 
     def _read_back(self, key: str, digest: str) -> None:
         """Compare what the server holds with what was sent."""
