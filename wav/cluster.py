@@ -112,13 +112,8 @@ class Cluster:
 def open_cluster(address: str, workers: int = 0, patience_s: float = PATIENCE_S) -> Iterator[Cluster]:
     """The cluster at ``address``, or for ``local`` one of this machine's cores that ends with the block.
 
-    Args:
-        address: ``local`` or a scheduler's address.
-        workers: processes of a local cluster; 0: the machine's cores.
-        patience_s: see :data:`PATIENCE_S`.
-
-    Raises:
-        ConfigError: Dask is not installed, or an address that is none.
+    ``workers`` are processes of a local cluster (0: the machine's cores). ConfigError where Dask is not installed, or
+    for an address that is none.
     """
     try:
         import dask

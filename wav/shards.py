@@ -46,11 +46,7 @@ def staging_folder(out: str | Path) -> Path:
 
 
 def in_order(results: Iterable[tuple[int, Result]], count: int) -> Iterator[tuple[int, Result]]:
-    """Yield (job index, result) in job order, holding back only what came early.
-
-    Raises:
-        SimulationError: results end before all ``count`` jobs have one.
-    """
+    """Yield (job index, result) in job order; SimulationError where results end before all ``count`` jobs have one."""
     waiting: dict[int, Result] = {}
     following = 0
     for index, result in results:

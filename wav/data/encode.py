@@ -39,6 +39,7 @@ LTX_HUB_ID = "Lightricks/LTX-Video"
 _CHUNK_BYTES = 1 << 26  # raw pixels gathered at once
 _FIT_BYTES = 1 << 28  # raw pixels of the clips (and of the frames) a codec is fitted on
 _PSNR_FRAMES = 128  # per view
+_codec_on = lru_cache(maxsize=1)(load_codec)
 
 #: rows of image.npy (n, V, C, h, w) and of clip.npy (n, V, C, f, h, w)
 Block = tuple[NDArray[np.float32], NDArray[np.float32]]
@@ -47,9 +48,7 @@ Block = tuple[NDArray[np.float32], NDArray[np.float32]]
 def fit_codec(episodes: EpisodeStore, data: DataSettings, settings: EncodeSettings, device: str = "cpu") -> Codec:
     """The codec that ``settings`` describe: a PCA fitted on frames drawn from the store, the LTX VAE, or a kept one.
 
-    Raises:
-        DataError: too few or unsuitable frames. ConfigError: settings that the codec does not have.
-        ServiceError: VAE weights that were not fetched.
+    ConfigError where the codec has other sizes, ServiceError for weights that were not fetched.
     """
     if settings.codec == "ltx" or settings.path:
         codec = load_codec(settings.path or LTX_HUB_ID, device)
@@ -90,8 +89,7 @@ def build_text_encoder(
 ) -> TextEncoder:
     """The text encoder that ``settings`` describe; the built-in one is written into ``folder`` first.
 
-    Raises:
-        ConfigError: ``encode.text_dim`` is not the encoder's width. ServiceError: weights that were not fetched.
+    ConfigError where ``encode.text_dim`` is not its width, ServiceError for weights that were not fetched.
     """
     if settings.text == "builtin-small":
         source = str(build_small(folder, instructions, settings.text_dim, settings.seed))
@@ -118,16 +116,8 @@ def encode_store(
 ) -> LatentStore:
     """Encode a whole episode store into ``out``, atomically and in bounded memory; shards that are there stay.
 
-    Args:
-        episodes: the store.
-        codec: frames to latents.
-        text_encoder: instructions to embeddings.
-        data: frame grid (frame_stride, future_frames), views and text_tokens.
-        out: folder.
-        progress: called with (frames done, frames in total).
-        instructions: further instructions to encode beside the episodes' own and "".
-        run: encodes shards elsewhere (:mod:`wav.cluster`); what is done is kept until the store is complete.
-        device: that the codec is loaded on there.
+    ``instructions`` are encoded beside the episodes' own and ""; ``run`` encodes shards elsewhere (:mod:`wav.cluster`),
+    where the codec is loaded on ``device``; ``progress`` is told (frames done, frames in total).
 
     Raises:
         DataError: the store's views or image size are not those of ``data``, a text is too long.
@@ -219,11 +209,6 @@ def _encoded(episodes: EpisodeStore, which: range, codec: Codec, grid: FrameGrid
             frames = [codec.encode_frames(np.asarray(episode.images[v][start:stop])) for v in views]
             clips = [codec.encode_clips(np.asarray(episode.images[v][rows])) for v in views]
             yield np.stack(frames, axis=1), np.stack(clips, axis=1)
-
-
-@lru_cache(maxsize=1)
-def _codec_on(folder: str, device: str) -> Codec:
-    return load_codec(folder, device)
 
 
 def encode_shard(

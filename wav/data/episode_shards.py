@@ -30,11 +30,7 @@ Progress = Callable[[int, int], None]
 
 @lru_cache(maxsize=1)
 def opened(path: str, digest: str) -> EpisodeStore:
-    """The store at ``path``, where it is the one of this digest.
-
-    Raises:
-        DataError: another store lies there.
-    """
+    """The store at ``path``; DataError where another than the one of this digest lies there."""
     store = EpisodeStore.open(path)
     if store.digest != digest:
         raise DataError(

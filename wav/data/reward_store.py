@@ -57,11 +57,7 @@ class RewardStore:
 
     @classmethod
     def open(cls, path: str | Path, episodes: EpisodeStore | None = None) -> RewardStore:
-        """Open a store; with ``episodes``, check that it was made from them.
-
-        Raises:
-            DataError: something is missing, truncated, of another version, or made from other episodes.
-        """
+        """Open a store; DataError where it is not whole, or was not made from ``episodes``."""
         path = Path(path)
         with understood(path, REMEDY):
             store = cls(path, read_manifest(path, FORMAT, VERSION, remedy=REMEDY))

@@ -119,11 +119,7 @@ def symexp(x: Array) -> Array:
 
 
 def compute_statistics(rows: NDArray[Any] | ShardedArray, mode: Mode, name: str = "statistics") -> KeyStatistics:
-    """Statistics of rows (N, D), in double precision, a block of rows and then a column at a time.
-
-    Raises:
-        DataError: there are no rows, or a value is not finite.
-    """
+    """Statistics of rows (N, D) in double precision, block by block; DataError where a value is not finite."""
     if len(rows.shape) != 2 or not len(rows):
         raise DataError(f"{name}: no rows to take statistics of (shape {rows.shape}); ingest at least one episode")
     count = len(rows)
@@ -245,11 +241,7 @@ class Statistics:
 
 
 def check_statistics(expected: str, found: str, where: str) -> None:
-    """Refuse normalisation statistics other than the ones a checkpoint was trained with.
-
-    Raises:
-        CheckpointError: the digests differ.
-    """
+    """CheckpointError for normalisation statistics other than the ones a checkpoint was trained with."""
     if expected != found:
         raise CheckpointError(
             f"{where}: statistics digest {found[:12]} does not match the checkpoint's {expected[:12]}; "

@@ -104,11 +104,7 @@ class EpisodeStore:
 
     @classmethod
     def open(cls, path: str | Path) -> EpisodeStore:
-        """Open a store, checking format, version and the size of every file.
-
-        Raises:
-            DataError: something is missing, truncated or of another version; names the file and the remedy.
-        """
+        """Open a store; DataError names what is missing, truncated or of another version, and the remedy."""
         path = Path(path)
         with understood(path, REMEDY):
             return cls(path, read_manifest(path, FORMAT, VERSION, remedy=REMEDY))

@@ -30,12 +30,9 @@ class StreamSampler(BatchSampler):
         shards: (S,) windows of every shard; those of a split follow each other shard by shard.
         batch_size: global batch, over all ranks.
         seed: of dealing, shuffling and memory draws.
-        rank: this process.
-        ranks: number of processes.
-        streams: number of streams, a multiple of ``ranks`` that divides ``batch_size``.
-
-    Raises:
-        ConfigError: the numbers do not divide each other, or there are fewer shards than streams.
+        rank: this one of ``ranks`` processes.
+        ranks: all of them.
+        streams: number of streams, a multiple of ``ranks`` that divides ``batch_size``; ConfigError where it is not.
     """
 
     def __init__(

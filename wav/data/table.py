@@ -51,12 +51,8 @@ def _layout(width: int) -> np.dtype[Any]:
 class EpisodeTable(Sequence[EpisodeInfo]):
     """The episodes of a store in their order; rows are made when they are asked for.
 
-    Args:
-        rows: (E,) structured array of the file.
-        texts: the distinct texts of each column of :data:`TEXTS`.
-
-    Raises:
-        ValueError: this is no table, or its shards do not follow one another.
+    ``rows`` (E,) are the structured array of the file, ``texts`` the distinct texts of each column of :data:`TEXTS`.
+    ValueError where this is no table, or its shards do not follow one another.
     """
 
     def __init__(self, rows: NDArray[Any], texts: Mapping[str, Sequence[str]]) -> None:

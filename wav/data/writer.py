@@ -80,18 +80,16 @@ class EpisodeStoreWriter:
         return set(self._table.texts["task"])
 
     def add(self, episode: Episode) -> None:
-        """Append one episode.
-
-        Raises:
-            DataError: it is malformed, duplicates an id, or does not fit the conventions.
-            StorageError: the disk is full.
-        """
+        """Append one episode; DataError where it is malformed, repeats an id or does not fit the conventions."""
         episode.validate()
         self._check_fit(episode)
         arrays = _fields(episode)
         layout = {name: rows.shape[1:] for name, rows in arrays.items()}
         if layout != self._layout or self._bytes >= self.shard_bytes:
-            self._open_shard(arrays, layout)
+            self._close()
+            self._shard, self._bytes, self._layout = self._shard + 1, 0, layout
+            folder = self._folder / shard_folder(self._shard)
+            self._writers = {n: ArrayWriter(folder / f"{n}.npy", layout[n], rows.dtype) for n, rows in arrays.items()}
         for name, rows in arrays.items():
             self._writers[name].append(rows)
         self._table.add(
@@ -172,13 +170,6 @@ class EpisodeStoreWriter:
         """Complete the files of the shard in work."""
         for writer in self._writers.values():
             writer.close()
-
-    def _open_shard(self, arrays: dict[str, NDArray[Any]], layout: dict[str, tuple[int, ...]]) -> None:
-        """Begin the next shard with these fields."""
-        self._close()
-        self._shard, self._bytes, self._layout = self._shard + 1, 0, layout
-        folder = self._folder / shard_folder(self._shard)
-        self._writers = {n: ArrayWriter(folder / f"{n}.npy", rows.shape[1:], rows.dtype) for n, rows in arrays.items()}
 
     def _finish(self) -> None:
         """Write statistics, quarantine report and manifest."""

@@ -28,16 +28,10 @@ if TYPE_CHECKING:
 
 
 def returns(reward: NDArray[np.floating], gamma: float, horizon: int | None) -> NDArray[np.float32]:
-    """Return v_t = sum_{i < horizon} gamma^i r_{t+i}, (T,) for rewards (T,).
+    """Return v_t = sum_{i < horizon} gamma^i r_{t+i}, (T,) for rewards r_t (T,) and the discount gamma.
 
-    Args:
-        reward: r_t; after the final frame the last one is held (the goal is absorbing).
-        gamma: discount.
-        horizon: steps summed (H + 1 in the spec's notation, the action chunk by default). None sums to the episode's
-            end instead, without holding; such returns FALL toward success, because rewards are positive.
-
-    Raises:
-        DataError: a horizon below one.
+    After the final frame the last reward is held (the goal is absorbing). ``horizon`` None sums to the episode's end
+    instead, without holding; such returns FALL toward success, because rewards are positive.
 
     >>> returns(np.array([0.0, 1.0, 1.0]), gamma=0.5, horizon=2).tolist()
     [0.5, 1.5, 1.5]
@@ -94,13 +88,8 @@ def label_store(
 ) -> RewardStore:
     """Label every episode and write the reward store ``out`` atomically; shards that are there stay as they are.
 
-    Args:
-        episodes: the store.
-        settings: see :func:`episode_rewards` and :func:`returns`.
-        action_chunk: steps of a return where ``settings.horizon`` is 0.
-        out: folder.
-        progress: called with (steps done, steps in total).
-        run: labels shards elsewhere (:mod:`wav.cluster`); what is done is kept until the store is complete.
+    A return sums ``action_chunk`` steps where ``settings.horizon`` is 0; ``run`` labels shards elsewhere
+    (:mod:`wav.cluster`); ``progress`` is told (steps done, steps in total).
 
     Raises:
         DataError: an episode without the views or sizes the reward needs, or a value that is not finite.

@@ -117,16 +117,11 @@ class RewardTerms:
 def episode_rewards(
     episode: Episode, settings: LabelRewardsSettings, views: tuple[str, ...] | None = None
 ) -> RewardTerms:
-    """Table 2 for one episode.
+    """Table 2 for one episode, whose last frame is the reference; ``views`` are the cameras to use (None: its own).
 
-    Args:
-        episode: its last frame is the reference. The state in the reward is ``joints`` where the source has them, else
-            the end-effector state with the axis-angle unwrapped.
-        settings: arms (9 or 16 terms) and weight w: +w for similarities, -w for state motion, -0.1 w for action motion.
-        views: cameras to use; None takes the episode's.
-
-    Raises:
-        DataError: a camera is missing, views or columns do not fit the arms, images are below 11 pixels.
+    The state in the reward is ``joints`` where the source has them, else the end-effector state with the axis-angle
+    unwrapped. ``settings`` tell the arms (9 or 16 terms) and the weight w: +w for similarities, -w for state motion,
+    -0.1 w for action motion. DataError where a camera is missing, or views or columns do not fit the arms.
     """
     subjects = _subjects(episode, settings.arms, tuple(views or episode.views))
     names: list[str] = []
