@@ -32,7 +32,7 @@ def random_episode(size: int, steps: int) -> Episode:
     rng = np.random.default_rng(0)
     images = {view: rng.integers(0, 256, (steps, size, size, 3), np.uint8) for view in VIEWS}
     state, joints, actions = (rng.normal(size=(steps, n)).astype(np.float32) for n in (8, 8, 7))
-    return Episode("noise", "noise", "noise", images, state, joints, actions, None, True, 0, 0, "benchmark")
+    return Episode("noise", "noise", "noise", images, state, joints, actions, "benchmark")
 
 
 def measure(size: int, steps: int, seconds: float) -> dict[str, Any]:

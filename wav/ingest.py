@@ -16,14 +16,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from wav.config import DataSettings, IngestSettings
 from wav.data.episode import Episode
 from wav.data.sources import Source, open_source
+from wav.data.sources.scripted import kept
 from wav.data.sources.staging import DatasetSource, Staged, collect, remember
 from wav.data.store import EpisodeStore, Rejection
 from wav.data.writer import EpisodeStoreWriter
@@ -31,9 +32,6 @@ from wav.errors import ConfigError, DataError
 from wav.io.files import require_free_space
 from wav.shards import Mapper, staging_folder
 from wav.sim.registry import has_simulator
-
-if TYPE_CHECKING:
-    from wav.config import DataSettings, IngestSettings
 
 Progress = Callable[[int, int, int], None]
 """(episodes tried, episodes wanted, episodes accepted)"""
@@ -108,12 +106,15 @@ def ingest(
         if isinstance(source, DatasetSource):
             jobs = _write_dataset(source, writer, out, count, progress, run)
         else:
-            for outcome in source.outcomes(count, _kept(run, out)):
+            if run is not None:  # what is recorded elsewhere is kept beside the output until that is complete
+                run = kept(run, staging_folder(out), writer.conventions)
+            for outcome in source.outcomes(count, run):
                 if isinstance(outcome, Episode):
                     writer.add(outcome)
+                    progress(1, 0)
                 else:
                     _quarantine(writer, outcome)
-                progress(*((1, 0) if isinstance(outcome, Episode) else (0, 1)))
+                    progress(0, 1)
     if jobs:
         remember(out, jobs)
     else:
@@ -127,15 +128,6 @@ def ingest(
         seconds=time.monotonic() - began,
         digest=store.digest,
     )
-
-
-def _kept(run: Mapper | None, out: Path) -> Mapper | None:
-    """``run`` with what it recorded kept beside the output until that is complete."""
-    if run is None:
-        return None
-    from wav.data.sources.scripted import kept
-
-    return kept(run, staging_folder(out))
 
 
 def _check_render(source: Source | DatasetSource, data: DataSettings) -> None:
@@ -177,31 +169,27 @@ def _write_dataset(
     workers: int,
     progress: _Tally,
     run: Mapper | None,
-) -> dict[str, tuple[Staged, range]]:
+) -> dict[str, Staged]:
     """Read a dataset's jobs, continuing what an earlier run left, and put them together in their order.
 
-    Returns:
-        by its key, each job and the shards of the store that are its episodes.
-
-    Raises:
-        DataError: a task of data.tasks has no episode that is fit.
+    Returns each job by its key, with the shards of the store that are its episodes.
     """
-    parts: list[Staged] = []
+    parts: dict[int, Staged] = {}
     jobs = source.jobs()
-    for staged in collect(jobs, source.conventions(), out, workers, run):
-        parts.append(staged)
-        progress(staged.accepted, len(staged.rejected))
+    for index, part in collect(jobs, source.conventions(), out, workers, run):
+        parts[index] = part
+        progress(part.accepted, len(part.rejected))
     store: EpisodeStore | None = None
-    places: dict[str, tuple[Staged, range]] = {}
+    places: dict[str, Staged] = {}
     refused: dict[str, Rejection] = {}
-    for staged in sorted(parts, key=lambda part: part.index):
-        shards = range(0)
-        if staged.store is not None:
-            if store is None or store.path != staged.store:
-                store = EpisodeStore.open(staged.store)
-            shards = writer.adopt(store, staged.shards)
-        places[jobs[staged.index].key] = staged, shards
-        for rejection in staged.rejected:
+    for index, job in enumerate(jobs):
+        part, shards = parts[index], range(0)
+        if part.shards:
+            if store is None or store.path != part.store:
+                store = EpisodeStore.open(part.store)
+            shards = writer.adopt(store, part.shards)
+        places[job.key] = replace(part, shards=shards)
+        for rejection in part.rejected:
             refused.setdefault(rejection.task, rejection)
             _quarantine(writer, rejection)
     for task, first in refused.items():

@@ -25,12 +25,13 @@ from wav.data.episode import Episode
 from wav.data.names import LIBERO_SUITES, task_name
 from wav.data.sources import open_source
 from wav.data.sources.damage import unreadable
-from wav.data.sources.libero_file import suite_folder
+from wav.data.sources.finding import CAMERAS
+from wav.data.sources.libero_hdf5 import suite_folder
 from wav.data.sources.open_files import files_closed
 from wav.data.sources.recognise import recognise, refuse_unknown
 from wav.data.sources.staging import DatasetSource
 from wav.data.store import Rejection
-from wav.data.survey import USUAL, Survey, choose_views, survey
+from wav.data.survey import Survey, choose_views, survey
 from wav.errors import ConfigError, DataError
 from wav.io.readers import understood
 from wav.parameter_files import merge
@@ -185,8 +186,7 @@ def _propose(
 
 def _usual(view: str, camera: str, reader: str) -> bool:
     """Whether the reader finds the camera by itself: LIBERO's files may name it otherwise from one to another."""
-    names = {name for known, usual in USUAL if known == view for name in usual}
-    return reader in ("libero_hdf5", "robomimic_hdf5") and camera in names
+    return reader in ("libero_hdf5", "robomimic_hdf5") and camera in CAMERAS.get(view, ())
 
 
 def _size(height: int, width: int, base: Settings) -> tuple[int, int]:
@@ -259,15 +259,12 @@ def _asked(
             break
         tried[name] = place + 1
         why = noted[name].why if name in noted else question
-        noted[name] = Undeclared(*_keyed(name, options[place]), why)
-    told = dict(made.told) | {"data.state_dim": _how_state(made.survey), "data.action_dim": ""}
+        parameter, _, folder = name.partition("|")  # of instructions, one folder's
+        noted[name] = Undeclared(parameter, {folder: options[place]} if folder else options[place], why)
+    state = made.survey.state
+    how = f"names of {state.column}" if state.names else f"width of {state.column}"
+    told = dict(made.told) | {"data.state_dim": how, "data.action_dim": ""}
     return replace(made, undeclared=tuple(noted.values()), told=told)
-
-
-def _keyed(name: str, value: Any) -> tuple[str, Any]:
-    """(parameter, value); of ``section.instructions|folder`` the mapping."""
-    name, _, key = name.partition("|")
-    return name, {key: value} if key else value
 
 
 def _asks_for(question: str, reader: str, declared: Mapping[str, Any]) -> str:
@@ -278,10 +275,6 @@ def _asks_for(question: str, reader: str, declared: Mapping[str, Any]) -> str:
             folder = _FOLDER.search(question) if option == "instructions" else None
             return f"{name}|{folder[1]}" if folder else name
     return "ingest.lerobot.gripper" if "reader's option gripper" in question and reader == "lerobot" else ""
-
-
-def _how_state(seen: Survey) -> str:
-    return f"names of {seen.state.column}" if seen.state.names else f"width of {seen.state.column}"
 
 
 def _pictured(trial: Mapping[str, Any], made: Inspection) -> dict[str, Any]:
@@ -337,11 +330,7 @@ def _spread(source: DatasetSource) -> Iterator[Episode | Rejection]:
 
 
 def parse_declared(settings: list[str]) -> dict[str, Any]:
-    """``NAME=VALUE`` texts as full name -> value, read as YAML.
-
-    Raises:
-        ConfigError: a text is no such pair.
-    """
+    """``NAME=VALUE`` texts as full name -> value, read as YAML; ConfigError for a text that is none."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 

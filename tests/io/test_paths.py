@@ -88,6 +88,8 @@ def test_an_index_names_weights_beside_it(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", ["/abs/{chunk_index}", "../{chunk_index}.parquet", "data//{chunk_index}"])
 def test_a_dataset_s_files_lie_in_its_folder(pattern: str, tmp_path: Path) -> None:
-    dataset = cast(Dataset, SimpleNamespace(root=tmp_path, info={"data_path": pattern}, where=tmp_path / "info.json"))
+    dataset = cast(
+        Dataset, SimpleNamespace(root=tmp_path, info=SimpleNamespace(data_path=pattern), where=tmp_path / "info.json")
+    )
     with pytest.raises(DataError, match=r"data_path = .* is no path of a file below"):
         lerobot_entries._placed(dataset, "data_path", chunk_index=0)

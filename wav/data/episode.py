@@ -32,12 +32,14 @@ class Episode:
     """(T, J) float32 joint angles (rad) and gripper opening, where the source has them."""
     actions: NDArray[np.float32]
     """(T, A) float32, as executed: OSC_POSE deltas in [-1, 1]; gripper -1 open, +1 close."""
-    expert_actions: NDArray[np.float32] | None
-    """(T, A) float32: what the expert wanted before execution noise, where the source knows it."""
-    success: bool
-    init_index: int
-    seed: int
     source: str
+    """Format, file and name of what it was read from, or what recorded it."""
+    expert_actions: NDArray[np.float32] | None = None
+    """(T, A) float32: what the expert wanted before execution noise, where the source knows it."""
+    success: bool = True
+    init_index: int = -1
+    """Initial state of the simulator, and the seed; -1 where nobody knows."""
+    seed: int = -1
     style: str = ""
     """How a scripted expert moved (:data:`wav.sim.styles.STYLES`); empty where nobody knows. No model ever sees it."""
 
@@ -56,11 +58,7 @@ class Episode:
         return self.actions if self.expert_actions is None else self.expert_actions
 
     def validate(self) -> None:
-        """Check types, shapes, lengths and finiteness.
-
-        Raises:
-            DataError: names the episode, the field, what it is and what it should be.
-        """
+        """Check types, shapes, lengths and finiteness; DataError names the episode, the field and what it should be."""
         if not is_plain(self.task):
             raise DataError(
                 f"episode {self.episode_id}: task {self.task!r} cannot name a file everywhere; name it by "

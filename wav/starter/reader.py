@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from wav.config import DataSettings
+from wav.config import DataSettings, IngestSettings
 from wav.data.conventions import ABSOLUTE_ACTIONS, Conventions
 from wav.data.episode import Episode
 from wav.data.names import task_name
 from wav.data.sources.frames import preparation
-from wav.data.sources.staging import DatasetSource, Job
+from wav.data.sources.staging import DatasetSource, Item, Job, judged
 from wav.data.store import Rejection
 from wav.errors import ConfigError, DataError
 
@@ -50,12 +50,9 @@ class NpzSource(DatasetSource):
         )
 
     def jobs(self) -> list[Job]:
-        """One for each file; a job's key tells whether its result is still good."""
-        made = []
-        for path in self.files():
-            what = {"label": path.name, "episodes": 1, "files": [path], "identity": ""}
-            made.append(self.job(read, (path, self.data), path.stat().st_size, **what))
-        return made
+        """A few files each."""
+        items = [Item(path, path.stat().st_size, (path,), path.name) for path in self.files()]
+        return self.jobs_of(read, items, self.settings.path)
 
     def describe(self) -> dict[str, Any]:
         """For the store's ``source.json``."""
@@ -67,34 +64,34 @@ def project(path: str) -> Path:
     return Path(__file__).parent / path
 
 
-def read(path: Path, data: DataSettings) -> Iterator[Episode | Rejection]:
-    """The episode of one file."""
-    name = f"{data.suite}/{path.stem}"
+def read(
+    plan: None, paths: tuple[Path, ...], data: DataSettings, settings: IngestSettings
+) -> Iterator[Episode | Rejection]:
+    """The episode of each file."""
+    for path in paths:
+        yield judged(f"{data.suite}/{path.stem}", "", path.name, settings, read_file, path, data)
+
+
+def read_file(path: Path, data: DataSettings) -> Episode:
+    """The episode of a file; DataError where it is not fit."""
     prepare = preparation("none", "none", mirrored=False, height=data.image_height, width=data.image_width)
     try:
         with np.load(path) as file:
             text = str(file["instruction"])
             state, action = file["state"].astype(np.float32), file["action"].astype(np.float32)
             images = {view: prepare.stack(file[view], len(file[view])) for view in data.views}
-        episode = Episode(
-            episode_id=name,
-            task=task_name(text),
-            instruction=text,
-            images=images,
-            state=state,
-            joints=state,
-            actions=action,
-            expert_actions=None,
-            success=True,
-            init_index=-1,
-            seed=-1,
-            source=f"npz:{path.name}",
-        )
-        episode.validate()
-    except (DataError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
-        yield Rejection(name, "", f"{path.name}: {error}")
-        return
-    yield episode
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise DataError(f"is no archive of an episode ({error})") from None
+    return Episode(
+        episode_id=f"{data.suite}/{path.stem}",
+        task=task_name(text),
+        instruction=text,
+        images=images,
+        state=state,
+        joints=state,
+        actions=action,
+        source=f"npz:{path.name}",
+    )
 
 
 def make(folder: Path, episodes: int = 3, steps: int = 90) -> None:

@@ -105,12 +105,12 @@ def test_contradictions_are_refused(data, libero, hdf5_settings, tmp_path):
         ({"path": str(tmp_path / "nowhere")}, r"ingest\.path = .*no such file or folder"),
         (
             {"cameras": {"wrist": "depth"}},
-            r"camera 'wrist' .*obs/ holds agentview_rgb, .*ingest\.libero_hdf5\.cameras\.wrist",
+            r"no camera for 'wrist' .*it has agentview_rgb, .*ingest\.libero_hdf5\.cameras\.wrist",
         ),
     ):
         with pytest.raises(ConfigError, match=message):
             open_source(data, changed(hdf5_settings, **changes))
-    with pytest.raises(ConfigError, match=r"data\.tasks: 'fly' has no file .* open_the_drawer, pick_up_the_bowl"):
+    with pytest.raises(ConfigError, match=r"data\.tasks: 'fly' is not in .* open_the_drawer, pick_up_the_bowl"):
         open_source(data.model_copy(update={"tasks": ("fly",)}), hdf5_settings)
     for demo in range(3):
         edit(
@@ -354,7 +354,7 @@ def test_several_suites_become_one_store(data, libero, hdf5_settings, tmp_path):
     assert store.episodes[0].episode_id == f"{named[0]}/demo_0"
     one = both.model_copy(update={"tasks": (named[-1],)})
     assert {info.task for info in run(one, settings, tmp_path / "one").episodes} == {named[-1]}
-    with pytest.raises(ConfigError, match=r"data\.tasks: 'libero_goal/none' has no file"):
+    with pytest.raises(ConfigError, match=r"data\.tasks: 'libero_goal/none' is not in"):
         open_source(both.model_copy(update={"tasks": ("libero_goal/none",)}), settings)
 
 

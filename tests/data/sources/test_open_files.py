@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.sources.datasets import TASKS, lerobot_dataset, libero_episodes, write_video
-from wav.data.sources import lerobot_rows, open_source, videos
+from wav.data.sources import lerobot_episodes, open_source, videos
 from wav.data.sources.frames import preparation
 from wav.data.sources.open_files import _CACHES, LIMIT, files_closed
 from wav.data.sources.videos import Clip, VideoFile, decode_video
@@ -28,10 +28,12 @@ def open_files() -> int:
 def opened(monkeypatch) -> list[str]:
     """Names of the files that are opened."""
     names: list[str] = []
-    open_video, parquet = VideoFile._open, pq.ParquetFile
+    open_video, parquet = VideoFile._open, lerobot_episodes.tables.dataset
     monkeypatch.setattr(VideoFile, "_open", lambda self: (names.append(self.path.name), open_video(self))[1])
     monkeypatch.setattr(
-        lerobot_rows.pq, "ParquetFile", lambda path, **options: (names.append(path.name), parquet(path, **options))[1]
+        lerobot_episodes.tables,
+        "dataset",
+        lambda path, **options: (names.append(path.name), parquet(path, **options))[1],
     )
     return names
 
@@ -69,7 +71,7 @@ def test_files_of_one_episode_each_do_not_pile_up(data, lerobot_settings, tmp_pa
 def test_jobs_of_one_file_in_any_process_read_the_same(data, lerobot_settings, tmp_path, monkeypatch, workers, tasks):
     from wav.shards import grouped
 
-    monkeypatch.setattr("wav.data.sources.lerobot.grouped", lambda sizes: grouped(sizes, 1))
+    monkeypatch.setattr("wav.data.sources.staging.grouped", lambda sizes: grouped(sizes, 1))
     episodes = libero_episodes(6)
     lerobot_dataset(Path(lerobot_settings.path), episodes, "v3.0", fps=FPS)
     ingest(data.model_copy(update={"tasks": tasks}), lerobot_settings, tmp_path / "out", workers=workers)

@@ -24,8 +24,7 @@ DEMO = 12 * 2 * 32 * 32 * 3
 def small_jobs(monkeypatch):
     """One demonstration per job."""
     original = grouped
-    for name in ("libero_hdf5", "lerobot"):
-        monkeypatch.setattr(f"wav.data.sources.{name}.grouped", lambda sizes: original(sizes, DEMO))
+    monkeypatch.setattr("wav.data.sources.staging.grouped", lambda sizes: original(sizes, DEMO))
 
 
 class StoppedError(Exception):

@@ -16,11 +16,10 @@ demonstrations; ``model_file`` is never written::
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +33,8 @@ from wav.data.conventions import DELTA_ACTIONS, Conventions
 from wav.data.episode import Episode
 from wav.data.names import full_name, in_libero
 from wav.data.sources import checks
-from wav.data.sources.libero_file import AFTER, BEFORE, CAMERAS
+from wav.data.sources.finding import CAMERAS
+from wav.data.sources.libero_hdf5 import AFTER, BEFORE
 from wav.data.state import STATE_LAYOUT
 from wav.errors import DataError, ServiceError
 from wav.io.files import atomic_folder, disk_errors, require_free_space
@@ -97,7 +97,7 @@ def export_hdf5(
         for task, infos in tasks.items():
             name = f"{task}_demo.hdf5"
             (temporary / name).parent.mkdir(exist_ok=True)
-            with _hdf5_file(temporary / name) as file:
+            with disk_errors(temporary / name), h5py.File(temporary / name, "w") as file:
                 group = file.create_group("data")
                 _write_task(group, store, task, infos, alignment, progress)
                 if recover is not None:
@@ -116,24 +116,13 @@ def _tasks(store: EpisodeStore) -> dict[str, list[tuple[int, EpisodeInfo]]]:
     return tasks
 
 
-@contextlib.contextmanager
-def _hdf5_file(path: Path) -> Iterator[Any]:
-    """A new HDF5 file; a full disk is a StorageError however h5py words it."""
-    with disk_errors(path), h5py.File(path, "w") as file:
-        yield file
-
-
 def check_conventions(have: Conventions, where: str) -> None:
-    """Refuse what LIBERO's layout has no place for.
-
-    Raises:
-        DataError: names the field, its value and what the layout holds.
-    """
-    unknown = next((view for view in have.views if view not in CAMERAS), None)
+    """Refuse what LIBERO's layout has no place for; DataError names the field and what the layout holds."""
+    unknown = next((view for view in have.views if view not in SIMULATOR_CAMERAS), None)
     if unknown is not None:
         raise DataError(
-            f"{where}: conventions.views: LIBERO's HDF5 has no camera {unknown!r}, only {', '.join(CAMERAS)}; "
-            "export a store of these views"
+            f"{where}: conventions.views: LIBERO's HDF5 has no camera {unknown!r}, only "
+            f"{', '.join(SIMULATOR_CAMERAS)}; export a store of these views"
         )
     wanted = {
         "action": DELTA_ACTIONS,
@@ -292,11 +281,7 @@ def _check_arrays(episode: Episode) -> None:
 
 
 def _stored(actions: NDArray[np.float32], alignment: str, where: str) -> NDArray[np.float64]:
-    """Actions (T, 7) as the file holds them; see the module's text.
-
-    Raises:
-        DataError: the last row is no hold, which LIBERO's alignment has no row for.
-    """
+    """Actions (T, 7) as the file holds them; DataError where LIBERO's alignment has no row for the last one."""
     wide = actions.astype(np.float64)
     if alignment == BEFORE:
         return wide

@@ -11,18 +11,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from wav.config import DataSettings, IngestSettings
 from wav.data.names import in_libero
 from wav.data.store import EpisodeInfo, EpisodeStore
 from wav.errors import DataError
 from wav.sim.replay import ReplayStart, begin_scripted, smallest_pictures
-
-if TYPE_CHECKING:
-    from wav.config import DataSettings, IngestSettings
 
 
 @dataclass(frozen=True)
@@ -109,16 +107,10 @@ def _environment(data: DataSettings) -> Any:
 def simulator_states(
     data: DataSettings, start: ReplayStart, actions: NDArray[np.float32], states: NDArray[np.float32]
 ) -> SimulatorStates:
-    """Run one demonstration again. Runs in a simulator process.
+    """Run one demonstration again, in a simulator process; DataError where it comes out otherwise than recorded.
 
-    Args:
-        data: the store's suite and views; pictures are drawn as small as can be.
-        start: its beginning.
-        actions: (T, 7) as executed, action t on seeing frame t; the last one is a hold.
-        states: (T, 8) as recorded.
-
-    Raises:
-        DataError: it comes out otherwise; names the episode, the step and the difference.
+    ``actions`` (T, 7) are those executed, action t on seeing frame t, the last one a hold; ``states`` (T, 8) those
+    recorded; pictures are drawn as small as can be.
     """
     env = _environment(smallest_pictures(data))
     observation = begin_scripted(env, data.suite, start)

@@ -49,12 +49,7 @@ class Source(Protocol):
 
 
 def open_source(data: DataSettings, settings: IngestSettings) -> Source | DatasetSource:
-    """The source that ``settings.source`` names.
-
-    Raises:
-        ConfigError: what lies at ``settings.path`` is known to be of another kind, or a reader of the user's own is not
-            found.
-    """
+    """The source that ``settings.source`` names; ConfigError where there is none, or ``path`` holds another kind."""
     if settings.source != "scripted" and settings.path:
         from wav.data.sources.recognise import check_source
 

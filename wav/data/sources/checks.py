@@ -56,12 +56,9 @@ def gripper_evidence(command: Floats, opening: Floats) -> float:
 
 
 def detect_gripper(samples: Iterable[tuple[Floats, Floats]]) -> str:
-    """The gripper convention that (command, opening) samples show; empty where they show none.
+    """The gripper convention that (command, opening) samples show; empty where none, DataError where several.
 
     Samples whose fingers are further apart than any gripper's are left out; reading the episode refuses them by name.
-
-    Raises:
-        DataError: the demonstrations contradict each other.
     """
     along = against = low = 0.0
     for command, opening in samples:
@@ -83,10 +80,9 @@ def detect_gripper(samples: Iterable[tuple[Floats, Floats]]) -> str:
 
 
 def resolve_gripper(options: DatasetOptions, detected: str, usual: str, where: str) -> str:
-    """The dataset's convention out of what is declared, what the fingers show and what the format prescribes.
+    """The convention out of what is declared, what the fingers show and what the format prescribes (``usual``).
 
-    Raises:
-        ConfigError: nothing says which, or two of them contradict each other.
+    ConfigError where nothing says which, or two of them contradict each other.
     """
     declared, field = options.gripper, f"{options.section}.gripper"
     said = declared or usual
@@ -104,11 +100,7 @@ def resolve_gripper(options: DatasetOptions, detected: str, usual: str, where: s
 
 
 def canonical_gripper(command: Floats, convention: str) -> Floats:
-    """Commands (T,) of a convention as -1 open, +1 close.
-
-    Raises:
-        DataError: a command lies outside the convention's range.
-    """
+    """Commands (T,) of a convention as -1 open, +1 close; DataError for one outside its range."""
     opened, closed = GRIPPERS[convention]
     low, high = min(opened, closed), max(opened, closed)
     if command.min() < low - 1e-3 or command.max() > high + 1e-3:
@@ -193,11 +185,7 @@ def gripper_columns(names: tuple[str, ...], width: int) -> list[int]:
 
 
 def to_radians(rows: Floats, names: tuple[str, ...], options: LeRobotOptions, what: str) -> Floats:
-    """Joint states or targets (T, D) in radians.
-
-    Raises:
-        ConfigError: they turn further than joints do, and no unit is declared.
-    """
+    """Joint states or targets (T, D) in radians; ConfigError where they cannot be, and no unit is declared."""
     if options.unit:
         factors = np.full(rows.shape[1], UNITS[options.unit])
         if options.unit != "radian":
@@ -216,12 +204,9 @@ def to_radians(rows: Floats, names: tuple[str, ...], options: LeRobotOptions, wh
 
 
 def check_control_hz(recorded: float, options: DatasetOptions | AlohaHdf5Options, wanted: int, where: str) -> None:
-    """Compare the recording's rate with data.control_hz.
+    """ConfigError where the recording's rate is unknown or another than ``wanted`` (data.control_hz).
 
     ``recorded`` is 0 where the metadata tell nothing; ``where`` names file and field.
-
-    Raises:
-        ConfigError: the rate is unknown, or another than ``wanted``.
     """
     declared, field = options.control_hz, f"{options.section}.control_hz"
     rate = declared or recorded
@@ -243,8 +228,7 @@ def check_control_hz(recorded: float, options: DatasetOptions | AlohaHdf5Options
 def declared_rotation(options: DatasetOptions, recorded: str, where: str) -> str:
     """The rotation the stored frames carry: "none" (raw OpenGL buffer), "180" or "camera" (upright, a real camera).
 
-    Raises:
-        ConfigError: neither recorded nor declared, or the two differ.
+    ConfigError where it is neither recorded nor declared, or the two differ.
     """
     declared, field = options.image_rotation, f"{options.section}.image_rotation"
     if declared and recorded and declared != recorded:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import h5py
 
 from wav.errors import DataError
 
@@ -43,3 +48,13 @@ def unreadable(path: Path, kind: str, error: Exception) -> DataError:
             "off, and nothing in it can be read; record or download it again"
         )
     return DataError(f"{path}: truncated or damaged {kind} ({said if size else 'it is empty'}); download it again")
+
+
+@contextmanager
+def opened_hdf5(path: Path) -> Iterator[Any]:
+    """An HDF5 file, open for reading; DataError names it where the library cannot read what is looked for."""
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, RuntimeError, KeyError) as error:
+        raise unreadable(path, "HDF5 file", error) from None

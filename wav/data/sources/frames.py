@@ -81,10 +81,9 @@ def decode_image(
     where: str,
     pixels: Callable[[Image.Image, str], Images] | None = None,
 ) -> Images:
-    """An encoded image (PNG, JPEG) as (H, W, 3) uint8; ``pixels``: makes them of an image of another mode than RGB.
+    """An encoded image (PNG, JPEG) as (H, W, 3) uint8; DataError for damage, another mode than RGB or another size.
 
-    Raises:
-        DataError: no or damaged bytes, another mode than RGB, another size than ``size`` (H, W).
+    ``pixels`` makes them of an image of another mode.
     """
     if not data:
         raise DataError(f"{where} is empty; record every frame")

@@ -7,23 +7,15 @@ v3.0: many episodes in one parquet and one mp4, found through ``meta/episodes/ch
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from wav.data.sources.lerobot_meta import (
-    DOWNLOAD,
-    Dataset,
-    lines,
-    natural,
-    parquet_columns,
-    part,
-    positive,
-    read_parquet,
-)
+from pydantic import BaseModel, BeforeValidator, Field
+
+from wav.data.sources.lerobot_meta import DOWNLOAD, Dataset, Natural, checked, damage_named, lines, read_parquet
 from wav.errors import DataError
 from wav.io.files import inside
 
@@ -54,30 +46,64 @@ class Entry:
     videos: tuple[Video, ...]
     fault: str = ""
     """Why it must not be read; empty where nothing in the metadata speaks against it."""
+    task: str = ""
+    """Name of its task."""
+
+
+def files_of(entry: Entry) -> tuple[Path, ...]:
+    """The files that an episode's rows and frames lie in."""
+    return (entry.data, *(video.path for video in entry.videos))
+
+
+class _Listed(BaseModel):
+    """An episode as the table of episodes has it; LeRobot's own image-to-video conversion leaves out ``tasks``."""
+
+    length: Natural
+    tasks: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value or [])] = []
+
+
+class _Place(BaseModel):
+    """Where v3.0 keeps an episode's rows."""
+
+    chunk_index: Natural
+    file_index: Natural
+
+
+class _VideoPlace(_Place):
+    """Where it keeps an episode's frames of a camera."""
+
+    from_timestamp: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    to_timestamp: float | None = None
+
+
+Place = TypeVar("Place", bound=_Place)
+
+
+class _Index(BaseModel):
+    episode_index: Natural
 
 
 def read_entries(dataset: Dataset, cameras: tuple[str, ...]) -> tuple[Entry, ...]:
     """All episodes, by index, with the videos of ``cameras`` (keys of features) alone: others need not be there.
 
-    Raises:
-        DataError: the table of episodes cannot be read, or files are missing.
+    DataError where the table of episodes cannot be read, or files are missing.
     """
-    keys = tuple(key for key in cameras if dataset.features[key].dtype == "video")
-    entries = list((_entries_v3 if dataset.version == "v3.0" else _entries_v2)(dataset, keys))
+    keys = tuple(key for key in cameras if dataset.info.features[key].dtype == "video")
+    entries = list((_entries_v3 if dataset.info.codebase_version == "v3.0" else _entries_v2)(dataset, keys))
     if not entries:
         raise DataError(f"{dataset.root}: lists no episode; {DOWNLOAD}")
-    total = dataset.info.get("total_episodes", len(entries))
-    if total != len(entries):
+    total = dataset.info.total_episodes
+    if total not in (None, len(entries)):
         _LOG.warning("%s: total_episodes = %s, but meta/ lists %d episodes", dataset.where, total, len(entries))
     _check_present(entries)
-    entries = _without_overlap(_without_twins(entries), dataset.fps)
+    entries = _without_overlap(_without_twins(entries), dataset.info.fps)
     return tuple(sorted(_instructed(dataset, entries), key=lambda entry: entry.index))
 
 
 def _check_present(entries: list[Entry]) -> None:
     """Refuse an incomplete download, naming the first missing file and their number."""
     sound = [entry for entry in entries if not entry.fault]
-    paths = {path for entry in sound for path in (entry.data, *(video.path for video in entry.videos))}
+    paths = {path for entry in sound for path in files_of(entry)}
     missing = sorted(path for path in paths if not path.is_file())
     if missing:
         raise DataError(f"{missing[0]}: missing ({len(missing)} of {len(paths)} files that are needed); {DOWNLOAD}")
@@ -85,15 +111,15 @@ def _check_present(entries: list[Entry]) -> None:
 
 def _entries_v2(dataset: Dataset, keys: tuple[str, ...]) -> Iterator[Entry]:
     """Episodes of meta/episodes.jsonl."""
-    chunk = int(positive(dataset.info, "chunks_size", dataset.where))
     path = dataset.root / "meta" / "episodes.jsonl"
     for row in lines(path):
-        index = natural(row, "episode_index", path)
-        place = {"episode_chunk": index // chunk, "episode_index": index}
+        index = checked(_Index, row, path).episode_index
+        place = {"episode_chunk": index // dataset.info.chunks_size, "episode_index": index}
         data = _placed(dataset, "data_path", **place)
         videos = tuple(Video(key, _placed(dataset, "video_path", video_key=key, **place), 0.0, True) for key in keys)
         try:
-            yield Entry(index, natural(row, "length", path), _sentences(row, path), data, videos)
+            listed = checked(_Listed, row, path)
+            yield Entry(index, listed.length, tuple(listed.tasks), data, videos)
         except DataError as error:
             yield Entry(index, 0, (), data, videos, str(error))
 
@@ -104,42 +130,36 @@ def _entries_v3(dataset: Dataset, keys: tuple[str, ...]) -> Iterator[Entry]:
     files = sorted(folder.glob("chunk-*/file-*.parquet"))
     if not files:
         raise DataError(f"{folder}: holds no chunk-*/file-*.parquet: {_unfinished(dataset.root)}")
-    columns = ["episode_index", "length", "data/chunk_index", "data/file_index"]
-    columns += [f"videos/{key}/{name}" for key in keys for name in ("chunk_index", "file_index", "from_timestamp")]
-    optional = ["tasks", *(f"videos/{key}/to_timestamp" for key in keys)]
+    columns = ["episode_index", "length", "tasks", *(f"data/{name}" for name in _Place.model_fields)]
+    columns += [f"videos/{key}/{name}" for key in keys for name in _VideoPlace.model_fields]
     _placed(dataset, "data_path", chunk_index=0, file_index=0)  # a pattern that does not fit is no episode's fault
     for path in files:
-        have = parquet_columns(path)
-        lacking = [name for name in columns if name not in have]
-        if lacking:
-            raise DataError(f"{path}: column {lacking[0]!r} is missing; {DOWNLOAD}")
-        for row in read_parquet(path, [*columns, *(name for name in optional if name in have)]).to_pylist():
-            index = natural(row, "episode_index", path)
+        for row in read_parquet(path, columns).to_pylist():
+            index = checked(_Index, row, path).episode_index
             try:
-                yield _entry_v3(dataset, keys, index, row, path)
+                listed, data = checked(_Listed, row, path), _place(_Place, row, "data", path)
+                placed = _placed(dataset, "data_path", chunk_index=data.chunk_index, file_index=data.file_index)
+                videos = tuple(_video_v3(dataset, key, listed.length, row, path) for key in keys)
+                yield Entry(index, listed.length, tuple(listed.tasks), placed, videos)
             except DataError as error:
                 yield Entry(index, 0, (), path, (), str(error))
 
 
-def _entry_v3(dataset: Dataset, keys: tuple[str, ...], index: int, row: Mapping[str, Any], path: Path) -> Entry:
-    length = natural(row, "length", path)
-    place = {name: natural(row, f"data/{name}", path) for name in ("chunk_index", "file_index")}
-    videos = tuple(_video_v3(dataset, key, length, row, path) for key in keys)
-    return Entry(index, length, _sentences(row, path), _placed(dataset, "data_path", **place), videos)
+def _place(model: type[Place], row: Mapping[str, Any], what: str, where: Path) -> Place:
+    found = {name: row[f"{what}/{name}"] for name in model.model_fields if f"{what}/{name}" in row}
+    return checked(model, found, f"{where}: {what}")
 
 
 def _video_v3(dataset: Dataset, key: str, length: int, row: Mapping[str, Any], where: Path) -> Video:
-    place = {name: natural(row, f"videos/{key}/{name}", where) for name in ("chunk_index", "file_index")}
-    name = f"videos/{key}/from_timestamp"
-    start, end = row[name], row.get(f"videos/{key}/to_timestamp")
-    if not isinstance(start, (int, float)) or not 0 <= start < math.inf:
-        raise DataError(f"{where}: {name} = {start!r}: must be seconds from 0 on; {DOWNLOAD}")
-    if isinstance(end, float) and abs((end - start) * dataset.fps - length) > 1.5:
+    place, fps = _place(_VideoPlace, row, f"videos/{key}", where), dataset.info.fps
+    start, end = place.from_timestamp, place.to_timestamp
+    if end is not None and abs((end - start) * fps - length) > 1.5:
         raise DataError(
-            f"{where}: videos/{key} runs from {start:g} to {end:g} s, which at fps = {dataset.fps:g} is not its length "
-            f"of {length} frames; correct the metadata or drop the episode"
+            f"{where}: videos/{key} runs from {start:g} to {end:g} s, which at fps = {fps:g} is not its length of "
+            f"{length} frames; correct the metadata or drop the episode"
         )
-    return Video(key, _placed(dataset, "video_path", video_key=key, **place), float(start), alone=False)
+    path = _placed(dataset, "video_path", video_key=key, chunk_index=place.chunk_index, file_index=place.file_index)
+    return Video(key, path, start, alone=False)
 
 
 def _unfinished(root: Path) -> str:
@@ -158,18 +178,9 @@ def _unfinished(root: Path) -> str:
     )
 
 
-def _sentences(row: Mapping[str, Any], where: Path) -> tuple[str, ...]:
-    """An episode's field ``tasks``; empty where it is left out, as LeRobot's own image-to-video conversion does."""
-    value = row.get("tasks")
-    value = [value] if isinstance(value, str) else value or []
-    if not isinstance(value, list) or not all(isinstance(task, str) for task in value):
-        raise DataError(f"{where}: tasks = {value!r}: must be a list of instructions; {DOWNLOAD}")
-    return tuple(value)
-
-
 def _placed(dataset: Dataset, name: str, **values: Any) -> Path:
     """A path pattern of info.json filled in."""
-    pattern = str(part(dataset.info, name, dataset.where))
+    pattern = str(getattr(dataset.info, name))
     try:
         return inside(dataset.root, pattern.format(**values))
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
@@ -212,37 +223,32 @@ def _without_overlap(entries: list[Entry], fps: float) -> list[Entry]:
 
 def _instructed(dataset: Dataset, entries: Iterable[Entry]) -> Iterator[Entry]:
     """Entries with the one instruction that ``task_index`` of their rows names, where the metadata leave it open."""
-    told: dict[Path, dict[int, set[int]] | str] = {}
+    told: dict[Path, dict[int, set[int]]] = {}
     for entry in entries:
         unique = tuple(dict.fromkeys(entry.instructions))
-        fault = entry.fault
-        if len(unique) != 1 and not fault:
-            if entry.data not in told:
-                told[entry.data] = _task_indices(entry.data)
-            found = told[entry.data]
-            indices = found if isinstance(found, str) else found.get(entry.index, set())
-            if isinstance(indices, str):
-                fault = indices
-            else:
-                unique = tuple(dataset.tasks.get(index, f"(unknown index {index})") for index in sorted(indices))
-                if entry.instructions and not set(unique) <= set(entry.instructions):
-                    fault = (
-                        f"{entry.data}: task_index means {list(unique)}, which is none of {list(entry.instructions)}"
-                    )
-        if len(unique) != 1 and not fault:
-            fault = f"{entry.data}: has {len(unique)} tasks {list(unique)}; split it by task"
-        if not fault and not unique[0].strip():
-            fault = "its instruction is empty; give every episode its language command"
-        yield replace(entry, instructions=unique, fault=fault)
+        try:
+            if len(unique) != 1 and not entry.fault:
+                unique = _told_by_rows(dataset, entry, told)
+            if not entry.fault and not unique[0].strip():
+                raise DataError("its instruction is empty; give every episode its language command")
+            yield replace(entry, instructions=unique)
+        except DataError as error:
+            yield replace(entry, instructions=unique, fault=str(error))
 
 
-def _task_indices(path: Path) -> dict[int, set[int]] | str:
-    """Episode -> indices of its rows' tasks; what is wrong with the file where it cannot be read."""
-    try:
-        table = read_parquet(path, ["episode_index", "task_index"])
-    except DataError as error:
-        return str(error)
-    found: dict[int, set[int]] = defaultdict(set)
-    for row in table.group_by(["episode_index", "task_index"]).aggregate([]).to_pylist():
-        found[row["episode_index"]].add(row["task_index"])
-    return found
+def _told_by_rows(dataset: Dataset, entry: Entry, told: dict[Path, dict[int, set[int]]]) -> tuple[str]:
+    """The instruction that an episode's rows name; ``told``: episode -> task indices, of files that were read."""
+    if entry.data not in told:
+        found: dict[int, set[int]] = defaultdict(set)
+        keys = ["episode_index", "task_index"]
+        with damage_named(entry.data):
+            for row in read_parquet(entry.data, keys).group_by(keys).aggregate([]).to_pylist():
+                found[row["episode_index"]].add(row["task_index"])
+        told[entry.data] = found
+    indices = sorted(told[entry.data].get(entry.index, ()))
+    names = [dataset.tasks.get(index, f"(unknown index {index})") for index in indices]
+    if entry.instructions and not set(names) <= set(entry.instructions):
+        raise DataError(f"{entry.data}: task_index means {names}, which is none of {list(entry.instructions)}")
+    if len(names) != 1:
+        raise DataError(f"{entry.data}: has {len(names)} tasks {names}; split it by task")
+    return (names[0],)

@@ -14,288 +14,182 @@ attributes ``init_index``, ``seed`` and ``success``, datasets ``demo_i/expert_ac
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+import logging
+import re
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-import h5py
 import numpy as np
-from numpy.typing import NDArray
 
-from wav.data.conventions import Conventions
-from wav.data.episode import Episode
-from wav.data.names import full_name
+from wav.config import DataSettings, IngestSettings
+from wav.data.names import LIBERO_SUITES, is_plain, suites_of, task_in
+from wav.data.names import task_name as plain_name
 from wav.data.sources import checks
-from wav.data.sources.frames import Preparation, described, preparation
-from wav.data.sources.libero_file import TaskFile, flat, observations, open_task_file, task_files
-from wav.data.sources.staging import DatasetSource, Job
-from wav.data.state import encode_state
-from wav.data.store import Rejection
+from wav.data.sources.damage import opened_hdf5
+from wav.data.sources.demo_files import (
+    DemoSource,
+    Sample,
+    TaskFile,
+    attribute_json,
+    attribute_text,
+    claimed_length,
+    control_rate,
+    demo_names,
+    find_cameras,
+    has_joints,
+    samples,
+)
+from wav.data.sources.finding import check_tasks, hdf5_files
 from wav.errors import ConfigError, DataError
-from wav.shards import grouped
 
-if TYPE_CHECKING:
-    from wav.config import DataSettings, IngestSettings
+#: macros_image_convention: both are unrotated, "opencv" has its rows reversed
+IMAGE_CONVENTIONS = ("opengl", "opencv")
+#: frame t is the one after action t, as create_dataset.py records it, or the one before, as regenerated files have it
+AFTER, BEFORE = "after_action", "before_action"
+_LOG = logging.getLogger(__name__)
 
 
-class LiberoHdf5Source(DatasetSource):
-    """Reads every ``*.hdf5`` under ``ingest.path`` whose task is in ``data.tasks`` (empty: all).
+class LiberoHdf5Source(DemoSource):
+    """Reads every ``*.hdf5`` under ``ingest.path`` whose task is in ``data.tasks`` (empty: all)."""
 
-    Raises:
-        ConfigError: the path, a task or a camera is missing, or a convention must be declared.
-        DataError: a file is truncated or no LIBERO file.
-    """
+    def open_files(self) -> list[TaskFile]:
+        """Those of the wanted tasks, in the order of ``data.tasks``, else by name."""
+        found = task_files(self.settings.path, self.data.suite)
+        check_tasks(self.data.tasks, (task for _, task in found), self.settings.path)
+        wanted = list(self.data.tasks) or sorted({task for _, task in found})
+        found = sorted((wanted.index(task), path, task) for path, task in found if task in wanted)
+        return [replace(open_task_file(path, self.data, self.settings), task=task) for _, path, task in found]
 
-    def __init__(self, data: DataSettings, settings: IngestSettings) -> None:
-        super().__init__(data, settings)
-        if (data.state_dim, data.action_dim) != (8, 7):
-            raise ConfigError(
-                f"data.state_dim, data.action_dim = {data.state_dim}, {data.action_dim}: LIBERO HDF5 has 8 and 7; "
-                "set them so, or choose another ingest.source"
-            )
-        wanted = task_files(settings.path, data.suite)
-        known = {task for _, task in wanted}
-        missing = [task for task in data.tasks if task not in known]
-        if missing:
-            raise ConfigError(
-                f"data.tasks: {missing[0]!r} has no file under {settings.path}; it holds {', '.join(sorted(known))}"
-            )
-        order = {task: number for number, task in enumerate(data.tasks or sorted(known))}
-        chosen = sorted(((order[t], p) for p, t in wanted if t in order), key=lambda pair: (pair[0], str(pair[1])))
-        twice = next(((one, two) for (a, one), (b, two) in itertools.pairwise(chosen) if a == b), None)
-        if twice is not None:
-            raise ConfigError(
-                f"ingest.path = {settings.path!r}: {twice[0]} and {twice[1]} are of one task; give a folder with one "
-                "file for each task"
-            )
-        names = dict(wanted)
-        self.files = [replace(open_task_file(path, data, settings), task=names[path]) for _, path in chosen]
-        checks.check_instructions((file.instruction for file in self.files), data.text_tokens)
-        differing = next((f for f in self.files if (f.render, f.simulator) != self._made()), None)
-        if differing is not None:
-            raise DataError(
-                f"{differing.path}: was rendered with {differing.render} {dict(differing.simulator)} where "
-                f"{self.files[0].path} has {self._made()}; ingest files of one simulator"
-            )
-        bare = next((f for f in self.files if f.joints != self.files[0].joints), None)
-        if bare is not None:
-            having, lacking = (bare, self.files[0]) if bare.joints else (self.files[0], bare)
-            raise DataError(
-                f"{lacking.path}: obs/joint_states is missing where {having.path} has it, so rewards would be in other "
-                "units from task to task; ingest them separately"
-            )
+    def about(self, file: TaskFile) -> dict[str, Any]:
+        """With the side of its action that a frame was recorded on."""
+        return super().about(file) | {"observation": "after its action" if file.after else "before its action"}
 
-    def _made(self) -> tuple[str, tuple[tuple[str, str], ...]]:
-        return self.files[0].render, self.files[0].simulator
 
-    def conventions(self) -> Conventions:
-        """As the simulators of this library: rotated by 180 degrees, gripper -1 open, +1 close."""
-        render, simulator = self._made()
-        rotation = "none" if self.files[0].rotation == "camera" else "180"
-        return Conventions.recorded(
-            self.data,
-            image_rotation=rotation,
-            gripper=checks.CANONICAL_GRIPPER,
-            render=render,
-            simulator=dict(simulator),
+def dataset_files(path: str, suite: str) -> list[Path]:
+    """The HDF5 files of a suite under ``path`` (a file, a folder, or a folder of suites)."""
+    root = Path(path).expanduser()
+    folder = suite_folder(root, suite)
+    others = [name for name in LIBERO_SUITES if name != suite and (root / name).is_dir()]
+    if path and folder is None and others:
+        raise ConfigError(
+            f"ingest.path = {path!r}: holds {', '.join(others)} but no folder {suite!r}; name one of them in "
+            f"data.suites, or add the files of {suite}"
         )
-
-    def jobs(self) -> list[Job]:
-        """A few demonstrations of one file each."""
-        return demo_jobs(self, self.files)
-
-    def describe(self) -> dict[str, Any]:
-        """Per file what was detected, and how images were changed."""
-        data = self.data
-        return {
-            "format": "libero_hdf5",
-            "path": self.settings.path,
-            "drop_noops": self.settings.libero_hdf5.drop_noops,
-            "files": [
-                {
-                    "file": file.path.name,
-                    "task": file.task,
-                    "cameras": {view: described(key, size, data) for view, key, size in file.cameras},
-                    "rotation_stored": file.rotation,
-                    "rows_reversed": file.mirrored,
-                    "observation": "after its action" if file.after else "before its action",
-                    "gripper_stored": file.gripper,
-                }
-                for file in self.files
-            ],
-        }
+    return hdf5_files(str(folder) if path and folder else path, "the folder of LIBERO's *_demo.hdf5 files")
 
 
-def demo_jobs(source: DatasetSource, files: Sequence[TaskFile]) -> list[Job]:
-    """Jobs of a few demonstrations of one file each."""
-    data = source.data
-    frame = len(data.views) * data.image_height * data.image_width * 3
-    jobs = []
-    for file in files:
-        for part in grouped([length * frame for length in file.lengths]):
-            demos = file.demos[part.start : part.stop]
-            size = sum(file.lengths[part.start : part.stop]) * frame
-            jobs.append(
-                source.job(
-                    read_demos,
-                    (file, demos, data, source.settings),
-                    size,
-                    label=f"{file.path}: {demos[0]} to {demos[-1]}",
-                    episodes=len(demos),
-                    files=[file.path],
-                    identity=[file.task, list(demos)],
-                )
-            )
-    return jobs
+def suite_folder(root: Path, suite: str) -> Path | None:
+    """The folder of a suite's files below ``root``, as LIBERO or as OpenVLA's regeneration calls it."""
+    return next((root / name for name in (suite, f"{suite}_no_noops") if (root / name).is_dir()), None)
 
 
-def read_demos(
-    file: TaskFile, demos: tuple[str, ...], data: DataSettings, settings: IngestSettings
-) -> Iterator[Episode | Rejection]:
-    """Episodes of a file one by one; what is not sound comes as a Rejection with the DataError's episode and field."""
-    target = "camera" if file.rotation == "camera" else "180"
-    prepare = preparation(file.rotation, target, file.mirrored, data.image_height, data.image_width)
-    with h5py.File(file.path, "r") as opened:
-        for demo in demos:
-            name = f"{full_name(data.suite, file.task)}/{demo}"
-            try:
-                group = opened["data"].get(demo)
-                if not isinstance(group, h5py.Group):
-                    raise DataError(f"is {'missing' if group is None else 'no group'}; record it again or drop it")
-                episode = _read_demo(group, file, name, prepare, settings)
-                episode.validate()
-            except (DataError, OSError, RuntimeError, KeyError) as error:
-                reason = str(error) if isinstance(error, DataError) else f"damaged ({flat(error)}); download it again"
-                yield Rejection(name, file.task, f"{file.path.name}: {demo}: {reason}")
-                continue
-            yield episode
-
-
-def _read_demo(demo: Any, file: TaskFile, name: str, prepare: Preparation, settings: IngestSettings) -> Episode:
-    """One demonstration; DataError names the field and the remedy."""
-    actions = numbers(demo, "actions", 7)
-    steps = len(actions)
-    if _integer(demo, "num_samples", steps) != steps:
-        raise DataError(f"actions has {steps} steps where attribute num_samples says {demo.attrs['num_samples']}")
-    if steps < 2:
-        raise DataError(f"actions has {steps} steps; record whole demonstrations")
-    state = _state(demo, steps)
-    checks.check_deltas(actions)
-    checks.check_state_layout(state)
-    expert = numbers(demo, "expert_actions", 7, steps) if "expert_actions" in demo else None
-    actions = _executed(actions, file)
-    expert = None if expert is None else _executed(expert, file)
-    if not _integer(demo, "success", int(_succeeded(demo, file.success))):
-        raise DataError(f"{file.success} never becomes 1: the demonstration failed; drop it at the source")
-    keep = checks.keep_steps(actions) if file.drop_noops else np.ones(steps, bool)
-    if keep.sum() < settings.min_length:
-        raise DataError(f"{int(keep.sum())} steps, fewer than ingest.min_length = {settings.min_length}")
-    joints = _joints(demo, steps)
-    if joints is None and file.joints:
-        raise DataError(
-            "obs/joint_states is missing where the file's other demonstrations have it, so its rewards would be in "
-            "other units; record it or drop the demonstration"
+def task_files(path: str, suite: str) -> list[tuple[Path, str]]:
+    """The HDF5 files of a suite, or of several in a folder each below ``path``, and the tasks they are of."""
+    root, suites = Path(path).expanduser(), suites_of(suite)
+    lacking = next((own for own in suites if len(suites) > 1 and suite_folder(root, own) is None), None)
+    if lacking is not None and path and root.exists():
+        raise ConfigError(
+            f"ingest.path = {path!r}: has no folder {lacking!r}; give a folder with one for each of data.suites "
+            f"({', '.join(suites)})"
         )
-    return Episode(
-        episode_id=name,
-        task=file.task,
-        instruction=file.instruction,
-        images={view: _images(demo, key, size, keep, prepare) for view, key, size in file.cameras},
-        state=state[keep].astype(np.float32),
-        joints=None if joints is None else joints[keep].astype(np.float32),
-        actions=actions[keep].astype(np.float32),
-        expert_actions=None if expert is None else expert[keep].astype(np.float32),
-        success=True,
-        init_index=_integer(demo, "init_index", -1),
-        seed=_integer(demo, "seed", -1),
-        source=f"{settings.source}:{file.path.name}#{name.rpartition('/')[2]}",
+    return [(file, task_in(suite, own, task_name(file))) for own in suites for file in dataset_files(path, own)]
+
+
+def task_name(path: Path) -> str:
+    """The task a file is named after."""
+    name = path.stem.removesuffix("_demo")
+    return name if is_plain(name) else plain_name(name)
+
+
+def open_task_file(path: Path, data: DataSettings, settings: IngestSettings) -> TaskFile:
+    """Read a file's attributes, list its demonstrations and find its conventions."""
+    with opened_hdf5(path) as file:
+        names = demo_names(file.get("data"))[: settings.episodes_per_task]
+        if not names:
+            raise DataError(f"{path}: holds no data/demo_i groups; give LIBERO's HDF5 files, or another ingest.source")
+        return _describe(path, file["data"], names, data, settings)
+
+
+def _describe(path: Path, group: Any, names: list[str], data: DataSettings, settings: IngestSettings) -> TaskFile:
+    """A TaskFile from an open ``data`` group."""
+    where, attributes, options = str(path), group.attrs, settings.libero_hdf5
+    demos = [group[name] for name in names]
+    recorded = attribute_text(attributes.get("macros_image_convention"))
+    if recorded and recorded not in IMAGE_CONVENTIONS:
+        raise DataError(f"{where}: macros_image_convention = {recorded!r} is unknown; expected opengl or opencv")
+    rotation = checks.declared_rotation(options, "none" if recorded else "", where)
+    rate = control_rate(attribute_json(attributes.get("env_args"), f"{where}: env_args"), where)
+    checks.check_control_hz(rate, options, data.control_hz, f"{where}: env_args.env_kwargs.control_freq")
+    cameras = find_cameras(where, demos, data, options)
+    sound = samples(demos)
+    after = _alignment(where, sound, options.alignment, attribute_text(attributes.get("alignment"))) == AFTER
+    actions = [checks.shifted_actions(sample.actions) if after else sample.actions for sample in sound]
+    detected = checks.detect_gripper((a[:, 6], sample.opening) for a, sample in zip(actions, sound, strict=True))
+    simulator = attribute_json(attributes.get("simulator_versions"), f"{where}: simulator_versions")
+    return TaskFile(
+        path=path,
+        task=task_name(path),
+        instruction=instruction(where, attributes, task_name(path)),
+        demos=tuple(names),
+        lengths=tuple(claimed_length(demo) for demo in demos),
+        cameras=cameras,
+        rotation=rotation,
+        mirrored=recorded == "opencv",
+        joints=has_joints(demos),
+        gripper=checks.resolve_gripper(options, detected, checks.CANONICAL_GRIPPER, where),
+        drop_noops=options.drop_noops,
+        success="dones",
+        after=after,
+        render=attribute_text(attributes.get("render")) or "full",
+        simulator=tuple(sorted((str(k), str(v)) for k, v in simulator.items())),
     )
 
 
-def _executed(actions: NDArray[np.floating], file: TaskFile) -> NDArray[np.floating]:
-    """Actions paired with the frames they are taken on, gripper -1 open, +1 close."""
-    result = np.array(actions)
-    result[:, 6] = checks.canonical_gripper(result[:, 6], file.gripper)
-    return checks.shifted_actions(result) if file.after else result
+def instruction(where: str, attributes: Any, task: str) -> str:
+    """The language command of problem_info, or LIBERO's rule for file names (no scene, spaces) where it is missing."""
+    info = attribute_json(attributes.get("problem_info"), f"{where}: problem_info")
+    raw = info.get("language_instruction", "")
+    text = ("".join(map(str, raw)) if isinstance(raw, list) else str(raw)).strip().strip('"')
+    if not text:
+        text = re.sub(r"^[A-Z_]*SCENE\d+_", "", task).replace("_", " ")
+        _LOG.info("%s: no problem_info; the instruction is taken from the file's name: %r", where, text)
+    return text
 
 
-def _succeeded(demo: Any, name: str) -> bool:
-    """Whether the dataset ``name`` says that the demonstration succeeded; True where it says nothing."""
-    if not name or name not in demo:
-        return True
-    told = demo[name]
-    if not isinstance(told, h5py.Dataset) or told.dtype.kind not in "biuf":
-        raise DataError(f"{name} holds no numbers; record 1 where the demonstration succeeds, 0 elsewhere")
-    return bool(np.any(np.asarray(told) > 0))
+def _alignment(where: str, sound: list[Sample], declared: str, recorded: str) -> str:
+    """Whether observation t was recorded after action t or before it; empty without any sound demonstration.
 
-
-def _integer(demo: Any, name: str, missing: int) -> int:
-    """An integer attribute of a demonstration."""
-    value = demo.attrs.get(name, missing)
-    if not isinstance(value, (int, np.integer, np.bool_)):
-        raise DataError(f"attribute {name} = {value!r}: must be an integer; correct or remove it")
-    return int(value)
-
-
-def _state(demo: Any, steps: int) -> NDArray[np.floating]:
-    """(T, 8) end-effector position, axis-angle, finger positions."""
-    if "robot0_eef_quat" in observations(demo):
-        parts = (("robot0_eef_pos", 3), ("robot0_eef_quat", 4), ("robot0_gripper_qpos", 2))
-        return encode_state(*(numbers(demo, f"obs/{name}", width, steps) for name, width in parts))
-    if "ee_states" in observations(demo):
-        pose = numbers(demo, "obs/ee_states", 6, steps)
-    else:
-        pose = np.concatenate([numbers(demo, "obs/ee_pos", 3, steps), numbers(demo, "obs/ee_ori", 3, steps)], axis=1)
-    return np.concatenate([pose, numbers(demo, "obs/gripper_states", 2, steps)], axis=1)
-
-
-def _joints(demo: Any, steps: int) -> NDArray[np.floating] | None:
-    """(T, 8) joint angles (rad) and gripper opening (m), where recorded."""
-    obs = observations(demo)
-    if "joints" in obs:
-        return numbers(demo, "obs/joints", 8, steps)
-    for name, fingers in (("joint_states", "gripper_states"), ("robot0_joint_pos", "robot0_gripper_qpos")):
-        if name in obs:
-            opening = numbers(demo, f"obs/{fingers}", 2, steps)
-            angles = numbers(demo, f"obs/{name}", 7, steps)
-            return np.concatenate([angles, opening[:, :1] - opening[:, 1:]], axis=1)
-    return None
-
-
-def numbers(demo: Any, name: str, width: int, steps: int | None = None) -> NDArray[np.floating]:
-    """A finite floating-point dataset (T, width).
-
-    Raises:
-        DataError: missing, of another type or shape, or not finite; names the step.
+    ``declared`` is the reader's option, ``recorded`` the attribute that :mod:`wav.data.sinks.libero_hdf5` writes.
     """
-    if name not in demo:
-        raise DataError(f"{name} is missing; record it or drop the demonstration")
-    data = demo[name]
-    if not isinstance(data, h5py.Dataset):
-        raise DataError(f"{name} is a group where numbers are expected; record it or drop the demonstration")
-    if data.dtype.kind != "f":
-        raise DataError(f"{name} has dtype {data.dtype}; record floating-point numbers")
-    if data.ndim != 2 or data.shape[1] != width or steps not in (None, data.shape[0]):
-        raise DataError(f"{name} has shape {data.shape} where ({'T' if steps is None else steps}, {width}) is expected")
-    array = np.asarray(data[()])
-    if not np.isfinite(array).all():
-        step = int(np.argwhere(~np.isfinite(array))[0, 0])
-        raise DataError(f"{name} holds NaN or infinity at step {step}; repair the recording or drop the demonstration")
-    return array
-
-
-def _images(
-    demo: Any, key: str, size: tuple[int, int], keep: NDArray[np.bool_], prepare: Preparation
-) -> NDArray[np.uint8]:
-    """(kept, height, width, 3) frames of a camera, read one at a time."""
-    obs, wanted = observations(demo), (len(keep), *size, 3)
-    if not isinstance(obs.get(key), h5py.Dataset):
-        raise DataError(f"obs/{key} is missing: no such camera in this demonstration; record it again")
-    data = obs[key]
-    if data.dtype != np.uint8 or data.shape != wanted:
+    if recorded not in ("", AFTER, BEFORE):
+        raise DataError(f"{where}: alignment = {recorded!r} is unknown; expected {AFTER} or {BEFORE}")
+    votes = {vote for sample in sound if (vote := _vote(sample))}
+    if len(votes) > 1:
         raise DataError(
-            f"obs/{key} is {data.dtype} {data.shape} where uint8 {wanted} is expected; record every frame alike, in "
-            "the size that most of the file's demonstrations have"
+            f"{where}: observations are recorded before their action in some demonstrations, after it in others"
         )
-    return prepare.stack((data[int(step)] for step in np.flatnonzero(keep)), int(keep.sum()))
+    shown = next(iter(votes), recorded)
+    if shown and declared and shown != declared:
+        witness = "simulator states show" if votes else "file's attribute alignment says"
+        raise ConfigError(
+            f"{where}: ingest.libero_hdf5.alignment = {declared!r}, but the {witness} the other; leave it empty"
+        )
+    if sound and not (shown or declared):  # without any sound demonstration each will be refused for its own reason
+        raise ConfigError(
+            f"{where}: states and joint_states do not tell whether frame t is before or after action t; declare "
+            f"ingest.libero_hdf5.alignment: {AFTER} (LIBERO's own files) or {BEFORE} (regenerated ones)"
+        )
+    return shown or declared
+
+
+def _vote(sample: Sample) -> str:
+    """What a demonstration's joints show beside the simulator's state t, which is the one before action t."""
+    joints, states = sample.joints, sample.states
+    if joints is None or states is None or len(joints) != len(states) or states.ndim != 2 or states.shape[1] < 8:
+        return ""
+    before = np.abs(joints[1:] - states[1:, 1:8]).max()  # states: time, then joint positions, the arm's first
+    after = np.abs(joints[:-1] - states[1:, 1:8]).max()
+    if min(before, after) >= 0.1 * max(before, after):
+        return ""
+    return AFTER if after < before else BEFORE

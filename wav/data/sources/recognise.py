@@ -22,6 +22,7 @@ from wav.errors import ConfigError
 _HDF5, _MCAP, _SQLITE, _ZIP = b"\x89HDF\r\n\x1a\n", b"\x89MCAP0\r\n", b"SQLite format 3\x00", b"PK\x03\x04"
 _LOOKED_AT = 2000  # files of a folder: enough to meet one of every kind
 _CONVERT = "convert it to LeRobot v3.0"
+_NEAR = r"((?:[^/]+/){0,3})"  # the folder itself, or up to three below it
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,9 @@ def recognise(path: Path) -> Format | None:
 
 
 def check_source(path: Path, source: str) -> None:
-    """Refuse data that the reader ``ingest.source`` does not take, by name and with what to do.
+    """ConfigError for data that the reader ``ingest.source`` does not take, with its name and what to do.
 
     A reader that somebody has added may take anything.
-
-    Raises:
-        ConfigError: it is of another kind.
     """
     found = recognise(path) if source in {known.reader for known in (LEROBOT, LIBERO, ROBOMIMIC, ALOHA)} else None
     if found is None or found.reader == source:
@@ -94,11 +92,7 @@ def check_source(path: Path, source: str) -> None:
 
 
 def refuse_unknown(path: Path) -> None:
-    """Say what an HDF5 file of no known layout holds, and what to do.
-
-    Raises:
-        ConfigError: it is one; anything else is for others to judge.
-    """
+    """ConfigError for an HDF5 file of no known layout: what it holds, and what to do; others may judge other files."""
     try:
         with h5py.File(path, "r") as file:
             names = sorted(file)
@@ -120,16 +114,6 @@ def _visible(folder: Path) -> Iterator[Path]:
             yield entry
 
 
-def _has(*ends: str) -> Callable[[set[str]], bool]:
-    """Whether names hold these files beside each other, in the folder or up to three below it."""
-
-    def signature(names: set[str]) -> bool:
-        bases = {name.removesuffix(ends[0]) for name in names if f"/{name}".endswith(f"/{ends[0]}")}
-        return any(base.count("/") <= 3 and all(base + end in names for end in ends) for base in bases)
-
-    return signature
-
-
 def _matches(pattern: str, *beside: str) -> Callable[[set[str]], bool]:
     """Whether a name matches, and these stand in the folder that the pattern's first group names."""
 
@@ -142,12 +126,11 @@ def _matches(pattern: str, *beside: str) -> Callable[[set[str]], bool]:
 
 _FOLDERS: tuple[tuple[Format, Callable[[set[str]], bool]], ...] = (
     (_MINARI, _matches(r"(|.*/)data/(?:main_data\.hdf5|\d+/[^/]+\.arrow)", "data/metadata.json")),
-    (_RLDS, _has("dataset_info.json", "features.json")),
-    (_ZARR, _has("meta/episode_ends/.zarray")),
-    (_ZARR, _has("meta/episode_ends/zarr.json")),
-    (_SWM, _has("ep_len.npz", "ep_offset.npz")),
+    (_RLDS, _matches(rf"{_NEAR}dataset_info\.json", "features.json")),
+    (_ZARR, _matches(rf"{_NEAR}meta/episode_ends/(?:\.zarray|zarr\.json)")),
+    (_SWM, _matches(rf"{_NEAR}ep_len\.npz", "ep_offset.npz")),
     (_LANCE, _matches(r"(|.*\.lance/)_versions/.*")),
-    (_OWN, _has("manifest.json", "quarantine.json", "statistics.json")),
+    (_OWN, _matches(rf"{_NEAR}manifest\.json", "quarantine.json", "statistics.json")),
 )
 
 

@@ -10,124 +10,61 @@ rewards do, unless they are shaped.
 from __future__ import annotations
 
 import logging
-import re
-from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
-import numpy as np
 
-from wav.data.conventions import Conventions
+from wav.config import DataSettings, IngestSettings
 from wav.data.names import task_name
 from wav.data.sources import checks
-from wav.data.sources.damage import unreadable
-from wav.data.sources.frames import described
-from wav.data.sources.libero_file import (
+from wav.data.sources.damage import opened_hdf5
+from wav.data.sources.demo_files import (
+    DemoSource,
     TaskFile,
     attribute_json,
     attribute_text,
     claimed_length,
     control_rate,
+    demo_names,
     find_cameras,
     has_joints,
-    is_hidden,
-    observations,
+    samples,
 )
-from wav.data.sources.libero_hdf5 import demo_jobs
-from wav.data.sources.staging import DatasetSource, Job
+from wav.data.sources.finding import check_tasks, hdf5_files
 from wav.errors import ConfigError, DataError
 
-if TYPE_CHECKING:
-    from wav.config import DataSettings, IngestSettings
-
 _ROBOSUITE = 1  # robomimic's EnvType
-_SAMPLES = 3
 _LOG = logging.getLogger(__name__)
 
 
-class RobomimicHdf5Source(DatasetSource):
-    """Reads the HDF5 file at ``ingest.path``, or every one below it; a task is an instruction.
+class RobomimicHdf5Source(DemoSource):
+    """Reads the HDF5 file at ``ingest.path``, or every one below it; a task is an instruction."""
 
-    Raises:
-        ConfigError: the path, a camera or a mask is missing, or a convention must be declared.
-        DataError: a file is damaged or none of robomimic's.
-    """
+    def open_files(self) -> list[TaskFile]:
+        """Those of the wanted tasks, by name."""
+        found = hdf5_files(self.settings.path, "robomimic's HDF5 files")
+        opened = [open_file(path, self.data, self.settings) for path in found]
+        wanted = {task_name(task) for task in self.data.tasks}
+        check_tasks(sorted(wanted), (file.task for file in opened), self.settings.path)
+        return [file for file in opened if not wanted or file.task in wanted]
 
-    def __init__(self, data: DataSettings, settings: IngestSettings) -> None:
-        super().__init__(data, settings)
-        if (data.state_dim, data.action_dim) != (8, 7):
-            raise ConfigError(
-                f"data.state_dim, data.action_dim = {data.state_dim}, {data.action_dim}: robomimic's one-armed data "
-                "has 8 and 7; set them so, or choose another ingest.source"
-            )
-        root = Path(settings.path).expanduser()
-        if not settings.path or not root.exists():
-            raise ConfigError(f"ingest.path = {settings.path!r}: no such file or folder; give robomimic's HDF5 files")
-        found = [root] if root.is_file() else sorted(p for p in root.rglob("*.hdf5") if not is_hidden(p, root))
-        if not found:
-            raise ConfigError(f"ingest.path = {settings.path!r}: holds no *.hdf5 file; give robomimic's HDF5 files")
-        opened = [open_file(path, data, settings) for path in found]
-        wanted = {task_name(task) for task in data.tasks}
-        self.files = [file for file in opened if not wanted or file.task in wanted]
-        missing = wanted - {file.task for file in self.files}
-        if missing:
-            have = ", ".join(sorted({file.task for file in opened}))
-            raise ConfigError(f"data.tasks: {min(missing)!r} has no file under {settings.path}; it holds {have}")
-        twice = next((p for p in pairwise(sorted(self.files, key=lambda f: f.task)) if p[0].task == p[1].task), None)
-        if twice is not None:
-            raise ConfigError(
-                f"ingest.path = {settings.path!r}: {twice[0].path} and {twice[1].path} are of one task; give one file"
-            )
-        checks.check_instructions((file.instruction for file in self.files), data.text_tokens)
-
-    def conventions(self) -> Conventions:
-        """As the simulators of this library; a real camera's pictures stay as they are."""
-        rotation = "none" if self.files[0].rotation == "camera" else "180"
-        return Conventions.recorded(self.data, image_rotation=rotation, gripper=checks.CANONICAL_GRIPPER)
-
-    def jobs(self) -> list[Job]:
-        """A few demonstrations of one file each."""
-        return demo_jobs(self, self.files)
+    def about(self, file: TaskFile) -> dict[str, Any]:
+        """With what tells success."""
+        return super().about(file) | {"success": file.success or "not told"}
 
     def describe(self) -> dict[str, Any]:
-        """Per file what was read, detected and declared."""
-        return {
-            "format": "robomimic_hdf5",
-            "path": self.settings.path,
-            "mask": self.settings.robomimic_hdf5.mask,
-            "drop_noops": self.settings.robomimic_hdf5.drop_noops,
-            "files": [
-                {
-                    "file": file.path.name,
-                    "task": file.task,
-                    "cameras": {view: described(key, size, self.data) for view, key, size in file.cameras},
-                    "rotation_stored": file.rotation,
-                    "rows_reversed": file.mirrored,
-                    "gripper_stored": file.gripper,
-                    "success": file.success or "not told",
-                }
-                for file in self.files
-            ],
-        }
+        """With the mask that chose the demonstrations."""
+        return super().describe() | {"mask": self.settings.robomimic_hdf5.mask}
 
 
 def open_file(path: Path, data: DataSettings, settings: IngestSettings) -> TaskFile:
-    """Read a file's attributes, list its demonstrations and find its conventions.
-
-    Raises:
-        ConfigError: a convention must be declared, or contradicts the file.
-        DataError: the file is damaged or none of robomimic's.
-    """
-    try:
-        with h5py.File(path, "r") as file:
-            group = file.get("data")
-            names = [] if group is None else [name for name in group if re.fullmatch(r"demo_\d+", name)]
-            if not names or "env_args" not in group.attrs:
-                raise DataError(f"{path}: has no data/demo_i groups with env_args; give robomimic's HDF5 files")
-            return _describe(path, file, sorted(names, key=lambda name: int(name[5:])), data, settings)
-    except (OSError, RuntimeError, KeyError) as error:
-        raise unreadable(path, "HDF5 file", error) from None
+    """Read a file's attributes, list its demonstrations and find its conventions."""
+    with opened_hdf5(path) as file:
+        names = demo_names(file.get("data"))
+        if not names or "env_args" not in file["data"].attrs:
+            raise DataError(f"{path}: has no data/demo_i groups with env_args; give robomimic's HDF5 files")
+        return _describe(path, file, names, data, settings)
 
 
 def _describe(path: Path, file: Any, names: list[str], data: DataSettings, settings: IngestSettings) -> TaskFile:
@@ -140,23 +77,21 @@ def _describe(path: Path, file: Any, names: list[str], data: DataSettings, setti
     checks.check_control_hz(rate, options, data.control_hz, f"{where}: env_args.env_kwargs.control_freq")
     simulated = environment.get("type") == _ROBOSUITE
     upright = simulated and not options.image_rotation
-    demos = tuple(_chosen(file, names, options.mask, where)[: settings.episodes_per_task])
-    instruction = _instruction(group[demos[0]], str(environment.get("env_name", "")), options.instructions, where)
-    detected = checks.detect_gripper(_gripper_samples(group, demos))
+    chosen = _chosen(file, names, options.mask, where)[: settings.episodes_per_task]
+    demos = [group[name] for name in chosen if name in group]
+    instruction = _instruction(demos[0], str(environment.get("env_name", "")), options.instructions, where)
+    detected = checks.detect_gripper((sample.actions[:, 6], sample.opening) for sample in samples(demos))
     return TaskFile(
         path=path,
         task=task_name(instruction),
         instruction=instruction,
-        demos=demos,
-        lengths=tuple(claimed_length(group[demo]) if demo in group else 0 for demo in demos),
-        cameras=find_cameras(where, group, tuple(d for d in demos if d in group), data, options),
+        demos=tuple(chosen),
+        lengths=tuple(claimed_length(group.get(name)) for name in chosen),
+        cameras=find_cameras(where, demos, data, options),
         rotation="none" if upright else checks.declared_rotation(options, "", where),
         mirrored=upright,
-        after=False,
-        joints=any(has_joints(group[demo]) for demo in demos if demo in group),
+        joints=has_joints(demos),
         gripper=checks.resolve_gripper(options, detected, checks.CANONICAL_GRIPPER if simulated else "", where),
-        render="full",
-        simulator=(),
         drop_noops=options.drop_noops,
         success="" if isinstance(arguments, dict) and arguments.get("reward_shaping") else "rewards",
     )
@@ -215,15 +150,3 @@ def _instruction(demo: Any, environment: str, declared: dict[str, str], where: s
             f"{{{environment}: ...}} with the command of environment {environment!r}"
         )
     return text
-
-
-def _gripper_samples(group: Any, demos: tuple[str, ...]) -> list[tuple[checks.Floats, checks.Floats]]:
-    """(command, opening) of the first few demonstrations; damaged ones are judged when they are read."""
-    samples: list[tuple[checks.Floats, checks.Floats]] = []
-    for demo in demos[:_SAMPLES]:
-        fingers = observations(group.get(demo)).get("robot0_gripper_qpos")
-        actions = group[demo].get("actions") if fingers is not None else None
-        if actions is not None and fingers.shape == (len(actions), 2) and len(actions):
-            opening = np.asarray(fingers, np.float64)
-            samples.append((np.asarray(actions, np.float64)[:, 6], opening[:, 0] - opening[:, 1]))
-    return samples

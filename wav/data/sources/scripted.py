@@ -10,50 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
+from wav.config import DataSettings, IngestSettings
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.names import full_name
-from wav.data.store import Rejection
+from wav.data.sources.staging import judged, stage, staged
+from wav.data.store import EpisodeStore, Rejection
 from wav.errors import DataError, SimulationError
-from wav.io.files import atomic_folder, canonical_digest, read_json, write_json
+from wav.io.files import canonical_digest
 from wav.shards import Mapper, in_order, made
 from wav.sim.env import TaskSpec
 from wav.sim.registry import select_tasks
 from wav.source_code import library_versions, module_digests
-
-if TYPE_CHECKING:
-    from wav.config import DataSettings, IngestSettings
 
 Recorder = Callable[..., Episode]
 
 TRIES_PER_EPISODE = 2
 
 
-def record_shard(record: Recorder, arguments: tuple[Any, ...], folder: str) -> None:
-    """Record one demonstration and leave it in ``folder``, whatever it is worth."""
-    episode = record(*arguments)
-    fields = {name: value for name, value in vars(episode).items() if name != "images"}
-    arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
-    views = {f"images.{view}": frames for view, frames in episode.images.items()}
-    with atomic_folder(folder) as new:
-        np.savez(new / "arrays.npz", allow_pickle=False, **arrays, **views)
-        rest = {name: value for name, value in fields.items() if name not in arrays}
-        write_json(new / "episode.json", rest | {"views": list(episode.views)})
-
-
-def _recorded(folder: Path) -> Episode:
-    """What :func:`record_shard` left."""
-    rest = read_json(folder / "episode.json", f"remove {folder}")
-    with np.load(folder / "arrays.npz", allow_pickle=False) as arrays:
-        images = {view: arrays[f"images.{view}"] for view in rest.pop("views")}
-        return Episode(images=images, **rest, **{name: arrays[name] for name in arrays if "." not in name})
-
-
-def kept(run: Mapper, staging: Path) -> Mapper:
+def kept(run: Mapper, staging: Path, conventions: Conventions) -> Mapper:
     """``run`` for a recorder, whose demonstrations are kept in ``staging``, so that none is recorded twice.
 
     A recorder's arguments are settings, texts and numbers.
@@ -62,11 +39,17 @@ def kept(run: Mapper, staging: Path) -> Mapper:
     def mapped(record: Recorder, jobs: Sequence[tuple[Any, ...]], workers: int) -> Iterator[tuple[int, Any]]:
         what = [recording_code(), record.__module__, record.__qualname__]
         keys = [canonical_digest([*what, *(_plain(value) for value in job)]) for job in jobs]
-        wanted = {key: (record, job) for key, job in zip(keys, jobs, strict=True)}
-        for index, outcome in made(record_shard, wanted, staging, run, prune=False):
-            yield index, _recorded(outcome) if isinstance(outcome, Path) else outcome
+        meant = conventions.to_json()
+        wanted = {key: (recorded, (record, *job), meant) for key, job in zip(keys, jobs, strict=True)}
+        for index, outcome in made(stage, wanted, staging, run, prune=False):
+            yield index, EpisodeStore.open(staged(outcome).store)[0] if isinstance(outcome, Path) else outcome
 
     return mapped
+
+
+def recorded(record: Recorder, *arguments: Any) -> Iterator[Episode]:
+    """One demonstration, whatever it is worth."""
+    yield record(*arguments)
 
 
 def _plain(value: Any) -> Any:
@@ -135,51 +118,8 @@ class ScriptedSource:
                 yield outcome
 
     def _round(self, jobs: list[tuple[str, int]], workers: int, run: Mapper | None) -> Iterator[Episode | Rejection]:
-        """Record the demonstrations of (task, initial state) jobs, in job order."""
-        record, here = self._functions()
-        settings = self.settings
-        how = (self.data, settings.noise, settings.detour, settings.seed)
-        arguments = [(self.data.suite, task, index, *how, self._style(task, index)) for task, index in jobs]
-        for number, result in in_order((run or here)(record, arguments, workers), len(jobs)):
-            task, index = jobs[number]
-            yield self._judge(task, index, result)
-
-    def _style(self, task: str, index: int) -> str:
-        """How the expert moves in a demonstration."""
-        from wav.sim.styles import draw_style
-
-        return draw_style(self.settings.styles, self.settings.seed, task, index)
-
-    def _judge(self, task: str, index: int, result: Episode | Exception) -> Episode | Rejection:
-        """Accept an episode or say why not; errors that are no episode's fault are raised."""
-        if isinstance(result, Episode):
-            reason = self._fault(result)
-            if not reason:
-                self._accepted = True
-                return result
-            return Rejection(result.episode_id, task, reason)
-        # a simulator that fails before any has worked is a missing renderer or the like, not a bad episode
-        if isinstance(result, DataError) or (isinstance(result, SimulationError) and self._accepted):
-            return Rejection(
-                f"{full_name(self.data.suite, task)}/{index:05d}", task, f"{type(result).__name__}: {result}"
-            )
-        raise result
-
-    def _fault(self, episode: Episode) -> str:
-        """Why an episode is not fit for training; empty where it is."""
-        try:
-            episode.validate()
-        except DataError as error:
-            return str(error)
-        if not episode.success:
-            return f"the expert did not reach the task's goal in {episode.length} steps"
-        if episode.length < self.settings.min_length:
-            return f"{episode.length} frames, fewer than ingest.min_length = {self.settings.min_length}"
-        return ""
-
-    def _functions(self) -> tuple[Recorder, Mapper]:
-        """Recorder and mapper; the simulator is imported only here."""
-        record, run = self._record, self._run
+        """Record the demonstrations of (task, initial state) jobs, in job order; the simulator is imported here."""
+        record, run, settings = self._record, run or self._run, self.settings
         if record is None:
             from wav.sim.demonstrations import record_demonstration
 
@@ -188,4 +128,30 @@ class ScriptedSource:
             from wav.sim.workers import map_in_processes
 
             run = map_in_processes
-        return record, run
+        from wav.sim.styles import draw_style
+
+        how = (self.data, settings.noise, settings.detour, settings.seed)
+        arguments = [
+            (self.data.suite, task, index, *how, draw_style(settings.styles, settings.seed, task, index))
+            for task, index in jobs
+        ]
+        for number, result in in_order(run(record, arguments, workers), len(jobs)):
+            yield self._judge(*jobs[number], result)
+
+    def _judge(self, task: str, index: int, result: Episode | Exception) -> Episode | Rejection:
+        """Accept an episode or say why not; errors that are no episode's fault are raised."""
+        name = f"{full_name(self.data.suite, task)}/{index:05d}"
+        if isinstance(result, Episode):
+            outcome = judged(result.episode_id, task, "", self.settings, _successful, result)
+            self._accepted |= isinstance(outcome, Episode)
+            return outcome
+        # a simulator that fails before any has worked is a missing renderer or the like, not a bad episode
+        if isinstance(result, DataError) or (isinstance(result, SimulationError) and self._accepted):
+            return Rejection(name, task, f"{type(result).__name__}: {result}")
+        raise result
+
+
+def _successful(episode: Episode) -> Episode:
+    if not episode.success:
+        raise DataError(f"the expert did not reach the task's goal in {episode.length} steps")
+    return episode

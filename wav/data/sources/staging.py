@@ -6,7 +6,7 @@ are linked into the final store without a copy. An ingest that is interrupted, o
 again only the jobs whose key (settings, reader code, source files) has no folder yet. Of a finished ingest
 :func:`remember` keeps which shards of the store are which job's, so that the next one takes them from there::
 
-    for staged in collect(source.jobs(), source.conventions(), out, workers=4):
+    for index, part in collect(source.jobs(), source.conventions(), out, workers=4):
         ...
 """
 
@@ -18,26 +18,26 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from wav.config import DataSettings, IngestSettings
 from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.sources.open_files import files_closed
 from wav.data.store import EpisodeStore, Rejection
 from wav.data.writer import EpisodeStoreWriter
-from wav.errors import DataError, SimulationError, StorageError
+from wav.errors import DataError, SimulationError, StorageError, WavError
 from wav.io.files import atomic_folder, canonical_digest, read_json, require_free_space, write_json
-from wav.shards import Mapper, made, staging_folder
+from wav.shards import Mapper, grouped, made, staging_folder
 from wav.source_code import code_digest, digests, library_versions, modules
-
-if TYPE_CHECKING:
-    from wav.config import DataSettings, IngestSettings
 
 _LOG = logging.getLogger(__name__)
 _STORE, _REJECTED, _NOTES = "store", "rejected.json", "store.json"
+#: gives an Episode or a Rejection for each episode of a job
+Read = Callable[..., Iterator[Episode | Rejection]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Job:
     identifies everything its result depends on.
     """
 
-    read: Callable[..., Iterator[Episode | Rejection]]
+    read: Read
     arguments: tuple[Any, ...]
     label: str
     """File and episodes, for messages."""
@@ -59,15 +59,26 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Staged:
-    """A finished job: its place in the list, its store (None: no episode was fit) and its rejections."""
+class Item:
+    """One episode to read."""
 
-    index: int
-    store: Path | None
+    what: Any
+    """Stands for it; its ``repr`` tells all that does not stand in the files."""
+    bytes: int
+    """Pixels that it will write, estimated."""
+    files: tuple[Path, ...]
+    name: str
+    """For messages."""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A finished job: the shards of a store that hold its episodes (none where no episode was fit), its rejections."""
+
+    store: Path
+    shards: range
     accepted: int
     rejected: tuple[Rejection, ...]
-    shards: range | None = None
-    """Those of the store that are the job's; None: all."""
 
 
 class DatasetSource(ABC):
@@ -92,22 +103,50 @@ class DatasetSource(ABC):
         """Episodes to read."""
         return sum(job.episodes for job in self.jobs())
 
-    def job(
-        self, read: Callable[..., Iterator[Episode | Rejection]], arguments: tuple[Any, ...], size: int, **what: Any
-    ) -> Job:
-        """A job with its key. ``what``: label, episodes (number), files (paths), identity (plain data)."""
-        files: Sequence[Path] = what["files"]
-        key = canonical_digest(
-            {
-                "code": [reader_code(), code_digest(Path(inspect.getfile(type(self))))],
-                "data": self.data.model_dump(mode="json"),
-                "ingest": self.settings.model_dump(mode="json"),
-                "conventions": self.conventions().to_json(),
-                "files": [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in sorted(set(files))],
-                "identity": what["identity"],
-            }
-        )
-        return Job(read, arguments, what["label"], what["episodes"], size, key)
+    @property
+    def frame_bytes(self) -> int:
+        """Size of one step's pictures in the store."""
+        return len(self.data.views) * self.data.image_height * self.data.image_width * 3
+
+    def jobs_of(self, read: Read, items: Sequence[Item], label: str, plan: Any = None, identity: Any = "") -> list[Job]:
+        """Jobs ``read(plan, (item.what, ...), data, settings)`` of a few items each, in their order.
+
+        Of ``plan``, which says how, only what ``identity`` (plain data) tells of it is part of a job's key; ``label``
+        is what the items are parts of.
+        """
+        code = [reader_code(), code_digest(Path(inspect.getfile(type(self))))]
+        settings = {"data": self.data.model_dump(mode="json"), "ingest": self.settings.model_dump(mode="json")}
+        common = {"code": code, "conventions": self.conventions().to_json(), "identity": identity, **settings}
+        jobs = []
+        for part in grouped([item.bytes for item in items]):
+            some = items[part.start : part.stop]
+            what = tuple(item.what for item in some)
+            files = sorted({path for item in some for path in item.files})
+            stats = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+            key = canonical_digest(common | {"files": stats, "items": repr(what)})
+            arguments, size = (plan, what, self.data, self.settings), sum(item.bytes for item in some)
+            jobs.append(Job(read, arguments, f"{label}: {some[0].name} to {some[-1].name}", len(some), size, key))
+        return jobs
+
+
+def judged(
+    name: str, task: str, where: str, settings: IngestSettings, read: Callable[..., Episode], *arguments: Any
+) -> Episode | Rejection:
+    """The episode that ``read(*arguments)`` gives, or why it is not fit, in a sentence that begins with ``where``."""
+    try:
+        episode = read(*arguments)
+        episode.validate()
+        if episode.length < settings.min_length:
+            raise DataError(f"{episode.length} steps, fewer than ingest.min_length = {settings.min_length}")
+    except (WavError, OSError, RuntimeError, KeyError) as error:
+        reason = flat(error) if isinstance(error, WavError) else f"damaged ({flat(error)}); download it again"
+        return Rejection(name, task, f"{where}: {reason}" if where else reason)
+    return episode
+
+
+def flat(error: Exception) -> str:
+    """An error's message on one line."""
+    return " ".join(str(error).split())
 
 
 @lru_cache(maxsize=1)
@@ -117,12 +156,7 @@ def reader_code() -> str:
     return canonical_digest([digests(modules(*which)), library_versions(*which)])
 
 
-def stage(
-    read: Callable[..., Iterator[Episode | Rejection]],
-    arguments: tuple[Any, ...],
-    conventions: Mapping[str, Any],
-    folder: str,
-) -> None:
+def stage(read: Read, arguments: tuple[Any, ...], conventions: Mapping[str, Any], folder: str) -> None:
     """Run one job: ``folder`` appears with its rejections and, where an episode is fit, a store."""
     rejected: list[Rejection] = []
     meant = Conventions.from_json(conventions)
@@ -138,35 +172,36 @@ def stage(
         write_json(new / _REJECTED, [asdict(rejection) for rejection in rejected])
 
 
-def _staged(index: int, folder: Path) -> Staged:
-    """What a job left in its folder; DataError, KeyError or TypeError where that is damaged."""
+def staged(folder: Path) -> Staged:
+    """What :func:`stage` left in a folder; DataError, KeyError or TypeError where that is damaged."""
     rejected = tuple(Rejection(**row) for row in read_json(folder / _REJECTED, ""))
     if not (folder / _STORE).is_dir():
-        return Staged(index, None, 0, rejected)
-    return Staged(index, folder / _STORE, len(EpisodeStore.open(folder / _STORE)), rejected)
+        return Staged(folder, range(0), 0, rejected)
+    store = EpisodeStore.open(folder / _STORE)
+    return Staged(store.path, range(len(store.shard_rows)), len(store), rejected)
 
 
 def _drop_damaged(jobs: Sequence[Job], folder: Path) -> None:
     """Remove staged copies that cannot be read, so that they are made again."""
-    for index, job in enumerate(jobs):
+    for job in jobs:
         if (path := folder / job.key).is_dir():
             try:
-                _staged(index, path)
+                staged(path)
             except (DataError, KeyError, TypeError):
                 _LOG.warning("%s: its staged copy is damaged and will be made again", job.label)
                 shutil.rmtree(path)
 
 
-def remember(out: Path, jobs: Mapping[str, tuple[Staged, range]]) -> None:
+def remember(out: Path, jobs: Mapping[str, Staged]) -> None:
     """Note which shards of the finished store ``out`` hold which job's episodes, by key, and remove what was staged."""
     folder = staging_folder(out)
     notes = {
         key: {
-            "accepted": staged.accepted,
-            "rejected": [asdict(r) for r in staged.rejected],
-            "shards": [shards.start, shards.stop],
+            "accepted": job.accepted,
+            "rejected": [asdict(rejection) for rejection in job.rejected],
+            "shards": [job.shards.start, job.shards.stop],
         }
-        for key, (staged, shards) in jobs.items()
+        for key, job in jobs.items()
     }
     shutil.rmtree(folder)
     folder.mkdir()
@@ -180,9 +215,7 @@ def _remembered(out: Path) -> dict[str, Staged]:
         if raw["store"] != EpisodeStore.open(out).digest:
             return {}
         return {
-            key: Staged(
-                -1, out, job["accepted"], tuple(Rejection(**row) for row in job["rejected"]), range(*job["shards"])
-            )
+            key: Staged(out, range(*job["shards"]), job["accepted"], tuple(Rejection(**row) for row in job["rejected"]))
             for key, job in raw["jobs"].items()
         }
     except (DataError, KeyError, TypeError):
@@ -191,26 +224,18 @@ def _remembered(out: Path) -> dict[str, Staged]:
 
 def collect(
     jobs: Sequence[Job], conventions: Conventions, out: Path, workers: int, run: Mapper | None = None
-) -> Iterator[Staged]:
-    """Run the jobs that have no finished stage yet.
+) -> Iterator[tuple[int, Staged]]:
+    """Run the jobs that have no finished stage yet; DataError where a reading process died.
 
     The caller keeps the staging folder of ``out`` until that is complete. With one worker everything runs in this
     process; ``run`` runs the jobs elsewhere (:mod:`wav.cluster`).
 
     Yields:
-        finished jobs, those of an earlier run first, the others as they finish.
-
-    Raises:
-        DataError: a reading process died.
-        StorageError: the disk is or would be full.
+        place in the list and result of finished jobs, those of an earlier run first, the others as they finish.
     """
     folder, there, meant = staging_folder(out), _remembered(out), conventions.to_json()
-    todo: list[int] = []
-    for index, job in enumerate(jobs):
-        if known := there.get(job.key):
-            yield replace(known, index=index)
-        else:
-            todo.append(index)
+    yield from ((index, there[job.key]) for index, job in enumerate(jobs) if job.key in there)
+    todo = [index for index, job in enumerate(jobs) if job.key not in there]
     left = [jobs[index] for index in todo]
     if len(left) < len(jobs):
         _LOG.info("ingest continues: %d of %d parts are in the store already", len(jobs) - len(left), len(jobs))
@@ -221,7 +246,7 @@ def collect(
     for number, outcome in made(stage, arguments, folder, run):
         if isinstance(outcome, Exception):
             raise _explained(outcome, left[number])
-        yield _staged(todo[number], outcome)
+        yield todo[number], staged(outcome)
 
 
 def _run(

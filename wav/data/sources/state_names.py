@@ -43,11 +43,7 @@ class StateColumns:
     """Two fingers (m, of opposite sign), or the width between them (m)."""
 
     def __call__(self, rows: NDArray[np.floating]) -> NDArray[np.floating]:
-        """(T, 8) position (m), axis-angle (rad), two fingers (m) of rows (T, D).
-
-        Raises:
-            DataError: what should be quaternions are none.
-        """
+        """(T, 8) position (m), axis-angle (rad), two fingers (m) of rows (T, D); DataError for no quaternions."""
         fingers = rows[:, self.gripper]
         if len(self.gripper) == 1:
             fingers = np.concatenate([fingers / 2, -fingers / 2], axis=1)
@@ -86,12 +82,9 @@ def _continuous(quat: NDArray[np.floating]) -> NDArray[np.floating]:
 
 
 def state_columns(names: tuple[str, ...], width: int, declared: Rotation | str, field: str, where: str) -> StateColumns:
-    """The columns of an end-effector state of ``width`` numbers.
+    """The columns of an end-effector state of ``width`` numbers; ConfigError where the names leave them open.
 
     ``names`` are none where the metadata are silent; ``declared`` is the reader's option ``field``.
-
-    Raises:
-        ConfigError: the names are of something else, or leave the rotation open.
     """
     silent = len(names) != width or all(_SILENT.fullmatch(name.lower()) for name in names)
     roles = [_role(name) for name in names]

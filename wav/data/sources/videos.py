@@ -133,12 +133,9 @@ class VideoFile:
 
 
 def orientation(frame: av.VideoFrame, path: Path) -> Orientation:
-    """How the container says that a frame is shown: its display matrix, where it has one.
+    """How the container says that a frame is shown; DataError where by more than quarter turns and mirroring.
 
-    ``frame.rotation`` would not do: it is -180 for a picture mirrored left to right, and 0 for one upside down.
-
-    Raises:
-        DataError: the matrix does more than quarter turns and mirroring.
+    The display matrix tells; ``frame.rotation`` would not: it is -180 for a picture mirrored left to right.
     """
     found = frame.side_data.get("DISPLAYMATRIX")
     if found is None:
@@ -157,13 +154,9 @@ open_video = stays_open(VideoFile)
 
 
 def decode_video(clip: Clip, prepare: Preparation) -> Images:
-    """The clip's frames, prepared, (count, height, width, 3) uint8.
+    """The clip's frames, prepared, (count, height, width, 3) uint8; DataError where they are not all there.
 
     Frames are placed by their time stamps, so a missing one is noticed; decoded frames are held one by one.
-
-    Raises:
-        DataError: the file is missing, damaged, too short or, where the clip is alone in it, too long, or its frames
-            have another size.
     """
     try:
         result, seen, found = _decode(open_video(clip.path), clip, prepare)

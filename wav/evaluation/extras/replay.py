@@ -68,7 +68,7 @@ def _start(info: EpisodeInfo, ingest: IngestSettings, suite: str) -> ReplayStart
     if info.source.startswith("scripted"):
         return start
     if kind == "libero_hdf5":
-        from wav.data.sources.libero_file import dataset_files
+        from wav.data.sources.libero_hdf5 import dataset_files
 
         name, _, demo = rest.rpartition("#")
         files = dataset_files(ingest.path, own_task(suite, info.task)[0])
