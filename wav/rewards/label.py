@@ -32,6 +32,7 @@ def returns(reward: NDArray[np.floating], gamma: float, horizon: int | None) -> 
 
     After the final frame the last reward is held (the goal is absorbing). ``horizon`` None sums to the episode's end
     instead, without holding; such returns FALL toward success, because rewards are positive.
+    DataError for a horizon below one.
 
     >>> returns(np.array([0.0, 1.0, 1.0]), gamma=0.5, horizon=2).tolist()
     [0.5, 1.5, 1.5]

@@ -103,7 +103,7 @@ def task_name(path: Path) -> str:
 
 
 def open_task_file(path: Path, data: DataSettings, settings: IngestSettings) -> TaskFile:
-    """Read a file's attributes, list its demonstrations and find its conventions."""
+    """A file's demonstrations and conventions, from its attributes and numbers; DataError where it is not LIBERO's."""
     with opened_hdf5(path) as file:
         names = demo_names(file.get("data"))[: settings.episodes_per_task]
         if not names:

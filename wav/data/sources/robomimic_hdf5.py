@@ -59,7 +59,7 @@ class RobomimicHdf5Source(DemoSource):
 
 
 def open_file(path: Path, data: DataSettings, settings: IngestSettings) -> TaskFile:
-    """Read a file's attributes, list its demonstrations and find its conventions."""
+    """A file's demonstrations and conventions; DataError where it is damaged or none of robomimic's."""
     with opened_hdf5(path) as file:
         names = demo_names(file.get("data"))
         if not names or "env_args" not in file["data"].attrs:

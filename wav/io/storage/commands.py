@@ -56,7 +56,10 @@ def ls(store: ObjectStore, prefix: str = "") -> Iterator[str]:
 
 
 def get(store: ObjectStore, prefix: str, folder: Path) -> str:
-    """Download a commit, verified; a broken download goes on when it is asked for again."""
+    """Download a commit, verified; a broken download goes on when it is asked for again.
+
+    StorageError where ``folder`` exists, or there is no such commit, or it is damaged.
+    """
     if folder.exists():
         raise StorageError(f"{folder}: exists already; name another folder or remove it")
     manifest = fetch(store, prefix.strip("/"), folder)
@@ -64,7 +67,10 @@ def get(store: ObjectStore, prefix: str, folder: Path) -> str:
 
 
 def verify(store: ObjectStore, prefix: str) -> Iterator[str]:
-    """Read a commit's objects back and compare each with its digest; a line per file, the bad ones first word BAD."""
+    """Read a commit's objects back and compare each with its digest; a line per file, the bad ones first word BAD.
+
+    StorageError where there is no such commit, TransferError where the connection broke.
+    """
     prefix = prefix.strip("/")
     manifest = remote_manifest(store, prefix)
     if manifest is None:
