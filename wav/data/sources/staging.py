@@ -108,24 +108,37 @@ class DatasetSource(ABC):
         """Size of one step's pictures in the store."""
         return len(self.data.views) * self.data.image_height * self.data.image_width * 3
 
+    def job(self, read: Read, arguments: tuple[Any, ...], size: int, **what: Any) -> Job:
+        """A job with its key. ``what``: label, episodes (number), files (paths), identity (plain data)."""
+        files: list[Path] = sorted(set(what["files"]))
+        key = {
+            "code": [reader_code(), code_digest(Path(inspect.getfile(type(self))))],
+            "data": self.data.model_dump(mode="json"),
+            "ingest": self.settings.model_dump(mode="json"),
+            "conventions": self.conventions().to_json(),
+            "files": [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+            "identity": what["identity"],
+        }
+        return Job(read, arguments, what["label"], what["episodes"], size, canonical_digest(key))
+
     def jobs_of(self, read: Read, items: Sequence[Item], label: str, plan: Any = None, identity: Any = "") -> list[Job]:
         """Jobs ``read(plan, (item.what, ...), data, settings)`` of a few items each, in their order.
 
         Of ``plan``, which says how, only what ``identity`` (plain data) tells of it is part of a job's key; ``label``
         is what the items are parts of.
         """
-        code = [reader_code(), code_digest(Path(inspect.getfile(type(self))))]
-        settings = {"data": self.data.model_dump(mode="json"), "ingest": self.settings.model_dump(mode="json")}
-        common = {"code": code, "conventions": self.conventions().to_json(), "identity": identity, **settings}
         jobs = []
         for part in grouped([item.bytes for item in items]):
             some = items[part.start : part.stop]
-            what = tuple(item.what for item in some)
-            files = sorted({path for item in some for path in item.files})
-            stats = [[str(path.absolute()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-            key = canonical_digest(common | {"files": stats, "items": repr(what)})
-            arguments, size = (plan, what, self.data, self.settings), sum(item.bytes for item in some)
-            jobs.append(Job(read, arguments, f"{label}: {some[0].name} to {some[-1].name}", len(some), size, key))
+            whats = tuple(item.what for item in some)
+            what = {
+                "label": f"{label}: {some[0].name} to {some[-1].name}",
+                "episodes": len(some),
+                "files": [path for item in some for path in item.files],
+                "identity": [identity, repr(whats)],
+            }
+            size = sum(item.bytes for item in some)
+            jobs.append(self.job(read, (plan, whats, self.data, self.settings), size, **what))
         return jobs
 
 
