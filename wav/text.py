@@ -57,7 +57,8 @@ def _orthogonal_rows(count: int, dim: int, seed: int) -> torch.Tensor:
 def build_small(folder: str | Path, corpus: Sequence[str], dim: int = 64, seed: int = 0) -> Path:
     """Write a small T5 encoder and its tokenizer into ``folder``.
 
-    Words of ``corpus`` become single tokens; ``dim``, the width of the embeddings Ct, is a multiple of 4.
+    Words of ``corpus`` become single tokens; ``dim``, the width of the embeddings Ct, is a multiple of 4
+    (else ConfigError).
     """
     from transformers import T5Config, T5EncoderModel, T5Tokenizer  # slow import
     from transformers.utils.logging import disable_progress_bar

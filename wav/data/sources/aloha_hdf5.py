@@ -274,7 +274,7 @@ def find_cameras(
 
 
 def images(file: Any, name: str, steps: int, prepare: Preparation, options: AlohaHdf5Options) -> Images:
-    """(T, height, width, 3) frames of a camera in RGB, read one at a time."""
+    """(T, height, width, 3) frames of a camera in RGB, read one at a time; DataError for another number of them."""
     found = file.get(f"observations/images/{name}")
     if not isinstance(found, h5py.Dataset) or len(found) != steps:
         raise DataError(f"camera {name} has {0 if found is None else len(found)} frames where qpos has {steps} rows")

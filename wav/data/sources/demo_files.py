@@ -156,7 +156,7 @@ def attribute_text(value: Any) -> str:
 
 
 def attribute_json(value: Any, where: str) -> dict[str, Any]:
-    """A JSON attribute; {} where it is missing."""
+    """A JSON attribute; {} where it is missing, DataError where it is no object."""
     text = attribute_text(value)
     try:
         raw = json.loads(text or "{}")
@@ -168,7 +168,7 @@ def attribute_json(value: Any, where: str) -> dict[str, Any]:
 
 
 def control_rate(arguments: dict[str, Any], where: str) -> float:
-    """The control rate (Hz) of env_args; 0 where it tells none."""
+    """The control rate (Hz) of env_args; 0 where it tells none, DataError where that is no number."""
     kwargs = arguments.get("env_kwargs") or {}
     rate = kwargs.get("control_freq") or 0 if isinstance(kwargs, dict) else kwargs
     if not isinstance(rate, (int, float)):
@@ -348,7 +348,7 @@ def _joints(demo: Any, steps: int) -> Floats | None:
 
 
 def numbers(group: Any, name: str, width: int, steps: int | None = None) -> Floats:
-    """A finite floating-point dataset (T, width) of an open file, T at least 2."""
+    """A dataset (T, width) of an open file; DataError where it is not of finite floats or T below 2."""
     if name not in group:
         raise DataError(f"{name} is missing; record it or drop the demonstration")
     data = group[name]

@@ -111,7 +111,7 @@ class Dataset:
 
 
 def open_dataset(path: str) -> Dataset:
-    """What ``meta/`` of the dataset at ``path`` says of all its episodes; DataError where it is damaged or unknown."""
+    """What ``meta/`` at ``path`` says of all episodes; DataError where it is damaged, ConfigError for no folder."""
     root = Path(path).expanduser()
     if not path or not root.is_dir():
         raise ConfigError(f"ingest.path = {path!r}: no such folder; give the folder of a LeRobot dataset (with meta/)")

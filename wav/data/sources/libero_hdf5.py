@@ -67,7 +67,7 @@ class LiberoHdf5Source(DemoSource):
 
 
 def dataset_files(path: str, suite: str) -> list[Path]:
-    """The HDF5 files of a suite under ``path`` (a file, a folder, or a folder of suites)."""
+    """The HDF5 files of a suite under ``path`` (a file, a folder, or a folder of suites); ConfigError for none."""
     root = Path(path).expanduser()
     folder = suite_folder(root, suite)
     others = [name for name in LIBERO_SUITES if name != suite and (root / name).is_dir()]
@@ -85,7 +85,7 @@ def suite_folder(root: Path, suite: str) -> Path | None:
 
 
 def task_files(path: str, suite: str) -> list[tuple[Path, str]]:
-    """The HDF5 files of a suite, or of several in a folder each below ``path``, and the tasks they are of."""
+    """The HDF5 files of a suite, or of several in a folder each (else ConfigError), and the tasks they are of."""
     root, suites = Path(path).expanduser(), suites_of(suite)
     lacking = next((own for own in suites if len(suites) > 1 and suite_folder(root, own) is None), None)
     if lacking is not None and path and root.exists():

@@ -145,7 +145,7 @@ class DatasetSource(ABC):
 def judged(
     name: str, task: str, where: str, settings: IngestSettings, read: Callable[..., Episode], *arguments: Any
 ) -> Episode | Rejection:
-    """The episode that ``read(*arguments)`` gives, or why it is not fit, in a sentence that begins with ``where``."""
+    """The episode that ``read(*arguments)`` gives, or why not: its DataError in one that begins with ``where``."""
     try:
         episode = read(*arguments)
         episode.validate()

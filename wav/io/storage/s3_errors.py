@@ -45,27 +45,6 @@ REFUSED = {"403", "AccessDenied", "Forbidden", "AllAccessDisabled", "AccountProb
 OTHER_REGION = {"AuthorizationHeaderMalformed", "PermanentRedirect", "301", "307", "TemporaryRedirect", "400"}
 OTHER_REGION |= {"IllegalLocationConstraintException", "InvalidRegion", "Redirect"}
 CREDENTIALS_REMEDY = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or an AWS profile) for this store"
-_NOBODY = "no S3 server answers; start the local services with `make up` or set WAV_S3_ENDPOINT"
-_INCOMPLETE = f"S3 credentials are missing or incomplete ({{}}); {CREDENTIALS_REMEDY}"
-_CONFIGURATION = "AWS configuration: {}; correct the file or AWS_CONFIG_FILE"
-_BROKEN = (HTTPClientError, IncompleteReadError, RetriesExceededError)
-_NO_TLS = "set AWS_CA_BUNDLE to the file of its certificate authority, or http:// where the port is a plain one"
-#: exceptions, the error that they become, and its sentence with what boto3 said; the first that fits
-_TOLD: tuple[tuple[Any, type[StorageError], str], ...] = (
-    (EndpointConnectionError, TransferError, _NOBODY),
-    (ConnectTimeoutError, TransferError, _NOBODY),
-    (SSLError, StorageError, f"no TLS ({{}}); {_NO_TLS}"),
-    (ProxyConnectionError, TransferError, "{}; correct HTTPS_PROXY, or add the host to NO_PROXY"),
-    (ReadTimeoutError, TransferError, "takes the connection and stays silent; try again, or correct WAV_S3_ENDPOINT"),
-    (NoCredentialsError, StorageError, _INCOMPLETE),
-    (PartialCredentialsError, StorageError, _INCOMPLETE),
-    (ProfileNotFound, StorageError, "AWS_PROFILE: {}; correct or unset AWS_PROFILE"),
-    (ConfigParseError, StorageError, _CONFIGURATION),
-    (ConfigNotFound, StorageError, _CONFIGURATION),
-    (_BROKEN, TransferError, "{}; check the network and try again"),
-    (S3UploadFailedError, TransferError, "upload failed ({}); try again"),
-    (Exception, StorageError, "{}; check WAV_S3_ENDPOINT, the AWS_* variables and the AWS configuration"),
-)
 #: what boto3 raises where a server answers 200 with what is no answer of S3
 _NO_ANSWER = (AttributeError, HTTPException, LookupError, RecursionError, ResponseParserError, TypeError, ValueError)
 
@@ -74,7 +53,9 @@ _NO_ANSWER = (AttributeError, HTTPException, LookupError, RecursionError, Respon
 def explained(where: str, object_named: bool) -> Iterator[None]:
     """Turn failures of boto3 into a StorageError that begins with ``where``.
 
-    A TransferError where the same call may succeed later, a DamagedError where the object is not there.
+    Raises:
+        TransferError: the same call may succeed later. DamagedError: the object is not there.
+        StorageError: neither.
     """
     try:
         yield
@@ -82,13 +63,42 @@ def explained(where: str, object_named: bool) -> Iterator[None]:
         raise TransferError(str(error)) from None
     except WavError:
         raise
-    except (BotoCoreError, Boto3Error, ClientError) as error:
-        inner = error.__context__ if isinstance(error, S3UploadFailedError) else error
+    except (EndpointConnectionError, ConnectTimeoutError):
+        raise TransferError(
+            f"{where}: no S3 server answers; start the local services with `make up` or set WAV_S3_ENDPOINT"
+        ) from None
+    except SSLError as error:
+        raise StorageError(
+            f"{where}: no TLS ({cut(error)}); set AWS_CA_BUNDLE to the file of its certificate authority, "
+            "or http:// in WAV_S3_ENDPOINT where the port is a plain one"
+        ) from None
+    except ProxyConnectionError as error:
+        raise TransferError(f"{where}: {cut(error)}; correct HTTPS_PROXY, or add the host to NO_PROXY") from None
+    except ReadTimeoutError:
+        raise TransferError(
+            f"{where}: takes the connection and stays silent; try again, or correct WAV_S3_ENDPOINT"
+        ) from None
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise StorageError(
+            f"{where}: S3 credentials are missing or incomplete ({error}); {CREDENTIALS_REMEDY}"
+        ) from None
+    except ProfileNotFound as error:
+        raise StorageError(f"{where}: AWS_PROFILE: {cut(error)}; correct or unset AWS_PROFILE") from None
+    except (ConfigParseError, ConfigNotFound) as error:
+        raise StorageError(f"{where}: AWS configuration: {cut(error)}; correct the file or AWS_CONFIG_FILE") from None
+    except ClientError as error:
+        raise kind(error, object_named)(f"{where}: {cause(error, object_named)}") from error
+    except (HTTPClientError, IncompleteReadError, RetriesExceededError) as error:
+        raise TransferError(f"{where}: {cut(error)}; check the network and try again") from error
+    except S3UploadFailedError as error:
+        inner = error.__context__
         if isinstance(inner, ClientError):
-            named = object_named or inner is not error
-            raise kind(inner, named)(f"{where}: {cause(inner, named)}") from error
-        made, sentence = next((made, sentence) for kinds, made, sentence in _TOLD if isinstance(error, kinds))
-        raise made(f"{where}: {sentence.format(cut(error))}") from error
+            raise kind(inner, True)(f"{where}: {cause(inner, True)}") from error
+        raise TransferError(f"{where}: upload failed ({cut(error)}); try again") from error
+    except (BotoCoreError, Boto3Error) as error:
+        raise StorageError(
+            f"{where}: {cut(error)}; check WAV_S3_ENDPOINT, the AWS_* variables and the AWS configuration"
+        ) from error
     except _NO_ANSWER as error:
         raise not_s3(where, cut(repr(error))) from error
 
