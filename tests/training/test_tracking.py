@@ -10,7 +10,7 @@ import pytest
 
 from wav.errors import ConfigError
 from wav.training.record import Recorder
-from wav.training.tracking import TRACKERS, RunFacts, Tracker, _Patient, open_tracker
+from wav.training.tracking import TRACKERS, RunFacts, Tracker, open_tracker, patient
 
 ROWS = [(step, {"loss": 1.0 / step, "validation/loss": 2.0 / step}) for step in (2, 4, 6)]
 
@@ -88,38 +88,25 @@ def test_a_missing_package_is_named_before_anything_is_trained(
         open_tracker(name, facts)
 
 
-class Remembers:
-    def __init__(self) -> None:
-        self.rows: list[tuple[int, dict[str, float]]] = []
-        self.closed = False
-
-    def log(self, step: int, row: dict[str, float]) -> None:
-        self.rows.append((step, row))
-
-    def close(self) -> None:
-        self.closed = True
-
-
-class Refuses(Remembers):
-    def log(self, step: int, row: dict[str, float]) -> None:
-        raise OSError("server is away")
-
-
 def test_the_recorder_hands_every_row_on(tmp_path: Path) -> None:
-    tracker = Remembers()
-    recorder = Recorder(tmp_path / "live", True, tracker)
+    rows: list[tuple[int, dict[str, float]]] = []
+    closed: list[bool] = []
+    recorder = Recorder(tmp_path / "live", True, Tracker(lambda *row: rows.append(row), lambda: closed.append(True)))
     recorder.restore(ROWS[:2])
     recorder.add(*ROWS[2])
     recorder.close()
-    assert (tracker.rows, tracker.closed) == (ROWS, True)
+    assert (rows, closed) == (ROWS, [True])
 
 
 def test_what_a_tracker_refuses_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    patient = _Patient("wandb", Refuses())
+    def refuse(step: int, row: dict[str, float]) -> None:
+        raise OSError("server is away")
+
+    tracker = patient("wandb", Tracker(refuse, lambda: None))
     with caplog.at_level(logging.WARNING, logger="wav.training"):
         for step, row in ROWS:
-            patient.log(step, row)
-        patient.close()
+            tracker.log(step, row)
+        tracker.close()
     assert [record.getMessage() for record in caplog.records] == [
         "WAV_TRACK=wandb: server is away; rows are missing there, dvclive has them"
     ]
