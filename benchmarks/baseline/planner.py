@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from wav.flow_matching import euler_step, frame_timesteps, inference_sigmas, join_frames
-from wav.model import ExpertOutput, VideoOutput, WAVTransformer
+from wav.model import WAVTransformer
+from wav.model.experts import ExpertOutput
 from wav.model.layers import modulated_head
 from wav.model.rope import video_rope
-from wav.model.video import pack, unpack
+from wav.model.video import VideoOutput, pack, unpack
 from wav.planning.types import NoiseShapes
 
 Features = tuple[Tensor, ...]  #: per layer a buffer (B * M, V * F * h * w, D)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wav.model import ExpertOutput, TextContext, VideoOutput, WAVTransformer, experts, layers, video
-from wav.model.experts import ActionExpert, Expert, ValueExpert
+from wav.model import WAVTransformer, experts, layers, video
+from wav.model.experts import ActionExpert, Expert, ExpertOutput, ValueExpert
 from wav.model.layers import modulated_head
 from wav.model.rope import Rope, video_rope
-from wav.model.video import VideoExpert, pack, unpack
+from wav.model.video import TextContext, VideoExpert, VideoOutput, pack, unpack
 
 
 class BaselineVideo(VideoExpert):

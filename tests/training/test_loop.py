@@ -211,8 +211,8 @@ def test_bf16_zero_and_accumulation(spec_of, start) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"statistics": {"episodes": "0" * 64}}, "statistics of episodes have digest 000000000000"),
-        ({"latents": "f" * 64}, "trained on latents ffffffffffff"),
+        ({"statistics": {"episodes": "0" * 64}}, "statistics.episodes = '000000000000"),
+        ({"latents": "f" * 64}, "latents = 'ffffffffffff"),
     ],
 )
 def test_other_data_are_refused(change: dict[str, Any], message: str, spec_of, start) -> None:

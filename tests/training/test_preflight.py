@@ -68,12 +68,12 @@ def test_auto_recomputes_only_what_memory_asks_for(spec_of, monkeypatch: pytest.
 
     def layers(free: float) -> int:
         monkeypatch.setattr("wav.training.preflight.psutil.virtual_memory", lambda: memory(int(free / 0.9) + 1))
-        return layers_to_recompute(spec, inputs, objective, 4, world).layers
+        return layers_to_recompute(spec, inputs, objective, 4, world)[0]
 
     assert layers(state + 2 * needed) == 0
     assert layers(state + 0.95 * needed) == 1
     assert layers(state) == spec.model.layers == 2
-    said = layers_to_recompute(spec, inputs, objective, 4, world).text
+    _, said = layers_to_recompute(spec, inputs, objective, 4, world)
     assert re.match(r"2 of 2 layers are recomputed: 0\.0 GiB free, about .* for 4 samples' activations", said)
 
 

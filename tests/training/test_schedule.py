@@ -154,7 +154,7 @@ def test_layers_that_are_not_recomputed_keep_their_activations_and_no_number_cha
     def step(layers: int) -> tuple[int, list[torch.Tensor]]:
         module, sizes = make("pretrain_video"), []
         module.model.enable_gradient_checkpointing()
-        module.model.recomputed_layers = layers
+        module.model.recompute(layers)
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             loss, _ = module(inputs_of(random_batch(), "pretrain_video"))
         loss.backward()

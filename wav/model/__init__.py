@@ -5,18 +5,6 @@ tests, ``tests/golden`` compares it with the reference implementation.
 """
 
 from wav.model.build import build_model
-from wav.model.experts import ActionCache, ExpertOutput
-from wav.model.layers import KeyValue
-from wav.model.transformer import WAVOutput, WAVTransformer
-from wav.model.video import TextContext, VideoOutput
+from wav.model.transformer import WAVTransformer
 
-__all__ = [
-    "ActionCache",
-    "ExpertOutput",
-    "KeyValue",
-    "TextContext",
-    "VideoOutput",
-    "WAVOutput",
-    "WAVTransformer",
-    "build_model",
-]
+__all__ = ["WAVTransformer", "build_model"]

@@ -8,7 +8,7 @@ keys and values, which ``cache`` computes once for all Euler steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -73,35 +73,26 @@ class ExpertBlock(nn.Module):
 class Expert(nn.Module):
     """What both experts are: tokens (value or action chunks) to velocities, reading other experts' features.
 
-    Args:
-        channels: of the tokens, in and out.
-        dim: inner width d.
-        heads: attention heads.
-        layers: blocks, as many as the video expert has.
-        video_dim: width of the video features.
-        value_dim: width of the value features; None: the expert reads none.
-        eps: of the blocks' RMS norms.
-        rope_base: divides token positions.
+    Sizes are those of the model's configuration (:class:`wav.model.transformer.WAVTransformer`) that begin with the
+    name of the expert, ``value`` or ``action``; it has a block for each of the video expert's.
     """
 
-    def __init__(
-        self,
-        channels: tuple[int, int],
-        dim: int,
-        heads: int,
-        layers: int,
-        video_dim: int,
-        value_dim: int | None,
-        eps: float,
-        rope_base: int,
-    ) -> None:
+    name: str
+
+    def __init__(self, config: Any) -> None:
         super().__init__()
-        self.rope_base = rope_base
+        own = f"{self.name}_"
+        heads, channels = config[own + "num_attention_heads"], config[own + "in_channels"]
+        dim = heads * config[own + "attention_head_dim"]
+        video_dim = config.num_attention_heads * config.attention_head_dim
+        value_dim = config.value_num_attention_heads * config.value_attention_head_dim
+        reads = video_dim, value_dim if self.name == "action" and config.value_expert else None
+        self.rope_base = config[own + "rope_base"]
         self.scale_shift_table = adaln_table(2, dim)
-        self.proj_in = nn.Linear(channels[0], dim)
+        self.proj_in = nn.Linear(channels, dim)
         self.time_embed = TimeEmbedding(dim)
-        self.blocks = Blocks([ExpertBlock(dim, heads, video_dim, value_dim, eps) for _ in range(layers)])
-        self.proj_out = nn.Linear(dim, channels[1])
+        self.blocks = Blocks([ExpertBlock(dim, heads, *reads, config.norm_eps) for _ in range(config.num_layers)])
+        self.proj_out = nn.Linear(dim, config.get(own + "out_channels", channels))
 
     def embed(self, tokens: Tensor, timestep: Tensor, history: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states (N, [1 +] A, d), temb (N, 1 or 1 + A, 6, d) and e (N, 1, d).
@@ -148,6 +139,8 @@ class Expert(nn.Module):
 class ValueExpert(Expert):
     """Denoises value trajectories, given what the video expert foresees."""
 
+    name = "value"
+
     def cache(self, features: Sequence[Tensor]) -> tuple[KeyValue, ...]:
         """K/V of the cross-attentions, from video ``features`` (B, L, D) per layer."""
         return keys_values(self.blocks, "attn2", features)
@@ -157,17 +150,17 @@ class ValueExpert(Expert):
     ) -> ExpertOutput:
         """Velocity of value trajectories given video features.
 
-        Args:
-            tokens: (B, A, C), or (B, R, A, C) for R draws per sample that share its features.
-            timestep: (B,), or (B, R); sigma * 1000.
-            features: per layer video features (B, L, D), or :meth:`cache`'s result.
-            history: (B, 1, C), a clean token in front (the reference accepts one and never uses it).
+        ``tokens`` (B, A, C), or (B, R, A, C) for R draws per sample that share its features; ``timestep`` (B,) or
+        (B, R), sigma * 1000; per layer ``features`` (B, L, D), or :meth:`cache`'s result; ``history`` (B, 1, C), a
+        clean token in front (the reference accepts one and never uses it).
         """
         return self.run(tokens, timestep, features, None, history)
 
 
 class ActionExpert(Expert):
     """Denoises action chunks, given video and value features and the robot's state."""
+
+    name = "action"
 
     def cache(self, features: Sequence[Tensor], value_features: Sequence[Tensor] | None = None) -> ActionCache:
         """K/V of the cross-attentions, from video and value features per layer."""
@@ -184,12 +177,9 @@ class ActionExpert(Expert):
     ) -> Tensor:
         """Velocity of action chunks given video and value features.
 
-        Args:
-            tokens: (B, A, C), or (B, R, A, C) for R draws per sample that share its features.
-            timestep: (B,), or (B, R); sigma * 1000.
-            video_features: per layer (B, L, D), or :meth:`cache`'s result (then ``value_features`` is unused).
-            value_features: per layer (B, A, d_value); None skips attn3.
-            history: (B, 1, C) = [zeros | state], a clean token in front; dropped before the head.
+        Tokens and timesteps as the value expert's. Per layer ``video_features`` (B, L, D), or :meth:`cache`'s result,
+        and ``value_features`` (B, A, d_value), None: attn3 is skipped. ``history`` (B, 1, C) = [zeros | state]: a clean
+        token in front, dropped before the head.
         """
         if isinstance(video_features, ActionCache):
             return self.run(tokens, timestep, *video_features, history).velocity

@@ -26,12 +26,7 @@ class KeyValue(NamedTuple):
 class Attention(nn.Module):
     """Multi-head attention; RMS norm of q and k (eps 1e-5) and RoPE over the whole inner width, before the head split.
 
-    Args:
-        dim: width of queries and of the output.
-        heads: number of heads; the inner width is ``dim``.
-        context_dim: width of what keys and values are read from; ``dim`` for self-attention.
-        bias: bias of the q, k and v projections.
-        out_bias: bias of the output projection.
+    ``context_dim``: width of what keys and values are read from, ``dim`` for self-attention.
     """
 
     def __init__(
@@ -149,14 +144,13 @@ class TimeEmbedding(nn.Module):
         return self.linear(F.silu(e)), e
 
 
-def timestep_waves(timestep: Tensor, channels: int = 256) -> Tensor:
-    """Sinusoidal embedding (..., channels) float32, cosines first, frequencies 10000 ** (-i / (channels / 2)).
+def timestep_waves(timestep: Tensor) -> Tensor:
+    """Sinusoidal embedding (..., 256) float32, cosines first, frequencies 10000 ** (-i / 128).
 
     Frequencies and angles are rounded to float32 where the reference rounds; exp, cos and sin are taken in float64,
     because at an angle of 1000 rad a library's last bit in exp already moves the result by 6e-5.
     """
-    half = channels // 2
-    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
+    exponent = -math.log(10000) * torch.arange(128, dtype=torch.float32, device=timestep.device) / 128
     angle = (timestep.float().unsqueeze(-1) * exponent.double().exp().float()).double()
     return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 

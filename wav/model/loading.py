@@ -71,27 +71,21 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def load_state(
     model: WAVTransformer,
-    source: Mapping[str, Tensor] | str | Path,
+    state: Mapping[str, Tensor],
     expected_missing: Sequence[str] = (),
     expected_extra: Sequence[str] = (),
     assign: bool = False,
-    where: str = "",
+    where: str = "state dict",
 ) -> LoadReport:
-    """Copy weights into ``model`` by name.
+    """Copy weights of ``state``, which the error calls ``where``, into ``model`` by name.
 
-    Args:
-        model: the model to fill.
-        source: a state dict, or a diffusers model folder.
-        expected_missing: regular expressions (from the name's start) of parameters that may keep their initialisation.
-        expected_extra: the same for tensors of the source that may go unused.
-        assign: take the source's tensors as they are (for a model on the meta device) instead of copying.
-        where: what the error calls a state dict.
+    ``expected_missing``: regular expressions (from the name's start) of parameters that may keep their initialisation;
+    ``expected_extra``: of tensors that may go unused. ``assign`` takes the tensors as they are (for a model on the meta
+    device) instead of copying.
 
     Raises:
         CheckpointError: any other name is missing or extra, or a shape differs; nothing was changed then.
     """
-    where = str(source) if isinstance(source, (str, Path)) else where or "state dict"
-    state = read_weights(source) if isinstance(source, (str, Path)) else dict(source)
     own = published_state(model.state_dict())
     missing = sorted(set(own) - set(state))
     extra = sorted(set(state) - set(own))
@@ -117,11 +111,7 @@ def save_model(
 ) -> None:
     """Write config.json and safetensors as diffusers does, under published names.
 
-    Args:
-        model: whose configuration, and whose weights where ``state`` is None.
-        folder: made where it is missing.
-        state: other weights of the same model, by its own names.
-        max_shard_size: of one file.
+    ``state``: other weights of the same model, by its own names. ``max_shard_size``: of one file.
     """
     model.save_config(folder)
     tensors = published_state(model.state_dict() if state is None else state)
@@ -152,7 +142,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None) -> WAVTrans
             )
     with understood(f"{folder}/config.json", "make or fetch the folder again", CheckpointError), torch.device("meta"):
         model: WAVTransformer = WAVTransformer.from_config(config)
-    load_state(model, folder, assign=True)
+    load_state(model, read_weights(folder), assign=True, where=str(folder))
     if dtype is not None:
         model.to(dtype=dtype)
     model.eval()
@@ -190,10 +180,7 @@ def _compare_configs(model: WAVTransformer, config: Mapping[str, Any], unused: S
 
 
 def init_from(
-    model: WAVTransformer,
-    source: str | Path,
-    expected_missing: Sequence[str] = (),
-    expected_extra: Sequence[str] = (),
+    model: WAVTransformer, source: str | Path, expected_missing: Sequence[str] = (), expected_extra: Sequence[str] = ()
 ) -> LoadReport:
     """Start ``model`` from published weights, by parameter name.
 

@@ -90,32 +90,10 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         action_kind: str = "paper",
     ) -> None:
         super().__init__()
-        dim = num_attention_heads * attention_head_dim
-        value_dim = value_num_attention_heads * value_attention_head_dim
-        action_dim = action_num_attention_heads * action_attention_head_dim
-        _check_config(self.config, dim)
-        self.video = VideoExpert(
-            (in_channels, out_channels),
-            dim,
-            num_attention_heads,
-            num_layers,
-            caption_channels,
-            max_view if use_view_embed else 0,
-            (attention_bias, attention_out_bias),
-            norm_eps,
-            rope_interpolation_scale,
-        )
-        self.value = self.action = None  # type: ignore[assignment]
-        if value_expert:
-            channels = (value_in_channels, value_in_channels)
-            self.value = ValueExpert(
-                channels, value_dim, value_num_attention_heads, num_layers, dim, None, norm_eps, value_rope_base
-            )
-        if action_expert:
-            channels, reads = (action_in_channels, action_out_channels), value_dim if value_expert else None
-            self.action = _action_class(action_kind)(
-                channels, action_dim, action_num_attention_heads, num_layers, dim, reads, norm_eps, action_rope_base
-            )
+        _check_config(self.config)
+        self.video = VideoExpert(self.config)
+        self.value = ValueExpert(self.config) if value_expert else None  # type: ignore[assignment]
+        self.action = ACTION_EXPERTS[action_kind](self.config) if action_expert else None  # type: ignore[assignment]
 
     @property
     def has_value(self) -> bool:
@@ -129,14 +107,8 @@ class WAVTransformer(ModelMixin, ConfigMixin):
             raise ConfigError(f"model.{name}_expert = False: this model has no {name} expert; build one that has")
         return found
 
-    @property
-    def recomputed_layers(self) -> int:
-        """Layers of every expert that gradient checkpointing, where it is on, recomputes; all of them at first."""
-        return self.video.transformer_blocks.recomputed
-
-    @recomputed_layers.setter
-    def recomputed_layers(self, layers: int) -> None:
-        """Set it, in every expert."""
+    def recompute(self, layers: int) -> None:
+        """Let gradient checkpointing, where it is on, recompute the first ``layers`` of every expert, not all."""
         for module in self.modules():
             if isinstance(module, Blocks):
                 module.recomputed = layers
@@ -190,15 +162,11 @@ class WAVTransformer(ModelMixin, ConfigMixin):
         return load_model(folder)
 
 
-def _action_class(kind: str) -> type[ActionExpert]:
-    """The class of that name; raises ConfigError where there is none."""
+def _check_config(config: Any) -> None:
+    """Refuse options that the architecture fixes and sizes that cannot work; raises ConfigError."""
+    dim, kind = config.num_attention_heads * config.attention_head_dim, config.action_kind
     if kind not in ACTION_EXPERTS:
         raise ConfigError(f"model.action_kind = {kind!r}: unknown; use one of {', '.join(ACTION_EXPERTS)}")
-    return ACTION_EXPERTS[kind]
-
-
-def _check_config(config: Any, dim: int) -> None:
-    """Refuse options that the architecture fixes and sizes that cannot work; raises ConfigError."""
     fixed = {
         "patch_size": 1,
         "patch_size_t": 1,

@@ -10,8 +10,7 @@ are consecutive rows and share its instruction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,15 +69,10 @@ class VideoBlock(nn.Module):
     def forward(
         self, h: Tensor, temb: Tensor, rope: Rope, text: KeyValue | Tensor, bias: Tensor | None, first: int = 0
     ) -> Tensor:
-        """(N, V, F, S, D) to the same, or to (N, V, F - first, S, D).
+        """Hidden states (N, V, F, S, D) to the same, or to (N, V, F - first, S, D).
 
-        Args:
-            h: hidden states.
-            temb: (N, V, F, 6, D) time (and view) embedding.
-            rope: table of F * S positions.
-            text: K/V or states of B rows, N a multiple of B.
-            bias: (B, 1, 1, L) or None.
-            first: frames before it are only attended to: their output is not wanted.
+        ``temb``: time (and view) embedding (N, V, F, 6, D). ``rope``: of F * S positions. ``text``: K/V or states of B
+        rows, N a multiple of B, with ``bias`` (B, 1, 1, L) or None. Frames before ``first`` are only attended to.
         """
         n, v, f, s, d = h.shape
         rows = (self.scale_shift_table + temb).unsqueeze(3)  # (N, V, F, 1, 6, D)
@@ -96,44 +90,26 @@ class VideoBlock(nn.Module):
 class VideoExpert(nn.Module):
     """The video DiT: noisy future frames behind clean memory frames, given an instruction.
 
-    Args:
-        channels: of latents, in and out.
-        dim: inner width D.
-        heads: attention heads.
-        layers: blocks.
-        caption_channels: width of text embeddings.
-        views: camera views that have an embedding; 0: none has.
-        bias: of the q, k and v projections, and of the output projections.
-        eps: of the blocks' RMS norms.
-        rope_scale: seconds, pixels and pixels of one latent.
+    Sizes are those of the model's configuration (:class:`wav.model.transformer.WAVTransformer`).
     """
 
-    def __init__(
-        self,
-        channels: tuple[int, int],
-        dim: int,
-        heads: int,
-        layers: int,
-        caption_channels: int,
-        views: int,
-        bias: tuple[bool, bool],
-        eps: float,
-        rope_scale: Sequence[float],
-    ) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
-        seconds, height, width = rope_scale
-        self.views, self.rope_scale = views, (seconds, height, width)
+        heads, dim = config.num_attention_heads, config.num_attention_heads * config.attention_head_dim
+        self.views = config.max_view if config.use_view_embed else 0  #: so many have an embedding
+        seconds, height, width = config.rope_interpolation_scale
+        self.rope_scale = seconds, height, width
         self.scale_shift_table = adaln_table(2, dim)
-        self.proj_in = nn.Linear(channels[0], dim)
+        self.proj_in = nn.Linear(config.in_channels, dim)
         self.time_embed = TimeEmbedding(dim)
-        if views:
-            self.view_embed = nn.Parameter(torch.randn(views, dim) / dim**0.5)
+        if self.views:
+            self.view_embed = nn.Parameter(torch.randn(self.views, dim) / dim**0.5)
             self.view_ada = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.caption_projection = CaptionProjection(caption_channels, dim)
-        self.transformer_blocks = Blocks(
-            [VideoBlock(dim, heads, i % JOINT_EVERY == 0, *bias, eps=eps) for i in range(layers)]
-        )
-        self.proj_out = nn.Linear(dim, channels[1])
+        self.caption_projection = CaptionProjection(config.caption_channels, dim)
+        options = config.attention_bias, config.attention_out_bias, config.norm_eps
+        layers = range(config.num_layers)
+        self.transformer_blocks = Blocks([VideoBlock(dim, heads, i % JOINT_EVERY == 0, *options) for i in layers])
+        self.proj_out = nn.Linear(dim, config.out_channels)
 
     def encode_text(self, text: Tensor, text_mask: Tensor | None = None, cache: bool = False) -> TextContext:
         """Project instruction embeddings ``text`` (B, L, C) once; ``text_mask`` (B, L) is 1 for tokens that count.

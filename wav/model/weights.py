@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,12 @@ _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors\Z")
 _ORIGINAL_LAYOUT = "model.diffusion_model."
 
 
-def locate(source: str | Path, field: str = FIELD) -> Path:
-    """Folder or safetensors file that holds the weights of ``source``.
+def locate(source: str | Path) -> Path:
+    """Folder or safetensors file that holds the weights of ``source``, which ``model.init_from`` names.
 
-    Args:
-        source: a file; a folder of a model, a pipeline (``transformer/``), an export or a training stage (``model/``);
-            or a hub id ``owner/name``, with a file or folder of it behind (``owner/name/GE_base.safetensors``), that
-            was fetched into the local hub cache.
-        field: parameter the source came from, for the message.
+    That is a file; a folder of a model, a pipeline (``transformer/``), an export or a training stage (``model/``); or a
+    hub id ``owner/name``, with a file or folder of it behind (``owner/name/GE_base.safetensors``), that was fetched
+    into the local hub cache.
 
     Raises:
         ServiceError: a hub id that is not in the local cache; the message holds the command that fetches it.
@@ -46,14 +43,14 @@ def locate(source: str | Path, field: str = FIELD) -> Path:
     owner, rest = "/".join(parts[:2]), "/".join(parts[2:])
     if not is_hub_id(owner):
         raise CheckpointError(
-            f"{field} = {str(source)!r}: no such file or folder, and not a hub id (owner/name); correct the path"
+            f"{FIELD} = {str(source)!r}: no such file or folder, and not a hub id (owner/name); correct the path"
         )
     include = _wanted(owner, rest)
-    root = resolve(owner, field, include)
+    root = resolve(owner, FIELD, include)
     found = _inside(root / rest)
     if found is None:
         raise ServiceError(
-            f"{field} = {str(source)!r}: the local hub cache holds {owner} without it; fetch it with "
+            f"{FIELD} = {str(source)!r}: the local hub cache holds {owner} without it; fetch it with "
             f"`{fetch_command(owner, include)}` on a machine with internet access"
         )
     return found
@@ -76,8 +73,6 @@ def _inside(path: Path) -> Path | None:
         if (folder / "config.json").is_file():
             return folder
     files = sorted(path.glob("*.safetensors"))
-    if len(files) > 1 and not _weight_index(path) and not all(_SHARD.match(file.name) for file in files):
-        raise CheckpointError(f"{path}: holds {', '.join(file.name for file in files)}; name one of these files")
     if not files:
         return None
     return files[0] if len(files) == 1 and not _SHARD.match(files[0].name) else path
@@ -145,10 +140,7 @@ def weight_files(path: str | Path) -> list[Path]:
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, on the CPU in their stored type.
-
-    Args:
-        path: a safetensors file, or a folder as diffusers writes it (sharded or not, with or without its index).
+    """All tensors of a safetensors file, or of a folder as diffusers writes it, on the CPU in their stored type.
 
     Raises:
         CheckpointError: a file is missing or unreadable, a tensor is twice there or missing from its shard, or the
@@ -177,17 +169,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def weights_digest(source: str | Path, field: str = FIELD) -> str:
-    """Digest of what :func:`locate` finds: the weights and their configuration.
-
-    Raises:
-        ServiceError, CheckpointError: as :func:`locate`.
-    """
-    path = locate(source, field)
+def weights_digest(source: str | Path) -> str:
+    """Digest of what :func:`locate` finds, the weights and their configuration; raises as it does."""
+    path = locate(source)
     folder = path if path.is_dir() else path.parent
     config = folder / "config.json"
-    files: Iterable[Path] = [*weight_files(path), *([config] if config.is_file() else [])]
     try:
-        return content_digest(files)
+        return content_digest([*weight_files(path), *([config] if config.is_file() else [])])
     except WavError as error:
         raise CheckpointError(f"{path}: not readable ({error}); fetch it again") from error

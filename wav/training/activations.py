@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 from wav.model.build import value_channels
 
 if TYPE_CHECKING:
-    from wav.config import Settings, TrainJointSettings, TrainSettings, TrainValueSettings
+    from wav.config import DataSettings, ModelSettings, Settings, TrainJointSettings, TrainSettings, TrainValueSettings
 
 #: Tensors of a block that autograd keeps for one token (or that live at once when the block is recomputed), in units
 #: of the block's width: inputs, AdaLN and norms, q k v, attention, the 4 x wide feed-forward. Measured, see the tests.
@@ -38,7 +38,19 @@ class Sizes:
     @classmethod
     def of(cls, settings: Settings) -> Sizes:
         """Sizes that a parameter file means; the latent grid follows from ``encode.patch`` and ``encode.temporal``."""
-        model, data, encode = settings.model, settings.data, settings.encode
+        data, encode = settings.data, settings.encode
+        grid = (
+            1 + (data.future_frames - 1) // encode.temporal,
+            data.image_height // encode.patch,
+            data.image_width // encode.patch,
+        )
+        return cls.on(grid, (encode.channels, encode.text_dim, value_channels(data)), settings.model, data)
+
+    @classmethod
+    def on(
+        cls, grid: tuple[int, int, int], channels: tuple[int, int, int], model: ModelSettings, data: DataSettings
+    ) -> Sizes:
+        """Sizes on a latent grid (future frames, height, width), with channels of latents, captions and values."""
         return cls(
             layers=model.layers,
             width=model.heads * model.head_dim,
@@ -46,14 +58,14 @@ class Sizes:
             action_width=model.action_heads * model.action_head_dim,
             views=len(data.views),
             memory=data.memory_frames,
-            future=1 + (data.future_frames - 1) // encode.temporal,
-            height=data.image_height // encode.patch,
-            image_width=data.image_width // encode.patch,
+            future=grid[0],
+            height=grid[1],
+            image_width=grid[2],
             chunk=data.action_chunk,
             text=data.text_tokens,
-            latent_channels=encode.channels,
-            caption_channels=encode.text_dim,
-            value_channels=value_channels(data),
+            latent_channels=channels[0],
+            caption_channels=channels[1],
+            value_channels=channels[2],
             action_channels=data.action_dim + data.state_dim,
         )
 

@@ -11,7 +11,7 @@ import random
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from wav.errors import CheckpointError, StorageError
+from wav.errors import CheckpointError, StorageError, cut
 from wav.io.files import MANIFEST, replace_folder, require_free_space
 from wav.io.storage.base import ObjectStore, disk_errors, patiently
 from wav.io.storage.commit import Retention, publish, read_manifest, retain, seal
@@ -27,7 +27,7 @@ from wav.seeding import derive_seed
 from wav.training.ema import Ema
 from wav.training.engine import World
 from wav.training.resume import announce, local_checkpoints, newest_checkpoint, remove
-from wav.training.step import mean_row
+from wav.training.step import Row, mean_row
 from wav.training.universal import Layout, convert, needs_conversion, plain_values_only
 
 if TYPE_CHECKING:
@@ -41,17 +41,13 @@ BYTES_PER_PARAMETER = 24
 
 @dataclass(frozen=True)
 class RunState:
-    """What a rank must know, besides weights, to go on as if it had never stopped.
+    """What a rank must know, besides weights, to go on as if it had never stopped."""
 
-    ``step``: optimiser steps done, which is where the sampler is; ``rows``: recorded metrics; ``losses``: of the steps
-    since the last row; ``seconds``: time trained so far; ``waited``: of it, waiting for data.
-    """
-
-    step: int
-    rows: list[tuple[int, dict[str, float]]]
-    losses: list[dict[str, float]]
-    seconds: float
-    waited: float
+    step: int  #: optimiser steps done, which is where the sampler is
+    rows: list[tuple[int, Row]]  #: recorded metrics
+    losses: list[Row]  #: of the steps since the last row
+    seconds: float  #: trained so far
+    waited: float  #: of them, for data
 
 
 @dataclass(frozen=True)
@@ -167,7 +163,7 @@ class Checkpoints:
             require_free_space(self.folder, trained * BYTES_PER_PARAMETER // self.world.ranks)
 
         def complete() -> None:
-            seal(part, {"step": state.step, **self.layout.meta(), **(facts or {})})
+            seal(part, {"step": state.step, **asdict(self.layout), **(facts or {})})
             with disk_errors(final):
                 replace_folder(part, final)
                 shutil.rmtree(part, ignore_errors=True)
@@ -184,7 +180,7 @@ class Checkpoints:
                 )
         except (StorageError, RuntimeError) as error:  # torch reports a full disk from its zip writer as RuntimeError
             known = isinstance(error, StorageError)
-            text = str(error) if known else f"{part}: could not be written ({_first_line(error)}); free disk space"
+            text = str(error) if known else f"{part}: could not be written ({cut(error)}); free disk space"
             if self.world.ranks > 1:
                 raise StorageError(text) from error  # the others wait for this rank: the group has to end
             shutil.rmtree(part, ignore_errors=True)
@@ -208,11 +204,8 @@ class Checkpoints:
     def find(self) -> Found | None:
         """The newest complete checkpoint, of this machine or the store (:mod:`.resume`); None when there is none.
 
-        A collective. Where it was written by another layout, its universal form is made beside it.
-
-        Raises:
-            CheckpointError: it can neither be loaded nor converted.
-            StorageError: store or disk could not be read.
+        A collective. Where it was written by another layout, its universal form is made beside it, and where it can
+        neither be loaded nor converted, it is a CheckpointError.
         """
         found = None
         if self.world.is_main and (folder := newest_checkpoint(self.folder, self.store, self.prefix)) is not None:
@@ -224,14 +217,11 @@ class Checkpoints:
         return self.world.broadcast(found)
 
     def resume(self, found: Found, engine: DeepSpeedEngine, ema: Ema) -> RunState:
-        """Load what :meth:`find` found (every rank calls it).
-
-        Raises:
-            CheckpointError: DeepSpeed does not find its files in it, or one holds more than plain values.
-        """
+        """Load what :meth:`find` found (every rank calls it); CheckpointError: files lack, or hold more than values."""
         with plain_values_only(found.folder):
             loaded, _ = engine.load_checkpoint(str(found.universal or found.folder), tag=TAG)
-            files = [_rank_file(found.folder, rank) for rank in range(found.layout.ranks)]
+            paths = [found.folder / f"rank-{rank:05d}.pt" for rank in range(found.layout.ranks)]
+            files = [torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths]
         if loaded is None:
             raise CheckpointError(f"{found.folder}: holds no engine state; delete the folder and run again")
         ema.load([file["ema"] for file in files])
@@ -265,16 +255,6 @@ class Checkpoints:
             dist.barrier()
 
 
-def _rank_file(folder: Path, rank: int) -> dict[str, Any]:
-    """One rank's average, random states and run state (mapped, read as far as it is used).
-
-    Our own file, verified against its manifest; it holds plain containers, numbers and tensors only.
-    """
-    path = folder / f"rank-{rank:05d}.pt"
-    saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return saved
-
-
 def seed_globals(seed: int) -> None:
     """Seed the global generators, which nothing of ours uses, so that what other libraries draw repeats too."""
     random.seed(derive_seed(seed, "python"))
@@ -304,7 +284,3 @@ def restore_random_states(states: dict[str, Any]) -> None:
     np.random.set_state((kind, words.numpy().astype(np.uint32), *rest))
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

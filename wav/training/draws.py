@@ -34,26 +34,22 @@ class Roles:
 
 @dataclass(frozen=True)
 class Draws:
-    """Every random number of one forward. B samples, Rv and Ra draws per sample, A chunk steps.
+    """Every random number of one forward: B samples, n of a role, Rv and Ra draws per sample, A chunk steps.
 
-    Every sample has ``memory_rate`` (B,), ``memory_noise`` (B, V, C, Fm, h, w), ``video_level`` (B,) and
-    ``video_noise`` (B, V, C, Ff, h, w); a level of 1 is pure noise, which is what planning starts from. Below it
-    the sample sees its true future, and what it decodes can follow it (section ``coupling``).
-    Value samples have ``value_level`` (n, Rv) and ``value_noise`` (n, Rv, A, Cv); action samples ``action_level``
-    (n, Ra) and ``action_noise`` (n, Ra, A, Ca), and ``condition_level`` (n,) and ``condition_noise`` (n, A, Cv) of the
-    value tokens that they read. A role without samples has empty ones.
+    A level of 1 is pure noise, which is what planning starts from. Below it the sample sees its true future, and what
+    it decodes can follow it (section ``coupling``). A role without samples has empty tensors.
     """
 
-    memory_rate: Tensor
-    memory_noise: Tensor
-    video_level: Tensor
-    video_noise: Tensor
-    value_level: Tensor
-    value_noise: Tensor
-    condition_level: Tensor
-    condition_noise: Tensor
-    action_level: Tensor
-    action_noise: Tensor
+    memory_rate: Tensor  #: (B,)
+    memory_noise: Tensor  #: (B, V, C, Fm, h, w)
+    video_level: Tensor  #: (B,)
+    video_noise: Tensor  #: (B, V, C, Ff, h, w)
+    value_level: Tensor  #: (n, Rv), of value samples
+    value_noise: Tensor  #: (n, Rv, A, Cv)
+    condition_level: Tensor  #: (n,), of the value tokens that action samples read
+    condition_noise: Tensor  #: (n, A, Cv)
+    action_level: Tensor  #: (n, Ra), of action samples
+    action_noise: Tensor  #: (n, Ra, A, Ca)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Draws:
         """The same with every tensor changed."""

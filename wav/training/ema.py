@@ -25,7 +25,7 @@ class Ema:
         self.decay, self.rank, self.ranks = decay, rank, ranks
         self._parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in self._parameters.items()}
-        self._shards = {n: s.float().clone() for n, s in self._current().items()}
+        self._shards = {n: self._slice(p).float().clone() for n, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -43,11 +43,7 @@ class Ema:
         return dict(self._shards)
 
     def load(self, states: list[dict[str, Tensor]]) -> None:
-        """Restore from the slices of all ranks of a run, in their order; this one may have another number of ranks.
-
-        Raises:
-            CheckpointError: they are of other parameters.
-        """
+        """Restore from the slices of all ranks of a run, in their order; this one may have another number of ranks."""
         for name, shard in self._shards.items():
             numel = self._shapes[name].numel()
             slices = [state.get(name, shard[:0]) for state in states]
@@ -92,20 +88,12 @@ class Ema:
         gathered = parameter.data.shape == getattr(parameter, "ds_shape", None)
         return [partition, parameter.data] if gathered else [partition]
 
-    @staticmethod
-    def _storage(parameter: nn.Parameter) -> Tensor:
-        partition: Tensor = getattr(parameter, "ds_tensor", parameter.data)
-        return partition
-
-    def _current(self) -> dict[str, Tensor]:
-        """This rank's slice of every parameter as it is now (views where nothing needs padding)."""
-        return {name: self._slice(parameter) for name, parameter in self._parameters.items()}
-
     def _chunks(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """This rank's slices of the average and of the weights, of one dtype and some :data:`CHUNK` elements a time."""
         averages: list[Tensor] = []
         current: list[Tensor] = []
-        for average, shard in zip(self._shards.values(), self._current().values(), strict=True):
+        for average, parameter in zip(self._shards.values(), self._parameters.values(), strict=True):
+            shard = self._slice(parameter)
             if current and (shard.dtype != current[0].dtype or sum(map(torch.numel, averages)) >= CHUNK):
                 yield averages, current
                 averages, current = [], []
@@ -115,10 +103,9 @@ class Ema:
             yield averages, current
 
     def _slice(self, parameter: nn.Parameter) -> Tensor:
-        if hasattr(parameter, "ds_tensor"):
-            return self._storage(parameter).detach().view(-1)
-        flat = parameter.detach().view(-1)
-        if self.ranks == 1:
+        """This rank's slice of a parameter as it is now (a view where nothing needs padding)."""
+        flat: Tensor = getattr(parameter, "ds_tensor", parameter).detach().view(-1)
+        if self.ranks == 1 or hasattr(parameter, "ds_tensor"):
             return flat
         length = -(-flat.numel() // self.ranks)
         part = flat[self.rank * length : (self.rank + 1) * length]

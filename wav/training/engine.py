@@ -50,8 +50,7 @@ class Fetched:
         """The numbers of a vector."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        found: list[float] = self._host.tolist()
-        return found
+        return self._host.tolist()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,7 @@ class World:
             return values
         box = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(box)
-        mean: list[float] = (box / self.ranks).tolist()
-        return mean
+        return (box / self.ranks).tolist()  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -133,10 +131,8 @@ def resolve_device(name: str, local_rank: int) -> torch.device:
 def adopt_launcher() -> None:
     """Fill in RANK, WORLD_SIZE and LOCAL_RANK from SLURM's names where only ``srun`` started this rank.
 
-    torchrun and DeepSpeed's launcher set them, and where the ranks meet, themselves.
-
-    Raises:
-        ConfigError: nothing says which rank this is, or where several meet.
+    torchrun and DeepSpeed's launcher set them, and where the ranks meet, themselves. ConfigError where nothing says
+    which rank this is, or where several meet.
     """
     slurm = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
     for name, other in slurm.items():

@@ -73,24 +73,17 @@ def check_init(spec: TrainSpec, inputs: Inputs) -> None:
     """
     assert spec.paths.init is not None
     trained: dict[str, Any] = read_checkpoint_file(spec.paths.init)
-    where = spec.paths.init / "checkpoint.json"
-    remedy = "train the previous stage again on these data (`dvc repro` does)"
-    for name, digest in inputs.statistics.items():
-        known = trained["statistics"].get(name)
-        if known and known != digest:
+    told, conventions = trained["conventions"], inputs.episodes.conventions.to_json()
+    pairs = [("latents", trained["latents"], inputs.latents.digest)]
+    pairs += [(f"conventions.{name}", told.get(name), value) for name, value in conventions.items()]
+    for name, digest in inputs.statistics.items():  # the first stage had no rewards
+        pairs.append((f"statistics.{name}", trained["statistics"].get(name) or digest, digest))
+    for name, known, found in pairs:
+        if known != found:
             raise CheckpointError(
-                f"{where}: statistics of {name} have digest {known[:12]}, the data's are {digest[:12]}; {remedy}"
+                f"{spec.paths.init / 'checkpoint.json'}: {name} = {known!r}, the data's is {found!r}; train the "
+                "previous stage again on these data (`dvc repro` does)"
             )
-    conventions = inputs.episodes.conventions.to_json()
-    for name, value in conventions.items():
-        if trained["conventions"].get(name) != value:
-            raise CheckpointError(
-                f"{where}: conventions.{name} = {trained['conventions'].get(name)!r}, the data's is {value!r}; {remedy}"
-            )
-    if trained["latents"] != inputs.latents.digest:
-        raise CheckpointError(
-            f"{where}: trained on latents {trained['latents'][:12]}, these are {inputs.latents.digest[:12]}; {remedy}"
-        )
 
 
 def initial_model(spec: TrainSpec, inputs: Inputs) -> WAVTransformer:
@@ -98,9 +91,7 @@ def initial_model(spec: TrainSpec, inputs: Inputs) -> WAVTransformer:
 
     The first stage builds it from the settings (and loads ``model.init_from``); later ones load the previous stage's.
     The first stage knows no rewards: where they have other channels than it assumed, the value expert begins anew.
-
-    Raises:
-        CheckpointError: the previous stage's model has other sizes than the settings say.
+    CheckpointError: the previous stage's model has other sizes than the settings say.
     """
     channels = value_channels(spec.data) if inputs.rewards is None else inputs.rewards.values.shape[1]
     sizes = (inputs.latents.image.shape[2], inputs.latents.text.shape[-1], channels)
@@ -121,16 +112,12 @@ def initial_model(spec: TrainSpec, inputs: Inputs) -> WAVTransformer:
         wanted = build_model(spec.model, spec.data, *sizes).config
     for name, value in wanted.items():
         found = model.config.get(name)
-        if not name.startswith("_") and as_json(found) != as_json(value):
+        written = list(value) if isinstance(value, tuple) else value  # as it is read again
+        if not name.startswith("_") and (list(found) if isinstance(found, tuple) else found) != written:
             raise CheckpointError(
                 f"{folder}: config {name} = {found!r}, the settings mean {value!r}; train the previous stage again"
             )
     return model
-
-
-def as_json(value: object) -> object:
-    """What a value is after it was written and read: tuples are lists."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 def passes_through(spec: TrainSpec) -> bool:

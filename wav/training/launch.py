@@ -71,11 +71,7 @@ def rank_environments(spec: TrainSpec) -> list[dict[str, str]]:
 
 
 def several_nodes(spec: TrainSpec, spec_path: Path) -> list[str]:
-    """Command line of a run on several nodes: the launcher's words, then the module that every rank runs.
-
-    Raises:
-        ConfigError: there is no launcher.
-    """
+    """Command line of several nodes: the launcher's words, then what every rank runs; ConfigError: no launcher."""
     launcher = shlex.split(Runtime().launcher)
     if not launcher:
         raise ConfigError(

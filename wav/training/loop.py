@@ -40,7 +40,7 @@ from wav.training.prefetch import Prefetcher, Source, validation_inputs
 from wav.training.preflight import count_parameters, layers_to_recompute, preflight, verify_inputs
 from wav.training.record import Progress, Recorder, spec_tracker
 from wav.training.spec import TrainSpec, code_digest
-from wav.training.step import Done, LossMean, evaluate, learning_rate, update
+from wav.training.step import Done, Row, evaluate, learning_rate, mean_row, update
 from wav.training.throughput import operations_per_sample, peak_memory, peak_operations, tokens_per_sample
 from wav.training.universal import Layout
 
@@ -78,11 +78,10 @@ class Trainer:
         if self.settings.streams:
             sampler = StreamSampler(inputs.train.shards, *places, self.settings.streams)
         self.source = Source(inputs.train, sampler, self.objective, self.plan, world)
-        self.held_out: list[StepInputs] = []
-        if inputs.validation is not None and len(inputs.validation):
-            self.held_out = validation_inputs(inputs.validation, self.objective, self.plan, world.device)
+        held = inputs.validation
+        self.held_out = validation_inputs(held, self.objective, self.plan, world.device) if held else []
         self.recorder = Recorder(spec.work / "live", world.is_main, spec_tracker(spec) if world.is_main else None)
-        self.losses = LossMean()
+        self.losses: list[Row] = []  #: since the last recorded row, as floats: a checkpoint holds them exactly
         self.interrupted = False
         self._asked = world.ask_most(False)
         self._resume(found)
@@ -94,9 +93,9 @@ class Trainer:
             return
         self.model.enable_gradient_checkpointing()
         if self.settings.gradient_checkpointing == "auto":
-            chosen = layers_to_recompute(self.spec, self.inputs, self.objective, self.plan.micro, self.world)
-            self.model.recomputed_layers = chosen.layers
-            self._say(f"{self.spec.stage}: {chosen.text}")
+            layers, why = layers_to_recompute(self.spec, self.inputs, self.objective, self.plan.micro, self.world)
+            self.model.recompute(layers)
+            self._say(f"{self.spec.stage}: {why}")
 
     def _resume(self, found: Found | None) -> None:
         state = self.checkpoints.resume(found, self.engine, self.ema) if found else None
@@ -104,7 +103,7 @@ class Trainer:
         self._seconds, self._waited = (state.seconds, state.waited) if state else (0.0, 0.0)
         if state:
             self.recorder.restore(state.rows)
-            self.losses.steps = state.losses
+            self.losses = state.losses
             self._say(f"{self.spec.stage}: resumed from the checkpoint of step {state.step}")
 
     def run(self) -> None:
@@ -132,10 +131,10 @@ class Trainer:
         done = update(self.engine, self.ema, self.settings, step, inputs)
         self._check(step, done)
         if not done.dropped:
-            self.losses.add(done.losses)
+            self.losses.append(done.losses)
         progress.step(step, done.losses["loss"], waited)
-        if record and self.losses.steps:
-            row = self.losses.mean()
+        if record and self.losses:
+            row, self.losses = mean_row(self.losses), []
             row = dict(zip(row, self.world.mean(list(row.values())), strict=True))
             if self.recorder.is_spike(row["loss"], self.settings.spike_factor):
                 self._spiked(step, row["loss"])
@@ -166,7 +165,7 @@ class Trainer:
 
     def _save(self, step: int, waited: float, needed: bool) -> None:
         """Write a checkpoint; one that is not ``needed`` may fail (a full disk), the next one tries again."""
-        state = RunState(step, self.recorder.rows, self.losses.steps, self._elapsed(), self._waited + waited)
+        state = RunState(step, self.recorder.rows, self.losses, self._elapsed(), self._waited + waited)
         loss = self.recorder.latest("validation/loss")
         facts = {} if loss is None else {"validation_loss": loss}
         try:
@@ -206,21 +205,21 @@ class Trainer:
         memory = peak_memory(self.world)
         if not self.world.is_main:
             return
-        seconds, every = self._elapsed(), self.settings.steps * self.settings.batch_size
+        seconds, every = max(1e-3, self._elapsed()), self.settings.steps * self.settings.batch_size
         metrics: Metrics = {
             "stage": self.spec.stage,
             "steps": self.settings.steps,
             "resumed_from_step": self.start,
             "seconds": round(seconds, 3),
-            "samples_per_second": round(every / seconds, 3) if seconds else 0.0,
-            "tokens_per_second": round(every * self.tokens / seconds, 1) if seconds else 0.0,
-            "data_wait_share": round((self._waited + waited) / seconds, 5) if seconds else 0.0,
+            "samples_per_second": round(every / seconds, 3),
+            "tokens_per_second": round(every * self.tokens / seconds, 1),
+            "data_wait_share": round((self._waited + waited) / seconds, 5),
             "parameters": self.parameters,
             "trainable_parameters": self.trained,
             **memory,
         }
         peak = peak_operations(self.world.device, self.settings)
-        if peak is not None and seconds:
+        if peak is not None:
             metrics["mfu"] = round(every * self.operations / seconds / (peak * self.world.ranks), 5)
         losses = ("loss", "loss_video", "loss_value", "loss_action", "validation/loss")
         for name in (*losses, "grad_norm", "skipped_steps"):
@@ -292,11 +291,7 @@ def run(spec: TrainSpec) -> None:
 
 
 def check_node(spec: TrainSpec) -> None:
-    """See that a rank of several nodes belongs to its run.
-
-    Raises:
-        ConfigError: the launcher started another number of ranks, or this node has other code.
-    """
+    """ConfigError where a rank of several nodes has other code than its run, or is one of too many or too few."""
     wanted, ranks = spec.train.nodes * spec.train.ranks, int(os.environ["WORLD_SIZE"])
     if ranks != wanted:
         raise ConfigError(

@@ -18,18 +18,14 @@ def build_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.O
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if settings.optimizer == "adamw":
         return _adamw([p for _, p in trained], settings)
-    matrices = {name for name, p in trained if p.ndim == 2 and _in_block(name)}
+    # a block's modulation table is added, not applied to anything
+    matrices = {n for n, p in trained if p.ndim == 2 and "blocks." in n and not n.endswith("scale_shift_table")}
     return MuonWithAdamW(
         torch.optim.Muon(
             [p for name, p in trained if name in matrices], lr=settings.muon_learning_rate, weight_decay=0.0
         ),
         _adamw([p for name, p in trained if name not in matrices], settings),
     )
-
-
-def _in_block(name: str) -> bool:
-    """Whether a parameter is a weight of a block's linear layers; a block's modulation table is added, not applied."""
-    return "blocks." in name and not name.endswith("scale_shift_table")
 
 
 def _adamw(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.AdamW:

@@ -63,16 +63,13 @@ def write_output(
     """Assemble the output folder; ``model_folder`` is moved into it.
 
     Statistics and conventions are copied from ``inputs``; ``curves`` is dvclive's folder ``plots``, where there is one.
-
-    Raises:
-        StorageError: the disk is full; the old output folder, if any, stays.
+    Where the disk is full (StorageError), the old output folder, if any, stays.
     """
     with atomic_folder(spec.paths.output) as folder:
         shutil.move(str(model_folder), str(folder / "model"))
+        (folder / "plots").mkdir()
         if curves is not None and curves.is_dir():
-            shutil.copytree(curves, folder / "plots")
-        else:
-            (folder / "plots").mkdir()
+            shutil.copytree(curves, folder / "plots", dirs_exist_ok=True)
         inputs.episodes.statistics.save(folder / "episodes_statistics.json")
         if spec.stage != "pretrain_video":  # without a value expert: of nothing
             values = inputs.rewards.statistics if inputs.rewards is not None else Statistics({})

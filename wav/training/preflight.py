@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import psutil
@@ -31,9 +30,7 @@ def verify_inputs(spec: TrainSpec, inputs: Inputs) -> None:
     """Compare what the run reads with the digests that its makers wrote down.
 
     A disk or a cable that flips a bit says nothing, and DVC goes by a file's time and size. The pages are read anyway.
-
-    Raises:
-        DataError, CheckpointError: a file changed since it was made; names it and the remedy.
+    DataError or CheckpointError where a file changed since it was made.
     """
     inputs.latents.verify()
     inputs.episodes.verify(images=False)
@@ -52,14 +49,9 @@ def verify_inputs(spec: TrainSpec, inputs: Inputs) -> None:
 def preflight(spec: TrainSpec, module: nn.Module, layout: Layout, device: torch.device, checkpoint_bytes: int) -> None:
     """Refuse a run that cannot finish on this machine: disk for its checkpoints and weights, memory for its state.
 
-    The estimate counts what is certain: weights, gradients, two moments and the average, cut as ZeRO cuts them;
-    activations are not in it.
-
-    ``module`` is what is trained, on the CPU, before DeepSpeed has it.
-
-    Raises:
-        StorageError: the disk has too little room.
-        TrainingError: the memory has too little room.
+    ``module`` is what is trained, on the CPU, before DeepSpeed has it. The estimate counts what is certain: weights,
+    gradients, two moments and the average, cut as ZeRO cuts them; activations are not in it. StorageError: the disk has
+    too little room. TrainingError: the memory has.
     """
     every, trained = count_parameters(module)
     keep = Retention(spec.train.keep_last, spec.train.keep_best, spec.train.keep_every)
@@ -92,16 +84,10 @@ def state_bytes(parameters: int, trained: int, layout: Layout) -> int:
     return weights + gradients + moments + 4 * trained // layout.ranks
 
 
-@dataclass(frozen=True)
-class Recomputed:
-    """How many layers are recomputed, and what that was decided from, for the log."""
-
-    layers: int
-    text: str
-
-
-def layers_to_recompute(spec: TrainSpec, inputs: Inputs, objective: Objective, micro: int, world: World) -> Recomputed:
-    """Layers that a pass over ``micro`` samples must recompute to fit beside weights, gradients and moments.
+def layers_to_recompute(
+    spec: TrainSpec, inputs: Inputs, objective: Objective, micro: int, world: World
+) -> tuple[int, str]:
+    """Layers that a pass over ``micro`` samples must recompute to fit beside weights, gradients and moments, and why.
 
     Between none and all layers the activations shrink by the same amount for each
     (:func:`~wav.training.activations.activation_bytes`, an estimate). The weights are on the CPU still, so what is free
@@ -122,11 +108,9 @@ def layers_to_recompute(spec: TrainSpec, inputs: Inputs, objective: Objective, m
     room, most = 0.9 * free - state, spec.model.layers
     too_many = math.ceil(max(0.0, kept - room) / max(1.0, (kept - least) / most))
     layers = world.most(min(most, too_many))
-    return Recomputed(
-        layers,
-        f"{layers} of {most} layers are recomputed: {free / 2**30:.1f} GiB free, about {state / 2**30:.1f} for weights "
-        f"and optimiser, {least / 2**30:.1f} to {kept / 2**30:.1f} for {micro} samples' activations",
-    )
+    why = f"{layers} of {most} layers are recomputed: {free / 2**30:.1f} GiB free, about {state / 2**30:.1f} for "
+    why += f"weights and optimiser, {least / 2**30:.1f} to {kept / 2**30:.1f} for {micro} samples' activations"
+    return layers, why
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
@@ -137,22 +121,6 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
 
 def sizes_of(spec: TrainSpec, inputs: Inputs, model: WAVTransformer) -> Sizes:
     """Sizes of a built model and the latents it trains on."""
-    part, config = spec.model, model.config
-    _, views, channels, future, height, width = inputs.latents.clip.shape
-    return Sizes(
-        layers=part.layers,
-        width=part.heads * part.head_dim,
-        value_width=part.value_heads * part.value_head_dim if part.value_expert else 0,
-        action_width=part.action_heads * part.action_head_dim,
-        views=views,
-        memory=spec.data.memory_frames,
-        future=future,
-        height=height,
-        image_width=width,
-        chunk=spec.data.action_chunk,
-        text=inputs.latents.text.shape[1],
-        latent_channels=channels,
-        caption_channels=inputs.latents.text.shape[2],
-        value_channels=config.value_in_channels,
-        action_channels=config.action_in_channels,
-    )
+    _, _, channels, future, height, width = inputs.latents.clip.shape
+    channels_of = channels, inputs.latents.text.shape[2], model.config.value_in_channels
+    return Sizes.on((future, height, width), channels_of, spec.model, spec.data)

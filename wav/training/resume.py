@@ -34,8 +34,7 @@ def announce(store: ObjectStore, prefix: str, name: str) -> None:
 def newest_checkpoint(folder: Path, store: ObjectStore, prefix: str) -> Path | None:
     """The newest whole checkpoint as a folder of this machine, downloaded where the store's is newer; None: none.
 
-    Raises:
-        StorageError: store or disk could not be read, after waiting where that may help.
+    Trouble is waited for where that may help, and then raised (StorageError).
     """
     sweep(folder)
     local = {path.name: path for path in local_checkpoints(folder)}

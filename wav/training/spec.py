@@ -57,18 +57,14 @@ CHECKPOINT_FILE = "checkpoint.json"
 
 @dataclass(frozen=True)
 class TrainPaths:
-    """Folders of a run.
-
-    ``init`` is the previous stage's output folder (None for the first stage), ``rewards`` may be None for the first
-    stage, ``cache`` keeps work that must survive a killed process, and ``output`` appears when the run is complete.
-    """
+    """Folders of a run."""
 
     episodes: Path
     latents: Path
-    output: Path
-    cache: Path
-    rewards: Path | None = None
-    init: Path | None = None
+    output: Path  #: appears when the run is complete
+    cache: Path  #: keeps work that must survive a killed process
+    rewards: Path | None = None  #: may be None for the first stage
+    init: Path | None = None  #: the previous stage's output folder
 
 
 @dataclass(frozen=True)
@@ -167,13 +163,11 @@ def input_digests(paths: TrainPaths) -> dict[str, str]:
     """
     digests = {}
     for name, stage in (("episodes", "ingest"), ("latents", "encode"), ("rewards", "label_rewards")):
-        folder: Path | None = getattr(paths, name)
-        if folder is None:
-            continue
-        manifest = folder / "manifest.json"
-        if not manifest.is_file():
-            raise DataError(f"{manifest}: missing; make it with `dvc repro {stage}`")
-        digests[name] = file_digest(manifest)
+        if folder := getattr(paths, name):
+            manifest = folder / "manifest.json"
+            if not manifest.is_file():
+                raise DataError(f"{manifest}: missing; make it with `dvc repro {stage}`")
+            digests[name] = file_digest(manifest)
     if paths.init is not None:
         digests["init"] = read_checkpoint_file(paths.init)["model_digest"]
     return digests
@@ -181,8 +175,7 @@ def input_digests(paths: TrainPaths) -> dict[str, str]:
 
 def read_checkpoint_file(folder: Path) -> dict[str, str]:
     """``checkpoint.json`` of a stage's output folder; DataError when it is missing or damaged."""
-    remedy = "train the previous stage first (`dvc repro` does)"
-    path = folder / CHECKPOINT_FILE
+    path, remedy = folder / CHECKPOINT_FILE, "train the previous stage first (`dvc repro` does)"
     raw = read_json(path, remedy)
     if not isinstance(raw, dict) or "model_digest" not in raw:
         raise DataError(f"{path}: has no model_digest; {remedy}")

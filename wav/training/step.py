@@ -106,22 +106,6 @@ class Losses:
         return dict(zip(self._names, self._values.numbers(), strict=True))
 
 
-class LossMean:
-    """Means of the losses since the last recorded row, kept as floats so that a checkpoint can hold them exactly."""
-
-    def __init__(self) -> None:
-        self.steps: list[Row] = []
-
-    def add(self, parts: Row) -> None:
-        """Losses of one step."""
-        self.steps.append(parts)
-
-    def mean(self) -> Row:
-        """Mean of every part over the steps that had it; starts anew."""
-        mean, self.steps = mean_row(self.steps), []
-        return mean
-
-
 def mean_row(rows: list[Row]) -> Row:
     """Mean of every name over the rows that have it."""
     names = sorted({name for row in rows for name in row})

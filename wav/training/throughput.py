@@ -6,7 +6,6 @@ import resource
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 if TYPE_CHECKING:
@@ -57,8 +56,5 @@ def peak_memory(world: World) -> dict[str, float]:
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     peak: dict[str, float] = {"peak_memory_gib": round(world.mean([resident])[0] * world.ranks, 3)}
     if world.device.type == "cuda":
-        allocated = torch.tensor(float(torch.cuda.max_memory_allocated(world.device)), device=world.device)
-        if world.ranks > 1:
-            dist.all_reduce(allocated, op=dist.ReduceOp.MAX)
-        peak["peak_gpu_memory_gib"] = round(allocated.item() / 2**30, 3)
+        peak["peak_gpu_memory_gib"] = round(world.most(torch.cuda.max_memory_allocated(world.device)) / 2**30, 3)
     return peak

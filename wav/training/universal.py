@@ -52,10 +52,6 @@ class Layout:
         """For messages."""
         return f"{self.ranks} rank(s), ZeRO {self.zero_stage}, {self.precision}"
 
-    def meta(self) -> dict[str, str | int]:
-        """What a checkpoint's manifest says about it."""
-        return {"ranks": self.ranks, "zero_stage": self.zero_stage, "precision": self.precision}
-
     @staticmethod
     def of(meta: Any) -> Layout:
         """The layout a manifest names."""
@@ -65,10 +61,8 @@ class Layout:
 def needs_conversion(saved: Layout, wanted: Layout, folder: Path) -> bool:
     """Whether a checkpoint must be made universal before ``wanted`` can load it.
 
-    Unsharded state loads into any number of ranks; equal layouts load as they are.
-
-    Raises:
-        CheckpointError: DeepSpeed can neither load nor convert it.
+    Unsharded state loads into any number of ranks; equal layouts load as they are. CheckpointError: DeepSpeed can
+    neither load nor convert it.
     """
     if saved == wanted or not (saved.sharded or wanted.sharded):
         return False
@@ -85,10 +79,8 @@ def plain_values_only(folder: Path) -> Iterator[None]:
     """Keep DeepSpeed from running what a checkpoint's files say: they may have come from a store others write to.
 
     It opens them with ``torch.load(weights_only=False)``, which calls any function that a file names. Within this
-    context torch reads tensors, plain values and the three classes of plain values that DeepSpeed puts there.
-
-    Raises:
-        CheckpointError: a file holds something else.
+    context torch reads tensors, plain values and the three classes of plain values that DeepSpeed puts there; anything
+    else in a file is a CheckpointError.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -115,9 +107,7 @@ def plain_values_only(folder: Path) -> Iterator[None]:
 def convert(source: Path, target: Path) -> None:
     """Write the universal form of the engine state in ``source`` to ``target`` (replaced if it is there).
 
-    Raises:
-        CheckpointError: the converter fails (holds what it says), or a file holds more than plain values.
-        StorageError: the disk is full.
+    CheckpointError: the converter fails (holds what it says), or a file holds more than plain values.
     """
     from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
 

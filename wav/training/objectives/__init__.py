@@ -9,7 +9,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from wav.errors import ConfigError
 from wav.stages import TRAINING
 
 if TYPE_CHECKING:
@@ -27,14 +26,8 @@ def build_objective(
 ) -> Objective:
     """The objective of the stage that ``settings`` are of, around ``model``.
 
-    Which parameters of ``model`` require a gradient is set here. Without ``coupling`` it is pure noise alone; the video
-    stage takes no notice.
-
-    Raises:
-        ConfigError: no such stage.
+    Without ``coupling`` samples see pure noise alone; the video stage takes no notice.
     """
-    if settings.stage not in TRAINING:
-        raise ConfigError(f"training stage {settings.stage!r}: unknown; the stages are {', '.join(TRAINING)}")
     module, _, name = TRAINING[settings.stage].objective.partition(":")
     kind: type[Objective] = getattr(import_module(module), name)  # by name: no stage's code depends on another's
     return kind(model, settings, memory_frames, action_dim, coupling)

@@ -24,14 +24,9 @@ class Objective(nn.Module, ABC):
     """The model with one stage's loss around it.
 
     The whole pass happens inside one ``forward``, and every part of the model is called as a module, so that
-    DeepSpeed's hooks, which gather parameters (ZeRO-3), see it.
-
-    Args:
-        model: the model; afterwards exactly the parameters of :meth:`trained` require a gradient.
-        settings: the stage's section.
-        memory_frames: frames of a window that lie before its future.
-        action_dim: width of an action, which stands in front of the state in an action token.
-        coupling: what value and action samples are shown of the truth.
+    DeepSpeed's hooks, which gather parameters (ZeRO-3), see it. Exactly the parameters of :meth:`trained` require a
+    gradient. ``memory_frames`` of a window lie before its future; ``action_dim`` numbers of an action stand in front of
+    the state in an action token; ``coupling`` says what value and action samples are shown of the truth.
     """
 
     def __init__(

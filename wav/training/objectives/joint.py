@@ -56,11 +56,7 @@ class JointObjective(Objective):
         return losses
 
     def _values(
-        self,
-        inputs: StepInputs,
-        features: Sequence[Tensor],
-        for_action: Sequence[Tensor],
-        for_value: Sequence[Tensor],
+        self, inputs: StepInputs, features: Sequence[Tensor], for_action: Sequence[Tensor], for_value: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor] | None, Tensor | None]:
         """Value features that the action samples read, and velocities (n, Rv, A, Cv) of the value samples' draws.
 
