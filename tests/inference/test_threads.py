@@ -164,7 +164,7 @@ def test_shares_are_even_and_complete(rows: int, count: int, sizes: list[int]) -
 @pytest.mark.parametrize(("width", "shares"), [(256, 2), (64, 1)])
 def test_candidates_of_a_row_are_dealt_out_where_its_tokens_are_many(width, shares):
     class Model:
-        independent_rows = True
+        independent_rows, shapes = True, None
 
         def __init__(self) -> None:
             self.width = width

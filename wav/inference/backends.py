@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
@@ -23,44 +23,40 @@ Backend = Literal["auto", "torch", "compiled", "cpu"]
 
 
 def planner_model(model: WAVTransformer, shapes: NoiseShapes, backend: Backend = "auto") -> TorchPlannerModel:
-    """The planner's view of a model.
+    """The planner's view of a model in evaluation mode, on its device and in its precision.
 
-    Args:
-        model: the transformer, in evaluation mode, on the device and in the precision it shall compute in.
-        shapes: noise shapes (:func:`noise_shapes`).
-        backend: ``torch``: the model's own calls. ``cpu``: kernels in C, for float32 on a CPU. ``compiled``:
-            torch.compile and CUDA graphs; where the kernels of ``cpu`` run they are faster, and the log says that they
-            are taken instead. ``auto``: ``cpu`` where it can, else ``torch``, and always so
-            for an action expert other than the paper's.
+    Backend ``torch``: the model's own calls. ``cpu``: kernels in C, for float32 on a CPU. ``compiled``: torch.compile
+    and CUDA graphs; where the kernels of ``cpu`` run they are faster, and the log says that they are taken instead.
+    ``auto``: ``cpu`` where it can, else ``torch``, and always so for an action expert other than the paper's.
 
     Raises:
         ConfigError: the backend is unknown or cannot compute this model here.
     """
-    if model.config.action_kind != "paper":  # the other backends compute the paper's experts in their own way
-        if backend in ("compiled", "cpu"):
-            raise ConfigError(
-                f"backend = {backend!r}: computes the paper's action expert alone, and model.action_kind = "
-                f"{model.config.action_kind!r}; use 'torch'"
-            )
-        return TorchPlannerModel(model, shapes)
+    if backend not in get_args(Backend):
+        raise ConfigError(f"backend = {backend!r}: unknown; use auto, torch, compiled or cpu")
+    paper = model.config.action_kind == "paper"  # the other backends compute the paper's experts in their own way
+    if not paper and backend in ("compiled", "cpu"):
+        raise ConfigError(
+            f"backend = {backend!r}: computes the paper's action expert alone, and model.action_kind = "
+            f"{model.config.action_kind!r}; use 'torch'"
+        )
     weight = next(model.parameters())
-    kernels_compute = weight.device.type == "cpu" and weight.dtype == torch.float32 and kernels.available()
-    if backend == "compiled" and not kernels_compute:
-        from wav.inference.compiled import CompiledPlannerModel  # imports the compiler
-
-        return CompiledPlannerModel(model, shapes)
-    if backend == "compiled":
-        log.info("export.compile = on: no effect here, planning runs on the CPU kernels, which are faster")
-    if backend == "cpu" and not kernels_compute:
+    if backend == "torch" or not paper:
+        return TorchPlannerModel(model, shapes)
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and kernels.available():
+        if backend == "compiled":
+            log.info("export.compile = on: no effect here, planning runs on the CPU kernels, which are faster")
+        return kernels.CpuPlannerModel(model, shapes)
+    if backend == "cpu":
         raise ConfigError(
             f"backend = 'cpu': its kernels do not compute {weight.dtype} on {weight.device.type} here "
             "(the log says why where they could not be compiled); use 'auto'"
         )
-    if backend == "torch" or (backend == "auto" and not kernels_compute):
+    if backend == "auto":
         return TorchPlannerModel(model, shapes)
-    if backend in ("auto", "cpu", "compiled"):
-        return kernels.CpuPlannerModel(model, shapes)
-    raise ConfigError(f"backend = {backend!r}: unknown; use auto, torch, compiled or cpu")
+    from wav.inference.compiled import CompiledPlannerModel  # imports the compiler
+
+    return CompiledPlannerModel(model, shapes)
 
 
 def compiles_here(model: WAVTransformer) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,8 +20,7 @@ from torch import Tensor
 
 from wav.code_cache import prepare_compiler
 from wav.errors import ConfigError
-from wav.inference.fused import Block, CrossAttention, FusedContext, FusedPlannerModel, Modulation
-from wav.inference.torch import Features
+from wav.inference.fused import Block, CrossAttention, FusedContext, FusedPlannerModel
 from wav.planning.types import NoiseShapes
 
 if TYPE_CHECKING:
@@ -56,27 +55,27 @@ class CompiledBlock(Block):
 
     cross_attention = CompiledCrossAttention
 
-    def __call__(
-        self,
-        h: Tensor,
-        rows: Modulation,
-        rope: Any,
-        groups: int,
-        reads: Sequence[Tensor],
-        mask: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, *arguments: Any, **named: Any) -> Tensor:
         """As :meth:`Block.__call__`."""
-        return cast(Tensor, _compiled(Block.__call__, BACKEND)(self, h, rows, rope, groups, reads, mask))
+        return cast(Tensor, _compiled(Block.__call__, BACKEND)(self, *arguments, **named))
+
+
+def recorded(method: Call) -> Any:
+    """``method`` of tensors, then numbers: compiled, and recorded for each set of shapes and numbers it meets."""
+
+    @functools.wraps(method)
+    def call(self: CompiledPlannerModel, *given: Any) -> Any:
+        first = next((place for place, x in enumerate(given) if _is_number(x)), len(given))
+        return self.run(method, given[:first], given[first:])
+
+    return call
 
 
 class CompiledPlannerModel(FusedPlannerModel):
     """A WAVTransformer behind :class:`wav.planning.types.PlannerModel`, compiled.
 
     The first call of every set of shapes compiles, for seconds to minutes. After :data:`SHAPES` of them further ones
-    run uncompiled, and the log says so.
-
-    Raises:
-        ConfigError: torch cannot compile here; from the first call.
+    run uncompiled, and the log says so. ConfigError, from the first call: torch cannot compile here.
     """
 
     compiled = True
@@ -97,36 +96,14 @@ class CompiledPlannerModel(FusedPlannerModel):
         with _plain_tensors():
             return super().begin(memory, text, text_mask, history)
 
-    def text_keys(self, states: Tensor) -> tuple[Tensor, ...]:
-        """As :meth:`FusedPlannerModel.text_keys`."""
-        return cast("tuple[Tensor, ...]", self._run(super().text_keys, (states,)))
+    text_keys = recorded(FusedPlannerModel.text_keys)
+    video_features = recorded(FusedPlannerModel.video_features)
+    denoise_video = recorded(FusedPlannerModel.denoise_video)
+    denoise_value = recorded(FusedPlannerModel.denoise_value)
+    denoise_action = recorded(FusedPlannerModel.denoise_action)
 
-    def video_features(self, context: Any, noise: Tensor, levels: tuple[float, ...]) -> Features:
-        """As :meth:`TorchPlannerModel.video_features`."""
-        return cast(Features, self._run(super().video_features, (context, noise), levels))
-
-    def denoise_video(self, context: Any, noise: Tensor, steps: int) -> Tensor:
-        """As :meth:`TorchPlannerModel.denoise_video`."""
-        return cast(Tensor, self._run(super().denoise_video, (context, noise), steps))
-
-    def denoise_value(self, features: Features, noise: Tensor, steps: int) -> Tensor:
-        """As :meth:`TorchPlannerModel.denoise_value`."""
-        return cast(Tensor, self._run(super().denoise_value, (features, noise), steps))
-
-    def denoise_action(
-        self,
-        context: Any,
-        features: Features,
-        value: Tensor | None,
-        noise: Tensor,
-        steps: int,
-        value_level: float = 1.0,
-    ) -> Tensor:
-        """As :meth:`TorchPlannerModel.denoise_action`."""
-        return cast(Tensor, self._run(super().denoise_action, (context, features, value, noise), steps, value_level))
-
-    def _run(self, method: Call, arguments: tuple[Any, ...], *numbers: Any) -> Any:
-        """``method(*arguments, *numbers)``, compiled and recorded for the shapes of the arguments."""
+    def run(self, method: Call, arguments: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any:
+        """``method(self, *arguments, *numbers)``, compiled and recorded for the shapes of the arguments."""
         name: str = method.__name__
         key = (name, numbers, *(None if x is None else (x.shape, x.dtype) for x in _leaves(arguments)))
         with _plain_tensors(), torch.no_grad():
@@ -137,8 +114,8 @@ class CompiledPlannerModel(FusedPlannerModel):
                     log.warning("%s: compiled for %d sets of shapes already; others run uncompiled", name, SHAPES)
                 self._full = True
                 with torch.compiler.set_stance("force_eager"):
-                    return method(*arguments, *numbers)
-            return self._first(key, lambda *given: method(*given, *numbers), arguments)
+                    return method(self, *arguments, *numbers)
+            return self._first(key, lambda *given: method(self, *given, *numbers), arguments)
 
     def _first(self, key: tuple[Any, ...], call: Call, arguments: tuple[Any, ...]) -> Any:
         """The first call of a set of shapes: it compiles, and is recorded for the next."""
@@ -164,13 +141,10 @@ class CompiledPlannerModel(FusedPlannerModel):
 
 
 class Recorded:
-    """A call recorded as a CUDA graph. It takes tensors of the shapes recorded, and gives new ones.
+    """A call recorded as a CUDA graph, in memory that graphs of one ``pool`` share.
 
-    Args:
-        call: function of tensors, and of tuples, lists and dataclasses of them, that waits for no number.
-        arguments: its arguments; the shapes are theirs.
-        device: where it computes.
-        pool: memory shared with other graphs.
+    It takes tensors of the shapes of ``arguments``, and tuples, lists and dataclasses of them, and gives new ones;
+    ``call`` must wait for no number.
     """
 
     def __init__(self, call: Call, arguments: tuple[Any, ...], device: torch.device, pool: Any) -> None:
@@ -203,6 +177,11 @@ def capture(call: Callable[[], Any], device: torch.device, pool: Any) -> tuple[C
 def _plain_tensors() -> torch.inference_mode:
     """Make no inference tensors: compiled code would be compiled again for them, and graphs could not be fed."""
     return torch.inference_mode(False)
+
+
+def _is_number(x: Any) -> bool:
+    """Whether an argument is a number of steps, a noise level, or several levels."""
+    return isinstance(x, int | float) or (isinstance(x, tuple) and all(isinstance(level, float) for level in x))
 
 
 def _leaves(x: Any) -> Iterator[Tensor | None]:

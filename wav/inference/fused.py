@@ -76,13 +76,7 @@ class Block:
         self.narrow = operations.product(cast(nn.Linear, net[2]))
 
     def __call__(
-        self,
-        h: Tensor,
-        rows: Modulation,
-        rope: Any,
-        groups: int,
-        reads: Sequence[Tensor],
-        mask: Tensor | None = None,
+        self, h: Tensor, rows: Modulation, rope: Any, groups: int, reads: Sequence[Tensor], mask: Tensor | None = None
     ) -> Tensor:
         """Hidden states (n, ..., D) to the same.
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from wav.inference.torch import Features, TorchPlannerModel
-from wav.planning.types import NoiseShapes
 
 WORTH = 1 << 16
 """Numbers that the memory frames' tokens of a share's candidates are, for a share to be worth a thread: with fewer,
@@ -53,12 +52,7 @@ class ThreadedPlannerModel:
     """A :class:`wav.planning.types.PlannerModel` that deals another one's rows and candidates out to threads."""
 
     def __init__(self, model: TorchPlannerModel, threads: int) -> None:
-        self.model, self.threads = model, threads
-
-    @property
-    def shapes(self) -> NoiseShapes:
-        """Shapes of the noises."""
-        return self.model.shapes
+        self.model, self.shapes, self.threads = model, model.shapes, threads
 
     def video_features(self, context: Any, noise: Tensor, levels: tuple[float, ...]) -> SplitFeatures:
         """Features of noises (B, M, V, C, Ff, h, w); a row's candidates are dealt out where threads have no row."""

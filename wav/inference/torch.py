@@ -69,11 +69,9 @@ class TorchPlannerModel:
     def begin(self, memory: Tensor, text: Tensor, text_mask: Tensor | None, history: Tensor | None) -> Any:
         """Handle of B observations.
 
-        Args:
-            memory: clean latents (B, V, C, Fm, h, w), oldest first, the current frame last.
-            text: instruction embeddings (B, L, Ct).
-            text_mask: (B, L), 1 for a token; None where every token counts.
-            history: (B, 1, Ca) = [zeros(action) | normalised state], or None.
+        ``memory``: clean latents (B, V, C, Fm, h, w), the current frame last. ``text``: instruction embeddings
+        (B, L, Ct), whose ``text_mask`` (B, L) is 1 for a token, or None where every token counts. ``history``:
+        (B, 1, Ca) = [zeros(action) | normalised state], or None.
         """
         mask = None if text_mask is None else text_mask.to(self.device)
         states = self.model.video.encode_text(self._in(text), mask, cache=True)
@@ -115,10 +113,7 @@ class TorchPlannerModel:
         """Normalised actions (B, A, Ca) of noise of that shape.
 
         The action expert reads the value expert's features of the tokens ``value`` (B, A, Cv), which are told to be at
-        the noise level ``value_level``: pure noise at 1.
-
-        Raises:
-            ConfigError: ``features`` are of several candidates; actions are decoded from one.
+        the noise level ``value_level``: pure noise at 1. ``features`` must be of one candidate, else ConfigError.
         """
         if features.layers is None:
             raise ConfigError("features of several candidates: actions are decoded from one; pass that one's features")
