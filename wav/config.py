@@ -34,34 +34,10 @@ from wav.sections import (
     PlannerSettings,
     PretrainVideoSettings,
     TrainJointSettings,
-    TrainSettings,
     TrainValueSettings,
 )
+from wav.sections import TrainSettings as TrainSettings
 from wav.stages import stage as find_stage
-
-__all__ = [
-    "CouplingSettings",
-    "DataSettings",
-    "EncodeSettings",
-    "EvalLiberoSettings",
-    "ExportSettings",
-    "IngestSettings",
-    "LabelRewardsSettings",
-    "ModelSettings",
-    "PlannerSettings",
-    "PretrainVideoSettings",
-    "Runtime",
-    "Section",
-    "Settings",
-    "TrainJointSettings",
-    "TrainSettings",
-    "TrainValueSettings",
-    "load_preset",
-    "load_settings",
-    "parameter_text",
-    "parse_settings",
-]
-
 
 #: Sources that tell several suites apart.
 OF_SEVERAL = ("scripted", "libero_hdf5", "lerobot")

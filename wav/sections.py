@@ -1,6 +1,7 @@
-"""The sections of ``params.yaml``, one frozen class each: what a parameter means, its default and its range.
+"""The sections of ``params.yaml``, one frozen class each: a parameter's type, default and range.
 
-A new parameter is a field here and a line in params.yaml. :mod:`wav.config` puts the sections together.
+What it means stands in params.yaml, behind its value. A new parameter is a field here and a line there.
+:mod:`wav.config` puts the sections together.
 """
 
 from __future__ import annotations
@@ -23,30 +24,21 @@ from wav.section import Name, Section, Switch
 class DataSettings(Section):
     """What a sample is: shared by every stage. Times are in environment steps (20 Hz), sizes in pixels."""
 
-    suites: tuple[Name, ...] = Field(
-        ("tabletop",),
-        min_length=1,
-        validation_alias=AliasChoices("suites", "suite"),
-        description="task suites: tabletop, or one or more of libero_spatial, libero_object, ...",
-    )
-    tasks: tuple[str, ...] = Field(
-        ("lift_red_cube", "lift_green_cube"), description="of the suite; of several: SUITE/TASK; empty: all"
-    )
+    suites: tuple[Name, ...] = Field(("tabletop",), min_length=1, validation_alias=AliasChoices("suites", "suite"))
+    tasks: tuple[str, ...] = ("lift_red_cube", "lift_green_cube")
     views: tuple[Name, ...] = Field(("agentview", "wrist"), min_length=1, max_length=3)
     image_height: int = Field(64, ge=16, le=512)
     image_width: int = Field(64, ge=16, le=512)
-    render: Literal["fast", "full"] = Field(
-        "fast", description="fast: decimated visual meshes, no reflections, no MSAA"
-    )
+    render: Literal["fast", "full"] = "fast"
     state_dim: int = Field(8, ge=1, le=1000)
     action_dim: int = Field(7, ge=1, le=1000)
     control_hz: int = Field(20, ge=1, le=10000)
-    memory_frames: int = Field(2, ge=1, le=1000, description="memory frames, the current one included")
-    memory_horizon: int = Field(60, ge=1, description="training memories are drawn from the last this many steps")
-    future_frames: int = Field(5, ge=1, le=1000, description="raw future frames: 1 + codec.temporal * k")
-    frame_stride: int = Field(3, ge=1, le=1000, description="environment steps between future frames")
-    action_chunk: int = Field(15, ge=1, le=10000, description="actions decoded per call")
-    text_tokens: int = Field(16, ge=4, le=10000, description="instruction length in tokens, padded")
+    memory_frames: int = Field(2, ge=1, le=1000)
+    memory_horizon: int = Field(60, ge=1)
+    future_frames: int = Field(5, ge=1, le=1000)
+    frame_stride: int = Field(3, ge=1, le=1000)
+    action_chunk: int = Field(15, ge=1, le=10000)
+    text_tokens: int = Field(16, ge=4, le=10000)
 
     @property
     def suite(self) -> str:
@@ -82,38 +74,30 @@ class ModelSettings(Section):
     layers: int = Field(4, ge=1, le=1000)
     heads: int = Field(4, ge=1, le=1000)
     head_dim: int = Field(32, ge=2, le=4096)
-    value_expert: bool = Field(True, description="false: the GE-ACT-like baseline without value and planning")
+    value_expert: bool = True
     value_heads: int = Field(4, ge=1, le=1000)
     value_head_dim: int = Field(16, ge=2, le=4096)
     action_heads: int = Field(4, ge=1, le=1000)
     action_head_dim: int = Field(24, ge=2, le=4096)
-    action_kind: str = Field("paper", description="class of the action expert, a name in wav/model/experts.py")
+    action_kind: str = "paper"
     max_views: int = Field(3, ge=1, le=100)
-    rope_scale: tuple[float, float, float] = Field(
-        (8 / 30, 32.0, 32.0), description="RoPE position of one latent (frame seconds, pixels, pixels)"
-    )
-    init_from: str = Field(
-        "", description="weights to start from: hub id, folder or file of LTX-Video / GE-Base / WAV; empty: random"
-    )
+    rope_scale: tuple[float, float, float] = (8 / 30, 32.0, 32.0)
+    init_from: str = ""
 
 
 class IngestSettings(Section):
     """Where demonstrations come from."""
 
     source: str = Field("scripted", description=", ".join(SOURCES))
-    path: str = Field("", description="folder of the dataset (all but scripted)")
+    path: str = ""
     episodes_per_task: int = Field(60, ge=1)
-    first_index: int = Field(1000, ge=1000, description="first demonstration's initial state; 0-49 are evaluation's")
-    noise: float = Field(
-        0.15, ge=0, le=1, description="execution noise, as a share of the action range; labels stay clean"
-    )
-    detour: float = Field(
-        0.5, ge=0, le=1, description="share of demonstrations that begin with a detour to a random pose"
-    )
+    first_index: int = Field(1000, ge=1000)
+    noise: float = Field(0.15, ge=0, le=1)
+    detour: float = Field(0.5, ge=0, le=1)
     styles: dict[
         Literal["direct", "slow", "hesitant", "detour", "fumble", "recover"], Annotated[float, Field(gt=0)]
-    ] = Field({"direct": 1.0}, min_length=1, description="scripted: shares of the ways in which the expert moves")
-    min_length: int = Field(8, ge=2, description="shorter episodes are quarantined")
+    ] = Field({"direct": 1.0}, min_length=1)
+    min_length: int = Field(8, ge=2)
     seed: int = 0
     libero_hdf5: LiberoHdf5Options = LiberoHdf5Options()
     lerobot: LeRobotOptions = LeRobotOptions()
@@ -133,8 +117,8 @@ class LabelRewardsSettings(Section):
     """Table 2 and the return."""
 
     gamma: float = Field(0.99, gt=0, le=1)
-    horizon: int = Field(0, ge=0, description="steps summed in a return; 0: data.action_chunk")
-    to_end: bool = Field(False, description="sum to the episode's end instead (falls toward success; see docs)")
+    horizon: int = Field(0, ge=0)
+    to_end: bool = False
     weight: Literal["1/9", "1/16"] = "1/9"
     arms: Literal[1, 2] = 1
 
@@ -143,14 +127,14 @@ class EncodeSettings(Section):
     """Frames to latents, instructions to embeddings."""
 
     codec: Literal["pca", "ltx"] = "pca"
-    path: str = Field("", description="ltx: hub id or folder of the VAE; pca: folder of a codec to keep")
-    patch: int = Field(16, ge=2, le=1024, description="pca: pixels per latent cell (LTX: 32)")
-    temporal: int = Field(4, ge=1, le=1024, description="pca: frames per latent frame (LTX: 8)")
-    channels: int = Field(48, ge=1, le=100000, description="latent channels (LTX: 128)")
-    fit_frames: int = Field(4000, ge=10, description="pca: frames the bases are fitted on")
-    coordinates: bool = Field(True, description="pca: two of the channels carry the cell's position")
-    text: str = Field("builtin-small", description="builtin-small, or hub id / folder of a T5 encoder")
-    text_dim: int = Field(64, ge=8, le=100000, description="builtin-small: width of the embeddings (T5-XXL: 4096)")
+    path: str = ""
+    patch: int = Field(16, ge=2, le=1024)
+    temporal: int = Field(4, ge=1, le=1024)
+    channels: int = Field(48, ge=1, le=100000)
+    fit_frames: int = Field(4000, ge=10)
+    coordinates: bool = True
+    text: str = "builtin-small"
+    text_dim: int = Field(64, ge=8, le=100000)
     seed: int = 0
 
 
@@ -159,16 +143,12 @@ class TrainSettings(Section):
 
     stage: ClassVar[str] = ""
     steps: int = Field(1000, ge=1)
-    batch_size: int = Field(32, ge=1, le=100000, description="global batch: over all ranks and accumulation steps")
-    micro_batch_size: int = Field(0, ge=0, description="samples per rank and forward; 0: batch_size / ranks")
-    streams: int = Field(
-        0, ge=0, description="0: windows of all shards are mixed; else each rank reads shards of its own (streaming)"
-    )
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: on the blocks' matrices, AdamW on the rest (zero_stage 0, fp32)"
-    )
+    batch_size: int = Field(32, ge=1, le=100000)
+    micro_batch_size: int = Field(0, ge=0)
+    streams: int = Field(0, ge=0)
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
-    muon_learning_rate: float = Field(0.02, gt=0, description="muon: of the matrices; learning_rate is the rest's")
+    muon_learning_rate: float = Field(0.02, gt=0)
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup_steps: int = Field(100, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
@@ -177,30 +157,22 @@ class TrainSettings(Section):
     clip: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.995, ge=0, lt=1)
     caption_dropout: float = Field(0.0, ge=0, le=1)
-    memory_noise: float = Field(0.01, ge=0, le=1, description="memory frames: z <- (1-r) z + r noise, r ~ U[0, this]")
+    memory_noise: float = Field(0.01, ge=0, le=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
-    ranks: int = Field(1, ge=1, le=10000, description="processes on this node (GPUs)")
+    ranks: int = Field(1, ge=1, le=10000)
     nodes: int = Field(1, ge=1, le=10000, description="machines (WAV_LAUNCHER)")
-    gradient_checkpointing: Switch = Field(
-        "off", description="recompute blocks backwards; auto: only as many layers as the free memory asks for"
-    )
-    compile: Switch = Field(
-        "auto", description="blocks by torch.compile; auto: on a GPU (on a CPU it was measured not to pay)"
-    )
+    gradient_checkpointing: Switch = "off"
+    compile: Switch = "auto"
     checkpoint_every: int = Field(500, ge=1)
-    keep_last: int = Field(2, ge=1, description="checkpoints kept: the newest this many,")
-    keep_best: int = Field(0, ge=0, description="and the best this many by validation loss,")
-    keep_every: int = Field(0, ge=0, description="and those at multiples of this many steps (0: none)")
+    keep_last: int = Field(2, ge=1)
+    keep_best: int = Field(0, ge=0)
+    keep_every: int = Field(0, ge=0)
     log_every: int = Field(20, ge=1)
-    validate_every: int = Field(0, ge=0, description="steps between validation losses; 0: a tenth of the run")
-    validation_share: float = Field(
-        0.05, ge=0, lt=0.5, description="share of episodes held out for the validation loss"
-    )
-    spike_factor: float = Field(
-        10.0, ge=0, description="stop where a recorded loss is this many times the recent rows' median; 0: never"
-    )
-    max_skipped_steps: int = Field(0, ge=0, description="steps with gradients that are not finite it may drop")
+    validate_every: int = Field(0, ge=0)
+    validation_share: float = Field(0.05, ge=0, lt=0.5)
+    spike_factor: float = Field(10.0, ge=0)
+    max_skipped_steps: int = Field(0, ge=0)
     seed: int = 0
 
     @model_validator(mode="after")
@@ -225,19 +197,19 @@ class TrainValueSettings(TrainSettings):
     """Stage 2: the value expert on frozen video features."""
 
     stage: ClassVar[str] = "train_value"
-    value_draws: int = Field(4, ge=1, le=1000, description="(level, noise) draws per sample and video pass")
+    value_draws: int = Field(4, ge=1, le=1000)
 
 
 class TrainJointSettings(TrainSettings):
     """Stage 3: everything, with three explicit loss weights."""
 
     stage: ClassVar[str] = "train_joint"
-    action_probability: float = Field(0.7, ge=0, le=1, description="share of samples that are action samples")
+    action_probability: float = Field(0.7, ge=0, le=1)
     weight_action: float = Field(1.0, ge=0)
     weight_value: float = Field(0.1, ge=0)
     weight_video: float = Field(0.1, ge=0)
-    action_draws: int = Field(4, ge=1, le=1000, description="(level, noise) draws per action sample and video pass")
-    value_draws: int = Field(4, ge=1, le=1000, description="(level, noise) draws per value sample and video pass")
+    action_draws: int = Field(4, ge=1, le=1000)
+    value_draws: int = Field(4, ge=1, le=1000)
 
 
 #: Noise level: 0 is clean, 1 is pure noise.
@@ -250,20 +222,12 @@ class CouplingSettings(Section):
     Training and planning read the same section, so they cannot disagree; a checkpoint carries it.
     """
 
-    mode: Literal["none", "future", "value", "both"] = Field(
-        "none", description="none: pure noise alone, the paper's published form; else what action and value are tied to"
-    )
-    future_levels: tuple[Level, Level] = Field(
-        (0.35, 0.65), description="range of noise levels of the true future that value and action samples see"
-    )
-    value_levels: tuple[Level, Level] = Field(
-        (0.02, 0.3), description="range of noise levels of the true values that the action expert reads"
-    )
-    pure_noise: float = Field(0.15, ge=0, le=1, description="share of samples that see pure noise all the same")
-    video_schedule: tuple[Level, ...] = Field(
-        (1.0,), min_length=1, description="noise levels of planning's video passes; features are read at the last"
-    )
-    value_level: Level = Field(0.1, description="noise level of the values that planning decodes the action on")
+    mode: Literal["none", "future", "value", "both"] = "none"
+    future_levels: tuple[Level, Level] = (0.35, 0.65)
+    value_levels: tuple[Level, Level] = (0.02, 0.3)
+    pure_noise: float = Field(0.15, ge=0, le=1)
+    video_schedule: tuple[Level, ...] = Field((1.0,), min_length=1)
+    value_level: Level = 0.1
 
     @property
     def future(self) -> bool:
@@ -313,25 +277,23 @@ class CouplingSettings(Section):
 class PlannerSettings(Section):
     """Algorithm 1. ``alpha``/``beta`` follow the paper's formula: the share of the NEW elites' statistics."""
 
-    iterations: int = Field(3, ge=0, le=1000, description="K; 0: no planning")
-    video_samples: int = Field(8, ge=1, le=10000, description="M")
-    value_samples: int = Field(4, ge=1, le=10000, description="N")
-    video_elites: int = Field(4, ge=1, description="K1")
-    value_elites: int = Field(8, ge=1, description="K2")
+    iterations: int = Field(3, ge=0, le=1000)
+    video_samples: int = Field(8, ge=1, le=10000)
+    value_samples: int = Field(4, ge=1, le=10000)
+    video_elites: int = Field(4, ge=1)
+    value_elites: int = Field(8, ge=1)
     alpha: float = Field(0.5, ge=0, le=1)
     beta: float = Field(0.5, ge=0, le=1)
     sigma_decay: float = Field(0.9, gt=0, le=1)
-    score: str = Field("snr", description="how returns are scored, a name in wav/planning/scores.py")
-    score_penalty: float = Field(1.0, ge=0, description="standard deviations that lower_bound and ensemble take off")
-    phi: Literal["max", "mean"] = Field("max", description="a candidate's score: the best or the mean of its N")
+    score: str = "snr"
+    score_penalty: float = Field(1.0, ge=0)
+    phi: Literal["max", "mean"] = "max"
     epsilon: float = Field(1e-6, gt=0)
-    denoise_steps: int = Field(10, ge=1, le=10000, description="Euler steps of value and action flows")
-    act_on: Literal["sample", "winner"] = Field(
-        "sample", description="sample: noises of the refitted Gaussians (the paper's); winner: the best candidate's"
-    )
-    gate: float = Field(0.0, ge=0, description="act unplanned where candidates' scores deviate by less; 0: never")
+    denoise_steps: int = Field(10, ge=1, le=10000)
+    act_on: Literal["sample", "winner"] = "sample"
+    gate: float = Field(0.0, ge=0)
     warm_start: bool = False
-    score_steps: int = Field(0, ge=0, description="Euler steps of the values that are scored; 0: denoise_steps")
+    score_steps: int = Field(0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> PlannerSettings:
@@ -360,24 +322,16 @@ class EvalLiberoSettings(Section):
 
     episodes_per_task: int = Field(25, ge=1, le=50)
     variants: tuple[Variant, ...] = Field(VARIANTS, min_length=1)
-    execute_steps: int = Field(8, ge=1, le=10000, description="actions executed per policy call")
-    batch_size: int = Field(8, ge=1, le=100000, description="the one padded batch shape the policy is called with")
+    execute_steps: int = Field(8, ge=1, le=10000)
+    batch_size: int = Field(8, ge=1, le=100000)
     budget: Literal["protocol", "reference"] = "protocol"
-    within: float = Field(
-        1.5, ge=0, description="success is also reported within this many times the direct expert's steps; 0: not"
-    )
-    within_steps: int = Field(
-        0, ge=0, description="the same within this many steps, whoever demonstrated; 0: as the direct expert's"
-    )
-    swapped_episodes: int = Field(
-        10, ge=0, le=50, description="episodes per task with another task's instruction (0: none)"
-    )
-    ranked_states: int = Field(
-        2, ge=0, le=50, description="initial states per task from which candidates are executed to rank scores; 0: none"
-    )
-    ranked_candidates: int = Field(32, ge=2, description="candidates executed from each of these episodes' states")
-    videos: int = Field(4, ge=0, description="episodes per variant written as mp4")
-    video_chunks: int = Field(2, ge=1, le=1000, description="chunks rolled out by generate_video for the pictures")
+    within: float = Field(1.5, ge=0)
+    within_steps: int = Field(0, ge=0)
+    swapped_episodes: int = Field(10, ge=0, le=50)
+    ranked_states: int = Field(2, ge=0, le=50)
+    ranked_candidates: int = Field(32, ge=2)
+    videos: int = Field(4, ge=0)
+    video_chunks: int = Field(2, ge=1, le=1000)
     seed: int = 7
 
 
@@ -386,13 +340,7 @@ class ExportSettings(Section):
 
     name: str = Field("wav-tabletop", pattern=r"^[A-Za-z0-9._-]+$")
     dtype: Literal["float32", "bfloat16"] = "float32"
-    compile: Switch = Field(
-        "auto", description="plan on compiled code and CUDA graphs; auto: on a GPU; no effect where CPU kernels run"
-    )
-    encoders: Literal["named", "copied"] = Field(
-        "named", description="frozen encoders of a hub id: named (fetched where the export is loaded) or copied"
-    )
-    license: str = Field("apache-2.0", pattern=r"^[a-z0-9][a-z0-9.-]*$", description="of the weights, for the card")
-    datasets: tuple[Annotated[str, Field(pattern=r"^[\w-][\w.-]*/[\w.-]+$")], ...] = Field(
-        (), description="hub ids of what it was trained on, for the card"
-    )
+    compile: Switch = "auto"
+    encoders: Literal["named", "copied"] = "named"
+    license: str = Field("apache-2.0", pattern=r"^[a-z0-9][a-z0-9.-]*$")
+    datasets: tuple[Annotated[str, Field(pattern=r"^[\w-][\w.-]*/[\w.-]+$")], ...] = ()
