@@ -61,10 +61,10 @@ check-git:
 repro: check-preset $(if $(PRESET),,check-git) install up ## the whole pipeline; PRESET=name: in workspaces/name with presets/name.yaml
 ifeq ($(PRESET),)
 	@$(BEAT) 'dvc repro' -- dvc repro
-	@python -m infra.local.services where .
+	@python -m wav.local.services where .
 else
-	@$(BEAT) 'dvc repro' -- python -m infra.local.workspace $(PRESET)
-	@python -m infra.local.services where workspaces/$(PRESET)
+	@$(BEAT) 'dvc repro' -- wav repro --preset $(PRESET)
+	@python -m wav.local.services where workspaces/$(PRESET)
 endif
 
 # ARGS="--dry", "workspaces/NAME --axes score K --episodes 25", ...: docs/planning.md
@@ -120,16 +120,16 @@ docs: $(VENV)/.installed-docs ## the docs site in site/: links checked, whole wi
 	@NO_MKDOCS_2_WARNING=1 mkdocs build --strict
 
 up: $(VENV)/.installed ## local Prefect and S3 servers on 127.0.0.1 (idempotent)
-	@python -m infra.local.services up
+	@python -m wav.local.services up
 
 down: ## stop them (data stays in .local)
-	@test ! -x $(VENV)/bin/python || python -m infra.local.services down
+	@test ! -x $(VENV)/bin/python || python -m wav.local.services down
 
 status: $(VENV)/.installed ## what runs
-	@python -m infra.local.services status
+	@python -m wav.local.services status
 
 ui: $(VENV)/.installed ## open Prefect's UI and say how to sign in
-	@python -m infra.local.services ui
+	@python -m wav.local.services ui
 
 deploy: $(VENV)/.installed ## work pool, queue, automation and deployments on the Prefect server (idempotent)
 	@$(BEAT) 'deploy' -- python -m infra.deploy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from infra.local.ports import GRPC_OFFSET, HOST, PORTS, is_free
+from wav.local.ports import GRPC_OFFSET, HOST, PORTS, is_free
 
 
 def find_free() -> dict[str, str]:

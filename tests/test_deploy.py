@@ -35,7 +35,7 @@ def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
     found |= find_free() | {"WAV_LOCAL_DIR": str(tmp_path / "local")}
 
     def services(command: str) -> None:
-        argv = [sys.executable, "-m", "infra.local.services", command]
+        argv = [sys.executable, "-m", "wav.local.services", command]
         subprocess.run(argv, cwd=PROJECT, env=found, check=True, capture_output=True)
 
     services("up")

@@ -16,10 +16,10 @@ import yaml
 
 from infra.deepspeed.__main__ import configuration
 from infra.docker import s3
-from infra.local.ports import PORTS
-from infra.local.services import AWAITED, BUCKETS
 from infra.worker import GRACE_S
 from wav.config import Runtime
+from wav.local.ports import PORTS
+from wav.local.services import AWAITED, BUCKETS
 
 PROJECT = Path(__file__).resolve().parents[1]
 INFRA = PROJECT / "infra"

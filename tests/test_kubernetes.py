@@ -12,9 +12,9 @@ from prefect.utilities.templating import apply_values
 
 from infra.deploy import base_job_template
 from infra.kubernetes.__main__ import PORT, job
-from infra.local.ports import PORTS
-from infra.local.services import AWAITED
 from wav.cluster import GPU
+from wav.local.ports import PORTS
+from wav.local.services import AWAITED
 
 PROJECT = Path(__file__).resolve().parents[1]
 FOLDER = PROJECT / "infra" / "kubernetes"

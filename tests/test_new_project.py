@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from infra.local.workspace import make_workspace
 from wav import cli
 from wav.config import load_settings
 from wav.local import local_folder, project_folder
+from wav.local.workspace import make_workspace
 from wav.stages import STAGES, dvc_yaml
 
 pytestmark = pytest.mark.integration

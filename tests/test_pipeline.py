@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 import yaml
 
-from infra.local.workspace import make_workspace
 from tests.free_ports import find_free
 from tests.helpers.local_services import prefect_client
 from wav.config import DataSettings, Settings, load_preset, load_settings
 from wav.errors import ConfigError
 from wav.io.readers import read_yaml
+from wav.local.workspace import make_workspace
 from wav.parameter_files import merge
 from wav.source_code import code_digest, stage_modules
 from wav.stages import CODE_STAGE, STAGES, TRAINING, dvc_yaml, write_code
@@ -305,7 +305,7 @@ def test_a_stage_sees_only_its_sections() -> None:
 
 
 def services(command: str, environment: dict[str, str]) -> None:
-    subprocess.run([sys.executable, "-m", "infra.local.services", command], cwd=PROJECT, env=environment, check=True)
+    subprocess.run([sys.executable, "-m", "wav.local.services", command], cwd=PROJECT, env=environment, check=True)
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     environment |= find_free() | {"WAV_LOCAL_DIR": str(root / "local"), "PYTHONPATH": str(PROJECT)}
 
     def services(command: str) -> None:
-        argv = [sys.executable, "-m", "infra.local.services", command]
+        argv = [sys.executable, "-m", "wav.local.services", command]
         subprocess.run(argv, cwd=PROJECT, env=environment, check=True, capture_output=True)
 
     services("up")

@@ -20,12 +20,12 @@ from botocore.exceptions import ClientError
 from prefect.exceptions import PrefectHTTPStatusError
 
 from infra import deploy
-from infra.local import ports, secrets, services, system, workspace
-from infra.local.workspace import make_workspace
+from infra.local import system
 from tests.free_ports import find_free
 from tests.helpers.local_services import prefect_client, variables
 from wav.errors import ConfigError, ServiceError
-from wav.local import adopt_local_services, read_env
+from wav.local import adopt_local_services, ports, read_env, secrets, services, workspace
+from wav.local.workspace import make_workspace
 from wav.prefect_api import server_version
 from wav.sim.libero import assets as libero_assets
 
@@ -49,11 +49,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dic
     folder = tmp_path_factory.mktemp("services") / "local"
     environment = clean_environment(folder)
     try:
-        done = run(environment, "infra.local.services", "up")
+        done = run(environment, "wav.local.services", "up")
         assert done.returncode == 0, done.stdout + done.stderr
         yield folder, environment
     finally:
-        run(environment, "infra.local.services", "down")
+        run(environment, "wav.local.services", "down")
 
 
 def pids(folder: Path) -> dict[str, int]:
@@ -63,7 +63,7 @@ def pids(folder: Path) -> dict[str, int]:
 def test_up_twice_is_up_once(server: tuple[Path, dict[str, str]]) -> None:
     folder, environment = server
     before = pids(folder)
-    done = run(environment, "infra.local.services", "up")
+    done = run(environment, "wav.local.services", "up")
     assert done.stdout.count("already up") == 2, done.stdout + done.stderr
     assert pids(folder) == before
 
@@ -149,7 +149,7 @@ def test_the_bucket_keeps_versions_and_refuses_other_keys(server: tuple[Path, di
 def test_a_taken_port_is_named_with_holder_and_variable(server: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
     folder, environment = server
     other = environment | {"WAV_LOCAL_DIR": str(tmp_path / "other")}
-    done = run(other, "infra.local.services", "up")
+    done = run(other, "wav.local.services", "up")
     assert done.returncode == 1
     port, pid = environment["WAV_PREFECT_PORT"], pids(folder)["prefect"]
     assert f"port {port} (WAV_PREFECT_PORT) is in use by process {pid}" in done.stderr
@@ -163,7 +163,7 @@ def test_a_server_that_was_killed_comes_back_with_its_data(server: tuple[Path, d
     services._client(endpoint, keys).put_object(Bucket="wav", Key="test/kept", Body=b"kept")
     before = pids(folder)
     psutil.Process(before["s3"]).kill()
-    done = run(environment, "infra.local.services", "up")
+    done = run(environment, "wav.local.services", "up")
     assert done.returncode == 0, done.stdout + done.stderr
     after = pids(folder)
     assert after["s3"] != before["s3"]
@@ -268,10 +268,9 @@ def test_an_unknown_preset_names_the_known_ones(tmp_path: Path) -> None:
         make_workspace("smok", tmp_path)
 
 
-def test_a_libero_preset_is_refused_before_anything_runs_without_assets(tmp_path, monkeypatch, capsys) -> None:
+def test_a_libero_preset_is_refused_before_anything_runs_without_assets(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("WAV_LIBERO_ASSETS", str(tmp_path))
-    monkeypatch.setattr(workspace.subprocess, "run", lambda *_, **__: pytest.fail("dvc was started"))
     libero_assets.find_assets.cache_clear()
-    assert workspace.main(["--folder", str(tmp_path / "workspace"), "libero-cpu"]) == 1
     # without hf-libero its absence comes first
-    assert re.search("WAV_LIBERO_ASSETS|make libero", capsys.readouterr().err)
+    with pytest.raises(ServiceError, match=r"WAV_LIBERO_ASSETS|make libero"):
+        workspace.require_simulator(make_workspace("libero-cpu", tmp_path / "workspace"))

@@ -32,7 +32,7 @@ PLUMBING = (
     "wav/data/sources/options.py",
     "wav/errors.py",
     "wav/io/storage/",
-    "wav/local.py",
+    "wav/local/",
     "wav/parameter_files.py",
     "wav/plots.py",
     "wav/processes.py",

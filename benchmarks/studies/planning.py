@@ -39,7 +39,6 @@ from benchmarks.collect import commit, machine
 from benchmarks.studies.cells import AXES, Cell, build_cells
 from benchmarks.studies.imagined import chosen_and_rejected, truth
 from benchmarks.studies.show import write_summary
-from infra.local.workspace import fill_workspace
 from wav.config import EvalLiberoSettings, Runtime, Settings, load_settings
 from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
@@ -55,6 +54,7 @@ from wav.evaluation.protocol import code_digest, other_instructions
 from wav.evaluation.records import EpisodeRecord, read_record, step_limits, summarise
 from wav.io.files import canonical_digest, read_json, write_json
 from wav.local import PROJECT
+from wav.local.workspace import fill_workspace
 from wav.planning import VARIANTS
 from wav.planning.types import Levels
 from wav.policy.export import policy_from_stages

@@ -1,6 +1,6 @@
 """The S3 server of compose: as ``make up`` starts it, but its ports are there for the network of the containers.
 
-The S3 port asks for S3's keys, every other one for a certificate that lies in the volume (:mod:`infra.local.secrets`).
+The S3 port asks for S3's keys, every other one for a certificate that lies in the volume (:mod:`wav.local.secrets`).
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from infra.local.ports import PORTS
-from infra.local.secrets import weed_tls
-from infra.local.services import weed_command
+from wav.local.ports import PORTS
+from wav.local.secrets import weed_tls
+from wav.local.services import weed_command
 
 FOLDER = Path("/data")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -86,23 +86,11 @@ def at(tree: Any, name: str) -> Any:
     return tree
 
 
-def own(path: Path) -> dict[str, Any]:
-    """What a preset itself says, without the params.yaml that it lies over."""
-    whole, below = read_parameters(path), read_parameters(PROJECT / "params.yaml")
-
-    def differing(one: Any, two: Any) -> Any:
-        if isinstance(one, dict) and isinstance(two, dict):
-            return {key: differing(item, two.get(key)) for key, item in one.items() if item != two.get(key)}
-        return one
-
-    return dict(differing(whole, below))
-
-
 def parameters() -> str:
     """Tables of all parameters: meaning, limits, default, and what the presets say instead."""
     path = PROJECT / "params.yaml"
     said, given = comments(path.read_text()), read_parameters(path)
-    presets = {file.stem: own(file) for file in sorted((PROJECT / "presets").glob("*.yaml"))}
+    presets = {file.stem: yaml.safe_load(file.read_text()) for file in sorted((PROJECT / "presets").glob("*.yaml"))}
     lines = []
     for section, field in Settings.model_fields.items():
         model = field.annotation
@@ -137,6 +125,7 @@ EXPLAINED = {
     "wav.training": ("runbook", "../operations.md"),
     "wav.sim": ("LIBERO and the simulators", "../libero.md"),
     "wav.evaluation": ("LIBERO and evaluation", "../libero.md"),
+    "wav.local": ("runbook", "../operations.md"),
     "wav.hub": ("LIBERO on eight GPUs", "../howto/libero.md"),
     "wav": ("parameters", "parameters.md"),
     "wav.cluster": ("a stage on several machines", "../cluster.md"),

@@ -1,1 +1,1 @@
-"""One machine's services (Prefect, S3) and helpers of the Makefile."""
+"""Helpers of the Makefile, which run before anything is installed."""

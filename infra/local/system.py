@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from collections.abc import Callable
 
 #: backend (MUJOCO_GL) -> (library, Debian/Ubuntu package) that it loads
@@ -41,20 +40,15 @@ def missing_packages(backend: str, loads: Callable[[str], bool] = _loads) -> lis
     return missing
 
 
-def main() -> int:
-    """Check the backend that MUJOCO_GL names (EGL unless it says otherwise)."""
+def main() -> str | None:
+    """Check the backend that MUJOCO_GL names (EGL unless it says otherwise); what is wrong."""
     backend = os.environ.get("MUJOCO_GL", "egl").lower() or "egl"
     if backend not in LIBRARIES:
-        sys.stderr.write(f"MUJOCO_GL = {backend!r}: must be one of {', '.join(LIBRARIES)}; unset it\n")
-        return 1
-    missing = missing_packages(backend)
-    if missing:
-        sys.stderr.write(
-            f"rendering ({backend}): system libraries are missing; install them with:\n"
-            f"    sudo apt-get install -y {' '.join(missing)}\n"
-        )
-        return 1
-    return 0
+        return f"MUJOCO_GL = {backend!r}: must be one of {', '.join(LIBRARIES)}; unset it"
+    if missing := " ".join(missing_packages(backend)):
+        remedy = f"install them with:\n    sudo apt-get install -y {missing}"
+        return f"rendering ({backend}): system libraries are missing; {remedy}"
+    return None
 
 
 if __name__ == "__main__":

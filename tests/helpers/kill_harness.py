@@ -22,10 +22,9 @@ from typing import Any
 import psutil
 import yaml
 
-from infra.local import ports
-from infra.local.workspace import make_workspace
 from tests.free_ports import find_free
-from wav.local import read_env
+from wav.local import ports, read_env
+from wav.local.workspace import make_workspace
 from wav.processes import marked
 from wav.stages import STAGES, TRAINING
 
@@ -202,8 +201,8 @@ class Lab:
     reference: Pipeline | None = None
 
     def services(self, command: str) -> None:
-        """``python -m infra.local.services COMMAND``: what make up and make down run."""
-        argv = [sys.executable, "-m", "infra.local.services", command]
+        """``python -m wav.local.services COMMAND``: what make up and make down run."""
+        argv = [sys.executable, "-m", "wav.local.services", command]
         subprocess.run(argv, cwd=PROJECT, env=self.environment, check=True, stdout=subprocess.DEVNULL)
 
     def service(self, name: str) -> psutil.Process:

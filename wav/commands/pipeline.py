@@ -46,7 +46,7 @@ def services(
     action: Annotated[Literal["up", "down", "status", "ui"], typer.Argument(help="ui: open Prefect's, and sign in")],
 ) -> int:
     """Start or stop Prefect and the S3 server on this machine (127.0.0.1); their data stays in .local/."""
-    from infra.local import services as local
+    from wav.local import services as local
 
     return local.main([action])
 
@@ -57,14 +57,9 @@ def repro(
     stage: Annotated[str, typer.Option(help="this stage and those before it; default: all")] = "",
 ) -> int:
     """Run the project's pipeline (dvc repro): the stages whose inputs, parameters or code have changed."""
-    import subprocess
-    import sys
+    from wav.local import project_folder, workspace
 
-    from infra.local.workspace import main, with_project
-    from wav.local import project_folder
-
-    names = [stage] if stage else []
-    if preset:
-        return main([preset, "repro", *names])
-    run = [sys.executable, "-m", "dvc", "repro", *names]
-    return subprocess.run(run, cwd=project_folder(), env=with_project(), check=False).returncode
+    folder = workspace.make_workspace(preset) if preset else project_folder()
+    if preset and not stage:
+        workspace.require_simulator(folder)
+    return workspace.repro(folder, [stage] if stage else [])

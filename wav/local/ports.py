@@ -24,11 +24,7 @@ PORTS = {
 
 
 def from_environment() -> dict[str, int]:
-    """Port of each service.
-
-    Raises:
-        ServiceError: a variable holds no usable port.
-    """
+    """Port of each service; ServiceError where a variable holds no usable one."""
     chosen = {}
     for name, (variable, default) in PORTS.items():
         text = os.environ.get(variable) or str(default)

@@ -21,11 +21,7 @@ _HTTPS = ("MASTER", "VOLUME", "FILER", "CLIENT")
 
 
 def private_folder(folder: Path) -> None:
-    """Make ``folder`` where it is missing, for its owner alone.
-
-    Raises:
-        ServiceError: it is somebody else's.
-    """
+    """Make ``folder`` where it is missing, for its owner alone; ServiceError where it is somebody else's."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if folder.stat().st_uid != os.geteuid():
         raise ServiceError(f"{folder}: belongs to another user; remove it or set WAV_LOCAL_DIR to a folder of your own")

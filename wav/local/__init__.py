@@ -15,7 +15,7 @@ from pathlib import Path
 from wav.prefect_api import LOOPBACK, STRING, URL
 
 #: the folder of the package: the repository, or where pip puts packages
-PROJECT = Path(__file__).resolve().parents[1]
+PROJECT = Path(__file__).resolve().parents[2]
 
 #: variables that say which object store is meant; where one is set, the local one is not
 _STORE_CHOICE = ("WAV_STORE", "WAV_S3_ENDPOINT")

@@ -1,6 +1,6 @@
 """The Prefect server and the S3 server (SeaweedFS) of one machine, on 127.0.0.1.
 
-``python -m infra.local.services up | down | status | ui | where FOLDER`` (``make up``, ``make down``, ...).
+``python -m wav.local.services up | down | status | ui | where FOLDER`` (``make up``, ``make down``, ...).
 
 State lies in ``.local/`` (``WAV_LOCAL_DIR``): ``prefect/`` and ``s3/`` hold the data, ``logs/`` what they said,
 ``NAME.json`` the process, ``env`` the addresses and ``credentials.env`` the generated keys (:mod:`.secrets`). Ports
@@ -22,10 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from infra.local import ports
-from infra.local.secrets import credentials, private_folder, weed_tls, write_private
 from wav.errors import ServiceError, exit_status
-from wav.local import PROJECT, bypass_proxies, drop_empty_variables, local_folder, read_env
+from wav.local import PROJECT, bypass_proxies, drop_empty_variables, local_folder, ports, read_env
+from wav.local.secrets import credentials, private_folder, weed_tls, write_private
 from wav.prefect_api import STRING, URL, server_version
 from wav.processes import ending, marked, stop
 
@@ -185,13 +184,6 @@ def _stop(folder: Path, name: str) -> bool:
     return bool(found)
 
 
-def _log_tail(path: Path, lines: int = 5) -> str:
-    try:
-        return " | ".join(path.read_text(errors="replace").splitlines()[-lines:]) or "empty"
-    except OSError:
-        return ""
-
-
 def _start(folder: Path, service: Service) -> Running:
     log = folder / "logs" / f"{service.name}.log"
     for part in (log.parent, folder / service.name):
@@ -215,9 +207,8 @@ def _start(folder: Path, service: Service) -> Running:
             code = process.poll()
             _stop(folder, service.name)
             how = ending(code) if code is not None else f"not ready after {READY_SECONDS:.0f} s"
-            raise ServiceError(
-                f"{service.name} server: {how} ({problem}; log: {_log_tail(log)}); read {log} and run make up again"
-            )
+            said = " | ".join(log.read_text(errors="replace").splitlines()[-5:])
+            raise ServiceError(f"{service.name} server: {how} ({problem}; log: {said}); read {log}, run make up again")
         if now - spoke > 8:
             sys.stdout.write(f"{service.name}: starting, {now - began:.0f} s\n")
             sys.stdout.flush()
@@ -334,7 +325,7 @@ def where(folder: Path, workspace: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="infra.local.services", description="local Prefect and S3 servers")
+    parser = argparse.ArgumentParser(prog="wav.local.services", description="local Prefect and S3 servers")
     parser.add_argument("command", choices=("up", "down", "status", "ui", "where"))
     parser.add_argument("workspace", nargs="?", default=".", type=Path)
     chosen = parser.parse_args(arguments)
@@ -342,16 +333,10 @@ def main(arguments: list[str] | None = None) -> int:
     bypass_proxies()
     folder = local_folder()
 
-    def run() -> int:
-        if chosen.command in ("status", "ui"):
-            return 0 if (ui if chosen.command == "ui" else status)(folder) else 1
-        if chosen.command == "where":
-            where(folder, chosen.workspace)
-        else:
-            (up if chosen.command == "up" else down)(folder)
-        return 0
-
-    return exit_status(run)
+    if chosen.command == "where":
+        return exit_status(lambda: where(folder, chosen.workspace))
+    command = {"up": up, "down": down, "status": status, "ui": ui}[chosen.command]
+    return exit_status(lambda: 1 if command(folder) is False else 0)
 
 
 if __name__ == "__main__":
