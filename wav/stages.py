@@ -201,23 +201,22 @@ def stage(name: str) -> Stage:
 
 def dvc_stages() -> dict[str, Any]:
     """The ``stages`` of ``dvc.yaml`` that the table means."""
-    uncached: dict[str, Any] = {"cache": False}
     found: dict[str, Any] = {
         CODE_STAGE: {
             "cmd": f"python -m wav.stages {CODE_STAGE}",
-            "outs": [{row.code: uncached} for row in STAGES.values()],
+            "outs": [{row.code: {"cache": False}} for row in STAGES.values()],
             "always_changed": True,
         }
     }
     for row in STAGES.values():
-        outs: list[Any] = [*({path: {"persist": True}} for path in row.kept), *row.outputs, {row.record: uncached}]
+        kept, record = [{path: {"persist": True}} for path in row.kept], {row.record: {"cache": False}}
         persist = {"persist": True} if row.metrics.startswith("models/") else {}
         found[row.name] = {
             "cmd": f"python -m {row.flow}",
             "deps": [*sorted(row.inputs), row.code],
             "params": list(row.sections),
-            "outs": outs,
-            **({"metrics": [{row.metrics: uncached | persist}]} if row.metrics else {}),
+            "outs": [*kept, *row.outputs, record],
+            **({"metrics": [{row.metrics: {"cache": False} | persist}]} if row.metrics else {}),
         }
     return found
 
@@ -234,26 +233,9 @@ def dvc_yaml() -> str:
     """Text of ``dvc.yaml``."""
     import yaml  # GPU machines that only measure read this module without it
 
-    class Dumper(yaml.SafeDumper):
-        """Writes lists indented below their key, and no aliases."""
-
-        def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-            super().increase_indent(flow, False)
-
-        def ignore_aliases(self, data: Any) -> bool:
-            return True
-
-    plots = [
-        {
-            "loss": {
-                "title": "training loss",
-                "x": "step",
-                "y": {f"{training.folder}/plots/metrics/loss.tsv": "loss" for training in TRAINING.values()},
-            }
-        }
-    ]
-    whole = {"stages": dvc_stages(), "plots": plots}
-    return _HEADER + yaml.dump(whole, Dumper=Dumper, sort_keys=False, default_flow_style=False)
+    curves = {f"{training.folder}/plots/metrics/loss.tsv": "loss" for training in TRAINING.values()}
+    whole = {"stages": dvc_stages(), "plots": [{"loss": {"title": "training loss", "x": "step", "y": curves}}]}
+    return _HEADER + yaml.safe_dump(whole, sort_keys=False)
 
 
 def write_code(workspace: Path) -> Iterator[str]:
