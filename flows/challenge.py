@@ -62,11 +62,7 @@ def identity(run: Retrain) -> str:
 
 @step("evaluate champion")
 def champion_outcomes(run: Retrain, champion: Champion, settings: Settings, variant: str) -> Outcomes:
-    """The champion's outcomes under the checkout's evaluation.
-
-    Raises:
-        TrainingError: it cannot be evaluated any more.
-    """
+    """The champion's outcomes under the checkout's evaluation; TrainingError where it cannot be evaluated any more."""
     get_run_logger().info("the evaluation changed since %s: evaluating it again", run.champion_name)
     export = promotion.download_policy(run.store, champion, run.folder / "champion" / "export")
     out = run.folder / "champion" / "evaluation"
@@ -98,11 +94,7 @@ def _places(run: Retrain) -> str:
 
 
 def meet(run: Retrain) -> None:
-    """See whom this retrain challenges, and what somebody took back by hand.
-
-    Raises:
-        TrainingError: there is no champion any more, though one was promoted.
-    """
+    """See whom this retrain challenges, and what was taken back by hand; TrainingError where a champion is lost."""
     run.current = promotion.read_champion(run.store, run.name)
     if run.current is None:
         if lost := promotion.promotions(run.store, run.name):
@@ -120,11 +112,7 @@ def meet(run: Retrain) -> None:
 
 
 def compare(run: Retrain, candidate: Champion) -> Verdict:
-    """What becomes of a candidate, under an evaluation that the champion went through too.
-
-    Raises:
-        TrainingError: the code made the champion worse, or it cannot be evaluated any more.
-    """
+    """What becomes of a candidate, under an evaluation that the champion went through too."""
     if run.current is None:
         return promotion.judge(candidate.outcomes, None, run.rules)
     champion = run.current[0]

@@ -33,11 +33,7 @@ GitAddress = Annotated[str, Field(json_schema_extra={"pattern": NO_SECRET})]
 
 
 def without_secret(address: str, field: str) -> None:
-    """Refuse an address that holds a password or token: it would stand in a database, a log and an artefact.
-
-    Raises:
-        ConfigError: it does.
-    """
+    """Refuse (ConfigError) an address with a password or token, which would stand in a database, log and artefact."""
     if not re.match(NO_SECRET, address):
         raise ConfigError(f"{field}: holds a password or token; keep it in git's credential store, or push by ssh")
 
@@ -73,11 +69,7 @@ class Checkout:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other retrains out of this checkout.
-
-        Raises:
-            ServiceError: another one is in there.
-        """
+        """Keep other retrains out of this checkout; ServiceError where one is in there."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         with self.folder.with_name(self.folder.name + ".lock").open("w") as handle:
             try:
@@ -101,11 +93,7 @@ class Checkout:
         path.unlink(missing_ok=True)
 
     def git(self, *arguments: str, folder: Path | None = None) -> str:
-        """Output of a git command in the checkout.
-
-        Raises:
-            ServiceError: git refused; with what it said.
-        """
+        """Output of a git command in the checkout; ServiceError, with what it said, where git refused."""
         done = subprocess.run(
             ["git", "-c", "commit.gpgsign=false", *arguments],
             cwd=folder or self.folder,
@@ -157,12 +145,7 @@ class Checkout:
     def prepare(self, base: str, date: str) -> str:
         """Clone or fetch, refuse dirt, switch to ``retrain/<date>`` at ``base``; results of earlier retrains stay.
 
-        Args:
-            base: commit, branch or tag of the source.
-            date: ``YYYY-MM-DD``.
-
-        Returns:
-            The branch's name.
+        ``base`` is a commit, branch or tag of the source, ``date`` YYYY-MM-DD. Returns the branch's name.
 
         Raises:
             ConfigError: the checkout is the project itself, or holds changes that no retrain made.

@@ -14,12 +14,12 @@ Every flow has the same shape::
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -29,12 +29,13 @@ from uuid import UUID
 
 from prefect import Flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
-from prefect.context import FlowRunContext, refresh_global_settings_context
+from prefect.context import refresh_global_settings_context
+from prefect.runtime import flow_run
 from prefect.settings import get_current_settings
 
 from flows.artifacts import publish_markdown, publish_numbers, publish_objects, publish_table
 from flows.memory import PeakMemory
-from flows.provenance import hash_table, parent_run, run_url
+from flows.provenance import PARENT_VARIABLE, hash_table, run_url
 from flows.server import run_flow, show
 from wav.cluster import Cluster, open_cluster
 from wav.config import Runtime, Settings, load_settings
@@ -68,14 +69,10 @@ class StageRun:
         """A file or folder of the workspace."""
         return self.workspace / relative
 
-    @contextlib.contextmanager
-    def cluster(self) -> Iterator[Cluster | None]:
+    def cluster(self) -> AbstractContextManager[Cluster | None]:
         """The cluster of WAV_DASK, or None where the stage runs here."""
-        if not self.runtime.dask:
-            yield None
-            return
-        with open_cluster(self.runtime.dask, self.runtime.workers) as cluster:
-            yield cluster
+        address = self.runtime.dask
+        return open_cluster(address, self.runtime.workers) if address else nullcontext()
 
     @property
     def gpu(self) -> bool:
@@ -90,11 +87,7 @@ class StageRun:
 
 
 def require_services(runtime: Runtime) -> None:
-    """Fail within seconds where Prefect or the object store does not answer (never start an ephemeral server).
-
-    Raises:
-        ServiceError, StorageError: which server, its address, why, and the remedy.
-    """
+    """Fail within seconds where Prefect or the object store does not answer (never start an ephemeral server)."""
     settings = get_current_settings().api
     api, string = settings.url, settings.auth_string.get_secret_value() if settings.auth_string else ""
     if not api:
@@ -105,29 +98,22 @@ def require_services(runtime: Runtime) -> None:
 
 
 def start(stage: str, workspace: str) -> StageRun:
-    """Settings of the stage, services checked, the object store open.
-
-    Raises:
-        ConfigError: params.yaml is missing or holds a bad value.
-        ServiceError, StorageError: the object store does not answer or refuses.
-    """
+    """Settings of the stage checked, the object store open and tried."""
     folder, runtime = Path(workspace).resolve(), Runtime()
     settings = load_settings(folder / "params.yaml").for_stage(stage)
     store = open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region)
     store.check()
-    context = FlowRunContext.get()
-    flow_run = str(context.flow_run.id) if context and context.flow_run else "local"
-    logger = get_run_logger()
-    logger.info("%s: workspace %s, objects to %s/runs/%s", stage, folder, runtime.store, flow_run)
+    run_id, logger = flow_run.id or "local", get_run_logger()
+    logger.info("%s: workspace %s, objects to %s/runs/%s", stage, folder, runtime.store, run_id)
     publish_numbers("parameters", settings.model_dump(mode="json"), f"{stage}: the sections of params.yaml it reads")
-    _tell_parent(flow_run)
-    return StageRun(stage, folder, settings, runtime, store, flow_run, logger, time.time(), PeakMemory())
+    _tell_parent(run_id)
+    return StageRun(stage, folder, settings, runtime, store, run_id, logger, time.time(), PeakMemory())
 
 
-def _tell_parent(flow_run: str) -> None:
+def _tell_parent(run_id: str) -> None:
     """Link and tag the run that started this one (retrain), which Prefect does not know of across ``dvc repro``."""
-    parent = parent_run()
-    if not parent or flow_run in ("local", parent):
+    parent = os.environ.get(PARENT_VARIABLE, "")
+    if not parent or run_id in ("local", parent):
         return
     from prefect.client.orchestration import get_client
 
@@ -135,8 +121,8 @@ def _tell_parent(flow_run: str) -> None:
 
     def tag() -> None:
         with get_client(sync_client=True) as client:
-            tags = set(client.read_flow_run(UUID(flow_run)).tags) | {f"retrain:{parent}"}
-            client.update_flow_run(UUID(flow_run), tags=sorted(tags))
+            tags = set(client.read_flow_run(UUID(run_id)).tags) | {f"retrain:{parent}"}
+            client.update_flow_run(UUID(run_id), tags=sorted(tags))
 
     show("the tag of its retrain", tag)
 
@@ -154,11 +140,7 @@ def _files(paths: Iterable[Path]) -> list[Path]:
 
 
 def finish(run: StageRun, results: Iterable[Path]) -> None:
-    """Write ``reports/stages/<stage>.json``, copy ``results`` (files and folders) to the store, link them in the UI.
-
-    Raises:
-        StorageError: the object store or the disk refused.
-    """
+    """Write ``reports/stages/<stage>.json``, copy ``results`` (files and folders) to the store, link them in the UI."""
     now = time.time()
     facts = {
         "stage": run.stage,
@@ -213,17 +195,13 @@ def begin_process() -> Runtime:
 def begin_deployed(folder: str = "") -> tuple[Runtime, Path, Path]:
     """What a deployment's flow does first: the runtime, the project's workspace, and the folder of this run.
 
-    Args:
-        folder: of this run; empty: ``runs/<flow-run-id>/`` of the workspace.
-
-    Raises:
-        ServiceError: Prefect or the object store does not answer.
+    The folder is ``runs/<flow-run-id>/`` of the workspace unless told otherwise. ServiceError: Prefect or the object
+    store does not answer.
     """
     runtime = begin_process()
     require_services(runtime)
     workspace = Path(runtime.workspace).resolve()
-    context = FlowRunContext.get()
-    name = str(context.flow_run.id) if context and context.flow_run else f"local-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = flow_run.id or f"local-{time.strftime('%Y%m%d-%H%M%S')}"
     return runtime, workspace, Path(folder).resolve() if folder else workspace / "runs" / name
 
 

@@ -10,7 +10,7 @@ from prefect import flow
 
 from flows.artifacts import Progress, publish_images, publish_markdown, publish_numbers, publish_values
 from flows.common import StageRun, finish, main, start, step
-from flows.policy import assemble, options, parts
+from flows.policy import assembly
 from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
 from wav.data.store import EpisodeStore
@@ -43,7 +43,7 @@ POINTS = 4  #: states of an expert's episode that instruments look at
 @step("load policy")
 def load(run: StageRun) -> tuple[Policy, Checkpoint]:
     """The policy as it will be exported."""
-    return assemble(run, run.settings.eval_libero.batch_size)
+    return assembly(run, run.settings.eval_libero.batch_size)()
 
 
 def closed_loop(
@@ -131,7 +131,7 @@ def instruments(run: StageRun, policy: Policy, metrics: dict[str, Any], store: E
 @step("roll out")
 def roll_out(run: StageRun, policy: Policy, checkpoint: Checkpoint) -> dict[str, Any]:
     """The joint model in closed loop."""
-    load = functools.partial(policy_of_stages, *parts(run), **options(run, run.settings.eval_libero.batch_size))
+    load = assembly(run, run.settings.eval_libero.batch_size, policy_of_stages)
     return closed_loop(run, policy, checkpoint.digest, EpisodeStore.open(run.path("data/episodes")), load)
 
 

@@ -36,15 +36,9 @@ Changes = dict[str, dict[str, Any]]
 def find_checkpoint(text: str, workspace: Path, store: ObjectStore) -> Path:
     """The folder that parameter ``checkpoint`` means, downloaded where it lies in the object store.
 
-    Args:
-        text: a folder (an export, or a ``train_joint`` output); ``champion`` or ``champion:NAME``; or the address of
-            an export in the store, such as ``s3://wav/runs/<flow-run-id>/export``.
-        workspace: relative folders start here; downloads are kept below its ``.wav/policies``.
-        store: the object store.
-
-    Raises:
-        CheckpointError: there is no such checkpoint.
-        StorageError: the store refused, or an object is damaged.
+    ``text`` is a folder (an export, or a ``train_joint`` output), relative to the workspace; ``champion`` or
+    ``champion:NAME``; or the address of an export in the store, such as ``s3://wav/runs/<flow-run-id>/export``.
+    Downloads are kept below the workspace's ``.wav/policies``. CheckpointError: there is no such checkpoint.
     """
     kept = workspace / ".wav" / "policies"
     if text == "champion" or text.startswith("champion:"):
@@ -70,11 +64,7 @@ def find_checkpoint(text: str, workspace: Path, store: ObjectStore) -> Path:
 
 
 def default_checkpoint(workspace: Path, store: ObjectStore) -> str:
-    """What an empty ``checkpoint`` means: empty for the project's joint model, ``champion`` where it has none yet.
-
-    Raises:
-        CheckpointError: there is neither.
-    """
+    """What an empty ``checkpoint`` means: empty for the project's joint model, ``champion`` where it has none yet."""
     if (workspace / "models/joint/checkpoint.json").is_file():
         return ""
     if read_champion(store, load_settings(workspace / "params.yaml").data.suite) is None:
@@ -102,11 +92,7 @@ def wanted_changes(
 
 
 def prepare_export(export: Path, workspace: Path, folder: Path, changes: Changes) -> None:
-    """The run's folder for an exported policy: its own settings, the workspace's protocol, then the changes.
-
-    Raises:
-        ConfigError: another suite than the policy's, or a bad value.
-    """
+    """The run's folder for an exported policy: its own settings, the workspace's protocol, then the changes."""
     path, remedy = export / "settings.json", "export the policy again (`dvc repro export`)"
     own, asked = read_json(path, remedy), changes.get("data", {}).get("suites")
     with understood(path, remedy, CheckpointError):
@@ -190,7 +176,7 @@ def eval_libero(
     return str(folder)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Evaluate in the current folder; what retrain uses for the champion."""
     parser = argparse.ArgumentParser(prog="flows.eval_run", description="evaluate a checkpoint")
     parser.add_argument("--checkpoint", default="", help="folder, champion, or s3:// address of an export")
@@ -198,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--episodes", type=int, default=0, help="episodes per task")
     parser.add_argument("--variant", action="append", dest="variants")
     parser.add_argument("--out", default="", help="folder of the results")
-    return by_hand(eval_libero, **vars(parser.parse_args(arguments)))
+    return by_hand(eval_libero, **vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

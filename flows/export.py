@@ -6,7 +6,7 @@ from prefect import flow
 
 from flows.artifacts import publish_markdown
 from flows.common import StageRun, finish, main, start, step
-from flows.policy import assemble
+from flows.policy import assembly
 from wav.evaluation.tables import metrics_table
 from wav.io.files import read_json
 from wav.planning import VARIANTS
@@ -18,7 +18,7 @@ def write(run: StageRun) -> None:
     """Write the folder and read it back."""
     metrics = read_json(run.path("reports/eval/metrics.json"), "run dvc repro eval_libero")
     evaluated = metrics if any(variant in metrics for variant in VARIANTS) else None
-    policy, checkpoint = assemble(run)
+    policy, checkpoint = assembly(run)()
     table = metrics_table(evaluated) if evaluated else ""
     export_policy(policy, checkpoint, run.path("export"), settings=run.settings, metrics=evaluated, table=table)
     verify_export(run.path("export"))

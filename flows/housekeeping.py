@@ -32,9 +32,8 @@ def tell_stale(name: str, promoted: str, days: int, reason: str) -> bool:
 def old_runs(folder: Path, store: ObjectStore, days: int) -> Iterator[str]:
     """Remove what runs of long ago left in ``runs/``, here and in the store; yields a line per run.
 
-    Champions lie elsewhere (``policies/``), and so do trainings' checkpoints (``wav storage gc``).
-
-    Runs in which nothing is younger than ``days`` go; 0: none.
+    Runs in which nothing is younger than ``days`` go; 0: none. Champions lie elsewhere (``policies/``), and so do
+    trainings' checkpoints (``wav storage gc``).
     """
     if not days:
         return

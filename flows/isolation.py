@@ -20,15 +20,6 @@ from wav.stages import stage as find_stage
 RUN_FILE = "run.json"
 
 
-def changed_settings(params: Path, changes: Mapping[str, Mapping[str, Any]]) -> Settings:
-    """Settings of a parameter file with some values of some sections replaced.
-
-    Raises:
-        ConfigError: an unknown or bad value; names the field.
-    """
-    return parse_settings(merge(read_parameters(params), changes), f"{params} with the run's parameters")
-
-
 def prepare(stage: str, workspace: Path, folder: Path, settings: Settings) -> Path:
     """Make ``folder`` with its ``params.yaml`` and ``run.json``; what a run made there before stays."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,13 +38,11 @@ def isolate(
     """Make ``folder`` a workspace in which ``stage`` reads the inputs of ``workspace``.
 
     ``changes`` are by section and parameter. ``instead`` says which folder takes the place of an input folder
-    (``models/joint`` -> another checkpoint).
-
-    Raises:
-        ConfigError: a bad parameter.
-        DataError: an input is missing.
+    (``models/joint`` -> another checkpoint). ConfigError: a bad parameter. DataError: an input is missing.
     """
-    prepare(stage, workspace, folder, changed_settings(workspace / "params.yaml", changes or {}))
+    params = workspace / "params.yaml"
+    changed = merge(read_parameters(params), changes or {})
+    prepare(stage, workspace, folder, parse_settings(changed, f"{params} with the run's parameters"))
     for path in find_stage(stage).inputs:
         source = workspace / path
         for original, other in (instead or {}).items():

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from flows.common import StageRun
-from wav.policy.export import Checkpoint, policy_from_stages
-from wav.policy.policy import Policy
+from wav.policy.export import policy_from_stages
 
 
-def parts(run: StageRun) -> tuple[Any, ...]:
-    """What :func:`wav.policy.export.policy_from_stages` puts together."""
-    return run.path("models/joint"), run.path("data/latents"), run.settings.data, run.settings.planner
-
-
-def options(run: StageRun, batch_size: int) -> dict[str, Any]:
-    """How it does so."""
-    return {"batch_size": batch_size, "device": run.runtime.device}
-
-
-def assemble(run: StageRun, batch_size: int = 8) -> tuple[Policy, Checkpoint]:
-    """Policy and checkpoint of the workspace.
-
-    Raises:
-        DataError, CheckpointError: a part is missing, or parts do not belong together.
-    """
-    return policy_from_stages(*parts(run), **options(run, batch_size))
+def assembly(
+    run: StageRun, batch_size: int = 8, make: Callable[..., Any] = policy_from_stages
+) -> functools.partial[Any]:
+    """What puts the workspace's policy together; :func:`wav.policy.export.policy_from_stages` unless told otherwise."""
+    parts = run.path("models/joint"), run.path("data/latents"), run.settings.data, run.settings.planner
+    return functools.partial(make, *parts, batch_size=batch_size, device=run.runtime.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -17,7 +16,7 @@ from flows.isolation import source_workspace
 from wav.io.readers import read_yaml, understood
 from wav.stages import STAGES
 
-#: set by retrain for the flows that ``dvc repro`` starts
+#: set by retrain, to the id of its own flow run, for the flows that ``dvc repro`` starts
 PARENT_VARIABLE = "WAV_PARENT_RUN"
 _BLOCK = 4 << 20
 
@@ -79,11 +78,6 @@ def object_url(uri: str, version: str, endpoint: str, region: str) -> str:
         return f"{endpoint.rstrip('/')}/{parts.netloc}/{key}" + (f"?versionId={quote(version)}" if version else "")
     where = f"https://{region}.console.aws.amazon.com/s3/object/{parts.netloc}?region={region}&prefix={key}"
     return where + (f"&versionId={quote(version)}" if version else "")
-
-
-def parent_run() -> str:
-    """Id of the flow run that started this process's pipeline, or empty."""
-    return os.environ.get(PARENT_VARIABLE, "")
 
 
 def run_url(flow_run: str, api: str | None) -> str:

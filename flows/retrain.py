@@ -86,8 +86,7 @@ def restore_results(run: Retrain) -> None:
 def pull(run: Retrain, remote: str) -> None:
     """What ``dvc.lock`` names and the remote has; what it lacks is made again.
 
-    Raises:
-        TransferError: the remote is in trouble: taken for empty, days of training would be repeated.
+    Trouble of the remote (TransferError) ends the run: taken for empty, days of training would be repeated.
     """
     if not (run.checkout.folder / "dvc.lock").is_file():
         return
@@ -115,11 +114,7 @@ def _only_missing(done: Finished) -> bool:
 
 @step("dvc repro")
 def reproduce(run: Retrain, names: Sequence[str] = ()) -> None:
-    """All stages that are out of date, or those of these names.
-
-    Raises:
-        TrainingError: a stage failed; names it, the log and the champion that stays.
-    """
+    """All stages that are out of date, or those of these names."""
     logger = get_run_logger()
     with Progress("stages", logger) as progress:
         order = [CODE_STAGE, *STAGES]
@@ -156,11 +151,7 @@ def _failure(run: Retrain, done: Finished, log: Path, uri: str) -> str:
 
 @step("push and commit")
 def push(run: Retrain, branch: str, remote: str, push_to: str) -> str:
-    """Data to the DVC remote, then ``dvc.lock`` and metrics to the branch.
-
-    Raises:
-        TrainingError: the remote did not take everything.
-    """
+    """Data to the DVC remote, then ``dvc.lock`` and metrics to the branch."""
     chosen = ("--remote", remote) if remote else ()
     done = run.checkout.dvc("push", "--run-cache", *chosen)
     if done.status != 0:
@@ -173,11 +164,7 @@ def push(run: Retrain, branch: str, remote: str, push_to: str) -> str:
 
 
 def hand_over(then: str) -> str:
-    """Have a deployment go on with this retrain, and wait for it; what became of it.
-
-    Raises:
-        TrainingError: it did not end well.
-    """
+    """Have a deployment go on with this retrain, and wait for it; what became of it."""
     child: Any = run_deployment(then, parameters={**flow_run.parameters, "then": ""})
     address = run_url(str(child.id), get_current_settings().api.url)
     if not child.state.is_completed():

@@ -44,9 +44,7 @@ def show(what: str, action: Callable[[], Shown], retries: int = 2) -> Shown | No
 def run_flow(flow: Flow[..., Any], **parameters: Any) -> None:
     """Run a flow by hand: how it ends is what its body did, whether or not the server could be told.
 
-    Raises:
-        ServiceError: the server went away before the body began.
-        BaseException: what the body raised.
+    A server that goes away before the body begins is a ServiceError.
     """
     body, ended = flow.fn, list[BaseException | None]()
 

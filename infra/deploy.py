@@ -62,11 +62,7 @@ def base_job_template(kind: str = "process") -> dict[str, Any]:
 
 
 def make_pool(client: SyncPrefectClient, kind: str = "process", gpu_runs: int = 1) -> None:
-    """The pool and its queues; ``gpu_runs`` runs of queue gpu at a time, as many of queue cpu as there are workers.
-
-    Raises:
-        ServiceError: the pool is of another type.
-    """
+    """The pool and its queues; ``gpu_runs`` runs of queue gpu at a time, as many of queue cpu as there are workers."""
     template = base_job_template(kind)
     try:
         pool = client.read_work_pool(POOL)
@@ -156,9 +152,6 @@ def worker(queues: Sequence[str] = QUEUES) -> int:
     """A worker of the pool, in the project folder, with this process's environment, until a signal ends it.
 
     It runs one flow at a time itself; of containers and Jobs it makes as many as the queues let it.
-
-    Raises:
-        ServiceError: there is no pool.
     """
     require_services(begin_process())
     with get_client(sync_client=True) as client:

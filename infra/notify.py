@@ -44,11 +44,7 @@ def automation(block: UUID) -> AutomationCore:
 
 
 def find_block(client: SyncPrefectClient, name: str) -> UUID:
-    """The block that ``WAV_NOTIFY`` names.
-
-    Raises:
-        ServiceError: it is not TYPE/NAME, or the server has no such block.
-    """
+    """The block that ``WAV_NOTIFY`` names; ServiceError where it is not TYPE/NAME, or the server has no such block."""
     kind, slash, own = name.partition("/")
     try:
         if slash:

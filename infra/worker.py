@@ -29,17 +29,12 @@ class _StopError(Exception):
     """A signal asked this process to end."""
 
 
-def supervise(command: Sequence[str], cwd: str, grace_s: float = GRACE_S) -> int:
-    """Run a worker until it ends or a signal comes; nothing of it is left afterwards.
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise _StopError
 
-    Args:
-        command: starts the worker.
-        cwd: its folder.
-        grace_s: seconds between SIGTERM and SIGKILL.
 
-    Returns:
-        Status of the worker, 0 where a signal ended it.
-    """
+def supervise(command: Sequence[str], cwd: str) -> int:
+    """Run a worker until it ends or a signal comes, of which nothing is left; its status, 0 where a signal ended it."""
     mark = f"{os.getpid()}-{time.time_ns()}"
     for number in SIGNALS:
         signal.signal(number, _raise)
@@ -55,10 +50,10 @@ def supervise(command: Sequence[str], cwd: str, grace_s: float = GRACE_S) -> int
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         if process is not None:
-            end(process, mark, grace_s)
+            end(process, mark)
 
 
-def end(process: subprocess.Popen[bytes], mark: str, grace_s: float) -> None:
+def end(process: subprocess.Popen[bytes], mark: str) -> None:
     """End a worker and everything that carries its mark.
 
     The worker comes first, so that it takes no further run, then its flow runs, which end what they started.
@@ -67,9 +62,5 @@ def end(process: subprocess.Popen[bytes], mark: str, grace_s: float) -> None:
     with contextlib.suppress(psutil.Error):
         worker = psutil.Process(process.pid)
         first = [worker, *worker.children()]
-    stop(first, grace_s, lambda: marked(WORKER_MARK, mark))
+    stop(first, GRACE_S, lambda: marked(WORKER_MARK, mark))
     process.wait()
-
-
-def _raise(number: int, frame: FrameType | None) -> None:
-    raise _StopError

@@ -15,8 +15,9 @@ from wav.processes import marked
 
 SUPERVISE = """
 import sys
-from infra.worker import supervise
-raise SystemExit(supervise([sys.executable, "-c", *sys.argv[2:]], ".", float(sys.argv[1])))
+from infra import worker
+worker.GRACE_S = float(sys.argv[1])
+raise SystemExit(worker.supervise([sys.executable, "-c", *sys.argv[2:]], "."))
 """
 
 

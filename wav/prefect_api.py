@@ -24,10 +24,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 def server_version(api: str, string: str | None = None, timeout_s: float = 5.0) -> str:
     """Version of the Prefect server at ``api``.
 
-    Args:
-        api: its address, such as ``http://127.0.0.1:4200/api``.
-        string: the authentication string; None: this process's.
-        timeout_s: of the request.
+    ``api`` is such as ``http://127.0.0.1:4200/api``; ``string`` the authentication string, None: this process's.
 
     Raises:
         ServiceError: it answers, but refuses the string or is no Prefect server.

@@ -24,8 +24,7 @@ class SilentError(ServiceError):
 def within(seconds: float, work: Callable[[], Result], what: str) -> Result:
     """What ``work`` returns or raises, waited for no longer than ``seconds``, even where a server sends byte by byte.
 
-    Raises:
-        SilentError: it takes longer; ``what`` begins the message.
+    After that it raises SilentError, whose message begins with ``what``.
     """
     box: queue.Queue[tuple[Result | None, BaseException | None]] = queue.Queue()
 
@@ -50,11 +49,8 @@ def answers(ask: Callable[[float], object], patience_s: float = PATIENCE_S, time
 
     One that is down refuses at once; one that takes the connection and says nothing is busy, and is asked for longer.
 
-    Args:
-        ask: the question, given the seconds it may take; raises OSError where there is no answer, ServiceError where
-            the answer is not that of the server meant.
-        patience_s: how long one that is busy is asked.
-        timeout_s: of one attempt.
+    ``ask`` is given the seconds that one attempt may take; it raises OSError where there is no answer, and ServiceError
+    where the answer is not that of the server meant.
     """
     began, asked = time.monotonic(), 0
     while True:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 #: in the environment of everything that a worker of the work pool starts
 WORKER_MARK = "WAV_WORKER"
 _PR_SET_PDEATHSIG = 1
-_LAST_LINES = 12
+_LAST_LINES, _GRACE_S = 12, 10.0
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -47,19 +47,12 @@ def guarded(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
 
 
-def end_with_starter(variable: str, name: str, grace_s: float = 10.0) -> None:
-    """End this process (SIGTERM, later SIGKILL) when the one that set ``variable`` for it ends.
+def end_with_starter(variable: str, name: str) -> None:
+    """End this process (SIGTERM, later SIGKILL) when the one that set ``variable`` for it ends; at once if it has.
 
     That is the nearest ancestor whose own environment has another value or none: ``dvc repro`` for ``DVC_STAGE``,
-    whether or not a shell stands between. Linux only; without ``variable``, or a second time, it does nothing.
-
-    Args:
-        variable: environment variable that the starter gives to what it starts.
-        name: part of the starter's command line; tells it from the init process that takes over orphans.
-        grace_s: seconds between the signals.
-
-    Raises:
-        SystemExit: the starter has ended already.
+    whether or not a shell stands between. ``name``, a part of its command line, tells it from the init process that
+    takes over orphans. Linux only; without ``variable``, or a second time, it does nothing.
     """
     import psutil
 
@@ -77,7 +70,7 @@ def end_with_starter(variable: str, name: str, grace_s: float = 10.0) -> None:
     def watch() -> None:
         select.select([handle], [], [])
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(grace_s)
+        time.sleep(_GRACE_S)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True, name=watcher).start()
@@ -168,11 +161,7 @@ class Group:
     """Processes that work together and end together; a context manager, which leaves nothing of them.
 
     Each leads a process group of its own and dies with this process. Leaving the block, however that happens, ends
-    what still runs: SIGTERM, ``grace_s`` seconds, SIGKILL.
-
-    Args:
-        name: what they are called in the line that breaks a silence.
-        grace_s: seconds they get to end by themselves.
+    what still runs: SIGTERM, ``grace_s`` seconds, SIGKILL. ``name`` stands in the line that breaks a silence.
     """
 
     def __init__(self, name: str, grace_s: float = 2.0) -> None:
@@ -214,11 +203,7 @@ class Group:
         self._lines.put(None)
 
     def lines(self, heartbeat_s: float = 10.0) -> Iterator[str]:
-        """Lines of all processes until all have ended, or one has ended badly.
-
-        Args:
-            heartbeat_s: after so many silent seconds a line says that the group is alive.
-        """
+        """Lines of all processes until all have ended or one ended badly; ``heartbeat_s`` of silence give one more."""
         began = spoke = time.monotonic()
         closed = 0
         while closed < len(self.children) and not any(child.process.poll() for child in self.children):

@@ -64,8 +64,7 @@ class Champion:
     run: str
     promoted: str
     previous: str = ""
-    lock: str = ""
-    """Key of the ``dvc.lock`` it was made with."""
+    lock: str = ""  #: key of the ``dvc.lock`` it was made with
     reached: float = 0.0
     best: float = 0.0
     best_policy: str = ""
@@ -82,11 +81,7 @@ class Champion:
 
     @staticmethod
     def from_json(data: bytes, where: str) -> Champion:
-        """Parse a pointer; one of format 1, whose outcomes nobody had checked, is to be evaluated again.
-
-        Raises:
-            StorageError: it is damaged or of another format.
-        """
+        """Parse a pointer; one of format 1, whose outcomes nobody had checked, is to be evaluated again."""
         try:
             raw = json.loads(data)
             version = raw.pop("format")
@@ -127,9 +122,9 @@ class Rules:
     """What a candidate may lose and must reach; success rates in [0, 1].
 
     ``margin``: against the champion, the interval of the difference included; of several suites none may certainly
-    lose more. ``total``: against the best champion so
-    far, so that many small losses cannot add up; the champion's own weights may lose no more by a change of the code.
-    ``floor``: the lower end of the candidate's Wilson interval; 0 lets a policy without a success pass.
+    lose more. ``total``: against the best champion so far, so that many small losses cannot add up; the champion's own
+    weights may lose no more by a change of the code. ``floor``: the lower end of the candidate's Wilson interval; 0
+    lets a policy without a success pass.
     """
 
     margin: float = 0.1
@@ -199,11 +194,7 @@ def read_outcomes(folder: Path, variant: str, checkpoint: str) -> Outcomes:
 
 
 def compare(candidate: Outcomes, champion: Outcomes) -> Difference:
-    """Candidate minus champion over the same episodes, with the paired bootstrap interval.
-
-    Raises:
-        DataError: they were not evaluated on the same episodes.
-    """
+    """Candidate minus champion over the same episodes, with the paired bootstrap interval; DataError: of others."""
     if candidate.keys() != champion.keys():
         odd = sorted(candidate.keys() ^ champion.keys())[0]
         raise DataError(f"episode {odd}: only one of candidate and champion ran it; evaluate the champion again")
@@ -323,11 +314,7 @@ def _stamp(time: str) -> str:
 
 
 def read_champion(store: ObjectStore, name: str) -> tuple[Champion, ObjectInfo] | None:
-    """The champion and the version of the pointer that was read; None where there is none.
-
-    Raises:
-        StorageError: the store refused, or the pointer is damaged.
-    """
+    """The champion and the version of the pointer that was read, which may be damaged (StorageError); None: none."""
     info = store.head(pointer_key(name))
     if info is None:
         return None
@@ -358,11 +345,7 @@ def upload_policy(store: ObjectStore, export: Path, prefix: str) -> tuple[Stored
 
 
 def download_policy(store: ObjectStore, champion: Champion, folder: Path) -> Path:
-    """The champion's export in ``folder``; files that are there and whole are kept.
-
-    Raises:
-        StorageError: a file is missing in the store or damaged.
-    """
+    """The champion's export in ``folder``; files that are there and whole are kept."""
     for entry in champion.files:
         path = folder / entry.path
         if not path.is_file() or file_digest(path) != entry.sha256:

@@ -13,9 +13,9 @@ from typing import Any
 
 from wav.config import load_settings
 from wav.local import PROJECT
+from wav.planning import VARIANTS
 
 SOURCE = "benchmarks/results/tabletop-default.json"
-VARIANTS = ("planned", "unplanned", "temperature")
 _BETWEEN = re.compile(r"(<!-- results -->\n).*?(<!-- end -->)", re.S)
 
 

@@ -21,24 +21,17 @@ def check_parts(
     model: WAVTransformer, codec: Codec, statistics: Statistics, conventions: Conventions, data: DataSettings
 ) -> None:
     """Raise CheckpointError where the parts of a policy do not belong together."""
+    config, value = model.config, statistics.key("value").dimension if model.has_value else 0
     pairs = [
-        ("latent channels", model.config.in_channels, codec.channels, "codec"),
-        (
-            "action and state channels",
-            model.config.action_in_channels,
-            data.action_dim + data.state_dim,
-            "data settings",
-        ),
+        ("latent channels", config.in_channels, codec.channels, "codec"),
+        ("action and state channels", config.action_in_channels, data.action_dim + data.state_dim, "data settings"),
+        ("value channels", config.value_in_channels if model.has_value else 0, value, "statistics"),
         ("actions", data.action_dim, statistics.key("action").dimension, "statistics"),
         ("state", data.state_dim, statistics.key("state").dimension, "statistics"),
         ("views", tuple(data.views), tuple(conventions.views), "conventions"),
         ("image height", data.image_height, conventions.image_height, "conventions"),
         ("image width", data.image_width, conventions.image_width, "conventions"),
     ]
-    if model.has_value:
-        pairs.append(
-            ("value channels", model.config.value_in_channels, statistics.key("value").dimension, "statistics")
-        )
     for what, wanted, found, where in pairs:
         if wanted != found:
             raise CheckpointError(f"policy: {what} = {wanted} but the {where} have {found}; use parts of one training")
