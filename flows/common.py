@@ -87,7 +87,7 @@ class StageRun:
 
 
 def require_services(runtime: Runtime) -> None:
-    """Fail within seconds where Prefect or the object store does not answer (never start an ephemeral server)."""
+    """ServiceError or StorageError within seconds where Prefect or the store does not answer; nothing is started."""
     settings = get_current_settings().api
     api, string = settings.url, settings.auth_string.get_secret_value() if settings.auth_string else ""
     if not api:

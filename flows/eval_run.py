@@ -64,7 +64,7 @@ def find_checkpoint(text: str, workspace: Path, store: ObjectStore) -> Path:
 
 
 def default_checkpoint(workspace: Path, store: ObjectStore) -> str:
-    """What an empty ``checkpoint`` means: empty for the project's joint model, ``champion`` where it has none yet."""
+    """What an empty ``checkpoint`` means: the joint model, else the champion; CheckpointError: there is neither."""
     if (workspace / "models/joint/checkpoint.json").is_file():
         return ""
     if read_champion(store, load_settings(workspace / "params.yaml").data.suite) is None:
@@ -92,7 +92,7 @@ def wanted_changes(
 
 
 def prepare_export(export: Path, workspace: Path, folder: Path, changes: Changes) -> None:
-    """The run's folder for an exported policy: its own settings, the workspace's protocol, then the changes."""
+    """The run's folder for an export: its settings, the workspace's protocol, then the changes, or ConfigError."""
     path, remedy = export / "settings.json", "export the policy again (`dvc repro export`)"
     own, asked = read_json(path, remedy), changes.get("data", {}).get("suites")
     with understood(path, remedy, CheckpointError):

@@ -114,7 +114,7 @@ def _only_missing(done: Finished) -> bool:
 
 @step("dvc repro")
 def reproduce(run: Retrain, names: Sequence[str] = ()) -> None:
-    """All stages that are out of date, or those of these names."""
+    """All stages that are out of date, or those of these names; TrainingError where one failed."""
     logger = get_run_logger()
     with Progress("stages", logger) as progress:
         order = [CODE_STAGE, *STAGES]
@@ -151,7 +151,7 @@ def _failure(run: Retrain, done: Finished, log: Path, uri: str) -> str:
 
 @step("push and commit")
 def push(run: Retrain, branch: str, remote: str, push_to: str) -> str:
-    """Data to the DVC remote, then ``dvc.lock`` and metrics to the branch."""
+    """Data to the DVC remote, else TrainingError, then ``dvc.lock`` and metrics to the branch."""
     chosen = ("--remote", remote) if remote else ()
     done = run.checkout.dvc("push", "--run-cache", *chosen)
     if done.status != 0:
@@ -164,7 +164,7 @@ def push(run: Retrain, branch: str, remote: str, push_to: str) -> str:
 
 
 def hand_over(then: str) -> str:
-    """Have a deployment go on with this retrain, and wait for it; what became of it."""
+    """Have a deployment go on with this retrain, and wait for it; TrainingError where it did not end well."""
     child: Any = run_deployment(then, parameters={**flow_run.parameters, "then": ""})
     address = run_url(str(child.id), get_current_settings().api.url)
     if not child.state.is_completed():

@@ -62,7 +62,7 @@ def base_job_template(kind: str = "process") -> dict[str, Any]:
 
 
 def make_pool(client: SyncPrefectClient, kind: str = "process", gpu_runs: int = 1) -> None:
-    """The pool and its queues; ``gpu_runs`` runs of queue gpu at a time, as many of queue cpu as there are workers."""
+    """The pool, ServiceError if of another type, and its queues: gpu, ``gpu_runs`` at a time, and cpu without limit."""
     template = base_job_template(kind)
     try:
         pool = client.read_work_pool(POOL)
@@ -152,6 +152,7 @@ def worker(queues: Sequence[str] = QUEUES) -> int:
     """A worker of the pool, in the project folder, with this process's environment, until a signal ends it.
 
     It runs one flow at a time itself; of containers and Jobs it makes as many as the queues let it.
+    ServiceError: there is no pool.
     """
     require_services(begin_process())
     with get_client(sync_client=True) as client:

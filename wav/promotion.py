@@ -81,7 +81,7 @@ class Champion:
 
     @staticmethod
     def from_json(data: bytes, where: str) -> Champion:
-        """Parse a pointer; one of format 1, whose outcomes nobody had checked, is to be evaluated again."""
+        """Parse a pointer, else StorageError; one of format 1, whose outcomes are unchecked, is to be evaluated."""
         try:
             raw = json.loads(data)
             version = raw.pop("format")

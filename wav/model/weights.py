@@ -170,7 +170,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def weights_digest(source: str | Path) -> str:
-    """Digest of what :func:`locate` finds, the weights and their configuration; raises as it does."""
+    """Digest of what :func:`locate` finds, weights and configuration; raises as it does, and CheckpointError."""
     path = locate(source)
     folder = path if path.is_dir() else path.parent
     config = folder / "config.json"

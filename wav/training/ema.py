@@ -43,7 +43,10 @@ class Ema:
         return dict(self._shards)
 
     def load(self, states: list[dict[str, Tensor]]) -> None:
-        """Restore from the slices of all ranks of a run, in their order; this one may have another number of ranks."""
+        """Restore from the slices of all ranks of a run, in their order; this one may have another number of ranks.
+
+        CheckpointError: they are of other parameters.
+        """
         for name, shard in self._shards.items():
             numel = self._shapes[name].numel()
             slices = [state.get(name, shard[:0]) for state in states]
