@@ -17,6 +17,7 @@ from tests.helpers.fake_s3 import FakeS3
 from tests.helpers.fault_proxy import ANSWERS, KINDS, FaultProxy
 from wav.errors import StorageError, WavError
 from wav.io.storage import open_store, s3
+from wav.io.storage.base import TransferError
 from wav.io.storage.commit import fetch, publish, seal
 from wav.io.storage.s3 import S3Store
 
@@ -180,6 +181,17 @@ def test_who_has_won_knows_it_although_the_answer_was_lost(server: FakeS3) -> No
         proxy.arm("reset", method="PUT")
         assert other.put_if_absent("next", b"theirs") is not None
         assert store.put_if_absent("next", b"mine") is None
+
+
+def test_an_object_that_is_replaced_while_it_is_read_can_be_asked_for_again(server: FakeS3, tmp_path: Path) -> None:
+    with FaultProxy(server.endpoint) as proxy:
+        store = S3Store("b", endpoint=proxy.endpoint)
+        store.put_bytes("a", DATA)
+        proxy.arm("precondition", method="GET")
+        with pytest.raises(TransferError, match="replaced while it was read; try again"):
+            store.get_file("a", tmp_path / "a")
+        store.get_file("a", tmp_path / "a")
+    assert (tmp_path / "a").read_bytes() == DATA
 
 
 @pytest.mark.parametrize("kind", ["too_many", "too_many_html"])

@@ -26,6 +26,7 @@ from botocore.exceptions import (
     SSLError,
 )
 from botocore.parsers import ResponseParserError
+from s3transfer.exceptions import S3DownloadFailedError
 
 from wav.errors import ServiceError, StorageError, WavError, cut
 from wav.io.storage.base import DamagedError, TransferError
@@ -95,6 +96,8 @@ def explained(where: str, object_named: bool) -> Iterator[None]:
         if isinstance(inner, ClientError):
             raise kind(inner, True)(f"{where}: {cause(inner, True)}") from error
         raise TransferError(f"{where}: upload failed ({cut(error)}); try again") from error
+    except S3DownloadFailedError:  # s3transfer's own for a part with another ETag; boto3's twin is one of Boto3Error
+        raise TransferError(f"{where}: was replaced while it was read; try again") from None
     except (BotoCoreError, Boto3Error) as error:
         raise StorageError(
             f"{where}: {cut(error)}; check WAV_S3_ENDPOINT, the AWS_* variables and the AWS configuration"
