@@ -76,6 +76,7 @@ def test_conditions_that_plan_are_not_applicable() -> None:
 
 def test_refusal_comes_before_the_first_episode(tmp_path: Path) -> None:
     pool, policy = FakePool(3), FakePolicy()
+    policy.has_values = False
     with pytest.raises(ConfigError, match="no value expert"):
         evaluate(settings(variants=("planned",)), policy, tmp_path, pool=pool, checkpoint="w")
     assert (pool.resets, policy.calls, list(tmp_path.iterdir())) == ([], [], [])

@@ -65,7 +65,7 @@ def bimanual(length: int = 9) -> Episode:
     images = {name: rng.integers(0, 256, (length, H, W, 3), np.uint8) for name in ("top", "left_wrist", "right_wrist")}
     arrays = [rng.normal(size=(length, n)).astype(np.float32) for n in (14, 14, 14)]
     state, joints, actions = arrays
-    return Episode("pour/0", "pour", "pour the water", images, state, joints, actions, "test")
+    return Episode("pour/0", "pour", "pour the water", images, state, joints, actions, source="test")
 
 
 # --- the same mathematics, written again: plain loops, the window built in two dimensions ---------------------------

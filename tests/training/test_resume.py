@@ -73,7 +73,7 @@ def dump(path: Path) -> Callable[[], None]:
 
         def run(trainer: Trainer) -> None:
             whole: dict[str, Any] = {"step": trainer.start, "rows": trainer.recorder.rows}
-            whole["losses"] = trainer.losses.steps
+            whole["losses"] = trainer.losses
             optimizer = trainer.engine.optimizer
             if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
                 optimizer._lazy_init_hp_params_optimizer_state()  # DeepSpeed links moments at the first step otherwise

@@ -32,14 +32,14 @@ class Episode:
     """(T, J) float32 joint angles (rad) and gripper opening, where the source has them."""
     actions: NDArray[np.float32]
     """(T, A) float32, as executed: OSC_POSE deltas in [-1, 1]; gripper -1 open, +1 close."""
-    source: str
-    """Format, file and name of what it was read from, or what recorded it."""
     expert_actions: NDArray[np.float32] | None = None
     """(T, A) float32: what the expert wanted before execution noise, where the source knows it."""
     success: bool = True
     init_index: int = -1
     """Initial state of the simulator, and the seed; -1 where nobody knows."""
     seed: int = -1
+    source: str = ""
+    """Format, file and name of what it was read from, or what recorded it."""
     style: str = ""
     """How a scripted expert moved (:data:`wav.sim.styles.STYLES`); empty where nobody knows. No model ever sees it."""
 

@@ -58,8 +58,8 @@ class LiberoHdf5Source(DemoSource):
         found = task_files(self.settings.path, self.data.suite)
         check_tasks(self.data.tasks, (task for _, task in found), self.settings.path)
         wanted = list(self.data.tasks) or sorted({task for _, task in found})
-        found = sorted((wanted.index(task), path, task) for path, task in found if task in wanted)
-        return [replace(open_task_file(path, self.data, self.settings), task=task) for _, path, task in found]
+        chosen = sorted((wanted.index(task), path, task) for path, task in found if task in wanted)
+        return [replace(open_task_file(path, self.data, self.settings), task=task) for _, path, task in chosen]
 
     def about(self, file: TaskFile) -> dict[str, Any]:
         """With the side of its action that a frame was recorded on."""
