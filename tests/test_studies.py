@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.studies import cells, feasibility, planning, show
 from tests.evaluation.fakes import FakePolicy, FakePool, settings
-from wav.config import CouplingSettings, PlannerSettings, Runtime, Settings
+from wav.config import CouplingSettings, PlannerSettings, Runtime, Settings, load_settings
 from wav.planning import VARIANTS
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -77,6 +77,29 @@ def test_a_study_of_two_cells_is_run_once_and_shown(study: planning.Study) -> No
     filled = show.fill(page, shown)
     assert "act_on winner" in filled
     assert show.fill(filled, {}) == page
+
+
+def test_a_training_beside_begins_from_a_copy_of_the_workspace(
+    study: planning.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its data, its earlier models and its dvc.lock, so that DVC runs the changed stage alone."""
+    own = study.source.folder
+    for name in ("data/episodes", "models/value", "reports/stages", "reports/eval"):
+        (own / name).mkdir(parents=True)
+    (own / "dvc.lock").write_text("schema: '2.0'\n")
+    commands: list[Any] = []
+    monkeypatch.setattr(planning, "PROJECT", tmp_path / "project")
+    monkeypatch.setattr(
+        planning.subprocess, "run", lambda command, **where: commands.append((command[1:], where["cwd"]))
+    )
+    monkeypatch.setattr(planning.Source, "open", lambda folder, device: (folder, device))
+    cell = next(cell for cell in cells.build_cells(study.source.settings, ["steps"]) if cell.steps)
+    folder, _ = study.source_of(cell)
+    assert commands == [(["-m", "dvc", "repro", "train_joint"], folder)]
+    there = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert {"data/episodes", "models/value", "reports/stages", "dvc.lock"} < there
+    assert "reports/eval" not in there
+    assert load_settings(folder / "params.yaml").train_joint.steps == cell.steps
 
 
 def test_every_cell_is_a_setting_that_planning_takes() -> None:

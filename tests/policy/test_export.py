@@ -295,8 +295,10 @@ def test_other_latents_and_weights_are_refused(stages, joint):
     refuse(stages, joint, r"latents: digest .* is not the 000000000000")
     (joint / "checkpoint.json").write_text(json.dumps(meta))
     config = joint / "model" / "config.json"
-    config.write_text(config.read_text() + " ")
+    whole = config.read_text()
+    config.write_text(whole + " ")
     refuse(stages, joint, r"model: digest .* of its checkpoint\.json")
+    config.write_text(whole)
     del meta["steps"]
     (joint / "checkpoint.json").write_text(json.dumps(meta))
     refuse(stages, joint, r"lacks 'steps', or is not of this version")
