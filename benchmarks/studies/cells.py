@@ -10,23 +10,9 @@ from wav.config import PlannerSettings, Settings
 from wav.planning.scores import SCORES
 
 MODES = ("none", "future", "value", "both")
-#: The base, what decides most, the paper's Fig. 4, 6 and 7 (K, M, N), one shot against iterations, its Fig. 5.
-AXES = (
-    "base",
-    "execute_steps",
-    "coupling",
-    "steps",
-    "score",
-    "passes",
-    "act_on",
-    "phi",
-    "gate",
-    "K",
-    "M",
-    "N",
-    "budget",
-)
-AXES = (*AXES, "alpha", "beta", "K1", "K2")
+#: The base and what decides most, then the paper's Fig. 4, 6 and 7 (K, M, N), one shot against iterations, its Fig. 5.
+AXES = ("base", "execute_steps", "coupling", "steps", "score", "passes", "act_on", "phi", "gate")
+AXES = (*AXES, "K", "M", "N", "budget", "alpha", "beta", "K1", "K2")
 EXECUTED = (1, 2, 3, 5, 8)
 
 

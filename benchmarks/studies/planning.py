@@ -173,8 +173,8 @@ class Study:
         note = f"# {self.source.folder / 'params.yaml'} with {cell.name}, by make study.\n"
         fill_workspace(folder, Settings.model_validate(changed), note)
         if not (folder / "dvc.lock").exists():  # outputs that persist never come from DVC's run cache
+            left_out = shutil.ignore_patterns("eval", "study")
             for name in ("data", "models", "reports"):
-                left_out = shutil.ignore_patterns("eval", "study")
                 shutil.copytree(self.source.folder / name, folder / name, ignore=left_out, dirs_exist_ok=True)
             shutil.copy(self.source.folder / "dvc.lock", folder)
         subprocess.run([sys.executable, "-m", "dvc", "repro", "train_joint"], cwd=folder, check=True)

@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from wav.config import Settings
+from wav.io.readers import read_yaml
 from wav.local import PROJECT
 from wav.parameter_files import read_parameters
 from wav.stages import TRAINING
@@ -90,7 +90,7 @@ def parameters() -> str:
     """Tables of all parameters: meaning, limits, default, and what the presets say instead."""
     path = PROJECT / "params.yaml"
     said, given = comments(path.read_text()), read_parameters(path)
-    presets = {file.stem: yaml.safe_load(file.read_text()) for file in sorted((PROJECT / "presets").glob("*.yaml"))}
+    presets = {file.stem: read_yaml(file, "correct the file") for file in sorted((PROJECT / "presets").glob("*.yaml"))}
     lines = []
     for section, field in Settings.model_fields.items():
         model = field.annotation

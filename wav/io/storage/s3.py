@@ -244,8 +244,8 @@ class S3Store:
         extra = {"VersionId": version} if version else {}
         for last in (False, False, True):
             with self._explained(key):
+                reply = self._client.get_object(Bucket=self.bucket, Key=self._key(key), **extra)
                 try:
-                    reply = self._client.get_object(Bucket=self.bucket, Key=self._key(key), **extra)
                     data: bytes = reply["Body"].read()
                 except (HTTPClientError, IncompleteReadError):
                     if last:
