@@ -2,7 +2,8 @@
 
 Random weights and windows. Without an engine a step is forward, backward, clipping, fused AdamW on a float32 master
 copy and the average of the weights; with it, what :func:`wav.training.step.update` does. In both the draws are made a
-thread ahead, and steps follow one another without a wait, so that what the host does beside the device shows.
+thread ahead, and steps follow one another without a wait, so that what the host does beside the device shows. Passes of
+compiled blocks are launched as one graph (:mod:`wav.training.graphs`), or kernel by kernel in the rows that say so.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from wav.training.activations import activation_bytes
 from wav.training.draws import StepInputs
 from wav.training.ema import Ema
 from wav.training.engine import World, init_engine, init_world, plan_batch
+from wav.training.graphs import RECOMPUTE, PassGraphs
 from wav.training.objectives import build_objective
 from wav.training.objectives.base import Objective
 from wav.training.prefetch import Prefetcher, Source
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from gpu import Report
 
 STAGES = ("pretrain_video", "train_value", "train_joint")
-WARM, TIMED, PROFILED = 3, 8, 2
+WARM, TIMED, PROFILED = 5, 10, 2  #: the joint stage's roles repeat after five steps
 DECAY = 0.999
 Step = Callable[[int, list[StepInputs]], Any]
 
@@ -125,7 +127,12 @@ def through_engine(objective: Objective, settings: Train, world: World) -> Step:
 
 
 def measured(
-    settings: Train, arguments: argparse.Namespace, world: World, make: Callable[..., Step], compiled: bool
+    settings: Train,
+    arguments: argparse.Namespace,
+    world: World,
+    make: Callable[..., Step],
+    compiled: bool = False,
+    recorded: bool = False,
 ) -> dict[str, Any]:
     """Samples a second, the kernels' busy share, and memory, of one stage stepped by what ``make`` gives."""
     sizes, device = chosen_sizes(arguments), world.device
@@ -134,17 +141,18 @@ def measured(
     with device:
         model = build_model(sizes.model, sizes, sizes.latent, sizes.caption, sizes.value_channels)  # type: ignore[arg-type]
     if settings.gradient_checkpointing == "on":
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing(RECOMPUTE)
     if compiled:
         prepare_compiler()
         model.compile_blocks(backend="eager" if arguments.trial else "inductor")
     objective = build_objective(train, model.train(), sizes.memory, sizes.action_dim)
+    if recorded and device.type == "cuda":
+        objective.graphs = PassGraphs(objective.compute, objective)
     step = make(objective, settings, world)
     many: Any = Windows(sizes, settings.batch_size)
     source = Source(many, many, objective, plan_batch(train, 1), world)
     batches = iter(Prefetcher(source, 0, WARM + TIMED + PROFILED))
-    first = seconds_of(lambda: step(1, next(batches)), device)
-    seconds_of(lambda: [step(number, next(batches)) for number in range(2, WARM + 1)], device)
+    first = [seconds_of(lambda number=number: step(number, next(batches)), device) for number in range(1, WARM + 1)]
     last = WARM + TIMED + 1
     seconds = seconds_of(lambda: [step(number, next(batches)) for number in range(WARM + 1, last)], device) / TIMED
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
@@ -153,7 +161,7 @@ def measured(
     row = {
         "samples_per_second": round(settings.batch_size / seconds, 2),
         "seconds_per_step": round(seconds, 4),
-        "first_step_seconds": round(first, 1),
+        "first_steps_seconds": [round(each, 1) for each in first],
         "peak_gib": round(memory, 1),
         "of_it_from_before_gib": round(before, 1),
         "activations_estimated_gib": round(estimated, 1),
@@ -198,7 +206,7 @@ def train(arguments: argparse.Namespace, report: Report) -> None:
     for name, switch in (("eager", "off"), ("recomputed", "on")):
         for stage in STAGES:
             settings = settings_of(stage, arguments, gradient_checkpointing=switch)
-            find = partial(measured, settings, arguments, world, without_engine, False)
+            find = partial(measured, settings, arguments, world, without_engine)
             row_of(arguments, report, f"{stage}, {name}", find)
 
 
@@ -209,13 +217,15 @@ def engine(arguments: argparse.Namespace, report: Report) -> None:
         return
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     world = init_world(str(device_of(arguments)))
-    turns: tuple[tuple[str, Callable[..., Step], int], ...] = (
-        ("plain", without_engine, 0),
-        ("zero 2", through_engine, 2),
-        ("plain again", without_engine, 0),
+    turns: tuple[tuple[str, Callable[..., Step], bool], ...] = (
+        ("plain", without_engine, True),
+        ("zero 2", through_engine, True),
+        ("zero 2, kernel by kernel", through_engine, False),
+        ("plain again", without_engine, True),
     )
     for stage in reversed(STAGES):  # the longest first: what is cut off had best be the rest
-        for name, make, zero in turns:
-            settings = settings_of(stage, arguments, zero_stage=zero)
-            row_of(arguments, report, f"{stage}, {name}", partial(measured, settings, arguments, world, make, True))
+        for name, make, recorded in turns:
+            settings = settings_of(stage, arguments, zero_stage=2)
+            find = partial(measured, settings, arguments, world, make, compiled=True, recorded=recorded)
+            row_of(arguments, report, f"{stage}, {name}", find)
     torch.distributed.destroy_process_group()

@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 from tests.inference import test_backends
 from tests.inference.test_backends import CAPTION, GRID, LATENT, MEMORY, PLANNER, VIEWS, WORDS, B, M, act, make
+from wav.cuda_graphs import leaves
 from wav.errors import ConfigError
 from wav.inference import compiled
 from wav.inference.compiled import CompiledPlannerModel
@@ -35,11 +36,13 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls are recorded; a launch computes again, from the kept arguments into the kept result."""
 
-    def capture(call: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Callable[[], None], Any]:
+    def capture(
+        call: Callable[[], Any], device: torch.device, pool: Any, tight: bool = False
+    ) -> tuple[Callable[[], None], Any]:
         result = call()
 
         def replay() -> None:
-            for kept, new in zip(compiled._leaves(result), compiled._leaves(call()), strict=True):
+            for kept, new in zip(leaves(result), leaves(call()), strict=True):
                 if kept is not None and new is not None:
                     kept.copy_(new)
 

@@ -5,21 +5,26 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training.conftest import settings
 from tests.training.micro import CAPTION, CHANNELS, Empty, objective_of, random_batch
 from wav.model import build_model
+from wav.model.layers import Blocks
 from wav.training.draws import SeededRandom
 from wav.training.ema import Ema
 from wav.training.engine import init_engine, init_world, plan_batch
+from wav.training.graphs import PassGraphs, can_capture
 from wav.training.objectives.base import Objective
+from wav.training.optimizer import build_optimizer
 from wav.training.step import Done, update
 
 pytestmark = pytest.mark.integration
@@ -50,8 +55,8 @@ def living() -> int:
 Probe = Callable[[Objective, Callable[[int], Done], int], Any]
 
 
-def trained(stage: str, probe: Probe, **changes: Any) -> Any:
-    """What ``probe`` finds in a process of its own.
+def trained(stage: str, probe: Probe, graphs: bool = False, **changes: Any) -> Any:
+    """What ``probe`` finds in a process of its own, whose passes are recorded with ``graphs``.
 
     It is given the objective, a function that takes a training step, and the bytes of all tensors before there was a
     model.
@@ -63,6 +68,8 @@ def trained(stage: str, probe: Probe, **changes: Any) -> Any:
         config, world, before = settings(model=MODEL), init_world("cpu"), living()
         model = build_model(config.model, config.data, CHANNELS, CAPTION).train()
         objective = objective_of(stage, model, **changes)
+        if graphs:
+            objective.graphs = PassGraphs(objective.compute, objective)
         engine = init_engine(objective, objective.settings, plan_batch(objective.settings, 1), world)
         ema = Ema(engine.module, 0.9, 0, 1)
 
@@ -108,7 +115,7 @@ def bytes_beside(objective: Objective, step: Callable[[int], Done], before: int)
 def result(objective: Objective, step: Callable[[int], Done], before: int) -> tuple[list[float], Any]:
     """Gradient norms of three steps, and the weights after them."""
     norms = [float(step(number).norm or 0.0) for number in (1, 2, 3)]
-    return norms, torch.cat([p.detach().flatten() for p in objective.parameters() if p.requires_grad]).numpy()
+    return norms, torch.cat([p.detach().float().flatten() for p in objective.parameters() if p.requires_grad]).numpy()
 
 
 LAYOUTS = [
@@ -141,3 +148,81 @@ def test_an_exchange_with_no_other_rank_is_left_out_without_a_trace(zero: int, m
     assert min(wanted_norms) > 2e-2
     assert norms == pytest.approx(wanted_norms, rel=1e-5)
     assert abs(weights - wanted).max() < 1e-6
+
+
+def computed_anew(
+    call: Callable[[], Any], device: torch.device, pool: Any, tight: bool = False
+) -> tuple[Callable[[], None], Any]:
+    """In the place of a CUDA graph: a replay calls again, and writes into the results of the first call."""
+    result = call()
+
+    def replay() -> None:
+        (loss, parts, gradients), (new_loss, new_parts, new_gradients) = result, call()
+        for kept, new in zip(
+            [loss, *parts.values(), *gradients], [new_loss, *new_parts.values(), *new_gradients], strict=True
+        ):
+            if kept is not None:
+                kept.copy_(new)
+
+    return replay, result
+
+
+@contextmanager
+def themselves(graphs: PassGraphs) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """In the place of stand-ins: what is computed anew reads the module as it is then."""
+    yield {parameter: parameter for parameter in graphs._module.parameters()}
+
+
+@pytest.mark.parametrize("stage", ["pretrain_video", "train_value", "train_joint"])
+def test_recorded_passes_train_as_others(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the engine; the joint stage's roles change from step to step, so it records several passes."""
+    changes: dict[str, Any] = {"zero_stage": 2, "precision": "bf16"}
+    if stage == "train_joint":
+        changes["action_probability"] = 0.7
+    wanted_norms, wanted = trained(stage, result, **changes)
+    monkeypatch.setattr("wav.training.graphs.capture", computed_anew)
+    monkeypatch.setattr("torch.cuda.MemPool", lambda: None)
+    monkeypatch.setattr(PassGraphs, "_stand_ins", themselves)
+    norms, weights = trained(stage, result, graphs=True, **changes)
+    assert norms == wanted_norms
+    assert (weights == wanted).all()
+
+
+def test_only_what_was_measured_is_recorded_unasked() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    train = settings().train_joint
+    assert train.compile == "auto"
+    assert can_capture(train, cuda, 1, 1)
+    assert not can_capture(train, cpu, 1, 1)
+    assert not can_capture(train, cuda, 1, 2)  # gradients would be accumulated
+    assert not can_capture(train, cuda, 8, 1)
+    assert can_capture(train.model_copy(update={"compile": "on"}), cuda, 8, 1)
+    assert not can_capture(train.model_copy(update={"zero_stage": 3}), cuda, 1, 1)
+
+
+def test_what_a_graph_is_captured_on_lies_in_the_memory_of_the_module() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2).requires_grad_(False))
+    own = list(module.parameters())
+    with PassGraphs(lambda inputs: (torch.zeros(()), {}), module)._stand_ins() as others:
+        held = list(module.parameters())
+        assert held == [others[parameter] for parameter in own]
+        assert not any(one is other for one, other in zip(held, own, strict=True))
+        assert [p.data_ptr() for p in held] == [p.data_ptr() for p in own]
+        assert [p.requires_grad for p in held] == [True, True, False, False]
+    assert all(one is other for one, other in zip(module.parameters(), own, strict=True))
+
+
+def test_zero_lays_the_weights_of_blocks_where_compiled_code_may_read_them() -> None:
+    """In one flat buffer in the optimiser's order; of a model whose heads have odd sizes."""
+    objective = objective_of(
+        "train_joint", build_model(settings(model=MODEL).model, settings().data, CHANNELS, CAPTION)
+    )
+    assert any(parameter.numel() % 8 for parameter in objective.parameters())
+    offsets, end = {}, 0
+    for group in build_optimizer(objective, objective.settings).param_groups:
+        for parameter in group["params"]:
+            offsets[parameter] = end
+            end += parameter.numel()
+    blocks = [p for m in objective.modules() if isinstance(m, Blocks) for p in m.parameters()]
+    assert blocks
+    assert [offsets[parameter] % 8 for parameter in blocks] == [0] * len(blocks)

@@ -11,14 +11,14 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from wav.code_cache import prepare_compiler
+from wav.cuda_graphs import capture, leaves, mapped
 from wav.errors import ConfigError
 from wav.inference.fused import Block, CrossAttention, FusedContext, FusedPlannerModel
 from wav.planning.types import NoiseShapes
@@ -83,7 +83,7 @@ class CompiledPlannerModel(FusedPlannerModel):
     def __init__(self, model: WAVTransformer, shapes: NoiseShapes) -> None:
         super().__init__(model, shapes, block=CompiledBlock)
         self._calls: dict[tuple[Any, ...], Call] = {}
-        self._pool: Any = None
+        self._pool: torch.cuda.MemPool | None = None
         self._full = False
 
     @property
@@ -105,7 +105,7 @@ class CompiledPlannerModel(FusedPlannerModel):
     def run(self, method: Call, arguments: tuple[Any, ...], numbers: tuple[Any, ...]) -> Any:
         """``method(self, *arguments, *numbers)``, compiled and recorded for the shapes of the arguments."""
         name: str = method.__name__
-        key = (name, numbers, *(None if x is None else (x.shape, x.dtype) for x in _leaves(arguments)))
+        key = (name, numbers, *(None if x is None else (x.shape, x.dtype) for x in leaves(arguments)))
         with _plain_tensors(), torch.no_grad():
             if key in self._calls:
                 return self._calls[key](*arguments)
@@ -133,10 +133,10 @@ class CompiledPlannerModel(FusedPlannerModel):
         log.info("%s: compiled for its shapes in %.1f s", key[0], time.perf_counter() - start)
         return result
 
-    def _graphs(self) -> Any:
+    def _graphs(self) -> torch.cuda.MemPool:
         """The memory that all recorded graphs share: each one's results are copied before the next is launched."""
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool = torch.cuda.MemPool()
         return self._pool
 
 
@@ -148,30 +148,16 @@ class Recorded:
     """
 
     def __init__(self, call: Call, arguments: tuple[Any, ...], device: torch.device, pool: Any) -> None:
-        self.arguments = _mapped(arguments, lambda x: x.to(device, copy=True))
+        self.arguments = mapped(arguments, lambda x: x.to(device, copy=True))
         self.replay, self.result = capture(lambda: call(*self.arguments), device, pool)
 
     def __call__(self, *arguments: Any) -> Any:
         """The call's result for other numbers, copied: the next launch writes the graph's own memory again."""
-        for kept, given in zip(_leaves(self.arguments), _leaves(arguments), strict=True):
+        for kept, given in zip(leaves(self.arguments), leaves(arguments), strict=True):
             if kept is not None and given is not None:
                 kept.copy_(given)
         self.replay()
-        return _mapped(self.result, torch.clone)
-
-
-def capture(call: Callable[[], Any], device: torch.device, pool: Any) -> tuple[Callable[[], None], Any]:
-    """Record a call: what launches it again, and its result, whose memory every launch writes."""
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()  # compiles, and fills caches from the CPU: neither can be recorded
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            result = call()
-    return graph.replay, result
+        return mapped(self.result, torch.clone)
 
 
 def _plain_tensors() -> torch.inference_mode:
@@ -182,23 +168,3 @@ def _plain_tensors() -> torch.inference_mode:
 def _is_number(x: Any) -> bool:
     """Whether an argument is a number of steps, a noise level, or several levels."""
     return isinstance(x, int | float) or (isinstance(x, tuple) and all(isinstance(level, float) for level in x))
-
-
-def _leaves(x: Any) -> Iterator[Tensor | None]:
-    """Tensors, and what stands for one that is left out, of nested tuples, lists and dataclasses."""
-    if x is None or isinstance(x, Tensor):
-        yield x
-    else:
-        for part in x if isinstance(x, tuple | list) else (getattr(x, field.name) for field in fields(x)):
-            yield from _leaves(part)
-
-
-def _mapped(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``x`` with every tensor changed."""
-    if isinstance(x, Tensor):
-        return change(x)
-    if isinstance(x, tuple | list):
-        return type(x)(_mapped(part, change) for part in x)
-    if is_dataclass(x) and not isinstance(x, type):
-        return replace(x, **{field.name: _mapped(getattr(x, field.name), change) for field in fields(x)})
-    return x

@@ -32,6 +32,7 @@ from wav.training.checkpoint import BYTES_PER_PARAMETER, Checkpoints, Found, Not
 from wav.training.draws import StepInputs
 from wav.training.ema import Ema
 from wav.training.engine import World, adopt_launcher, init_engine, init_world, plan_batch
+from wav.training.graphs import RECOMPUTE, PassGraphs, can_capture
 from wav.training.inputs import Inputs, initial_model, open_inputs, passes_through, prune_work
 from wav.training.launch import ERROR_MARK
 from wav.training.objectives import build_objective
@@ -62,6 +63,8 @@ class Trainer:
         if self.settings.compile == "on" or (self.settings.compile == "auto" and world.device.type == "cuda"):
             prepare_compiler()
             self.model.compile_blocks()
+            if can_capture(self.settings, world.device, world.ranks, self.plan.accumulation):
+                self.objective.graphs = PassGraphs(self.objective.compute, self.objective)
         layout = Layout(world.ranks, self.settings.zero_stage, self.settings.precision)
         if world.is_main:
             preflight(spec, self.objective, layout, world.device, BYTES_PER_PARAMETER)
@@ -91,7 +94,7 @@ class Trainer:
         """Let blocks be computed again backwards, as ``gradient_checkpointing`` says."""
         if self.settings.gradient_checkpointing == "off":
             return
-        self.model.enable_gradient_checkpointing()
+        self.model.enable_gradient_checkpointing(RECOMPUTE)
         if self.settings.gradient_checkpointing == "auto":
             layers, why = layers_to_recompute(self.spec, self.inputs, self.objective, self.plan.micro, self.world)
             self.model.recompute(layers)

@@ -14,8 +14,13 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(module: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """The optimiser that ``settings.optimizer`` names, over the parameters of ``module`` that require a gradient."""
+    """The optimiser that ``settings.optimizer`` names, over the parameters of ``module`` that require a gradient.
+
+    Those of an odd size come last: ZeRO lays parameters one after another, and compiled code that has met a block whose
+    weights begin at multiples of 16 bytes reads those of all blocks of the kind so.
+    """
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    trained.sort(key=lambda named: named[1].numel() % 8 != 0)
     if settings.optimizer == "adamw":
         return _adamw([p for _, p in trained], settings)
     # a block's modulation table is added, not applied to anything

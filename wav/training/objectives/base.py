@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from wav.config import CouplingSettings, TrainSettings
     from wav.data.windows import WindowDataset
     from wav.model import WAVTransformer
+    from wav.training.graphs import PassGraphs
 
 
 class Objective(nn.Module, ABC):
@@ -39,6 +40,7 @@ class Objective(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.coupling = coupling
+        self.graphs: PassGraphs | None = None  #: what computes passes of training, if not :meth:`compute`
         self.model = model
         self.settings: Any = settings  # a subclass reads the fields of its own stage's section
         self.memory_frames, self.action_dim = memory_frames, action_dim
@@ -77,6 +79,11 @@ class Objective(nn.Module, ABC):
 
     def forward(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (a scalar with gradient) and its detached parts, named loss_video, loss_value, loss_action."""
+        graphs = self.graphs if self.training and torch.is_grad_enabled() else None
+        return graphs(inputs) if graphs else self.compute(inputs)
+
+    def compute(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """What :meth:`forward` gives, launched kernel by kernel."""
         losses = self.losses(inputs)
         total = torch.stack([self.weight(name) * loss for name, loss in losses.items()]).sum()
         return total, {f"loss_{name}": loss.detach() for name, loss in losses.items()}
