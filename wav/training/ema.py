@@ -95,13 +95,15 @@ class Ema:
         """This rank's slices of the average and of the weights, of one dtype and some :data:`CHUNK` elements a time."""
         averages: list[Tensor] = []
         current: list[Tensor] = []
+        elements = 0
         for average, parameter in zip(self._shards.values(), self._parameters.values(), strict=True):
             shard = self._slice(parameter)
-            if current and (shard.dtype != current[0].dtype or sum(map(torch.numel, averages)) >= CHUNK):
+            if current and (shard.dtype != current[0].dtype or elements >= CHUNK):
                 yield averages, current
-                averages, current = [], []
+                averages, current, elements = [], [], 0
             averages.append(average)
             current.append(shard)
+            elements += average.numel()
         if current:
             yield averages, current
 

@@ -60,6 +60,7 @@ class PassGraphs:
 
     def __init__(self, compute: Callable[[StepInputs], tuple[Tensor, dict[str, Tensor]]], module: nn.Module) -> None:
         self._compute, self._module = compute, module
+        self._parameters = list(module.parameters())  # walking the modules takes as long as launching a small pass
         self._recordings: dict[Any, Recording] = {}
         self._gradients: dict[
             nn.Parameter, Tensor
@@ -68,21 +69,21 @@ class PassGraphs:
 
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss (a scalar whose backward hands out the pass's gradients) and its detached parts."""
-        parameters = [p for p in self._module.parameters() if p.requires_grad]
         given = (inputs.batch, inputs.draws)
         # a graph reads the memory that it was captured on, so weights that moved need another one
         shapes = tuple(None if x is None else x.shape for x in leaves(given))
-        key = (inputs.roles, shapes, tuple(p.data_ptr() for p in self._module.parameters()))
+        key = (inputs.roles, shapes, tuple(p.data_ptr() for p in self._parameters))
         found = self._recordings.get(key)
         if found is None:
-            found = self._recordings[key] = self._record(inputs, parameters)
+            found = self._recordings[key] = self._record(inputs)
         for place, value in zip(leaves(found.inputs), leaves(given), strict=True):
             if place is not None and value is not None:
                 place.copy_(value)
         found.replay()
         return _HandOut.apply(found, *found.reached), found.parts  # type: ignore[no-untyped-call]
 
-    def _record(self, inputs: StepInputs, parameters: list[nn.Parameter]) -> Recording:
+    def _record(self, inputs: StepInputs) -> Recording:
+        parameters = [parameter for parameter in self._parameters if parameter.requires_grad]
         batch, draws = mapped((inputs.batch, inputs.draws), torch.clone)
         with self._stand_ins() as stand_ins:
             own = [stand_ins[parameter] for parameter in parameters]
