@@ -67,7 +67,7 @@ else
 	@python -m wav.local.services where workspaces/$(PRESET)
 endif
 
-# ARGS="--dry", "workspaces/NAME --axes score K --episodes 25", ...: docs/planning.md
+# ARGS="--dry", "workspaces/NAME --axes score K --episodes 25", ...: docs/planning-study.md
 study: install up ## the planning study of a trained workspace: resumable, states its hours; ARGS=--dry: the cells
 	@python -m benchmarks.studies.planning $(ARGS)
 

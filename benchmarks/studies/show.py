@@ -1,6 +1,6 @@
-"""Tables and plots of a planning study, and the tables of docs/planning.md.
+"""Tables and plots of a planning study, and the tables of docs/planning-study.md.
 
-    python -m benchmarks.studies.show reports/study benchmarks/results/planning-study.json docs/planning.md
+    python -m benchmarks.studies.show reports/study benchmarks/results/planning-study.json docs/planning-study.md
 
 puts a finished study into one committed JSON and fills the page's tables from it. A table stands between
 ``<!-- study: AXIS [AXIS ...] -->`` and ``<!-- end -->``; what was not measured is said, never invented.
