@@ -74,7 +74,7 @@ def libero_table(
 
 @command(
     GROUP,
-    "wav eval --replay reports/eval/episodes/tabletop/planned/lift_red_cube/000.json",
+    "wav eval --replay reports/eval/episodes/planned/lift_red_cube-000.json",
     "wav eval --replay EPISODE.json --export export --json",
     name="eval",
 )
