@@ -155,7 +155,9 @@ def measured(
     first = [seconds_of(lambda number=number: step(number, next(batches)), device) for number in range(1, WARM + 1)]
     last = WARM + TIMED + 1
     seconds = seconds_of(lambda: [step(number, next(batches)) for number in range(WARM + 1, last)], device) / TIMED
-    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+    cuda = device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else 0.0
+    reserved = torch.cuda.max_memory_reserved(device) / 2**30 if cuda else 0.0  # a graph's memory is counted here alone
     busy = kernels(lambda: [step(last + n, inputs) for n, inputs in enumerate(batches)], device)
     estimated = activation_bytes(accounted(sizes), train, settings.batch_size) / 2**30
     row = {
@@ -163,6 +165,7 @@ def measured(
         "seconds_per_step": round(seconds, 4),
         "first_steps_seconds": [round(each, 1) for each in first],
         "peak_gib": round(memory, 1),
+        "reserved_gib": round(reserved, 1),
         "of_it_from_before_gib": round(before, 1),
         "activations_estimated_gib": round(estimated, 1),
     }

@@ -28,6 +28,8 @@ def capture(
     """
     with torch.cuda.device(device):
         stream = _stream(device) if tight else torch.cuda.Stream()
+        if tight:
+            torch.cuda.empty_cache()  # what the allocator keeps for others it does not give up for a pool, short or not
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), torch.cuda.use_mem_pool(pool) if tight else nullcontext():
             call()  # compiles, and fills caches from the CPU: neither can be recorded

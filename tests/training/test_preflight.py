@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.training.conftest import settings
 from tests.training.test_loop import finish
 from wav.data.latents import LatentStore
 from wav.data.reward_store import RewardStore
@@ -28,7 +29,14 @@ from wav.training.engine import World
 from wav.training.inputs import initial_model, open_inputs
 from wav.training.objectives import build_objective
 from wav.training.output import model_digest
-from wav.training.preflight import layers_to_recompute, preflight, sizes_of, state_bytes, verify_inputs
+from wav.training.preflight import (
+    layers_to_recompute,
+    preflight,
+    recorded_bytes,
+    sizes_of,
+    state_bytes,
+    verify_inputs,
+)
 from wav.training.record import Recorder
 from wav.training.throughput import peak_operations
 from wav.training.universal import Layout
@@ -54,6 +62,17 @@ def test_memory_is_cut_as_zero_cuts_it() -> None:
     assert state_bytes(1000, 800, Layout(4, 1, "fp32")) == 4000 + 3200 + 1600 + 800
     assert state_bytes(1000, 800, Layout(4, 2, "bf16")) == 2000 + 400 + 2400 + 800
     assert state_bytes(1000, 800, Layout(4, 3, "bf16")) == 500 + 400 + 2400 + 800
+
+
+def test_memory_of_recorded_passes_is_not_the_optimisers() -> None:
+    def beside(ranks: int, zero: int, precision: str) -> int:
+        changes = {"zero_stage": zero, "precision": precision}
+        return recorded_bytes(800, ranks, settings().train_joint.model_copy(update=changes))
+
+    assert beside(1, 0, "fp32") == 0
+    assert beside(1, 2, "bf16") == 1600 + 3200  # gradients in a row, then in float32
+    assert beside(1, 1, "fp32") == 3200
+    assert beside(4, 2, "bf16") == 1200 + 400 + 800  # and those that other ranks update
 
 
 def test_auto_recomputes_only_what_memory_asks_for(spec_of, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training.conftest import settings
 from tests.training.micro import CAPTION, CHANNELS, Empty, objective_of, random_batch
+from wav.errors import TrainingError
 from wav.model import build_model
 from wav.model.layers import Blocks
-from wav.training.draws import SeededRandom
+from wav.model.rope import token_rope
+from wav.training.draws import Roles, SeededRandom
 from wav.training.ema import Ema
 from wav.training.engine import init_engine, init_world, plan_batch
 from wav.training.graphs import PassGraphs, can_capture
@@ -173,19 +175,81 @@ def themselves(graphs: PassGraphs) -> Iterator[dict[nn.Parameter, nn.Parameter]]
     yield {parameter: parameter for parameter in graphs._module.parameters()}
 
 
-@pytest.mark.parametrize("stage", ["pretrain_video", "train_value", "train_joint"])
-def test_recorded_passes_train_as_others(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Passes are recorded as far as a CPU can; for each, how many tables of tokens' positions it left in the pool."""
+    tables: list[int] = []
+
+    def watched(call: Callable[[], Any], *where: Any, tight: bool = False) -> tuple[Callable[[], None], Any]:
+        before = token_rope.cache_info().misses
+        found = computed_anew(call, *where, tight)
+        tables.append(token_rope.cache_info().misses - before)
+        return found
+
+    monkeypatch.setattr("wav.training.graphs.capture", watched)
+    monkeypatch.setattr("torch.cuda.MemPool", lambda: None)
+    monkeypatch.setattr(PassGraphs, "_stand_ins", themselves)
+    return tables
+
+
+RECORDED = [
+    pytest.param("pretrain_video", 0, "fp32", id="video, zero 0, fp32"),  # whose gradients we clip where they lie
+    pytest.param("pretrain_video", 2, "bf16", id="video, zero 2"),
+    pytest.param("train_value", 2, "bf16", id="value, zero 2"),
+    pytest.param("train_joint", 2, "bf16", id="joint, zero 2"),
+    pytest.param("train_joint", 0, "bf16", id="joint, zero 0", marks=pytest.mark.long),
+    pytest.param("train_joint", 0, "fp32", id="joint, zero 0, fp32", marks=pytest.mark.long),
+    pytest.param("train_joint", 1, "bf16", id="joint, zero 1", marks=pytest.mark.long),
+    pytest.param("train_joint", 1, "fp32", id="joint, zero 1, fp32", marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize(("stage", "zero", "precision"), RECORDED)
+def test_recorded_passes_train_as_others(stage: str, zero: int, precision: str, request: pytest.FixtureRequest) -> None:
     """Through the engine; the joint stage's roles change from step to step, so it records several passes."""
-    changes: dict[str, Any] = {"zero_stage": 2, "precision": "bf16"}
+    changes: dict[str, Any] = {"zero_stage": zero, "precision": precision, "clip": 1e-2}
     if stage == "train_joint":
         changes["action_probability"] = 0.7
     wanted_norms, wanted = trained(stage, result, **changes)
-    monkeypatch.setattr("wav.training.graphs.capture", computed_anew)
-    monkeypatch.setattr("torch.cuda.MemPool", lambda: None)
-    monkeypatch.setattr(PassGraphs, "_stand_ins", themselves)
+    request.getfixturevalue("recorded")
     norms, weights = trained(stage, result, graphs=True, **changes)
     assert norms == wanted_norms
     assert (weights == wanted).all()
+
+
+def joint(*roles: Roles) -> tuple[Objective, Callable[[int], Any]]:
+    """The joint objective, recorded, and a pass of the given index, whose samples have these roles."""
+    objective = objective_of(
+        "train_joint", build_model(settings(model=MODEL).model, settings().data, CHANNELS, CAPTION).train()
+    )
+    objective.graphs = PassGraphs(objective.compute, objective, "train_joint.compile = auto")
+    monkey: Any = objective
+    monkey.roles = lambda size, index: roles[index]
+    return objective, lambda n: objective(objective.draw(random_batch(), Empty(), SeededRandom(0, n), n))
+
+
+def test_tables_of_a_role_that_comes_late_are_not_in_the_memory_of_graphs(recorded: list[int]) -> None:
+    """There the next launch of an earlier graph would write over them."""
+    token_rope.cache_clear()
+    _, compute = joint(Roles(0, 0, 8), Roles(0, 4, 4), Roles(4, 0, 4), Roles(3, 1, 4), Roles(4, 0, 4))
+    for index in range(5):
+        compute(index)
+    assert token_rope.cache_info().misses == 2  # of values and of actions
+    assert recorded == [0, 0, 0, 0]
+
+
+def test_a_pass_that_cannot_be_recorded_ends_the_run_in_a_sentence(
+    recorded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 48.00 MiB.")
+
+    monkeypatch.setattr("wav.training.graphs.capture", short)
+    objective, compute = joint(Roles(4, 2, 2))
+    before = list(objective.parameters())
+    with pytest.raises(TrainingError, match=r"^train_joint\.compile = auto: .*memory\. Tried .*; set compile to off"):
+        compute(0)
+    assert all(one is other for one, other in zip(objective.parameters(), before, strict=True))
 
 
 def test_only_what_was_measured_is_recorded_unasked() -> None:

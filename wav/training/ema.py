@@ -24,6 +24,7 @@ class Ema:
     def __init__(self, module: nn.Module, decay: float, rank: int, ranks: int) -> None:
         self.decay, self.rank, self.ranks = decay, rank, ranks
         self._parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.parameters = list(self._parameters.values())  #: in the module's order, which takes long to walk
         self._shapes = {n: getattr(p, "ds_shape", p.shape) for n, p in self._parameters.items()}
         self._shards = {n: self._slice(p).float().clone() for n, p in self._parameters.items()}
 

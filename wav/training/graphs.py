@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wav.cuda_graphs import capture, leaves, mapped
+from wav.errors import TrainingError, cut
 from wav.training.draws import StepInputs
 
 if TYPE_CHECKING:
@@ -55,16 +56,24 @@ class PassGraphs:
     """The passes of a module, captured when inputs of their shapes and roles are met first.
 
     Numbers are those of the same pass launched kernel by kernel. A pass's gradients lie where the pass before left
-    its own: they must have been used by then, and may not be accumulated.
+    its own: they must have been used by then, and may not be accumulated. ``setting`` is what asked for graphs.
+    TrainingError, from a pass: it cannot be recorded here, for want of memory or by a fault of the compiler; what such
+    a failure leaves of the device's state is not known, so that the run does not go on without a graph.
     """
 
-    def __init__(self, compute: Callable[[StepInputs], tuple[Tensor, dict[str, Tensor]]], module: nn.Module) -> None:
-        self._compute, self._module = compute, module
+    def __init__(
+        self,
+        compute: Callable[[StepInputs], tuple[Tensor, dict[str, Tensor]]],
+        module: nn.Module,
+        setting: str = "compile = auto",
+    ) -> None:
+        self._compute, self._module, self._setting = compute, module, setting
         self._parameters = list(module.parameters())  # walking the modules takes as long as launching a small pass
         self._recordings: dict[Any, Recording] = {}
         self._gradients: dict[
             nn.Parameter, Tensor
         ] = {}  #: one place for a parameter's gradient, whatever the recording
+        self._roles: set[str] = set()  #: those that a pass has had, so that its tables of positions are made
         self._pool: torch.cuda.MemPool | None = None  #: each recording's results are used before another is launched
 
     def __call__(self, inputs: StepInputs) -> tuple[Tensor, dict[str, Tensor]]:
@@ -75,7 +84,13 @@ class PassGraphs:
         key = (inputs.roles, shapes, tuple(p.data_ptr() for p in self._parameters))
         found = self._recordings.get(key)
         if found is None:
-            found = self._recordings[key] = self._record(inputs)
+            try:
+                found = self._recordings[key] = self._record(inputs)
+            except RuntimeError as error:
+                raise TrainingError(
+                    f"{self._setting}: a pass cannot be recorded as a CUDA graph here ({cut(error, 300)}); set compile "
+                    "to off, or gradient_checkpointing to auto where memory is short"
+                ) from error
         for place, value in zip(leaves(found.inputs), leaves(given), strict=True):
             if place is not None and value is not None:
                 place.copy_(value)
@@ -85,20 +100,25 @@ class PassGraphs:
     def _record(self, inputs: StepInputs) -> Recording:
         parameters = [parameter for parameter in self._parameters if parameter.requires_grad]
         batch, draws = mapped((inputs.batch, inputs.draws), torch.clone)
-        with self._stand_ins() as stand_ins:
-            own = [stand_ins[parameter] for parameter in parameters]
 
-            def run() -> Found:
-                loss, parts = self._compute(StepInputs(batch, draws, inputs.roles))
-                gradients: list[Tensor | None] = list(torch.autograd.grad(loss, own, allow_unused=True))
-                return loss.detach(), parts, self._in_place(parameters, gradients)
+        def run(own: list[nn.Parameter]) -> Found:
+            loss, parts = self._compute(StepInputs(batch, draws, inputs.roles))
+            gradients: list[Tensor | None] = list(torch.autograd.grad(loss, own, allow_unused=True))
+            return loss.detach(), parts, self._in_place(parameters, gradients)
 
-            self._pool = self._pool or torch.cuda.MemPool()
-            # backwards too on this thread: memory is taken from the pool on one alone
-            with torch.autograd.set_multithreading_enabled(False):
-                if not self._recordings:
-                    run()  # fills the tables of positions, in memory of their own
-                replay, (loss, parts, gradients) = capture(run, parameters[0].device, self._pool, tight=True)
+        self._pool = self._pool or torch.cuda.MemPool()
+        roles = {name for name, samples in vars(inputs.roles).items() if samples}
+        # backwards too on this thread: memory is taken from the pool on one alone
+        with torch.autograd.set_multithreading_enabled(False):
+            if not roles <= self._roles:
+                # tables of positions need memory of their own: in the pool an earlier graph would write over them
+                with self._stand_ins() as others:
+                    run([others[parameter] for parameter in parameters])
+                self._roles |= roles
+            with self._stand_ins() as others:
+                own = [others[parameter] for parameter in parameters]
+                device = parameters[0].device
+                replay, (loss, parts, gradients) = capture(lambda: run(own), device, self._pool, tight=True)
         reached = {p: gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
         self._gradients = reached | self._gradients
         return Recording((batch, draws), replay, loss, parts, list(reached), list(reached.values()))

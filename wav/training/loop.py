@@ -59,12 +59,13 @@ class Trainer:
         sizes = (spec.data.memory_frames, spec.data.action_dim)
         self.objective = build_objective(self.settings, self.model, *sizes, spec.coupling)
         self.parameters, self.trained = count_parameters(self.objective)
-        self._save_memory()
         if self.settings.compile == "on" or (self.settings.compile == "auto" and world.device.type == "cuda"):
             prepare_compiler()
             self.model.compile_blocks()
             if can_capture(self.settings, world.device, world.ranks, self.plan.accumulation):
-                self.objective.graphs = PassGraphs(self.objective.compute, self.objective)
+                setting = f"{spec.stage}.compile = {self.settings.compile}"
+                self.objective.graphs = PassGraphs(self.objective.compute, self.objective, setting)
+        self._save_memory()
         layout = Layout(world.ranks, self.settings.zero_stage, self.settings.precision)
         if world.is_main:
             preflight(spec, self.objective, layout, world.device, BYTES_PER_PARAMETER)

@@ -19,6 +19,7 @@ from wav.training.spec import read_checkpoint_file
 from wav.training.universal import Layout
 
 if TYPE_CHECKING:
+    from wav.config import TrainSettings
     from wav.model import WAVTransformer
     from wav.training.engine import World
     from wav.training.inputs import Inputs
@@ -84,6 +85,17 @@ def state_bytes(parameters: int, trained: int, layout: Layout) -> int:
     return weights + gradients + moments + 4 * trained // layout.ranks
 
 
+def recorded_bytes(trained: int, ranks: int, settings: TrainSettings) -> int:
+    """Bytes that recorded passes need beside :func:`state_bytes`: gradients stay whole, and ZeRO copies them to update.
+
+    ZeRO 1 and 2 lay a rank's part of them in a row, and then in float32 (DeepSpeed 0.19.8).
+    """
+    weight = 2 if settings.precision == "bf16" else 4
+    whole = weight * (trained - trained // ranks) if settings.zero_stage == 2 else 0
+    row = (weight if weight == 4 else weight + 4) * trained // ranks if settings.zero_stage else 0
+    return whole + row
+
+
 def layers_to_recompute(
     spec: TrainSpec, inputs: Inputs, objective: Objective, micro: int, world: World
 ) -> tuple[int, str]:
@@ -92,10 +104,13 @@ def layers_to_recompute(
     Between none and all layers the activations shrink by the same amount for each
     (:func:`~wav.training.activations.activation_bytes`, an estimate). The weights are on the CPU still, so what is free
     now is free for all of it; a tenth is left for what is not counted: buffers, fragmentation, the libraries' own.
+    Recorded passes keep their memory while the optimiser takes its own, which gradients and activations else leave it.
     A collective: every rank recomputes what the fullest one must, because ZeRO-3 gathers weights in every pass.
     """
     every, trained = count_parameters(objective)
     state = state_bytes(every, trained, Layout(world.ranks, spec.train.zero_stage, spec.train.precision))
+    if objective.graphs is not None:
+        state += recorded_bytes(trained, world.ranks, spec.train)
     if world.device.type == "cuda":
         free = torch.cuda.mem_get_info(world.device)[0]
     else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from wav.training.engine import Fetched, clips_here
 
@@ -48,7 +49,7 @@ def update(engine: DeepSpeedEngine, ema: Ema, settings: TrainSettings, step: int
         passes.append(Losses(loss, parts))
         engine.backward(loss)
         if index == len(inputs) - 1 and clips_here(settings):
-            clipped = clip_gradients(engine, settings.clip)
+            clipped = clip_gradients(ema.parameters, settings.clip)
         if clipped is None or torch.isfinite(clipped):
             engine.step()
         else:
@@ -88,10 +89,9 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - settings.warmup_steps) / length))
 
 
-def clip_gradients(engine: DeepSpeedEngine, most: float) -> torch.Tensor:
+def clip_gradients(parameters: list[nn.Parameter], most: float) -> torch.Tensor:
     """Clip the gradients to the norm ``most``, between backward and step; the norm that they had."""
-    trained = [p for p in engine.module.parameters() if p.grad is not None]
-    return torch.nn.utils.clip_grad_norm_(trained, most)
+    return torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], most)
 
 
 class Losses:
