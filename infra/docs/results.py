@@ -58,7 +58,8 @@ def table() -> str:
     lines += [
         "",
         f"Rates with 95% Wilson intervals, paired differences in points with 95% bootstrap intervals; "
-        f"`execute_steps` = {settings['execute_steps']}, {limits} steps are {longest:g} times the direct expert's. "
+        f"{settings['execute_steps']} actions of a plan are executed before the next one (`execute_steps`); "
+        f"{limits} steps are {longest:g} times the direct expert's. "
         f"{more}Numbers: [{SOURCE.rpartition('/')[2]}]({SOURCE}).",
     ]
     return "\n".join(lines) + "\n"
