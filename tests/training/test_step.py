@@ -146,7 +146,7 @@ def test_an_exchange_with_no_other_rank_is_left_out_without_a_trace(zero: int, m
     changes: dict[str, Any] = {"zero_stage": zero, "precision": "fp32", "clip": 1e-2}  # so that the norm decides
     stage = "pretrain_video"
     if zero == 0:  # the optimiser sees what no sample reached as well, and lets it decay
-        stage, changes["action_probability"] = "train_joint", 1.0
+        stage, changes = "train_joint", changes | {"action_probability": 1.0, "weight_decay": 0.5}
     norms, weights = trained(stage, result, **changes)
     monkeypatch.setattr("wav.training.engine.leave_out_exchange", lambda optimizer: None)
     monkeypatch.setattr("wav.training.engine.leave_out_copies", lambda engine: None)
