@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from abc import abstractmethod
 from collections import Counter
@@ -21,6 +20,7 @@ from wav.data.conventions import Conventions
 from wav.data.episode import Episode
 from wav.data.names import full_name
 from wav.data.sources import checks
+from wav.data.sources.checks import Floats
 from wav.data.sources.damage import opened_hdf5
 from wav.data.sources.finding import camera_for, no_camera
 from wav.data.sources.frames import Preparation, described, preparation
@@ -29,8 +29,8 @@ from wav.data.sources.staging import DatasetSource, Item, Job, judged
 from wav.data.state import encode_state
 from wav.data.store import Rejection
 from wav.errors import ConfigError, DataError
+from wav.io.readers import parse_json
 
-Floats = NDArray[np.floating]
 #: view, name of its dataset under obs/, recorded (H, W); a demonstration that holds others is refused
 Camera = tuple[str, str, tuple[int, int]]
 _SAMPLES = 3  # demonstrations per file whose numbers decide alignment and gripper
@@ -157,11 +157,7 @@ def attribute_text(value: Any) -> str:
 
 def attribute_json(value: Any, where: str) -> dict[str, Any]:
     """A JSON attribute; {} where it is missing, DataError where it is no object."""
-    text = attribute_text(value)
-    try:
-        raw = json.loads(text or "{}")
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error}); download the file again") from None
+    raw = parse_json(attribute_text(value) or "{}", where, "download the file again")
     if not isinstance(raw, dict):
         raise DataError(f"{where}: is {type(raw).__name__} where an object is expected; download the file again")
     return raw
