@@ -65,13 +65,9 @@ class WindowBatch:
         """The batch with ``change`` applied to every tensor."""
         return replace(self, **{name: change(value) for name, value in vars(self).items() if value is not None})
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> WindowBatch:
+    def to(self, device: torch.device | str) -> WindowBatch:
         """The batch on another device."""
-        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> WindowBatch:
-        """The batch in page-locked memory, for asynchronous copies to a GPU."""
-        return self._map(lambda value: value.pin_memory())
+        return self._map(lambda value: value.to(device))
 
     def rows(self, start: int, stop: int) -> WindowBatch:
         """Rows [start, stop) as views: a micro batch."""

@@ -7,13 +7,13 @@ the losses from what is drawn here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from wav.cuda_graphs import mapped
 from wav.data.windows import WindowBatch
 from wav.flow_matching import draw_sigmas
 from wav.seeding import torch_generator
@@ -51,10 +51,6 @@ class Draws:
     action_level: Tensor  #: (n, Ra), of action samples
     action_noise: Tensor  #: (n, Ra, A, Ca)
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Draws:
-        """The same with every tensor changed."""
-        return Draws(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
-
 
 @dataclass(frozen=True)
 class StepInputs:
@@ -66,15 +62,11 @@ class StepInputs:
 
     def to(self, device: torch.device) -> StepInputs:
         """The same on ``device``; the host waits for no copy from page-locked memory."""
-        return StepInputs(
-            self.batch.to(device, non_blocking=True),
-            self.draws.map(lambda value: value.to(device, non_blocking=True)),
-            self.roles,
-        )
+        return cast(StepInputs, mapped(self, lambda value: value.to(device, non_blocking=True)))
 
     def pin_memory(self) -> StepInputs:
         """The same in page-locked memory."""
-        return StepInputs(self.batch.pin_memory(), self.draws.map(torch.Tensor.pin_memory), self.roles)
+        return cast(StepInputs, mapped(self, torch.Tensor.pin_memory))
 
 
 class SeededRandom:

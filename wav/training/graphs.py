@@ -70,9 +70,8 @@ class PassGraphs:
         self._compute, self._module, self._setting = compute, module, setting
         self._parameters = list(module.parameters())  # walking the modules takes as long as launching a small pass
         self._recordings: dict[Any, Recording] = {}
-        self._gradients: dict[
-            nn.Parameter, Tensor
-        ] = {}  #: one place for a parameter's gradient, whatever the recording
+        #: one place for a parameter's gradient, whatever the recording
+        self._gradients: dict[nn.Parameter, Tensor] = {}
         self._roles: set[str] = set()  #: those that a pass has had, so that its tables of positions are made
         self._pool: torch.cuda.MemPool | None = None  #: each recording's results are used before another is launched
 
