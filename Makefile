@@ -141,8 +141,8 @@ worker: $(VENV)/.installed ## run deployments here until Ctrl-C (infra/systemd/ 
 	@echo 'worker: starting; Ctrl-C ends it and its runs'
 	@python -m infra.deploy worker
 
-IMAGE_FILES := infra/docker/Dockerfile infra/docker/compose.yaml
-pin-images: ## write the digests that the base images' tags have today into infra/docker (needs docker with buildx)
+IMAGE_FILES := infra/docker/Dockerfile infra/docker/compose.yaml infra/kubernetes/services.yaml
+pin-images: ## write the digests that the base images' tags have today into infra (needs docker with buildx)
 	@for image in $$(sed -nE 's/^(FROM| +image:) ([a-z]+:[^@ ]+)(@.*)?$$/\2/p' $(IMAGE_FILES) | grep -v '^wav-' | sort -u); do \
 		digest=$$(docker buildx imagetools inspect "$$image" | sed -nE 's/^Digest: +(sha256:[0-9a-f]{64})$$/\1/p'); \
 		test -n "$$digest" || { echo "$$image: docker named no digest" >&2; exit 1; }; \

@@ -175,8 +175,14 @@ def test_the_image_installs_what_make_install_does() -> None:
 
 
 def test_base_images_are_pinned_by_one_command(tmp_path: Path) -> None:
-    """Twice, with other digests; `docker` is a script that says what buildx says."""
-    for name in ("Makefile", "infra/docker/Dockerfile", "infra/docker/compose.yaml"):
+    """They are today, and twice again with other digests; `docker` is a script that says what buildx says."""
+    image_files = ("infra/docker/Dockerfile", "infra/docker/compose.yaml", "infra/kubernetes/services.yaml")
+    for name in image_files:
+        images = re.findall(r"^(?:FROM| +image:) ([a-z]+:\S+)$", (PROJECT / name).read_text(), flags=re.MULTILINE)
+        foreign = [image for image in images if not image.startswith("wav-worker:")]
+        assert foreign, name
+        assert all(re.fullmatch(r"[a-z]+:[\w.-]+@sha256:[0-9a-f]{64}", image) for image in foreign), foreign
+    for name in ("Makefile", *image_files):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(PROJECT / name, tmp_path / name)
     docker = tmp_path / "bin/docker"
@@ -192,6 +198,7 @@ def test_base_images_are_pinned_by_one_command(tmp_path: Path) -> None:
         services = yaml.safe_load((tmp_path / "infra/docker/compose.yaml").read_text())["services"]
         assert services["postgres"]["image"] == f"postgres:17@{digest}"
         assert services["worker"]["image"] == "wav-worker:latest"
+        assert f"image: postgres:17@{digest}\n" in (tmp_path / "infra/kubernetes/services.yaml").read_text()
     docker.write_text("#!/bin/sh\nexit 1\n")
     done = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode != 0
