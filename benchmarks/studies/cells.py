@@ -74,8 +74,8 @@ def sweeps(base: PlannerSettings) -> dict[str, dict[Any, dict[str, Any]]]:
         "M": field("video_samples", (2, 4, 8, 16)),
         "N": field("value_samples", (1, 2, 4, 8)),
         "budget": {f"{k}x{budget // k}": {"iterations": k, "video_samples": budget // k} for k in (1, 2, 4)},
-        "alpha": field("alpha", (0.1, 0.5, 1.0)),
-        "beta": field("beta", (0.1, 0.5, 1.0)),
+        "alpha": field("alpha", (0.1, 0.5, 0.7, 1.0)),
+        "beta": field("beta", (0.1, 0.2, 0.5, 1.0)),
         "K1": field("video_elites", [k for k in (1, 2, 4, 8) if k <= base.video_samples]),
         "K2": field("value_elites", [k for k in (1, 4, 8, 16) if k <= most]),
     }
