@@ -94,6 +94,18 @@ def test_an_old_pointer_is_read_and_evaluated_again() -> None:
         Champion.from_json(json.dumps({**raw, "format": 1, "promoted": "yesterday"}).encode(), "x")
 
 
+ODD_POINTERS = [{"outcomes": [1]}, {"outcomes": {"a/1": "x"}}, {"best": "x"}, {"reached": None}, {"best": float("nan")}]
+ODD_POINTERS += [{"policy": 1}, {"lock": None}, {"refused": [[1]]}]
+ODD_POINTERS += [{"files": [{"path": "a", "key": 1, "version": "", "size": 1, "sha256": ""}]}]
+
+
+@pytest.mark.parametrize("data", [b"[" * 5000, b"null", b'"a"', b"1", b"[]", b"\xff", *ODD_POINTERS])
+def test_a_damaged_or_edited_pointer_is_one_sentence(data: bytes | dict[str, object]) -> None:
+    raw = data if isinstance(data, bytes) else json.dumps(json.loads(CHAMPION.to_json()) | data).encode()
+    with pytest.raises(StorageError, match=r"x: not a champion pointer.*restore an older version of it"):
+        Champion.from_json(raw, "x")
+
+
 def test_success_after_the_protocol_s_limit_is_none(tmp_path: Path) -> None:
     for index, steps in enumerate((5, 6)):
         path = tmp_path / "episodes" / "planned" / f"lift-{index:03d}.json"

@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
 from wav.config import Settings, load_settings
-from wav.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingError, exit_status
+from wav.errors import CheckpointError, ConfigError, DataError, StorageError, TrainingError, cut, exit_status
 from wav.evaluation.intervals import Difference, paired_difference, wilson
 from wav.evaluation.records import read_record
 from wav.io.files import canonical_digest, file_digest, inside, read_json
@@ -90,13 +90,28 @@ class Champion:
             raw |= {"files": tuple(StoredFile(**entry) for entry in raw["files"])}
             raw |= {"refused": tuple(raw.get("refused", ()))}
             found = Champion(**raw)
+            _check_types(found)
             _stamp(found.promoted)
             if version == 1:
                 rate, policy = found.rate, found.policy
                 found = replace(found, evaluation="", reached=rate, best=rate, best_policy=policy)
             return found
-        except (ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"{where}: not a champion pointer ({error}); restore an older version of it") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise StorageError(
+                f"{where}: not a champion pointer ({cut(error)}); restore an older version of it"
+            ) from None
+
+
+def _check_types(champion: Champion) -> None:
+    """TypeError where a value is of another type than a pointer's, or a rate is none."""
+    parts: list[Champion | StoredFile] = [champion, *champion.files]
+    texts = [getattr(part, entry.name) for part in parts for entry in fields(part) if entry.type == "str"]
+    if not all(isinstance(text, str) for text in (*texts, *champion.refused, *champion.outcomes)):
+        raise TypeError("a name is no text")
+    if not all(type(solved) is bool for solved in champion.outcomes.values()):
+        raise TypeError("an outcome is neither true nor false")
+    if not all(type(rate) in (int, float) and 0 <= rate <= 1 for rate in (champion.reached, champion.best)):
+        raise TypeError("a rate is no number from 0 to 1")
 
 
 @dataclass(frozen=True)

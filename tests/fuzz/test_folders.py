@@ -1,4 +1,4 @@
-"""Folders that stages left and somebody or something damaged: episodes, rewards, latents, a joint model, an export."""
+"""What stages and retrains left and somebody or something damaged: folders, a checkpoint's manifest, a pointer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,15 @@ from wav.data.reward_store import RewardStore
 from wav.data.statistics import Statistics
 from wav.data.store import EpisodeStore
 from wav.errors import WavError
+from wav.io.files import MANIFEST
+from wav.io.storage import open_store
+from wav.io.storage.commit import Manifest, publish, seal, verify
 from wav.policy.export import CARD, export_policy, load_export, policy_from_stages
 from wav.policy.policy import Policy
+from wav.promotion import Champion, StoredFile
 from wav.text import TextEncoder
+from wav.training.resume import newest_checkpoint
+from wav.training.universal import Layout
 
 ODD: list[Any] = [None, True, -1, 0, 1e308, float("nan"), float("inf"), "", "x", "../x", "/etc/passwd", [], {}, [[1]]]
 ODD += [2**70, 2**31, "9" * 5000, {"a": 1}, "1", 1.5, ["x"], "\ud800"]
@@ -169,6 +176,40 @@ def test_damaged_folders(
             if path.is_dir():
                 shutil.rmtree(path)
             path.write_bytes(before)
+    tally.finish(record_property)
+
+
+@blocks(60, 2000, 500)
+def test_damaged_commits_and_pointers(
+    numbers: range, seed: int, tmp_path: Path, record_property: Callable[[str, Any], None]
+) -> None:
+    """Of a checkpoint in the store, and of a champion."""
+    store, folder, manifest = open_store((tmp_path / "store").as_uri()), tmp_path / "made", tmp_path / MANIFEST
+    folder.mkdir()
+    (folder / "a").write_text("x")
+    seal(folder, {"step": 4, **asdict(Layout(1, 0, "fp32"))})
+    publish(store, folder, "c/step-00000004")
+    file = StoredFile("a", "k", "", 1, "")
+    champion = Champion("p", "c", "e", {"a/000": True}, (file,), "", "", "2026-01-01T00:00:00", refused=("q",))
+    manifest.write_bytes(store.get_bytes(f"c/step-00000004/{MANIFEST}"))
+    pointer = tmp_path / "pointer.json"
+    pointer.write_bytes(champion.to_json())
+    tally = Tally(seed, "commits")
+    for number in numbers:
+        rng = tally.random(number)
+        path = manifest if number % 2 else pointer
+        after = damaged(rng, path) or b""
+        with tally.case(number, after[:300]):
+            if path == pointer:
+                found = Champion.from_json(after, "x")
+                Champion.from_json(found.to_json(), "x")
+            else:
+                store.put_bytes(f"c/step-00000004/{MANIFEST}", after)
+                newest = newest_checkpoint(tmp_path / "work", store, "c")
+                if newest is not None:
+                    verify(newest)
+                    shutil.rmtree(newest)
+                Manifest.from_json(after, "x")
     tally.finish(record_property)
 
 

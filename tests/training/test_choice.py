@@ -7,14 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from wav.errors import StorageError
+from wav.errors import CheckpointError, StorageError
 from wav.io.storage import ObjectInfo
 from wav.io.storage.base import TransferError
-from wav.io.storage.commit import publish, seal
+from wav.io.storage.commit import Retention, publish, seal
 from wav.io.storage.file import FileStore
 from wav.training import resume
+from wav.training.checkpoint import Checkpoints
+from wav.training.engine import World
 from wav.training.resume import newest_checkpoint
+from wav.training.universal import Layout
 
 PREFIX = "training/stage/key/checkpoints"
 
@@ -134,6 +138,13 @@ def test_damage_is_passed_over_with_a_line(store: Faulty, tmp_path: Path, caplog
     store.delete(f"{PREFIX}/step-00000012/state")
     assert chosen(store, tmp_path / "newer") is None
     assert "step-00000012/state: no such object" in caplog.text
+
+
+def test_a_checkpoint_that_does_not_say_how_it_is_cut_is_one_sentence(store: Faulty, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "work", 4)
+    one = World(0, 1, torch.device("cpu")), Layout(1, 0, "fp32")
+    with pytest.raises(CheckpointError, match=f"{folder.name}/manifest.json: lacks 'ranks'.*delete the folder and run"):
+        Checkpoints(tmp_path / "work", store, "training/stage/key", Retention(), *one).find()
 
 
 def test_an_old_listing_loses_nothing(store: Faulty, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from wav.errors import CheckpointError, StorageError, cut
 from wav.io.files import MANIFEST, replace_folder, require_free_space
+from wav.io.readers import understood
 from wav.io.storage.base import ObjectStore, disk_errors, patiently
 from wav.io.storage.commit import Retention, publish, read_manifest, retain, seal
 from wav.seeding import derive_seed
@@ -209,7 +210,8 @@ class Checkpoints:
         """
         found = None
         if self.world.is_main and (folder := newest_checkpoint(self.folder, self.store, self.prefix)) is not None:
-            saved, universal = Layout.of(read_manifest(folder).meta), None
+            with understood(folder / MANIFEST, "delete the folder and run again", CheckpointError):
+                saved, universal = Layout.of(read_manifest(folder).meta), None
             if needs_conversion(saved, self.layout, folder):
                 universal = self.folder / f".{folder.name}.universal"
                 convert(folder / TAG, universal / TAG)

@@ -11,6 +11,7 @@ import pytest
 from wav.errors import StorageError
 from wav.io.files import MANIFEST
 from wav.io.storage import ObjectStore, open_store
+from wav.io.storage.base import DamagedError
 from wav.io.storage.commit import (
     Retention,
     commits,
@@ -22,6 +23,7 @@ from wav.io.storage.commit import (
     seal,
     verify,
 )
+from wav.training.resume import newest_checkpoint
 
 
 @pytest.fixture
@@ -143,9 +145,22 @@ def test_damaged_manifest_is_refused(tmp_path: Path, store: ObjectStore) -> None
     (folder / MANIFEST).write_text(json.dumps({**raw, "version": 99}))
     with pytest.raises(StorageError, match="version 99 of wav-commit"):
         verify(folder)
-    (folder / MANIFEST).write_text("{")
-    with pytest.raises(StorageError, match="damaged manifest"):
-        verify(folder)
+    listed = json.dumps({**raw, "meta": [1]}).encode()
+    for damage in (b"{", b"", b"[" * 5000, b"{\xff}", b'{"a": ' + b"9" * 5000, listed):
+        (folder / MANIFEST).write_bytes(damage)
+        with pytest.raises(DamagedError, match="damaged manifest"):
+            verify(folder)
+
+
+@pytest.mark.parametrize("damage", [b"[" * 5000, b"\xff\xfe", b"{"])
+def test_a_checkpoint_with_a_damaged_manifest_is_passed_over(damage: bytes, tmp_path: Path, store: ObjectStore) -> None:
+    """Here and in the store; the older one is gone on from."""
+    work = tmp_path / "checkpoints"
+    for step in (4, 8):
+        seal(folder_of(work / f"step-{step:08d}", str(step)), {"step": step})
+    (work / "step-00000008" / MANIFEST).write_bytes(damage)
+    store.put_bytes(f"p/step-00000012/{MANIFEST}", damage)
+    assert newest_checkpoint(work, store, "p") == work / "step-00000004"
 
 
 def test_retention(tmp_path: Path, store: ObjectStore) -> None:

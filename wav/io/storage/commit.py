@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from wav.errors import StorageError
+from wav.errors import StorageError, cut
 from wav.io.files import (
     MANIFEST,
     FileRecord,
@@ -54,14 +54,14 @@ class Manifest:
         )
 
     @staticmethod
-    def from_json(text: str, where: str) -> Manifest:
+    def from_json(text: bytes, where: str) -> Manifest:
         """Parse a manifest; DamagedError when it is damaged or of another format."""
         try:
             raw = check_format(json.loads(text), FORMAT, VERSION, where, "use a commit of this version", DamagedError)
-            return Manifest(manifest_files(raw), raw["meta"])
-        except (ValueError, KeyError, TypeError) as error:
+            return Manifest(manifest_files(raw), {**raw["meta"]})
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedError(
-                f"{where}: damaged manifest ({error}); delete this commit and use an older one"
+                f"{where}: damaged manifest ({cut(error)}); delete this commit and use an older one"
             ) from None
 
 
@@ -81,7 +81,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise DamagedError(f"{path}: missing, so {folder.name} is incomplete; delete the folder")
-    return Manifest.from_json(path.read_text(), str(path))
+    return Manifest.from_json(path.read_bytes(), str(path))
 
 
 def verify(folder: Path) -> Manifest:
@@ -219,4 +219,4 @@ def remote_manifest(store: ObjectStore, prefix: str) -> Manifest | None:
     key = f"{prefix}/{MANIFEST}"
     if store.head(key) is None:
         return None
-    return Manifest.from_json(store.get_bytes(key).decode(), store.uri(key))
+    return Manifest.from_json(store.get_bytes(key), store.uri(key))
