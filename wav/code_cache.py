@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import stat
@@ -29,9 +30,21 @@ def code_cache() -> Path | None:
     if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022:
         return folder
     log.warning(
-        "%s: is a link, or another user may write there, so compiled code is not kept; remove it or chmod 700", folder
+        "%s: is a link, or another user may write there, so compiled code is not kept; remove it, what lies in it too",
+        folder,
     )
     return None
+
+
+def code_folder(kind: str) -> Path:
+    """Folder for one kind of compiled code: below :func:`code_cache`, else a new one in the system's."""
+    folder = code_cache()
+    return folder / kind if folder else _temporary(kind)
+
+
+@functools.cache
+def _temporary(kind: str) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f"wav-{kind}-"))
 
 
 def prepare_compiler() -> None:
@@ -46,5 +59,4 @@ def prepare_compiler() -> None:
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # until torch 2.6
     setattr(config, name, max(getattr(config, name), RECOMPILATIONS))
     if not os.environ.get(INDUCTOR):
-        folder = code_cache()
-        os.environ[INDUCTOR] = str(folder / "inductor") if folder else tempfile.mkdtemp(prefix="wav-inductor-")
+        os.environ[INDUCTOR] = str(code_folder("inductor"))

@@ -145,13 +145,16 @@ def test_a_library_that_is_torn_or_of_another_origin_is_compiled_again(
         pytest.skip("no C compiler, or WAV_NATIVE=0")
     (kept,) = (tmp_path / "wav").iterdir()
     whole = kept.read_bytes()
-    for damage in (whole[:1000], b"", None):
+    for damage in (whole[:1000], b"", "link", "mode", *(["owner"] if os.geteuid() == 0 else [])):
         kept.unlink()  # the one that is loaded must stay whole
-        if damage is None:
+        kept.write_bytes(damage if isinstance(damage, bytes) else whole)
+        if damage == "link":
+            kept.rename(tmp_path / "elsewhere")
             kept.symlink_to(tmp_path / "elsewhere")
-            (tmp_path / "elsewhere").write_bytes(whole)
-        else:
-            kept.write_bytes(damage)
+        elif damage == "mode":  # left by another user before the folder was made safe: anybody can compute the name
+            kept.chmod(0o666)
+        elif damage == "owner":
+            os.chown(kept, 65534, -1)
         kernels._library.cache_clear()
         caplog.clear()
         assert kernels.available()
@@ -183,6 +186,7 @@ def test_a_place_where_others_may_write_keeps_no_code(
     assert not inductor.is_relative_to(tmp_path)
     assert inductor.stat().st_mode & 0o077 == 0
     inductor.rmdir()
+    code_cache._temporary.cache_clear()
     place.rmdir() if kind == "mode" else place.unlink()
     monkeypatch.setenv(code_cache.INDUCTOR, "")
     code_cache.prepare_compiler()

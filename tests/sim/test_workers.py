@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
+from wav import code_cache
 from wav.config import DataSettings
 from wav.errors import SimulationError
 from wav.sim import process, rendering, workers
@@ -71,6 +72,21 @@ def test_devices_are_those_cuda_leaves_visible_else_mesa(monkeypatch, devices, v
     monkeypatch.delenv(rendering.DEVICE_VARIABLE)
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
     assert rendering.DEVICE_VARIABLE not in rendering.simulator_environment(0)
+
+
+def test_numba_keeps_what_it_compiles_where_nobody_else_writes(monkeypatch, tmp_path):
+    """Indices that are unpickled, and machine code; of an installation that its user may not write to."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    monkeypatch.setattr(rendering.os, "access", lambda *_: False)
+    assert rendering.simulator_environment(0)["NUMBA_CACHE_DIR"] == str(tmp_path / "wav" / "numba")
+    (tmp_path / "wav").chmod(0o777)
+    elsewhere = Path(rendering.simulator_environment(0)["NUMBA_CACHE_DIR"])
+    assert not elsewhere.is_relative_to(tmp_path)
+    assert elsewhere.stat().st_mode & 0o077 == 0
+    assert str(elsewhere) == rendering.simulator_environment(1)["NUMBA_CACHE_DIR"]
+    elsewhere.rmdir()
+    code_cache._temporary.cache_clear()
 
 
 @pytest.mark.parametrize("visible", ["", "3"])

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from wav.code_cache import code_folder
 from wav.errors import ServiceError
-from wav.local import local_folder
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def simulator_environment(number: int) -> dict[str, str]:
     env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
     env.setdefault("PYTHONWARNINGS", "ignore")
     if not os.access(Path(np.__file__).parents[1], os.W_OK):  # numba caches beside robosuite's files, or in a home
-        env.setdefault("NUMBA_CACHE_DIR", str(local_folder() / "numba"))
+        env.setdefault("NUMBA_CACHE_DIR", str(code_folder("numba")))
     devices = simulator_devices() if env.get("MUJOCO_GL", "egl").lower() == "egl" else ()
     if devices:
         env[DEVICE_VARIABLE] = str(devices[number % len(devices)])

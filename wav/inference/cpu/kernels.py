@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import platform
+import stat
 import subprocess
 import tempfile
 import time
@@ -234,7 +235,7 @@ def _compiled(folder: Path) -> Path:
     parts = (SOURCE.read_text(), compiler, *FLAGS, platform.machine(), _processor())
     name = f"kernels-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
     for found in folder.glob(f"{name}-*.so"):
-        if found.is_file() and not found.is_symlink() and found.name == f"{name}-{_digest(found)}.so":
+        if _own(found) and found.name == f"{name}-{_digest(found)}.so":
             return found
         log.warning("%s: is damaged or not ours; compiled again", found)
         found.unlink()
@@ -254,6 +255,15 @@ def _compiled(folder: Path) -> Path:
         Path(built).unlink(missing_ok=True)
     log.info("CPU kernels: compiled in %.1f s, kept at %s", time.perf_counter() - began, kept)
     return kept
+
+
+def _own(library: Path) -> bool:
+    """Whether it is a file, no link, of this user's that nobody else may write to.
+
+    The folder says nothing of what was put there while others could: anybody can compute the name.
+    """
+    found = library.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
 def _digest(library: Path) -> str:
