@@ -26,8 +26,8 @@ from wav.processes import Group
 
 REMOTE = "local"  # name of the DVC remote in .dvc/config
 LAST_LINES = 12
-#: addresses of git that hold no password or token; a user alone, as in ssh://git@host, is none
-NO_SECRET = r"^(?!https?://[^/]*@)(?!\w+://[^/@]*:[^/@]*@)"
+#: addresses of git that hold no password or token: before an @ only a path, or a user of ssh; no query with a value
+NO_SECRET = r"^(?=[^@]*$|[./]|ssh://[^/@:]*@[^@]*$|[^/@:]*@[^@/]*:)(?!.*\?.*=)"
 #: a parameter that is such an address: Prefect's server refuses another one before it is written down anywhere
 GitAddress = Annotated[str, Field(json_schema_extra={"pattern": NO_SECRET})]
 

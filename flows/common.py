@@ -93,7 +93,7 @@ def require_services(runtime: Runtime) -> None:
     if not api:
         raise ServiceError(f"Prefect server: PREFECT_API_URL is not set and no local server was started; {REMEDY}")
     if problem := answers(lambda seconds: server_version(api, string, seconds)):
-        raise ServiceError(f"Prefect server at {api} (PREFECT_API_URL): {problem}; {REMEDY}")
+        raise ServiceError(f"Prefect server at {api.rpartition('@')[2]} (PREFECT_API_URL): {problem}; {REMEDY}")
     open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region).reach()
 
 

@@ -7,9 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows.common import require_services
+from wav.config import Runtime
+from wav.doctor import check_services
 from wav.errors import ServiceError
 from wav.local import bypass_proxies
 from wav.prefect_api import server_version
@@ -94,6 +99,26 @@ def test_a_wrong_authentication_string_is_said() -> None:
         assert "PREFECT_API_AUTH_STRING" in problem_at(url)
         assert "PREFECT_API_AUTH_STRING" in problem_at(url, "a:c")
         assert problem_at(url, "a:b") == ""
+
+
+@pytest.mark.parametrize("password", ["SECRET", "SEC@RET", "SEC/RET"])
+def test_an_address_that_holds_a_password_is_refused_and_not_repeated(
+    password: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would stand in the log and in Prefect's database."""
+    url = f"http://me:{password}@127.0.0.1:1/api"
+    assert problem_at(url) == "its address holds a password or token, which belongs in PREFECT_API_AUTH_STRING"
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    runtime = Runtime(store=f"file://{tmp_path}")
+    (check, _) = check_services(runtime)
+    assert check.text.startswith("127.0.0.1:1/api: its address holds a password")
+    with (
+        temporary_settings({PREFECT_API_URL: url}),
+        pytest.raises(ServiceError, match="its address holds") as found,
+    ):
+        require_services(runtime)
+    assert "Prefect server at 127.0.0.1:1/api (PREFECT_API_URL)" in str(found.value)
+    assert "RET" not in check.text + str(found.value)
 
 
 def test_byte_by_byte_is_silence() -> None:

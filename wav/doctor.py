@@ -96,7 +96,7 @@ def check_services(runtime: Runtime) -> Iterator[Check]:
         problem = f"{problem}; correct PREFECT_API_URL or run make up" if problem else ""
     else:
         problem = "PREFECT_API_URL is not set and no local server was started; run make up"
-    yield Check("prefect", not problem, ": ".join(filter(None, (api, problem))))
+    yield Check("prefect", not problem, ": ".join(filter(None, (api.rpartition("@")[2], problem))))
     try:
         open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region).check()
         yield Check("store", True, " at ".join(filter(None, (runtime.store, runtime.s3_endpoint))))

@@ -13,7 +13,7 @@ import reprlib
 import sys
 from collections.abc import Callable
 
-_USER = re.compile(r"(\w://)[^/\s@]*@")
+_USER = re.compile(r"(\w://)[^/\s]*@")
 
 
 class WavError(Exception):

@@ -27,9 +27,11 @@ def server_version(api: str, string: str | None = None, timeout_s: float = 5.0) 
     ``api`` is such as ``http://127.0.0.1:4200/api``; ``string`` the authentication string, None: this process's.
 
     Raises:
-        ServiceError: it answers, but refuses the string or is no Prefect server.
+        ServiceError: it answers, but refuses the string or is no Prefect server; ``api`` holds a password itself.
         OSError: it does not answer (a status of 500 and more counts as that).
     """
+    if "@" in api:
+        raise ServiceError(f"its address holds a password or token, which belongs in {STRING}")
     string = os.environ.get(STRING, "") if string is None else string
     headers = {"Authorization": f"Basic {base64.b64encode(string.encode()).decode()}"} if string else {}
     try:
