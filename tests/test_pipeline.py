@@ -25,7 +25,7 @@ from wav.io.readers import read_yaml
 from wav.local.workspace import make_workspace
 from wav.parameter_files import merge
 from wav.source_code import code_digest, stage_modules
-from wav.stages import CODE_STAGE, STAGES, TRAINING, dvc_yaml, write_code
+from wav.stages import CODE_STAGE, STAGES, TRAINING, dvc_yaml, listing, write_code
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -193,6 +193,19 @@ def test_files_that_parameters_name_are_looked_at(tmp_path: Path) -> None:
     (tmp_path / "set" / "episode_1.hdf5").touch()
     assert [line.partition(":")[0] for line in write_code(tmp_path)] == ["ingest"]
     assert yaml.safe_load(dvc_yaml())["stages"][CODE_STAGE]["always_changed"]
+
+
+def test_a_linked_folder_of_a_dataset_is_looked_into(tmp_path: Path) -> None:
+    """Videos on another disk; links in a circle, two to one folder, and one to nothing end too."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "0.mp4").touch()
+    (tmp_path / "set" / "meta").mkdir(parents=True)
+    for name, target in {"videos": "disk", "again": "disk", "meta/up": "set", "gone": "nothing"}.items():
+        (tmp_path / "set" / name).symlink_to(tmp_path / target)
+    before = listing(tmp_path / "set")
+    assert before.startswith("1 files")
+    (tmp_path / "disk" / "0.mp4").write_text("longer")
+    assert listing(tmp_path / "set") != before
 
 
 @pytest.mark.integration

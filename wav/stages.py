@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -278,7 +279,7 @@ def listing(path: Path) -> str:
 
     Hidden files are nobody's. Contents are not read: a dataset may have a terabyte.
     """
-    found = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+    found = sorted(_below(path)) if path.is_dir() else [path] if path.is_file() else []
     digest, count = hashlib.sha256(), 0
     for file in found:
         name = file.relative_to(path)
@@ -288,6 +289,19 @@ def listing(path: Path) -> str:
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
         count += 1
     return f"{count} files, {digest.hexdigest()[:16]}" if count else ""
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """The files below a folder, those of linked folders too (videos on another disk); each folder once."""
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(place) / name for name in files)
 
 
 def main(arguments: list[str] | None = None) -> int:
