@@ -230,10 +230,15 @@ def test_a_server_that_ignores_conditions_gets_no_champion(tmp_path: Path) -> No
         assert "champion" not in server.objects
 
 
-def test_a_server_without_versions_is_used() -> None:
+def test_a_server_without_versions_is_used_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    with FakeS3() as server:
+        open_store("s3://b", server.endpoint).check()
+    assert "keeps no versions" not in caplog.text
     with FakeS3("versions") as server:
         store = open_store("s3://b", server.endpoint)
         store.check()
+        assert "s3://b: the bucket keeps no versions, so no champion can be rolled back" in caplog.text
+        assert "put-bucket-versioning --bucket b " in caplog.text
         store.put_bytes("a", b"1")
         assert len(store.versions("a")) == 1
         assert set(server.objects) == {"a"}

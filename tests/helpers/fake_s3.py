@@ -1,7 +1,8 @@
 """A small S3 server in memory, as complete or as incomplete as compatible servers are. Standard library only.
 
 ``without`` names what it lacks: ``checksums`` (501 to a request that asks for one), ``conditions`` (If-Match and
-If-None-Match are ignored), ``versions`` (no ListObjectVersions); ``region``: the only one it takes signatures for.
+If-None-Match are ignored), ``versions`` (no write gets one, no ListObjectVersions); ``region``: the only one it takes
+signatures for.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._error(412, "PreconditionFailed", "a condition does not hold")
         kept = {k.lower(): v for k, v in self.headers.items() if k.lower().startswith("x-amz-meta-")}
         self.owner.objects[name] = (body, kept)
-        return self._answer(200, b"", {"ETag": etag(body)})
+        version = {} if "versions" in lacks else {"x-amz-version-id": "1"}
+        return self._answer(200, b"", {"ETag": etag(body), **version})
 
     def _get(self, name: str) -> None:
         if name not in self.owner.objects:

@@ -69,6 +69,7 @@ class S3Store:
         self.url = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         self._attempts, self._checksums = attempts, True  # until a server shows that it knows none
         self._conditions: bool | None = None  # not asked yet
+        self._versioned = False  # whether the last object that conditions() wrote got a version
         self._transfer = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES)
         with self._explained(""):
             try:
@@ -140,13 +141,20 @@ class S3Store:
         if not impatient._checksums:
             self._checksums = False
             self._client = self._connect(self._attempts)
+        if not impatient._versioned:
+            _LOG.warning(
+                "%s: the bucket keeps no versions, so no champion can be rolled back; where the server can, switch "
+                "them on: aws s3api put-bucket-versioning --bucket %s --versioning-configuration Status=Enabled",
+                self.url,
+                self.bucket,
+            )
         if not self._conditions:
             _LOG.warning("%s: the server ignores conditions on writes: no champion can be promoted there", self.url)
 
     def conditions(self) -> bool:
         """Whether conditional writes are kept, tried on an object of our own: some servers ignore the condition."""
         key = f".check/{uuid.uuid4().hex}"
-        self._put(key, b"1")
+        self._versioned = bool(self.put_bytes(key, b"1").version)
         try:
             return self._put(key, b"2", IfNoneMatch="*") is None and self._put(key, b"2", IfMatch=f'"{key}"') is None
         except TransferError:
