@@ -39,7 +39,7 @@ from flows.provenance import PARENT_VARIABLE, hash_table, run_url
 from flows.server import run_flow, show
 from wav.cluster import Cluster, open_cluster
 from wav.config import Runtime, Settings, load_settings
-from wav.errors import ServiceError, WavError, exit_status
+from wav.errors import ServiceError, exit_status, foreseeable
 from wav.io.files import write_json
 from wav.io.storage import ObjectStore, open_store
 from wav.local import adopt_local_services
@@ -169,7 +169,7 @@ class _OneLineErrors(logging.Filter):
     """Drop the traceback of errors that are the input's or the environment's fault; the message says it all."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if record.exc_info and isinstance(record.exc_info[1], WavError):
+        if record.exc_info and record.exc_info[1] is not None and foreseeable(record.exc_info[1]):
             record.exc_info, record.exc_text = None, None
         return True
 

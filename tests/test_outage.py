@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.schemas.automations import EventTrigger
 from prefect.states import Running
 
+from flows.common import _OneLineErrors
 from flows.retrain import retrain
 from flows.server import run_flow
 from infra import deploy
@@ -99,6 +101,16 @@ def test_a_flow_fails_with_its_own_error_when_the_server_died(error: BaseExcepti
     with pytest.raises(type(error)) as found:
         run_flow(fake(error))
     assert found.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "traced"), [(DataError("a"), False), (PermissionError(13, "no", "/x"), False), (OSError(5, "no"), True)]
+)
+def test_only_a_fault_of_the_code_is_logged_with_its_traceback(error: Exception, traced: bool) -> None:
+    """As the commands tell it: what the system says of a file is none."""
+    record = logging.LogRecord("prefect.flow_runs", logging.ERROR, "", 0, "%s", (error,), (type(error), error, None))
+    assert _OneLineErrors().filter(record)
+    assert bool(record.exc_info) is traced
 
 
 def test_a_flow_that_made_everything_ends_well_when_the_server_died(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,11 +79,18 @@ def print_any_name() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def foreseeable(error: BaseException) -> bool:
+    """Whether an error is no fault of the code: a :class:`WavError`, or what the system says of a file.
+
+    Such as of a folder that may not be written, or a name that is too long.
+    """
+    return isinstance(error, WavError) or (isinstance(error, OSError) and error.filename is not None)
+
+
 def exit_status(run: Callable[[], int | None], prefix: str = "", interrupted: str = "interrupted") -> int:
     """Exit status of an entry point: what ``run`` returns (None: 0), 1 after a foreseeable error, 130 after Ctrl-C.
 
-    Foreseeable are a :class:`WavError` and what the system says of files (a folder that may not be written, a name that
-    is too long): one line on stderr. Anything else is a fault of the code and keeps its traceback.
+    What is :func:`foreseeable` is one line on stderr. Anything else is a fault of the code and keeps its traceback.
 
     ``prefix`` goes before the line on stderr, such as ``"wav act: "``.
     """
@@ -99,7 +106,7 @@ def exit_status(run: Callable[[], int | None], prefix: str = "", interrupted: st
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.filename is None:
+        if not foreseeable(error):
             raise
         message = f"{cut(error.filename)}: {error.strerror or error}; check the path, its permissions and the disk"
     sys.stderr.write(f"{prefix}{message}\n")

@@ -73,17 +73,20 @@ def test_a_node_without_the_shared_folder_or_with_other_code_says_so(
     path = tmp_path / "spec.json"
     raw = json.loads(spec_of(pretrain_video={"nodes": 2}).to_json())
     path.write_text(json.dumps({**raw, "code": "other"}))
+    (tmp_path / "damaged.json").write_bytes(b"\xff")
     ranks = [(str(tmp_path / "elsewhere.json"), "2"), (str(path), "2"), (str(path), "3")]
+    ranks += [(str(tmp_path / "damaged.json"), "2")]
     code = "import json, os, sys\nfrom wav.training import loop\nfor spec, ranks in json.loads(sys.argv[1]):\n"
     code += "    os.environ['WORLD_SIZE'], sys.argv = ranks, ['loop', spec]\n    assert loop.main() == 1"
     rank = {"RANK": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     argv = [sys.executable, "-c", code, json.dumps(ranks)]
     done = subprocess.run(argv, env=os.environ | rank, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
-    share, other, count = done.stdout.splitlines()
+    share, other, count, damaged = done.stdout.splitlines()
     assert "must lie on a file system that all of them share" in share
     assert "its code is not that of the run" in other
     assert "WORLD_SIZE = 3: pretrain_video has 2 nodes of 1 ranks; start 2" in count
+    assert "training spec: text: Invalid JSON" in damaged
 
 
 class Rack:

@@ -21,8 +21,12 @@ from wav.training.spec import TrainPaths, TrainSpec, make_spec
 def test_text_roundtrip(spec_of) -> None:
     spec = spec_of(pretrain_video={"learning_rate": 3e-4})
     assert TrainSpec.from_json(spec.to_json()) == spec
-    with pytest.raises(ConfigError, match="training spec"):
-        TrainSpec.from_json("{}")
+
+
+@pytest.mark.parametrize("damage", ["{}", "{", b"\xff", "[" * 5000])
+def test_a_damaged_spec_is_one_sentence(damage: str | bytes) -> None:
+    with pytest.raises(ConfigError, match=r"^training spec: [^\n]{,200}; write it with wav.training.spec.make_spec$"):
+        TrainSpec.from_json(damage)
 
 
 def test_key_follows_what_changes_the_result(spec_of) -> None:

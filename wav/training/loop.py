@@ -319,7 +319,7 @@ def main() -> int:
                 f"training spec {sys.argv[-1]!r}: no such file; give the JSON that make_spec describes (on several "
                 "nodes the run's folders must lie on a file system that all of them share)"
             )
-        spec = TrainSpec.from_json(path.read_text())
+        spec = TrainSpec.from_json(path.read_bytes())
         adopt_launcher()
         if spec.train.nodes > 1:
             check_node(spec)

@@ -21,7 +21,7 @@ from wav.config import (
     TrainJointSettings,
     TrainValueSettings,
 )
-from wav.errors import ConfigError, DataError
+from wav.errors import ConfigError, DataError, cut
 from wav.io.files import canonical_digest, file_digest, read_json
 from wav.source_code import digests, modules
 from wav.stages import STAGES, TRAINING
@@ -101,12 +101,14 @@ class TrainSpec:
         return TypeAdapter(TrainSpec).dump_json(self, indent=1).decode()
 
     @staticmethod
-    def from_json(text: str) -> TrainSpec:
+    def from_json(text: str | bytes) -> TrainSpec:
         """Read what :meth:`to_json` wrote; ConfigError when it is something else."""
         try:
             return TypeAdapter(TrainSpec).validate_json(text)
         except ValidationError as error:
-            raise ConfigError(f"training spec: {error}; write it with wav.training.spec.make_spec") from None
+            first = error.errors()[0]
+            problem = ": ".join((".".join(map(str, first["loc"])) or "text", cut(first["msg"])))
+            raise ConfigError(f"training spec: {problem}; write it with wav.training.spec.make_spec") from None
 
 
 def make_spec(
