@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from wav.errors import CheckpointError, StorageError
+from wav.io.files import MANIFEST
 from wav.io.storage import ObjectInfo
 from wav.io.storage.base import TransferError
 from wav.io.storage.commit import Retention, publish, seal
@@ -145,6 +146,16 @@ def test_a_checkpoint_that_does_not_say_how_it_is_cut_is_one_sentence(store: Fau
     one = World(0, 1, torch.device("cpu")), Layout(1, 0, "fp32")
     with pytest.raises(CheckpointError, match=f"{folder.name}/manifest.json: lacks 'ranks'.*delete the folder and run"):
         Checkpoints(tmp_path / "work", store, "training/stage/key", Retention(), *one).find()
+
+
+def test_a_damaged_checkpoint_holds_up_no_thinning_out(store: Faulty, tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        folder = checkpoint(tmp_path / "work", step)
+        if step < 6:
+            (folder / MANIFEST).write_bytes(b"{")
+    one = World(0, 1, torch.device("cpu")), Layout(1, 0, "fp32")
+    Checkpoints(tmp_path / "work", store, "training/stage/key", Retention(last=2), *one)._prune()
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == ["step-00000004", "step-00000006"]
 
 
 def test_an_old_listing_loses_nothing(store: Faulty, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

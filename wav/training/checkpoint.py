@@ -6,6 +6,7 @@ states, and a manifest written last (:mod:`wav.io.storage.commit`). Without a ma
 
 from __future__ import annotations
 
+import functools
 import logging
 import random
 import shutil
@@ -23,7 +24,7 @@ from wav.errors import CheckpointError, StorageError, cut
 from wav.io.files import MANIFEST, replace_folder, require_free_space
 from wav.io.readers import understood
 from wav.io.storage.base import ObjectStore, disk_errors, patiently
-from wav.io.storage.commit import Retention, publish, read_manifest, retain, seal
+from wav.io.storage.commit import Retention, facts_of, publish, read_manifest, retain, seal
 from wav.seeding import derive_seed
 from wav.training.ema import Ema
 from wav.training.engine import World
@@ -247,7 +248,8 @@ class Checkpoints:
         return complete[-1] if complete else None
 
     def _prune(self) -> None:
-        facts = {folder.name: read_manifest(folder).meta for folder in local_checkpoints(self.folder)}
+        found = local_checkpoints(self.folder)
+        facts = {folder.name: facts_of(functools.partial(read_manifest, folder)) for folder in found}
         for name in self.keep.old(facts):
             if not self.uploader.holds(self.folder / name):
                 remove(self.folder / name)

@@ -163,6 +163,19 @@ def test_a_checkpoint_with_a_damaged_manifest_is_passed_over(damage: bytes, tmp_
     assert newest_checkpoint(work, store, "p") == work / "step-00000004"
 
 
+def test_a_damaged_manifest_holds_up_no_other_commit(tmp_path: Path, store: ObjectStore) -> None:
+    """A run that goes on from an older checkpoint comes to that step again, and thins out what it has."""
+    folder = folder_of(tmp_path / "a", "x")
+    seal(folder, {"step": 1})
+    for step in (1, 2, 3):
+        publish(store, folder, f"p/step-{step}")
+    store.put_bytes(f"p/step-1/{MANIFEST}", b"{")
+    assert retain(store, "p", Retention(last=2, best=1)) == ["p/step-1"]
+    store.put_bytes(f"p/step-3/{MANIFEST}", b"{")
+    publish(store, folder, "p/step-3")
+    assert fetch(store, "p/step-3", tmp_path / "b").meta == {"step": 1}
+
+
 def test_retention(tmp_path: Path, store: ObjectStore) -> None:
     for step in range(4):
         folder = folder_of(tmp_path / str(step), str(step))

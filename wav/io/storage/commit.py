@@ -6,10 +6,11 @@ folder and its manifest last, so a prefix without a manifest is not a commit and
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,11 +96,14 @@ def verify(folder: Path) -> Manifest:
 def publish(store: ObjectStore, folder: Path, prefix: str) -> Manifest:
     """Upload a sealed folder below ``prefix``, manifest last; returns it with the objects' version ids.
 
-    Publishing the same content twice uploads nothing. Other content under the same prefix first loses its
-    manifest, so that no reader sees a mixture.
+    Publishing the same content twice uploads nothing. Other content under the same prefix, or a damaged manifest, first
+    loses its manifest, so that no reader sees a mixture.
     """
     manifest = read_manifest(folder)
-    remote = remote_manifest(store, prefix)
+    try:
+        remote = remote_manifest(store, prefix)
+    except DamagedError:
+        remote = Manifest((), {})
     if remote is not None:
         if [(e.path, e.sha256) for e in remote.files] == [(e.path, e.sha256) for e in manifest.files]:
             return remote
@@ -209,9 +213,18 @@ def superseded(store: ObjectStore, prefix: str, keep: Retention) -> list[str]:
     """Commits below ``prefix`` that ``keep`` does not keep."""
     facts: dict[str, Mapping[str, Scalar]] = {}
     for commit in commits(store, prefix):
-        manifest = remote_manifest(store, commit) if keep.best or keep.every else None  # else names tell
-        facts[commit] = manifest.meta if manifest else {}
+        read = functools.partial(remote_manifest, store, commit)
+        facts[commit] = facts_of(read) if keep.best or keep.every else {}  # else names tell
     return keep.old(facts)
+
+
+def facts_of(read: Callable[[], Manifest | None]) -> Mapping[str, Scalar]:
+    """Facts of the manifest that ``read`` gives; none of a damaged one, so that it holds up no other commit."""
+    try:
+        found = read()
+    except DamagedError:
+        return {}
+    return found.meta if found else {}
 
 
 def remote_manifest(store: ObjectStore, prefix: str) -> Manifest | None:
