@@ -33,15 +33,18 @@ def old_runs(folder: Path, store: ObjectStore, days: int) -> Iterator[str]:
     """Remove what runs of long ago left in ``runs/``, here and in the store; yields a line per run.
 
     Runs in which nothing is younger than ``days`` go; 0: none. Champions lie elsewhere (``policies/``), and so do
-    trainings' checkpoints (``wav storage gc``).
+    trainings' checkpoints (``wav storage gc``). A folder that cannot be removed stays, with a line; so do links.
     """
     if not days:
         return
     before = time.time() - days * DAY
-    for path in sorted(folder.glob("*/")):
-        if max(item.lstat().st_mtime for item in (path, *path.rglob("*"))) < before:
-            shutil.rmtree(path)
-            yield f"removed {path}: nothing in it is younger than {days} days"
+    for path in sorted(path for path in folder.glob("*/") if not path.is_symlink()):
+        try:
+            if max(item.lstat().st_mtime for item in (path, *path.rglob("*"))) < before:
+                shutil.rmtree(path)
+                yield f"removed {path}: nothing in it is younger than {days} days"
+        except OSError as error:  # another user's files, say: no reason to end a retrain
+            yield f"could not remove {path}: {error}; remove it by hand"
     runs: dict[str, list[tuple[str, float]]] = {}
     for info in store.list("runs/"):
         runs.setdefault(info.key.split("/")[1], []).append((info.key, info.modified))

@@ -28,7 +28,7 @@ from flows.common import begin_deployed, by_hand, step
 from flows.housekeeping import old_runs, tell_stale
 from flows.provenance import PARENT_VARIABLE, run_url
 from wav.config import load_settings
-from wav.errors import TrainingError, WavError
+from wav.errors import StorageError, TrainingError, WavError
 from wav.io.storage import open_store
 from wav.io.storage.base import TransferError, patiently
 from wav.io.storage.commit import fetch, publish, remote_manifest, seal
@@ -174,9 +174,12 @@ def hand_over(then: str) -> str:
 
 @step("clean up")
 def clean_up(run: Retrain, days: int) -> None:
-    """Remove the runs of old, here and in the store."""
-    for line in old_runs(run.folder.parent, run.store, days):
-        get_run_logger().info("%s", line)
+    """Remove the runs of old, here and in the store; what is in the way of that is in the way of nothing else."""
+    try:
+        for line in old_runs(run.folder.parent, run.store, days):
+            get_run_logger().info("%s", line)
+    except StorageError as error:
+        get_run_logger().warning("old runs stay: %s", error)
 
 
 @flow(name="retrain")
@@ -225,6 +228,7 @@ def retrain(
     used = {"base": base, "checkout": place, **asdict(rules), "remote": remote or "the default one"}
     used |= {"push_to": push_to or "nowhere", "champion": run.champion_name}
     publish_numbers("parameters", used, "what this retrain works with")
+    clean_up(run, keep_days)  # first, so that weeks of failed retrains fill no disk
     with clone.locked():
         branch = check_out(run, base)
         pull(run, remote)
@@ -242,7 +246,6 @@ def retrain(
     logger.info("%s: %s", "promoted" if verdict.promote else "not promoted", verdict.reason)
     if run.current and verdict.kind == "refused":
         tell_stale(run.name, run.current[0].promoted, stale_days, verdict.reason)
-    clean_up(run, keep_days)
     return verdict.reason
 
 

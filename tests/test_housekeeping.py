@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -40,6 +41,29 @@ def test_old_runs_go_here_and_in_the_store(tmp_path: Path) -> None:
     assert {info.key for info in store.list("runs/")} == {"runs/growing/a.json", "runs/growing/b.json"}
     assert policy.is_file()
     assert list(old_runs(runs, store, 90)) == []
+
+
+def test_a_link_and_a_folder_that_cannot_be_removed_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, runs = open_store((tmp_path / "store").as_uri()), tmp_path / "runs"
+    for name in ("a", "b"):
+        aged(runs / name / "file", 91)
+        aged(runs / name, 91)
+    (runs / "latest").symlink_to("a")
+    os.utime(runs / "latest", (0, 0), follow_symlinks=False)
+    remove = shutil.rmtree
+
+    def owned_by_another(path: Path) -> None:
+        if path.name == "a":
+            raise PermissionError(13, "Permission denied", str(path / "file"))
+        remove(path)
+
+    monkeypatch.setattr(shutil, "rmtree", owned_by_another)
+    first, second = old_runs(runs, store, 90)
+    assert first.startswith(f"could not remove {runs / 'a'}: [Errno 13] Permission denied")
+    assert second.startswith(f"removed {runs / 'b'}:")
+    assert sorted(path.name for path in runs.iterdir()) == ["a", "latest"]
 
 
 def test_an_old_champion_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:

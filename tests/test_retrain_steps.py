@@ -19,6 +19,7 @@ from flows.challenge import Retrain
 from flows.checkout import Checkout, Finished
 from tests.helpers.retrain import policy, retrain_of
 from wav.errors import StorageError, TrainingError
+from wav.promotion import Verdict
 from wav.stages import dvc_yaml
 
 
@@ -147,3 +148,40 @@ def test_files_that_the_remote_lacks_are_made_again(run: Retrain, monkeypatch: p
     answers = {"fetch": Finished(1, said), "checkout": Finished(0, ())}
     monkeypatch.setattr(run.checkout, "dvc", lambda *arguments: answers[arguments[0]])
     retrain.pull.fn(run, "")
+
+
+@pytest.fixture
+def whole(run: Retrain, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The flow itself, each of whose steps does nothing; what it removes, and of whom it tells."""
+    seen = SimpleNamespace(verdict=Verdict("unchanged", "nothing changed"), removed=[], told=[])
+    runtime, project = run.runtime, run.checkout.folder
+    monkeypatch.setattr(retrain, "begin_deployed", lambda: (runtime, project, project / "runs" / "7"))
+    monkeypatch.setattr(retrain, "publish_numbers", lambda *_: None)
+    monkeypatch.setattr(retrain, "publish_markdown", lambda *_: None)
+    for name in ("pull", "reproduce"):
+        monkeypatch.setattr(retrain, name, lambda *_: None)
+    for name in ("check_out", "push"):
+        monkeypatch.setattr(retrain, name, lambda *_: "abc")
+    monkeypatch.setattr(retrain, "clean_up", retrain.clean_up.fn)
+    monkeypatch.setattr(retrain, "challenge", lambda *_: seen.verdict)
+    monkeypatch.setattr(retrain, "tell_stale", lambda *given: seen.told.append(given))
+    monkeypatch.setattr(retrain, "old_runs", lambda *given: seen.removed.append(given) or iter(()))
+    return seen
+
+
+def test_old_runs_go_whether_or_not_the_retrain_gets_through(
+    whole: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise TrainingError("stage export failed")
+
+    def refuse(*given: object) -> Iterator[str]:
+        whole.removed.append(given)
+        raise StorageError("s3://wav/runs/1: AccessDenied")
+
+    monkeypatch.setattr(retrain, "old_runs", refuse)
+    assert retrain.retrain.fn() == "nothing changed"
+    monkeypatch.setattr(retrain, "reproduce", fail)
+    with pytest.raises(TrainingError):
+        retrain.retrain.fn(keep_days=30)
+    assert [days for _, _, days in whole.removed] == [90, 30]
