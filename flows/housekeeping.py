@@ -24,7 +24,7 @@ def tell_stale(name: str, promoted: str, days: int, reason: str) -> bool:
     if age <= days:
         return False
     resource = {"prefect.resource.id": f"wav.champion.{name}", "prefect.resource.name": name}
-    payload = {"text": f"champion {name} is {age} days old; the newest candidate was refused: {reason}"}
+    payload = {"text": f"champion {name} is {age} days old; no newer one takes its place: {reason}"}
     show("the champion's age", lambda: emit_event(STALE, resource, payload=payload))
     return True
 

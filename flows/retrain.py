@@ -209,7 +209,7 @@ def retrain(
         remote: DVC remote; empty: the default one.
         push_to: git remote or URL, without a password or token, that the branch is pushed to; empty: to none.
         champion: name of the champion; empty: the suite's.
-        stale_days: a champion that is older when a candidate is refused is told about (docs/operations.md).
+        stale_days: a champion that is older and stays is told about (docs/operations.md).
         keep_days: older folders of ``runs/`` are removed, here and in the store; 0: none.
         then: deployment of this flow, on a machine that shares the checkout's folder, which goes on once the data
             stages are made here; empty: all of it is done here.
@@ -244,7 +244,7 @@ def retrain(
     if then:
         return hand_over(then)
     logger.info("%s: %s", "promoted" if verdict.promote else "not promoted", verdict.reason)
-    if run.current and verdict.kind == "refused":
+    if run.current and not verdict.promote:
         tell_stale(run.name, run.current[0].promoted, stale_days, verdict.reason)
     return verdict.reason
 

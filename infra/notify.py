@@ -1,4 +1,4 @@
-"""Who is told when a retrain fails, its worker dies, or a champion has grown old: an automation of the Prefect server.
+"""Who is told of a retrain that fails, dies or never starts, and of an old champion: an automation of Prefect's server.
 
 ``WAV_NOTIFY=TYPE/NAME`` names a notification block of the server (e-mail, Slack, Teams, a webhook of your own), which
 holds the address and its secrets; ``make deploy`` makes the automation that writes to it (docs/operations.md).
@@ -19,12 +19,14 @@ from wav.errors import ServiceError
 
 VARIABLE = "WAV_NOTIFY"
 AUTOMATION = "wav: tell of failed retrains and old champions"
-#: a run whose worker died becomes Crashed by the automation of infra/deploy.py, which this one sees too
-EVENTS = {"prefect.flow-run.Failed", "prefect.flow-run.Crashed", STALE}
+#: a run whose worker died becomes Crashed by the automation of infra/deploy.py, which this one sees too; one that
+#: nobody takes when its time has come becomes Late by the server itself
+EVENTS = {"prefect.flow-run.Failed", "prefect.flow-run.Crashed", "prefect.flow-run.Late", STALE}
 FLOW = "retrain"
 BODY = (
     "{% if event.payload.text %}{{ event.payload.text }}{% else %}retrain {{ flow_run.name }} is "
-    "{{ flow_run.state.name }}: {{ flow_run.state.message }}{% endif %} {{ flow_run|ui_url }}"
+    "{{ flow_run.state.name }}: {{ flow_run.state.message or 'no worker took it; one is down or busy' }}{% endif %} "
+    "{{ flow_run|ui_url }}"
 )
 
 
@@ -32,7 +34,7 @@ def automation(block: UUID) -> AutomationCore:
     """Write to a notification block at once, one message an event."""
     return AutomationCore(
         name=AUTOMATION,
-        description="A retrain failed or crashed, or refused a candidate while the champion is older than stale_days.",
+        description="A retrain failed, crashed or did not start, or left a champion that is older than stale_days.",
         trigger=EventTrigger(
             expect=EVENTS,
             match_related=ResourceSpecification({"prefect.resource.role": "flow", "prefect.resource.name": FLOW}),

@@ -75,4 +75,4 @@ def test_an_old_champion_is_told_about(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tell_stale("tabletop", (now - timedelta(days=30)).isoformat(), 28, "may be worse")
     ((event, resource), more) = told[0]
     assert (event, resource["prefect.resource.name"]) == ("wav.champion.stale", "tabletop")
-    assert more["payload"]["text"].startswith("champion tabletop is 30 days old; the newest candidate was refused")
+    assert more["payload"]["text"].startswith("champion tabletop is 30 days old; no newer one takes its place: may be")

@@ -1,4 +1,4 @@
-"""Failed and crashed retrains and old champions reach a webhook; other flows, and good ends, do not."""
+"""Failed, crashed and late retrains and old champions reach a webhook; other flows, and good ends, do not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import BlockDocumentCreate
 from prefect.client.schemas.objects import State
-from prefect.states import Completed, Crashed, Failed
+from prefect.states import Completed, Crashed, Failed, Late
 
 from infra import notify
 from infra.deploy import make_automation
@@ -73,7 +73,7 @@ def end(client: SyncPrefectClient, flow: str, state: State[None]) -> None:
     client.set_flow_run_state(UUID(reply.json()["id"]), state, force=True)
 
 
-def test_failed_and_crashed_retrains_and_old_champions_are_told(
+def test_failed_crashed_and_late_retrains_and_old_champions_are_told(
     environment: dict[str, str],  # noqa: F811
     received: tuple[str, list[str]],
 ) -> None:
@@ -89,14 +89,16 @@ def test_failed_and_crashed_retrains_and_old_champions_are_told(
         end(client, "retrain", Completed(message="a good end"))
         end(client, "retrain", Failed(message="stage export failed"))
         end(client, "retrain", Crashed(message="No heartbeat"))
+        end(client, "retrain", Late())
     there = environment | {"PYTHONPATH": str(PROJECT)}
     subprocess.run([sys.executable, "-c", STALE], cwd=PROJECT, env=there, check=True)
     deadline = time.monotonic() + 60
-    while len(texts) < 3 and time.monotonic() < deadline:
+    while len(texts) < 4 and time.monotonic() < deadline:
         time.sleep(0.5)
     time.sleep(2)  # whatever else may come
-    assert len(texts) == 3, texts
+    assert len(texts) == 4, texts
     told = "\n".join(texts)
-    for part in ("is Failed: stage export failed", "is Crashed: No heartbeat", "champion tabletop is "):
+    late = "is Late: no worker took it"
+    for part in ("is Failed: stage export failed", "is Crashed: No heartbeat", late, "champion tabletop is "):
         assert part in told
     assert all("/runs/flow-run/" in text for text in texts)

@@ -185,3 +185,13 @@ def test_old_runs_go_whether_or_not_the_retrain_gets_through(
     with pytest.raises(TrainingError):
         retrain.retrain.fn(keep_days=30)
     assert [days for _, _, days in whole.removed] == [90, 30]
+
+
+@pytest.mark.parametrize("kind", ["promoted", "unchanged", "refused"])
+def test_a_champion_that_stays_is_asked_for_its_age(whole: SimpleNamespace, run: Retrain, kind: str) -> None:
+    """Weeks in which nothing changed make it old as well as weeks of refused candidates do."""
+    whole.verdict = Verdict(kind, "so")
+    retrain.retrain.fn(stale_days=14)
+    assert run.current is not None
+    asked = [("tabletop", run.current[0].promoted, 14, "so")]
+    assert whole.told == ([] if kind == "promoted" else asked)
