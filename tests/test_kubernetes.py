@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
+from uuid import uuid4
 
 import pytest
 import yaml
-from prefect.client.schemas.objects import WorkPool
+from prefect.client.schemas.objects import FlowRun, WorkPool
 from prefect.utilities.templating import apply_values
+from prefect.workers.base import BaseJobConfiguration
 
-from infra.deploy import base_job_template
+from infra.deploy import TYPES, base_job_template
 from infra.kubernetes.__main__ import PORT, job
 from wav.cluster import GPU
 from wav.local.ports import PORTS
@@ -57,8 +63,23 @@ def run_of_the_pool(kind: str, deployment: str) -> dict[str, Any]:
     values = {name: variable["default"] for name, variable in known.items() if "default" in variable}
     chosen = entry["work_pool"].get("job_variables", {})
     assert set(chosen) <= set(known), "a deployment sets what the pool refuses"
-    values |= chosen | {"name": "run", "command": "true", "env": {}, "labels": {}}
+    values |= chosen | {"name": "run", "env": {}, "labels": {}}
     return dict(apply_values(template["job_configuration"], values))
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_run_names_neither_its_command_nor_what_runs_it(kind: str) -> None:
+    """Prefect's workers fill in their own command where a template has none."""
+    template = base_job_template(kind)
+    known = template["variables"]
+    assert known["additionalProperties"] is False
+    asked = set(re.findall(r"{{\s*(\w+)\s*}}", json.dumps(template["job_configuration"])))
+    assert asked <= set(known["properties"])
+    refused = {"command", "working_dir", "image", "namespace", "service_account", "volumes", "privileged"}
+    assert not refused & set(known["properties"])
+    made = asyncio.run(BaseJobConfiguration.from_template_and_values(template, {"command": "mine"}, client=MagicMock()))
+    made.prepare_for_flow_run(FlowRun(flow_id=uuid4(), name="run"))
+    assert made.command == "prefect flow-run execute"
 
 
 @pytest.mark.parametrize(("deployment", "gpus"), [("train-joint", 1), ("encode", 0)])
