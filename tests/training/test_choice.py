@@ -181,3 +181,18 @@ def test_what_a_kill_left_is_swept(store: Faulty, tmp_path: Path) -> None:
     half.with_name(".step-00000002.gone").mkdir()
     assert chosen(store, tmp_path / "here") == "12"
     assert list((tmp_path / "here").iterdir()) == [whole]
+
+
+def test_what_was_half_made_goes_once_a_checkpoint_is_found_and_no_sooner(store: Faulty, tmp_path: Path) -> None:
+    """Of a checkpoint's size each; a download that broke off is what the next try goes on from."""
+    upload(store, tmp_path / "other machine", 12, 20)
+    here = tmp_path / "here"
+    for name in (".step-00000008.part", ".step-00000012.0123456789ab.part", ".step-00000016.universal"):
+        (here / name).mkdir(parents=True)
+    store.trouble = Outage(10**6, only="get")
+    with pytest.raises(TransferError):
+        chosen(store, here)
+    assert len(list(here.glob(".step-*"))) == 3
+    store.trouble = Outage(0)
+    assert chosen(store, here) == "20"
+    assert sorted(path.name for path in here.iterdir()) == ["step-00000020"]

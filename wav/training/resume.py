@@ -37,6 +37,13 @@ def newest_checkpoint(folder: Path, store: ObjectStore, prefix: str) -> Path | N
     Trouble is waited for where that may help, and then raised (StorageError).
     """
     sweep(folder)
+    found = _newest(folder, store, prefix)
+    for path in folder.glob(".step-*"):  # of saves, downloads and conversions that were killed: none goes on any more
+        shutil.rmtree(path, ignore_errors=True)
+    return found
+
+
+def _newest(folder: Path, store: ObjectStore, prefix: str) -> Path | None:
     local = {path.name: path for path in local_checkpoints(folder)}
     stored = patiently(lambda: stored_checkpoints(store, prefix), LOG.warning)
     for name in sorted({*local, *stored}, reverse=True):
