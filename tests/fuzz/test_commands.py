@@ -14,7 +14,7 @@ import pytest
 
 from tests.fuzz.tally import Tally, WrongError, blocks
 from wav import cli, doctor
-from wav.errors import MESSAGE_CHARACTERS
+from wav.errors import MESSAGE_CHARACTERS, WavError
 
 WORDS = [
     "",
@@ -155,7 +155,7 @@ def command(rng: np.random.Generator) -> list[str]:
 
 
 def run(argv: list[str]) -> None:
-    """One command; WrongError where its status and what it said do not agree."""
+    """One command: a WavError where it refused, WrongError where its status and what it said do not agree."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True) for _ in range(2))
     status: object = 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -168,6 +168,10 @@ def run(argv: list[str]) -> None:
     told = any(word in printed for word in (b"FAIL", b"BAD", b'"ok": false'))  # in the report that was asked for
     if status not in (0, 1, 2) or (status == 1 and len(lines) != 1 and not told):
         raise WrongError(f"status {status}, {len(lines)} lines: {said[-300:]}")
+    if status == 0 and (lines or told):
+        raise WrongError(f"status 0, though it said: {said[-300:] or printed[-300:]!r}")
+    if status:
+        raise WavError(f"status {status}: {' '.join(lines)[:MESSAGE_CHARACTERS]}")
 
 
 @blocks(60, 2000, 250)
@@ -194,3 +198,4 @@ def test_commands(
         os.environ.clear()
         os.environ.update(before)
     tally.finish(record_property)
+    assert tally.counts["refused"] > tally.counts["worked"] > 0, "most command lines here are wrong, and some are not"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.fuzz.tally import Tally, WrongError, blocks
-from wav.errors import WavError
+from wav.errors import ServiceError, WavError
 from wav.io.storage import s3
 from wav.prefect_api import server_version
 from wav.probes import answers
@@ -108,7 +108,7 @@ def service(said: bytes | None) -> Iterator[str]:
 
 
 def asked(address: str) -> None:
-    """WrongError where the service is taken for Prefect or for S3."""
+    """The ServiceError that says that it is no Prefect; WrongError where it is taken for that or for S3."""
     problem = answers(lambda seconds: server_version(f"{address}/api", "a:b", seconds), patience_s=0.4, timeout_s=0.3)
     if not problem:
         raise WrongError("taken for Prefect")
@@ -126,6 +126,7 @@ def asked(address: str) -> None:
             continue
         if name != "get":  # bytes are bytes: that they are the right ones is said by the digest in a manifest
             raise WrongError(f"{name} takes it for S3")
+    raise ServiceError(problem)
 
 
 @pytest.mark.services
@@ -150,3 +151,4 @@ def test_other_services(
         slowest = max(slowest, time.monotonic() - began)
     record_property("slowest_s", round(slowest, 1))
     tally.finish(record_property)
+    assert tally.counts["refused"] == tally.counts["cases"]
