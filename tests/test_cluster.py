@@ -196,6 +196,23 @@ if __name__ == "__main__":
 
 
 @needs_dask
+def test_a_local_cluster_takes_no_orders_from_others():
+    """Whoever its ports let in can have its workers run anything, and every user of the machine reaches them."""
+    from distributed import Client, Security
+
+    with open_cluster("local", workers=1) as cluster:
+        place = cluster.address.partition("://")[2]
+        for address, security in ((f"tcp://{place}", None), (f"tls://{place}", Security.temporary())):
+            with pytest.raises(OSError, match=r"closed|does not match|Timed out"):
+                Client(address, timeout=3, security=security, set_as_default=False)
+        with Client(cluster.address, security=cluster.security, set_as_default=False) as client:
+            ((own, worker),) = client.scheduler_info()["workers"].items()
+            assert all(part.startswith("tls://127.0.0.1:") for part in (own, worker["nanny"]))
+        ((_, pid),) = cluster.mapper()(os.getpid, [()], 0)
+    assert pid != os.getpid()
+
+
+@needs_dask
 @pytest.mark.long
 @pytest.mark.simulator
 def test_a_killed_stage_takes_its_local_cluster_with_it(tmp_path):

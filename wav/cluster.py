@@ -30,7 +30,7 @@ from wav.shards import Mapper
 from wav.source_code import library_versions, module_digests
 
 if TYPE_CHECKING:
-    from distributed import Client, Future
+    from distributed import Client, Future, Security
 
 LOCAL = "local"
 GPU = "GPU"
@@ -82,10 +82,11 @@ class Cluster:
     Args:
         address: of the scheduler, as Dask writes it (``tcp://host:8786``).
         patience_s: see :data:`PATIENCE_S`.
+        security: Dask's TLS settings; None: those of Dask's own configuration.
     """
 
-    def __init__(self, address: str, patience_s: float = PATIENCE_S) -> None:
-        self.address, self.patience_s = address, patience_s
+    def __init__(self, address: str, patience_s: float = PATIENCE_S, security: Security | None = None) -> None:
+        self.address, self.patience_s, self.security = address, patience_s, security
 
     def mapper(self, in_child: bool = False, gpu: bool = False) -> Mapper:
         """What runs ``function(*job)`` for every job on the workers that fit, and yields outcomes as they are there.
@@ -112,8 +113,9 @@ class Cluster:
 def open_cluster(address: str, workers: int = 0, patience_s: float = PATIENCE_S) -> Iterator[Cluster]:
     """The cluster at ``address``, or for ``local`` one of this machine's cores that ends with the block.
 
-    ``workers`` are processes of a local cluster (0: the machine's cores). ConfigError where Dask is not installed, or
-    for an address that is none.
+    ``workers`` are processes of a local cluster (0: the machine's cores). Its ports ask for a certificate that this
+    process alone has, since whoever they let in may have the workers run anything. ConfigError where Dask is not
+    installed, or for an address that is none.
     """
     try:
         import dask
@@ -127,6 +129,7 @@ def open_cluster(address: str, workers: int = 0, patience_s: float = PATIENCE_S)
         yield Cluster(address, patience_s)
         return
     quiet = {"distributed.nanny.pre-spawn-environ.DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "error"}  # in a stage's log
+    security = distributed.Security.temporary()
     with (
         dask.config.set(quiet),
         distributed.LocalCluster(  # type: ignore[no-untyped-call]
@@ -134,12 +137,14 @@ def open_cluster(address: str, workers: int = 0, patience_s: float = PATIENCE_S)
             threads_per_worker=1,
             memory_limit=0,
             host="127.0.0.1",
+            protocol="tls",
+            security=security,
             dashboard_address=None,
             silence_logs=logging.ERROR,
             env={"WAV_WORKERS": "1"},  # simulators beside each worker
         ) as local,
     ):
-        yield Cluster(local.scheduler_address, patience_s)
+        yield Cluster(local.scheduler_address, patience_s, security)
 
 
 @dataclass
@@ -183,6 +188,7 @@ class _Run:
     ) -> None:
         self.name, self.patience_s = f"WAV_DASK = {cluster.address}", cluster.patience_s
         self.address, self.function, self.jobs, self.in_child, self.gpu = cluster.address, function, jobs, in_child, gpu
+        self.security = cluster.security
         self.folder = str(Path.cwd())
         own = (function.__module__,) if function.__module__.startswith("wav.") else ()  # else: not of this project
         self.entries = (*own, "wav.sim.worker")
@@ -233,7 +239,8 @@ class _Run:
         deadline, seconds = time.monotonic() + self.patience_s, min(_CONNECT_S, self.patience_s)
         while self.client is None:
             try:
-                self.client = Client(self.address, timeout=seconds, set_as_default=False, name="wav")
+                own = {"timeout": seconds, "security": self.security, "set_as_default": False, "name": "wav"}
+                self.client = Client(self.address, **own)
             except (OSError, ValueError) as error:
                 if time.monotonic() > deadline:
                     raise ServiceError(
