@@ -31,7 +31,7 @@ from prefect.workers.process import ProcessWorker
 
 from flows.common import begin_process, require_services
 from infra import notify
-from infra.worker import supervise
+from infra.worker import HEALTH_VARIABLES, supervise
 from wav.errors import ServiceError, exit_status
 from wav.local import PROJECT
 
@@ -148,10 +148,11 @@ def deploy(kind: str = "process", gpu_runs: int = 1) -> None:
     sys.stdout.write(f"deployments: {', '.join(names)}\nstart a worker: make worker\n")
 
 
-def worker(queues: Sequence[str] = QUEUES) -> int:
+def worker(queues: Sequence[str] = QUEUES, healthcheck: bool = False) -> int:
     """A worker of the pool, in the project folder, with this process's environment, until a signal ends it.
 
-    It runs one flow at a time itself; of containers and Jobs it makes as many as the queues let it.
+    It runs one flow at a time itself; of containers and Jobs it makes as many as the queues let it. ``healthcheck``: it
+    says on a port of this machine whether it still asks for work (:func:`infra.worker.ask`).
     ServiceError: there is no pool.
     """
     require_services(begin_process())
@@ -162,6 +163,9 @@ def worker(queues: Sequence[str] = QUEUES) -> int:
             raise ServiceError(f"work pool {POOL}: is not there; run make deploy") from None
     command = [sys.executable, "-m", "prefect", "--no-prompt", "worker", "start", "--pool", POOL]
     command += [word for name in queues for word in ("--work-queue", name)]
+    if healthcheck:
+        os.environ |= HEALTH_VARIABLES
+        command.append("--with-healthcheck")
     return supervise([*command, *(("--limit", "1") if kind == "process" else ())], str(PROJECT))
 
 
@@ -172,9 +176,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--type", choices=TYPES, default="process", help="of the work pool: what a run is")
     parser.add_argument("--gpu-runs", type=int, default=1, help="runs of queue gpu at a time: machines with GPUs")
     parser.add_argument("--queue", action="append", choices=QUEUES, help="that the worker serves; both unless given")
+    parser.add_argument(
+        "--healthcheck", action="store_true", help="let python -m infra.worker ask for the worker's health"
+    )
     given = parser.parse_args(arguments)
     if given.command == "worker":
-        return exit_status(lambda: worker(given.queue or QUEUES))
+        return exit_status(lambda: worker(given.queue or QUEUES, given.healthcheck))
     return exit_status(lambda: deploy(given.type, given.gpu_runs))
 
 

@@ -5,11 +5,14 @@ a training behind. The process here starts Prefect's worker and, on SIGTERM, SIG
 run with all their processes: first SIGTERM (Prefect hears that the run crashed, a training saves what it can), then
 SIGKILL. Should this process itself be killed, the kernel ends the worker, and the flow runs notice
 (:func:`flows.common.begin_process`).
+
+``python -m infra.worker`` asks a worker that was started with ``--healthcheck`` whether it still looks for work.
 """
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import signal
 import subprocess
@@ -22,6 +25,9 @@ import psutil
 from wav.processes import WORKER_MARK, guarded, marked, stop
 
 GRACE_S = 15.0
+HEALTH_PORT = 8080
+#: where Prefect's worker answers for its health; unless they are set, on every address of the machine
+HEALTH_VARIABLES = {"PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1", "PREFECT_WORKER_WEBSERVER_PORT": str(HEALTH_PORT)}
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -64,3 +70,14 @@ def end(process: subprocess.Popen[bytes], mark: str) -> None:
         first = [worker, *worker.children()]
     stop(first, GRACE_S, lambda: marked(WORKER_MARK, mark))
     process.wait()
+
+
+def ask(port: int = HEALTH_PORT) -> int:
+    """0 where the worker of this machine says that it is well; OSError where it says nothing."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    connection.request("GET", "/health")
+    return int(connection.getresponse().status != http.client.OK)
+
+
+if __name__ == "__main__":
+    raise SystemExit(ask())

@@ -8,11 +8,15 @@ import os
 import re
 import shutil
 import subprocess
+import threading
+from contextlib import nullcontext
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from botocore.exceptions import ClientError
 
 from infra.deepspeed.__main__ import configuration
 from infra.docker import s3
@@ -20,6 +24,7 @@ from infra.worker import GRACE_S
 from wav.config import Runtime
 from wav.local.ports import PORTS
 from wav.local.services import AWAITED, BUCKETS
+from wav.prefect_api import STRING
 
 PROJECT = Path(__file__).resolve().parents[1]
 INFRA = PROJECT / "infra"
@@ -90,6 +95,11 @@ def compose() -> dict[str, Any]:
     return dict(yaml.safe_load((INFRA / "docker/compose.yaml").read_text()))
 
 
+def manifests(name: str) -> list[dict[str, Any]]:
+    """The objects of a file of Kubernetes'."""
+    return list(yaml.safe_load_all((INFRA / f"kubernetes/{name}.yaml").read_text()))
+
+
 def example_names() -> set[str]:
     """Variables that the example of the environment files names."""
     lines = (INFRA / "docker/example.env").read_text().splitlines()
@@ -104,7 +114,6 @@ def test_compose_is_consistent_with_itself_and_the_code() -> None:
             assert volume.partition(":")[0] in raw["volumes"], f"{name}: {volume}"
         for other, condition in service.get("depends_on", {}).items():
             assert other in services
-            assert "healthcheck" in services[other]
             assert condition == {"condition": "service_healthy"}
     known = {f"WAV_{field.upper()}" for field in Runtime.model_fields}
     for name in ("deploy", "worker"):
@@ -120,6 +129,50 @@ def test_compose_is_consistent_with_itself_and_the_code() -> None:
     assert f'("{BUCKETS[0]}", True), ("{BUCKETS[1]}", False)' in (INFRA / "docker/make_buckets.py").read_text()
     asked = set(re.findall(r"\$\{(\w+)", (INFRA / "docker/compose.yaml").read_text()))
     assert asked - {"PREFECT_UI_ORIGIN"} <= example_names()
+
+
+def test_every_server_is_asked_what_it_is_there_for() -> None:
+    """An open port, or an address that answers whoever asks, tells neither that it works nor that it takes our keys."""
+    questions = {"postgres": "pg_isready", "prefect": "server_version as v; v(", "s3": "infra.docker.s3 ask"}
+    questions["worker"] = "infra.worker"
+    services = compose()["services"]
+    pods = [read for name in ("services", "worker") for read in manifests(name) if "template" in read.get("spec", {})]
+    containers = {read["metadata"]["name"]: read["spec"]["template"]["spec"]["containers"][0] for read in pods}
+    assert set(containers) == set(questions) == set(services) - {"deploy"}
+    for name, question in questions.items():
+        assert question in " ".join(services[name]["healthcheck"]["test"]), name
+        assert question in " ".join(containers[name]["readinessProbe"]["exec"]["command"]), name
+    for command in (services["worker"]["command"], containers["worker"]["command"]):
+        assert command[-1] == "--healthcheck"
+    names = {entry["name"] for entry in containers["prefect"]["env"]}
+    assert STRING in names, "server_version sends this process's string"
+
+
+@pytest.mark.parametrize("keys", ["taken", "refused"])
+def test_the_store_of_compose_is_asked_with_its_keys_and_beside_a_proxy(
+    keys: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Store(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = "Credential=taken/" in self.headers.get("Authorization", "")
+            body = b"<ListAllMyBucketsResult><Buckets/></ListAllMyBucketsResult>" if known else b""
+            self.send_response(200 if known else 403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    for name in ("http_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9" if name == "http_proxy" else "")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", keys)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    with HTTPServer(("127.0.0.1", 0), Store) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        monkeypatch.setitem(PORTS, "s3", ("", server.server_port))
+        with nullcontext() if keys == "taken" else pytest.raises(ClientError, match="403"):
+            s3.ask()
 
 
 def test_compose_lets_nobody_in_and_runs_nothing_as_root() -> None:

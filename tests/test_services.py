@@ -137,11 +137,11 @@ def test_no_port_of_the_store_but_s3_answers_who_has_no_certificate(server: tupl
 def test_the_bucket_keeps_versions_and_refuses_other_keys(server: tuple[Path, dict[str, str]]) -> None:
     folder, _ = server
     keys, endpoint = read_env(folder / "credentials.env"), read_env(folder / "env")["WAV_S3_ENDPOINT"]
-    client = services._client(endpoint, keys)
+    client = services.s3_client(endpoint, keys)
     versions = {client.put_object(Bucket="wav", Key="test/x", Body=body)["VersionId"] for body in (b"1", b"2")}
     assert len(versions) == 2
     assert client.list_object_versions(Bucket="wav-dvc").get("Versions", []) == []
-    stranger = services._client(endpoint, {"AWS_ACCESS_KEY_ID": "other", "AWS_SECRET_ACCESS_KEY": "other"})
+    stranger = services.s3_client(endpoint, {"AWS_ACCESS_KEY_ID": "other", "AWS_SECRET_ACCESS_KEY": "other"})
     with pytest.raises(ClientError):
         stranger.put_object(Bucket="wav", Key="test/y", Body=b"")
 
@@ -160,7 +160,7 @@ def test_a_taken_port_is_named_with_holder_and_variable(server: tuple[Path, dict
 def test_a_server_that_was_killed_comes_back_with_its_data(server: tuple[Path, dict[str, str]]) -> None:
     folder, environment = server
     keys, endpoint = read_env(folder / "credentials.env"), read_env(folder / "env")["WAV_S3_ENDPOINT"]
-    services._client(endpoint, keys).put_object(Bucket="wav", Key="test/kept", Body=b"kept")
+    services.s3_client(endpoint, keys).put_object(Bucket="wav", Key="test/kept", Body=b"kept")
     before = pids(folder)
     psutil.Process(before["s3"]).kill()
     done = run(environment, "wav.local.services", "up")
@@ -168,7 +168,7 @@ def test_a_server_that_was_killed_comes_back_with_its_data(server: tuple[Path, d
     after = pids(folder)
     assert after["s3"] != before["s3"]
     assert after["prefect"] == before["prefect"]
-    body = services._client(endpoint, keys).get_object(Bucket="wav", Key="test/kept")["Body"].read()
+    body = services.s3_client(endpoint, keys).get_object(Bucket="wav", Key="test/kept")["Body"].read()
     assert body == b"kept"
 
 

@@ -6,10 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from unittest.mock import MagicMock
 
 import pytest
 
+from infra import deploy
+from infra.worker import HEALTH_PORT, ask
 from tests.test_processes import FAMILY, gone
 from wav.processes import marked
 
@@ -63,3 +68,34 @@ def test_killed_it_takes_the_worker_with_it() -> None:
     supervisor.wait()
     assert gone(worker)
     os.kill(child, signal.SIGKILL)  # a flow run would have noticed by itself (flows/__init__.py); this one sleeps
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_a_worker_is_asked_for_its_health_beside_a_proxy(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Worker(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with HTTPServer(("127.0.0.1", 0), Worker) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        assert ask(server.server_port) == (status != 200)
+    with pytest.raises(ConnectionRefusedError):
+        ask(server.server_port)
+
+
+def test_the_port_of_its_health_is_this_machine_s_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[tuple[str, ...]] = []
+    for name in ("begin_process", "require_services", "get_client"):
+        monkeypatch.setattr(deploy, name, MagicMock())
+    monkeypatch.setattr(deploy, "supervise", lambda command, cwd: started.append(tuple(command)) or 0)
+    monkeypatch.setenv("PREFECT_WORKER_WEBSERVER_HOST", "0.0.0.0")
+    monkeypatch.setenv("PREFECT_WORKER_WEBSERVER_PORT", "80")
+    assert deploy.main(["worker"]) == deploy.main(["worker", "--healthcheck"]) == 0
+    assert ["--with-healthcheck" in command for command in started] == [False, True]
+    assert os.environ["PREFECT_WORKER_WEBSERVER_HOST"] == "127.0.0.1"
+    assert os.environ["PREFECT_WORKER_WEBSERVER_PORT"] == str(HEALTH_PORT)

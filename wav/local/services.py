@@ -66,7 +66,8 @@ class Running:
     settings: str
 
 
-def _client(endpoint: str, keys: dict[str, str]) -> Any:
+def s3_client(endpoint: str, keys: dict[str, str]) -> Any:
+    """An impatient client of an S3 server of ours; ``keys`` by the names of their variables."""
     import boto3
     from botocore.config import Config
 
@@ -87,7 +88,7 @@ def _s3_ready(endpoint: str, keys: dict[str, str]) -> str:
     """A real round trip: after a crash the port answers seconds before the store does."""
     from botocore.exceptions import BotoCoreError, ClientError
 
-    client = _client(endpoint, keys)
+    client = s3_client(endpoint, keys)
     try:
         existing = {bucket["Name"] for bucket in client.list_buckets().get("Buckets", [])}
         for bucket in BUCKETS:
