@@ -2,9 +2,9 @@
 
 On SIGTERM Prefect's worker stops looking for work and lets its flow runs go on, so that a stopped service would leave
 a training behind. The process here starts Prefect's worker and, on SIGTERM, SIGINT or SIGHUP, ends it and every flow
-run with all their processes: first SIGTERM (Prefect hears that the run crashed, a training saves what it can), then
-SIGKILL. Should this process itself be killed, the kernel ends the worker, and the flow runs notice
-(:func:`flows.common.begin_process`).
+run with all their processes: first SIGTERM (a training saves what it can), then SIGKILL; and it tells Prefect that
+these runs crashed, which would else hold their places in the queue until their heartbeat is missed. Should this process
+itself be killed, the kernel ends the worker, and the flow runs notice (:func:`flows.common.begin_process`).
 
 ``python -m infra.worker`` asks a worker that was started with ``--healthcheck`` whether it still looks for work.
 """
@@ -16,9 +16,11 @@ import http.client
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from types import FrameType
+from uuid import UUID
 
 import psutil
 
@@ -28,6 +30,8 @@ GRACE_S = 15.0
 HEALTH_PORT = 8080
 #: where Prefect's worker answers for its health; unless they are set, on every address of the machine
 HEALTH_VARIABLES = {"PREFECT_WORKER_WEBSERVER_HOST": "127.0.0.1", "PREFECT_WORKER_WEBSERVER_PORT": str(HEALTH_PORT)}
+#: Prefect's variable of the process that runs a flow
+FLOW_RUN = "PREFECT__FLOW_RUN_ID"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -64,12 +68,43 @@ def end(process: subprocess.Popen[bytes], mark: str) -> None:
 
     The worker comes first, so that it takes no further run, then its flow runs, which end what they started.
     """
+    runs = flow_runs(mark)
     first: list[psutil.Process] = []
     with contextlib.suppress(psutil.Error):
         worker = psutil.Process(process.pid)
         first = [worker, *worker.children()]
     stop(first, GRACE_S, lambda: marked(WORKER_MARK, mark))
     process.wait()
+    if runs:
+        crashed(runs)
+
+
+def flow_runs(mark: str) -> set[UUID]:
+    """Flow runs of Prefect's that processes with this mark run."""
+    found = set()
+    for process in marked(WORKER_MARK, mark):
+        with contextlib.suppress(psutil.Error):
+            found |= {UUID(value) for name, value in process.environ().items() if name == FLOW_RUN and value}
+    return found
+
+
+def crashed(runs: set[UUID]) -> None:
+    """Tell Prefect that ``runs``, and the stages' runs that retrains among them started, have ended."""
+    from httpx import HTTPError
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId, FlowRunFilterTags
+    from prefect.exceptions import PrefectException
+    from prefect.states import Crashed
+
+    stages = FlowRunFilterTags(any_=[f"retrain:{run}" for run in runs])
+    try:
+        with get_client(sync_client=True) as client:
+            for which in (FlowRunFilter(id=FlowRunFilterId(any_=list(runs))), FlowRunFilter(tags=stages)):
+                for run in client.read_flow_runs(flow_run_filter=which):
+                    if run.state is None or not run.state.is_final():
+                        client.set_flow_run_state(run.id, Crashed(message="its worker was stopped"), force=True)
+    except (HTTPError, PrefectException) as error:
+        sys.stderr.write(f"worker: Prefect could not be told that its runs have ended ({error}); it will see\n")
 
 
 def ask(port: int = HEALTH_PORT) -> int:

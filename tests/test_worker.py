@@ -9,14 +9,20 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
 from unittest.mock import MagicMock
+from uuid import UUID, uuid4
 
 import pytest
+from httpx import ConnectError
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Running
 
-from infra import deploy
-from infra.worker import HEALTH_PORT, ask
+from infra import deploy, worker
+from infra.worker import FLOW_RUN, HEALTH_PORT, ask
 from tests.test_processes import FAMILY, gone
-from wav.processes import marked
+from wav.processes import WORKER_MARK, marked
 
 SUPERVISE = """
 import sys
@@ -68,6 +74,40 @@ def test_killed_it_takes_the_worker_with_it() -> None:
     supervisor.wait()
     assert gone(worker)
     os.kill(child, signal.SIGKILL)  # a flow run would have noticed by itself (flows/__init__.py); this one sleeps
+
+
+def test_a_stopped_workers_runs_are_told_to_prefect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own and the stages' of a retrain, but none that has ended; else they would hold their places in the queue."""
+    retrain, mark = uuid4(), f"test-{os.getpid()}"
+    environment = {**os.environ, WORKER_MARK: mark, FLOW_RUN: str(retrain)}
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=environment)
+    stage, ended, told = uuid4(), uuid4(), dict[UUID, str]()
+
+    class Client(MagicMock):
+        def __enter__(self) -> Client:
+            return self
+
+        def read_flow_runs(self, flow_run_filter: FlowRunFilter) -> list[SimpleNamespace]:
+            if flow_run_filter.id:
+                return [SimpleNamespace(id=run, state=Running()) for run in flow_run_filter.id.any_ or ()]
+            assert flow_run_filter.tags is not None
+            assert flow_run_filter.tags.any_ == [f"retrain:{retrain}"]
+            return [SimpleNamespace(id=stage, state=Running()), SimpleNamespace(id=ended, state=Completed())]
+
+        def set_flow_run_state(self, run: UUID, state: State, force: bool) -> None:
+            told[run] = f"{state.name} {force}"
+
+    monkeypatch.setattr("prefect.client.orchestration.get_client", lambda sync_client: Client())
+    worker.end(process, mark)  # type: ignore[arg-type]
+    assert told == {retrain: "Crashed True", stage: "Crashed True"}
+
+
+def test_a_server_that_is_away_is_no_reason_to_fail(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("prefect.client.orchestration.get_client", MagicMock(side_effect=ConnectError("refused")))
+    worker.crashed({uuid4()})
+    assert capsys.readouterr().err.startswith("worker: Prefect could not be told that its runs have ended (refused)")
 
 
 @pytest.mark.parametrize("status", [200, 503])
