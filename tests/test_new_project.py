@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.test_processes import gone
 from wav import cli
 from wav.config import load_settings
 from wav.local import local_folder, project_folder
@@ -91,3 +92,15 @@ def test_a_reader_that_is_not_there_is_named(project: Path) -> None:
     settings = load_settings("presets/own.yaml")
     with pytest.raises(ValueError, match=r"ingest\.source = 'nowhere:Reader': No module named"):
         open_source(settings.data, settings.ingest)
+
+
+def test_dvc_ends_with_the_repro_that_started_it(tmp_path: Path) -> None:
+    """Terminated, as by ``timeout`` or a service, which asks it alone; ``dvc`` is a module that tells its pid."""
+    (tmp_path / "dvc.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)\n")
+    code = "import sys; from pathlib import Path; from wav.local.workspace import repro; repro(Path(sys.argv[1]), [])"
+    started = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    pid = int(started.stdout.readline())
+    started.terminate()
+    started.wait()
+    assert gone(pid)

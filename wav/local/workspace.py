@@ -16,6 +16,7 @@ from pathlib import Path
 from wav.config import Settings, load_preset, load_settings, parameter_text
 from wav.data.names import in_libero
 from wav.local import project_folder
+from wav.processes import guarded
 
 #: what a stage's command and dependencies name; linked, not copied
 LINKED = ("wav", "flows")
@@ -71,8 +72,11 @@ def require_simulator(folder: Path) -> None:
 
 
 def repro(folder: Path, names: list[str]) -> int:
-    """Status of ``dvc repro`` in ``folder``, of all stages or those named; they find the project's own modules."""
+    """Status of ``dvc repro`` in ``folder``, of all stages or those named; they find the project's own modules.
+
+    It ends with this process, whatever ends that: a stage that went on would be in the next run's way.
+    """
     found = filter(None, (str(project_folder()), os.environ.get("PYTHONPATH", "")))
     environment = dict(os.environ) | {"PYTHONPATH": os.pathsep.join(found)}
     command = [sys.executable, "-m", "dvc", "repro", *names]
-    return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
+    return subprocess.run(guarded(command), cwd=folder, env=environment, check=False).returncode
