@@ -37,7 +37,7 @@ check-system: ## are the system libraries for rendering there
 
 # torch first and alone, by pip: its wheel differs from machine to machine (CPU, CUDA), so constraints.txt does not hold it.
 # The others by uv, which takes 11 s where pip takes a minute. It does not read pip's configuration; a mirror is passed on.
-# --no-compile: most of the packages' modules are never imported, and Python compiles the others when they first are.
+# --no-compile, as uv does: most of the packages' modules are never imported, and Python compiles the others then.
 UV = UV_DEFAULT_INDEX="$${UV_DEFAULT_INDEX:-$${PIP_INDEX_URL:-$$($(VENV)/bin/python -m pip config get global.index-url 2>/dev/null)}}" \
 	$(BEAT) 'uv pip install $(1)' -- $(VENV)/bin/uv pip install --python $(VENV) -c constraints.txt
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python

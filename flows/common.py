@@ -35,7 +35,7 @@ from prefect.settings import get_current_settings
 
 from flows.artifacts import publish_markdown, publish_numbers, publish_objects, publish_table
 from flows.memory import PeakMemory
-from flows.provenance import PARENT_VARIABLE, hash_table, run_url
+from flows.provenance import PARENT_VARIABLE, hash_table, retrain_tag, run_url
 from flows.server import run_flow, show
 from wav.cluster import Cluster, open_cluster
 from wav.config import Runtime, Settings, load_settings
@@ -43,7 +43,7 @@ from wav.errors import ServiceError, exit_status, foreseeable
 from wav.io.files import write_json
 from wav.io.storage import ObjectStore, open_store
 from wav.local import adopt_local_services
-from wav.prefect_api import server_version
+from wav.prefect_api import server_version, without_user
 from wav.probes import answers
 from wav.processes import WORKER_MARK, end_with_starter
 
@@ -93,7 +93,7 @@ def require_services(runtime: Runtime) -> None:
     if not api:
         raise ServiceError(f"Prefect server: PREFECT_API_URL is not set and no local server was started; {REMEDY}")
     if problem := answers(lambda seconds: server_version(api, string, seconds)):
-        raise ServiceError(f"Prefect server at {api.rpartition('@')[2]} (PREFECT_API_URL): {problem}; {REMEDY}")
+        raise ServiceError(f"Prefect server at {without_user(api)} (PREFECT_API_URL): {problem}; {REMEDY}")
     open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region).reach()
 
 
@@ -121,7 +121,7 @@ def _tell_parent(run_id: str) -> None:
 
     def tag() -> None:
         with get_client(sync_client=True) as client:
-            tags = set(client.read_flow_run(UUID(run_id)).tags) | {f"retrain:{parent}"}
+            tags = set(client.read_flow_run(UUID(run_id)).tags) | {retrain_tag(parent)}
             client.update_flow_run(UUID(run_id), tags=sorted(tags))
 
     show("the tag of its retrain", tag)

@@ -21,6 +21,11 @@ PARENT_VARIABLE = "WAV_PARENT_RUN"
 _BLOCK = 4 << 20
 
 
+def retrain_tag(run_id: str) -> str:
+    """The tag of the runs of its stages, by the id of a retrain's own run."""
+    return f"retrain:{run_id}"
+
+
 def _file_md5(path: Path) -> str:
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as handle:

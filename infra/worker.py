@@ -96,13 +96,16 @@ def crashed(runs: set[UUID]) -> None:
     from prefect.exceptions import PrefectException
     from prefect.states import Crashed
 
-    stages = FlowRunFilterTags(any_=[f"retrain:{run}" for run in runs])
+    from flows.provenance import retrain_tag
+
+    stages = FlowRunFilterTags(any_=[retrain_tag(str(run)) for run in runs])
+    theirs = FlowRunFilter(id=FlowRunFilterId(any_=list(runs))), FlowRunFilter(tags=stages)
     try:
         with get_client(sync_client=True) as client:
-            for which in (FlowRunFilter(id=FlowRunFilterId(any_=list(runs))), FlowRunFilter(tags=stages)):
-                for run in client.read_flow_runs(flow_run_filter=which):
-                    if run.state is None or not run.state.is_final():
-                        client.set_flow_run_state(run.id, Crashed(message="its worker was stopped"), force=True)
+            found = [run for which in theirs for run in client.read_flow_runs(flow_run_filter=which)]
+            for run in found:
+                if run.state is None or not run.state.is_final():
+                    client.set_flow_run_state(run.id, Crashed(message="its worker was stopped"), force=True)
     except (HTTPError, PrefectException) as error:
         sys.stderr.write(f"worker: Prefect could not be told that its runs have ended ({error}); it will see\n")
 

@@ -15,7 +15,7 @@ import torch
 from wav.config import Runtime
 from wav.errors import MESSAGE_CHARACTERS, WavError, cut
 from wav.io.storage import open_store
-from wav.prefect_api import server_version
+from wav.prefect_api import server_version, without_user
 from wav.probes import answers
 
 #: Versions the simulators need exactly (newer ones break robosuite or change the pictures).
@@ -96,7 +96,7 @@ def check_services(runtime: Runtime) -> Iterator[Check]:
         problem = f"{problem}; correct PREFECT_API_URL or run make up" if problem else ""
     else:
         problem = "PREFECT_API_URL is not set and no local server was started; run make up"
-    yield Check("prefect", not problem, ": ".join(filter(None, (api.rpartition("@")[2], problem))))
+    yield Check("prefect", not problem, ": ".join(filter(None, (without_user(api), problem))))
     try:
         open_store(runtime.store, runtime.s3_endpoint, runtime.s3_region).check()
         yield Check("store", True, " at ".join(filter(None, (runtime.store, runtime.s3_endpoint))))

@@ -21,6 +21,11 @@ URL, STRING = "PREFECT_API_URL", "PREFECT_API_AUTH_STRING"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
+def without_user(api: str) -> str:
+    """``api`` without what stands before its host, which may be a password: for messages."""
+    return api.rpartition("@")[2]
+
+
 def server_version(api: str, string: str | None = None, timeout_s: float = 5.0) -> str:
     """Version of the Prefect server at ``api``.
 
