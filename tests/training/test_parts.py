@@ -18,7 +18,6 @@ from wav.io.storage.commit import Retention, commits, seal
 from wav.training.checkpoint import Uploader
 from wav.training.ema import Ema
 from wav.training.engine import plan_batch
-from wav.training.optimizer import build_optimizer
 from wav.training.record import Recorder
 from wav.training.step import learning_rate, mean_row
 
@@ -31,33 +30,6 @@ def test_learning_rate() -> None:
     assert 0 < learning_rate(cosine, 109) < 0.001
     constant = TrainSettings(steps=110, warmup_steps=0, learning_rate=0.3, schedule="constant")
     assert {learning_rate(constant, step) for step in range(110)} == {0.3}
-
-
-def test_muon_takes_the_matrices_of_the_blocks() -> None:
-    """Each part's learning rate follows the one schedule, and what was saved goes on as it was."""
-    torch.manual_seed(0)
-    module = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 6)]), "proj_in": nn.Linear(4, 4)})
-    settings = TrainSettings(optimizer="muon", learning_rate=0.1, muon_learning_rate=0.3)
-    optimizer, other = build_optimizer(module, settings), build_optimizer(module, settings)
-    muon, adamw = optimizer.param_groups
-    assert [tuple(p.shape) for p in muon["params"]] == [(6, 4)]
-    assert len(adamw["params"]) == 3
-    assert (muon["scale"], adamw["scale"]) == (pytest.approx(3), 1)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    before = [p.detach().clone() for p in module.parameters()]
-    for parameter in module.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
-    other.load_state_dict(optimizer.state_dict())
-    assert [group["lr"] for group in other.param_groups] == [0.0, 0.0]
-    for group in other.param_groups:
-        group["lr"] = 0.1 * group["scale"]
-    other.step()
-    assert all(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
-    with pytest.raises(ValueError, match="use adamw, or zero_stage 0"):
-        TrainSettings(optimizer="muon", zero_stage=2)
 
 
 def test_batches() -> None:
