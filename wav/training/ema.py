@@ -120,6 +120,6 @@ class Ema:
     def _gather(self, shard: Tensor, shape: torch.Size) -> Tensor:
         if self.ranks == 1:
             return shard[: shape.numel()].view(shape)
-        whole = shard.new_empty(shard.numel() * self.ranks)
-        dist.all_gather_into_tensor(whole, shard)
-        return whole[: shape.numel()].view(shape)
+        whole = [torch.empty_like(shard) for _ in range(self.ranks)]
+        dist.all_gather(whole, shard)
+        return torch.cat(whole)[: shape.numel()].view(shape)

@@ -91,11 +91,10 @@ def orthogonalised(matrices: list[Tensor], batches: list[list[int]], group: dict
         own = itertools.islice(itertools.cycle(batch), rank * each, (rank + 1) * each)
         parts.append(newton_schulz(torch.stack([matrices[index] for index in own]), group))
     mine = torch.cat([part.flatten() for part in parts])
-    whole = mine
+    whole = [mine] if ranks == 1 else [torch.empty_like(mine) for _ in range(ranks)]
     if ranks > 1:
-        whole = mine.new_empty(ranks * mine.numel())
-        dist.all_gather_into_tensor(whole, mine)
-    split = whole.view(ranks, -1).split([part.numel() for part in parts], dim=1)
+        dist.all_gather(whole, mine)
+    split = torch.stack(whole).split([part.numel() for part in parts], dim=1)
     found: list[Tensor] = [mine] * len(matrices)
     for batch, part, gathered in zip(batches, parts, split, strict=True):
         for index, result in zip(batch, gathered.reshape(-1, *part.shape[1:]), strict=False):
