@@ -15,6 +15,8 @@ import torch
 from benchmarks.studies import cells, feasibility, planning, show
 from tests.evaluation.fakes import FakePolicy, FakePool, settings
 from wav.config import CouplingSettings, PlannerSettings, Runtime, Settings, load_settings
+from wav.evaluation.report import build_report
+from wav.io.files import write_json
 from wav.planning import VARIANTS
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -41,7 +43,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> planning.Study:
     monkeypatch.setattr(planning.Study, "look", lambda *_: {"use": use})
     changes = {"episodes_per_task": 3, "variants": VARIANTS, "swapped_episodes": 0, "videos": 0}
     protocol = found.eval_libero.model_copy(update=changes)
-    return planning.Study(source, tmp_path / "study", protocol, states=0, runtime=Runtime())
+    return planning.Study(source, tmp_path / "reports" / "study", protocol, states=0, runtime=Runtime())
 
 
 def test_a_study_of_two_cells_is_run_once_and_shown(study: planning.Study) -> None:
@@ -77,6 +79,12 @@ def test_a_study_of_two_cells_is_run_once_and_shown(study: planning.Study) -> No
     filled = show.fill(page, shown)
     assert "act_on winner" in filled
     assert show.fill(filled, {}) == page
+    write_json(study.out / "truth.json", [])
+    show.write_summary(study.out, {"suite": "tabletop"}, [base.name, other.name])
+    report = build_report(study.source.folder, study.source.settings).read_text()
+    assert "<h2>The planning study</h2>" in report
+    assert "<td>act_on winner</td>" in report
+    assert report.count("data:image/png") == 2, "a plot of each axis"
 
 
 def test_a_training_beside_begins_from_a_copy_of_the_workspace(

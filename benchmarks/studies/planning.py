@@ -52,6 +52,7 @@ from wav.evaluation.instruments.use import held_out_histories, noise_use
 from wav.evaluation.intervals import paired_difference
 from wav.evaluation.protocol import code_digest, other_instructions
 from wav.evaluation.records import EpisodeRecord, read_record, step_limits, summarise
+from wav.evaluation.report import build_report
 from wav.io.files import canonical_digest, read_json, write_json
 from wav.local import PROJECT
 from wav.local.workspace import fill_workspace
@@ -67,7 +68,7 @@ from wav.sim.workers import SimPool
 #: Success is reported within these multiples of the direct expert's steps, besides ``eval_libero.within`` and at all.
 WITHIN = (1.0, 1.25, 1.5, 2.0)
 #: Axes whose cells differ in what scores are worth, and in what the noises decide.
-RANKED, USED = ("base", "coupling", "score", "passes"), ("base", "coupling", "passes")
+RANKED, USED = ("base", "coupling", "score", "phi", "passes"), ("base", "coupling", "passes")
 CANDIDATES, BASE_CANDIDATES = 16, 32
 TRAINED = ("train_value", "train_joint")
 
@@ -300,6 +301,8 @@ def finish(study: Study, cells: Sequence[Cell]) -> None:
         study.out, head | {"settings": source.settings.model_dump(mode="json")}, [cell.name for cell in cells]
     )
     say(f"{study.out / 'summary.md'}")
+    if study.out.resolve() == (source.folder / "reports" / "study").resolve():
+        say(f"{build_report(source.folder, source.settings)}")
 
 
 def main() -> None:

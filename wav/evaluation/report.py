@@ -52,6 +52,8 @@ class Page:
     pictures: dict[str, list[Item]] = field(default_factory=dict)
     planning: list[dict[str, Any]] = field(default_factory=list)
     timings: list[dict[str, Any]] = field(default_factory=list)
+    study: list[list[str]] = field(default_factory=list)  #: Of `make study`, where it was run: heading and rows.
+    plots: list[Item] = field(default_factory=list)  #: Of the study's axes.
     missing: list[str] = field(default_factory=list)
 
 
@@ -111,6 +113,7 @@ def collect(workspace: Path, suite: str) -> Page:
         else:
             page.missing.append(f"{title.lower()} pictures: stage {stage} left none")
     _timings(page, workspace)
+    _study(page, workspace / "reports" / "study")
     return page
 
 
@@ -231,6 +234,15 @@ def _timings(page: Page, workspace: Path) -> None:
             page.timings.append({"stage": stage, "seconds": facts["seconds"], "memory": facts.get("peak_memory_gib")})
     if not page.timings:
         page.missing.append("timings: reports/stages holds no records")
+
+
+def _study(page: Page, folder: Path) -> None:
+    """Table and plots of a planning study; it is no stage, so that nothing is missing where there is none."""
+    if (folder / "summary.md").exists():
+        lines = (folder / "summary.md").read_text(encoding="utf-8").splitlines()
+        rows = [line[2:-2].split(" | ") for line in lines if line.startswith("| ")]
+        page.study = [row for row in rows if row[-1] != "---"]
+        page.plots = _items(page, sorted((folder / "plots").glob("*.png")))
 
 
 def _number(value: float) -> str:
