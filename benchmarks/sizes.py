@@ -115,7 +115,7 @@ class Sizes:
         return self.action_dim + self.state_dim
 
 
-_SMALL_PLANNER = Planner(1, 8, 4, 3, 6, alpha=1.0, beta=0.2, sigma_decay=1.0, score="mean")
+_SMALL_PLANNER = Planner(1, 8, 4, 3, 6, alpha=1.0, beta=0.2, sigma_decay=1.0, score="mean", phi="mean")
 _DEFAULT = Sizes(
     name="default",
     model=Model(4, 4, 32, 4, 16, 4, 24),
