@@ -28,7 +28,7 @@ from wav.inference.compiled import CompiledPlannerModel
 from wav.inference.torch import TorchPlannerModel
 from wav.model import WAVTransformer, build_model
 from wav.planning.planner import Planner
-from wav.planning.types import PAPER, Levels, Plan, RowKey, SeededNoise
+from wav.planning.types import PUBLISHED, Levels, Plan, RowKey, SeededNoise
 
 if TYPE_CHECKING:
     from gpu import Report
@@ -152,7 +152,7 @@ def runs(sizes: Sizes) -> dict[str, tuple[Sizes, Levels]]:
     """Name -> sizes with a planner, and its levels."""
     default = SIZES["tiny" if sizes.name == "tiny" else "default"].planner
     return {
-        "K=3": (replace(sizes, planner=replace(sizes.planner, iterations=3)), PAPER),
+        "K=3": (replace(sizes, planner=replace(sizes.planner, iterations=3)), PUBLISHED),
         "default": (replace(sizes, planner=default), COUPLED),
         "K=2": (replace(sizes, planner=replace(default, iterations=2)), COUPLED),
         "realtime": (replace(sizes, planner=replace(default, **REALTIME)), COUPLED),

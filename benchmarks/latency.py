@@ -30,7 +30,7 @@ from wav.inference.cpu.kernels import description
 from wav.inference.threads import on_threads
 from wav.model import build_model
 from wav.planning.planner import Planner
-from wav.planning.types import PAPER, Levels, RowKey, SeededNoise
+from wav.planning.types import PUBLISHED, Levels, RowKey, SeededNoise
 
 #: The sizes of ``benchmarks/plan.py``.
 PLAN = replace(
@@ -80,9 +80,9 @@ class Robot:
 def measure(sizes: Sizes, threads: int, repeats: int) -> dict[str, Any]:
     """Seconds on one thread, on all, and on all with coupled experts, in turns."""
     robot = Robot(sizes)
-    ways = {"one thread": (1, PAPER), "as shipped": (threads, PAPER), "coupled": (threads, COUPLED)}
+    ways = {"one thread": (1, PUBLISHED), "as shipped": (threads, PUBLISHED), "coupled": (threads, COUPLED)}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    wanted = robot.call(1, PAPER)[1]
+    wanted = robot.call(1, PUBLISHED)[1]
     worst = 0.0
     for _ in range(repeats):
         for name, way in ways.items():

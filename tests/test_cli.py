@@ -122,7 +122,6 @@ def test_summary_of_the_paper_size(capsys):
         r"total +2,305,605,785",
         r"pretrain_video +2\.65 +5\.29 +2\.64 +10\.6 +47\.4",  # the last block computes no memory frames
         r"search, K=1 M=8 N=4, 16 video passes +45",
-        r"search, K=2 M=8 N=4, 32 video passes +90",
         r"search as the reference computes it, 150 passes +1,158",
         r"actions, 2 video passes +",
         r"train_joint +2 +4\.29 +0\.537 +3\.22 +1\.07 .* 16 bf16",

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from wav.model import WAVTransformer
 from wav.model.build import build_from_settings
 from wav.model.video import JOINT_EVERY
-from wav.planning.types import PAPER, Levels
+from wav.planning.types import PUBLISHED, Levels
 from wav.training.activations import Sizes, activation_bytes
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ class PlanCost(Summed):
     act: float
 
 
-def plan_cost(sizes: Sizes, planner: PlannerSettings, levels: Levels = PAPER) -> PlanCost:
+def plan_cost(sizes: Sizes, planner: PlannerSettings, levels: Levels = PUBLISHED) -> PlanCost:
     """A call as the readable backend computes it: keys and values once per candidate, no candidate tiled.
 
     ``levels`` are what the experts read: a video pass for each, and values before actions where those are read.

@@ -26,8 +26,6 @@ from wav.training.activations import Sizes
 ZERO_STAGES = (1, 2, 3)
 #: the reference's released schedule: K, M, N, Euler steps
 REFERENCE = (5, 30, 5, 10)
-#: a search on coupled experts, fewer video passes than the reference's: the planner's changes and the levels read
-COUPLED = ({"iterations": 2, "video_samples": 8, "value_samples": 4}, Levels((1.0, 0.5), 0.1))
 _SCHEDULE = ("iterations", "video_samples", "value_samples", "denoise_steps")
 #: units, largest first; a table uses the first that its largest number reaches
 FLOP_UNITS = (("EFLOP", 1e18), ("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9))
@@ -73,8 +71,6 @@ def summarise(settings: Settings, gpus: int = 8) -> dict[str, Any]:
             "search_as_the_reference": reference_search(sizes, *REFERENCE),
             "search_as_built": plan_cost(sizes, same).search,
         }
-        changes, levels = COUPLED
-        result["coupled_plan"] = plan_cost(sizes, settings.planner.model_copy(update=changes), levels).as_dict()
     return result
 
 
@@ -161,9 +157,6 @@ def _plan_lines(settings: Settings, found: dict[str, Any]) -> Iterator[str]:
         yield f"one call of the reference, K={K} M={M} N={N} with {steps} steps, {unit}"
         yield line(f"search as the reference computes it, {K * M} passes", other["search_as_the_reference"])
         yield line("search as built here", other["search_as_built"])
-        changes, levels = COUPLED
-        yield f"one call on coupled experts (section coupling), {unit}"
-        yield from call(settings.planner.model_copy(update=changes), levels, found["coupled_plan"])
 
 
 def _memory_lines(found: dict[str, Any]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -50,10 +51,11 @@ class Cell:
 
 
 def planner_with(planner: PlannerSettings, change: Mapping[str, Any]) -> PlannerSettings:
-    """``planner`` with a change; elites are no more than the candidates then are."""
-    new = planner.model_dump() | dict(change)
-    new["video_elites"] = min(new["video_elites"], new["video_samples"])
-    new["value_elites"] = min(new["value_elites"], new["video_samples"] * new["value_samples"])
+    """``planner`` with a change; of other numbers of candidates the same share are elites, at least one."""
+    old, new = planner.model_dump(), planner.model_dump() | dict(change)
+    for elites, of in (("video_elites", ("video_samples",)), ("value_elites", ("video_samples", "value_samples"))):
+        before, now = (math.prod(found[name] for name in of) for found in (old, new))
+        new[elites] = max(1, round(new[elites] * now / before))
     return PlannerSettings.model_validate(new)
 
 
@@ -76,8 +78,8 @@ def sweeps(base: PlannerSettings) -> dict[str, dict[Any, dict[str, Any]]]:
         "budget": {f"{k}x{budget // k}": {"iterations": k, "video_samples": budget // k} for k in (1, 2, 4)},
         "alpha": field("alpha", (0.1, 0.5, 0.7, 1.0)),
         "beta": field("beta", (0.1, 0.2, 0.5, 1.0)),
-        "K1": field("video_elites", [k for k in (1, 2, 4, 8) if k <= base.video_samples]),
-        "K2": field("value_elites", [k for k in (1, 4, 8, 16) if k <= most]),
+        "K1": field("video_elites", sorted({1, base.video_elites, base.video_samples // 2, base.video_samples})),
+        "K2": field("value_elites", sorted({1, base.value_elites, most // 2, most})),
     }
 
 

@@ -34,8 +34,9 @@ SPEEDS = ("direct", "slow", "hesitant")
 def scored(episode: Episode, settings: Settings) -> dict[str, float]:
     """Every score of an episode's real returns over its first chunk; ``ensemble`` of one sample is the mean."""
     data = settings.data
-    terms = episode_rewards(episode, settings.label_rewards, data.views)
-    returns = value_channels(terms, settings.label_rewards, data.action_chunk)[: data.action_chunk, -1]
+    rewards = settings.label_rewards.model_copy(update={"horizon": 0})  # the chunk, whatever the default sums
+    terms = episode_rewards(episode, rewards, data.views)
+    returns = value_channels(terms, rewards, data.action_chunk)[: data.action_chunk, -1]
     row = torch.from_numpy(np.ascontiguousarray(returns, np.float32))[None, None, None]
     return {name: score(row, settings.planner).item() for name, score in SCORES.items()} | {"steps": episode.length}
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from wav.config import DataSettings, EvalLiberoSettings, Settings
 from wav.data.conventions import Conventions
-from wav.planning.types import PAPER
+from wav.planning.types import PUBLISHED
 from wav.seeding import numpy_generator
 from wav.sim.env import Observation
 from wav.sim.registry import task_specs
@@ -129,7 +129,7 @@ class FakePolicy:
     def __init__(self, conventions: Conventions | None = None) -> None:
         self.conventions = conventions or Conventions.for_simulator(DATA)
         self.statistics = Digest()
-        self.compiled, self.levels, self.has_values = False, PAPER, True
+        self.compiled, self.levels, self.has_values = False, PUBLISHED, True
         self.rows: dict = {}
         self.calls: list[tuple[str, int, bool]] = []
         self.noise: list[tuple] = []

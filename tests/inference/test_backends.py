@@ -21,7 +21,7 @@ from wav.inference.fused import FusedPlannerModel
 from wav.inference.torch import TorchPlannerModel
 from wav.model import build_model
 from wav.planning.planner import Planner
-from wav.planning.types import PAPER, Levels, Plan, RowKey, SeededNoise
+from wav.planning.types import PUBLISHED, Levels, Plan, RowKey, SeededNoise
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from baseline.planner import BaselinePlannerModel
@@ -49,7 +49,7 @@ def make(kind: Any = planner_model, dtype: torch.dtype = torch.float32) -> Any:
     return kind(model.eval().to(dtype), noise_shapes(model, VIEWS, GRID, FUTURE, CHUNK))
 
 
-def act(model: Any, settings: PlannerSettings = PLANNER, masked: bool = True, levels: Levels = PAPER) -> Plan:
+def act(model: Any, settings: PlannerSettings = PLANNER, masked: bool = True, levels: Levels = PUBLISHED) -> Plan:
     generator = torch.Generator().manual_seed(1)
     shapes = ((B, VIEWS, LATENT, MEMORY, *GRID), (B, WORDS, CAPTION), (B, 1, 15))
     memory, text, history = (torch.randn(shape, generator=generator) for shape in shapes)

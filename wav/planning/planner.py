@@ -19,7 +19,7 @@ from torch import Tensor
 from wav.planning import Variant
 from wav.planning.checks import check_finite, check_request
 from wav.planning.scores import SCORES, phi
-from wav.planning.types import PAPER, Gaussian, Iteration, Levels, Noise, Plan, PlannerModel, Returns, best, pick
+from wav.planning.types import PUBLISHED, Gaussian, Iteration, Levels, Noise, Plan, PlannerModel, Returns, best, pick
 
 if TYPE_CHECKING:
     from wav.config import PlannerSettings
@@ -33,13 +33,13 @@ class Planner:
         model: the world model behind its protocol.
         settings: section ``planner``; ``iterations`` 0 is no planning.
         returns: normalised value trajectories (..., A, Cv) to returns (..., A) in reward units.
-        levels: noise levels of what the experts read; the default is the paper's form.
+        levels: noise levels of what the experts read; the default is as published.
     """
 
     model: PlannerModel
     settings: PlannerSettings
     returns: Returns
-    levels: Levels = PAPER
+    levels: Levels = PUBLISHED
 
     def plan(
         self,
@@ -67,7 +67,7 @@ class Planner:
         """
         settings, shapes = self.settings, self.model.shapes
         check_request(shapes, settings, variant, with_value)
-        z_vid = noise("act.video", shapes.video)
+        z_vid = noise("act.video", shapes.video)  # the draws of line 13, the same in every variant
         z_val = None if shapes.value is None else noise("act.value", shapes.value)
         history: tuple[Iteration, ...] = ()
         if settings.iterations and variant != "unplanned" and z_val is not None:
@@ -91,11 +91,11 @@ class Planner:
             x = model.video_features(context, z_vid, self.levels.video)  # 4: features of all m
             z_val = f_val.sample(noise("plan.value", (M, N, *(shapes.value or ())), k))  # 5, 6: (B, M, N, A, Cv)
             values = model.denoise_value(x, z_val, settings.score_steps or settings.denoise_steps)  # 7: U(m, n)
-            scores = self.scores(values)
-            elite_vid = best(phi(scores, settings), settings.video_elites)  # 8: phi(m)
-            elite_val = best(scores.flatten(1), settings.value_elites)
-            f_vid = self.fit(f_vid, pick(z_vid, elite_vid))  # 10: top K1, Eq. 4
-            f_val = self.fit(f_val, pick(z_val.flatten(1, 2), elite_val))  # 11: top K2 of all M * N, Eq. 5
+            scores = self.scores(values)  # 8: SNR(m, n)
+            elite_vid = best(phi(scores, settings), settings.video_elites)  # 8, 10: phi(m), top K1
+            elite_val = best(scores.flatten(1), settings.value_elites)  # 11: top K2 of all M * N
+            f_vid = self.fit(f_vid, pick(z_vid, elite_vid))  # 10: Eq. 4
+            f_val = self.fit(f_val, pick(z_val.flatten(1, 2), elite_val))  # 11: Eq. 5
             history.append(Iteration(f_vid, f_val, z_vid, z_val, values, scores, elite_vid, elite_val))
         return tuple(history)
 
@@ -113,8 +113,8 @@ class Planner:
         if settings.gate:  # where candidates do not differ there is nothing to choose
             differ = phi(history[0].scores, settings).std(1, correction=0) >= settings.gate
             pairs = zip(chosen, (z_vid, z_val), strict=True)
-            one, two = (torch.where(differ.view(-1, *(1,) * (z.ndim - 1)), c, z) for c, z in pairs)
-            chosen = one, two
+            gated_vid, gated_val = (torch.where(differ.view(-1, *(1,) * (z.ndim - 1)), c, z) for c, z in pairs)
+            chosen = gated_vid, gated_val
         return chosen
 
     def decode(

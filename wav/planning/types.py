@@ -28,7 +28,7 @@ class Levels:
     """Noise levels at which planning reads what the experts were trained to read (section ``coupling``)."""
 
     video: tuple[float, ...] = (1.0,)  #: Euler steps of the future; features are those of a pass at the last level
-    value: float = 1.0  #: of the value tokens that the action is decoded on; 1 is pure noise, the paper's form
+    value: float = 1.0  #: of the value tokens that the action is decoded on; 1 is pure noise, as published
 
     @classmethod
     def of(cls, coupling: CouplingSettings) -> Levels:
@@ -36,7 +36,8 @@ class Levels:
         return cls(tuple(coupling.video_schedule), coupling.value_level if coupling.value else 1.0)
 
 
-PAPER = Levels()
+#: one pass on pure noise, which is how the published code reads "via flow denoising" (section 4.3)
+PUBLISHED = Levels()
 
 
 @dataclass(frozen=True)

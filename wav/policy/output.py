@@ -51,7 +51,7 @@ def host(tensor: Tensor, rows: int) -> NDArray[np.float32]:
 
 
 def summary(result: Plan, rows: int, settings: PlannerSettings) -> PlanSummary:
-    """The search's progress, without padding; (n, 0) without planning."""
+    """The search's progress, without padding; (n, 0) without planning. ``score`` is the best of all M x N values'."""
     if not result.history:
         return PlanSummary(*[np.zeros((rows, 0), np.float32)] * len(fields(PlanSummary)))
 

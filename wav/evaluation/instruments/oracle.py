@@ -17,7 +17,7 @@ from wav.evaluation.held_out import held_out_share
 from wav.evaluation.instruments.given import decode_given
 from wav.evaluation.pictures import evenly
 from wav.planning.planner import Planner
-from wav.planning.types import PAPER, RowKey, SeededNoise
+from wav.planning.types import PUBLISHED, RowKey, SeededNoise
 from wav.seeding import numpy_generator
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def oracle(policy: Policy, batch: WindowBatch, seed: int = 0) -> dict[str, float
     given = {"truth": (future, values), "future": (future, None), "values": (None, values), "imagined": (None, None)}
     if values is None:
         del given["values"]
-    blind = Planner(model, policy.planner, policy.returns, PAPER)
+    blind = Planner(model, policy.planner, policy.returns, PUBLISHED)
     noise = SeededNoise([RowKey(seed, f"oracle/{i}", 0) for i in range(len(batch))], model.device)
     with torch.inference_mode():
         context = model.begin(batch.memory, batch.text, batch.text_mask, history)
