@@ -40,7 +40,7 @@ SCHEDULES: dict[str, Any] = {
 }
 BASELINE_CALLS = 4  #: that are timed: it is slow, and hardly varies
 #: At which levels params.yaml plans, and what presets/realtime.yaml changes of the planner; a test compares.
-COUPLED = Levels((1.0, 0.5), 0.25)
+COUPLED = Levels((1.0, 0.85), 0.5)
 REALTIME: dict[str, Any] = {"score_steps": 2}
 SEEDS = 6  #: plans that are compared over precisions
 
