@@ -1,7 +1,7 @@
 """One robot's planning call on one thread and on several, and what the coupled schedule of params.yaml adds to it.
 
 Threads share the candidates where the model is large enough. ``coupled_ratio`` is a call with a pass for every level of
-``coupling.video_schedule`` against one with a single pass, the paper's form, at equal K, M and N. In turns in one
+``coupling.video_schedule`` against one with a single pass, as published, at equal K, M and N. In turns in one
 process, by the clock, at the sizes of params.yaml and of ``benchmarks/plan.py``; text encoder and codec excluded. Bits
 have to be equal but for the coupled calls. Prints a table; ``--json FILE`` writes it::
 

@@ -59,10 +59,7 @@ class SharedMuon(torch.optim.Muon):
             raise ValueError("closure: not supported; compute the gradients first")
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            shapes: dict[torch.Size, list[int]] = defaultdict(list)
-            for index, parameter in enumerate(parameters):
-                shapes[parameter.shape].append(index)
-            updates = orthogonalised(self._directions(parameters, group), list(shapes.values()), group)
+            updates = orthogonalised(self._directions(parameters, group), group)
             for parameter, update in zip(parameters, updates, strict=True):
                 rows, columns = parameter.shape
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -79,24 +76,28 @@ class SharedMuon(torch.optim.Muon):
         return list(torch._foreach_lerp(gradients, momenta, group["momentum"]))
 
 
-def orthogonalised(matrices: list[Tensor], batches: list[list[int]], group: dict[str, Any]) -> list[Tensor]:
-    """``matrices`` with singular values near 1, in bfloat16; those at the indices of one batch have one shape.
+def orthogonalised(matrices: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+    """``matrices`` with singular values near 1, in bfloat16.
 
-    A rank computes its part of each batch, and all ranks exchange the results (a collective).
+    Those of one shape are a batch; a rank computes its part of each, and all ranks exchange the results (a collective).
     """
+    batches: dict[torch.Size, list[int]] = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        batches[matrix.shape].append(index)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     parts = []
-    for batch in batches:
+    for batch in batches.values():
         each = -(-len(batch) // ranks)  # the last ranks compute the first matrices once more
         own = itertools.islice(itertools.cycle(batch), rank * each, (rank + 1) * each)
         parts.append(newton_schulz(torch.stack([matrices[index] for index in own]), group))
     mine = torch.cat([part.flatten() for part in parts])
-    whole = [mine] if ranks == 1 else [torch.empty_like(mine) for _ in range(ranks)]
+    whole = [mine]
     if ranks > 1:
+        whole = [torch.empty_like(mine) for _ in range(ranks)]
         dist.all_gather(whole, mine)
     split = torch.stack(whole).split([part.numel() for part in parts], dim=1)
     found: list[Tensor] = [mine] * len(matrices)
-    for batch, part, gathered in zip(batches, parts, split, strict=True):
+    for batch, part, gathered in zip(batches.values(), parts, split, strict=True):
         for index, result in zip(batch, gathered.reshape(-1, *part.shape[1:]), strict=False):
             found[index] = result
     return found
