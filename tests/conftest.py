@@ -67,6 +67,14 @@ def _free_ports(count: int) -> list[int]:
     pytest.fail(f"ports {first} to {first + 99}: too few of them are free")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_local_services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Commands and flows of this process take no keys from services that ``make up`` has left in this folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WAV_LOCAL_DIR", str(tmp_path_factory.mktemp("local")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """A real S3 server on 127.0.0.1; its credentials are in the environment while the session runs."""
