@@ -119,6 +119,10 @@ def test_candidates_are_the_planners_own(policy: Policy, histories: list[list[Ob
     policy.batch_size = 1
     np.testing.assert_allclose(candidates(policy, branch, count).actions, found.actions, atol=1e-5)
     assert not np.array_equal(found.actions[0], found.actions[1])
+    policy.planner = policy.planner.model_copy(update={"value_samples": 1, "value_elites": 1})
+    alone = candidates(policy, branch, count)  # the first video's first value is the same draw; both act on it
+    np.testing.assert_allclose(alone.actions[0], found.actions[0], atol=1e-5)
+    np.testing.assert_allclose(alone.values[0, 0], found.values[0, 0, :1], atol=1e-5)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -134,7 +138,7 @@ def test_ranking_tells_a_score_that_is_right_from_one_that_is_wrong(
         return Candidates(actions.copy(), -sign * torch.arange(float(count)).view(1, count, 1, 1, 1))
 
     def judged(policy: Policy, found: list[Candidates], samples: int) -> np.ndarray:
-        return np.stack([one.values[0, :, 0, 0, 0].numpy() for one in found])
+        return np.stack([one.values[0, :, 0, 0, 0].numpy() for one in found]) * (1 if samples == 1 else -1)
 
     def executed(jobs: list[tuple[Branch, np.ndarray]]) -> list[np.ndarray]:
         return [np.array([returned(branch, chunk) for chunk in chunks]) for branch, chunks in jobs]
@@ -155,10 +159,11 @@ def test_ranking_tells_a_score_that_is_right_from_one_that_is_wrong(
     found = ranking(policy, branches, executed, M)
     assert found["states"] == 3
     assert found["spearman"] == pytest.approx(sign)
+    assert found["by_video"] == pytest.approx(-sign)  # planted the other way round
     assert (found["regret"] == 0) == (sign == 1)
     assert found["beats_median"] == (1.0 if sign == 1 else 0.0)
     assert [(row["M"], row["N"]) for row in found["searches"]] == [(2, 1), (4, 1), (2, 2), (4, 2)]
-    assert all((row["gain"] > 0) == (sign == 1) for row in found["searches"])
+    assert all((row["gain"] > 0) == (sign == (1 if row["N"] == 1 else -1)) for row in found["searches"])
     assert found["searches"][0]["false_choices"] == (0.0 if sign == 1 else 1.0)
 
 

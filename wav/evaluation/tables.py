@@ -90,7 +90,8 @@ def findings(metrics: Mapping[str, Any]) -> Iterator[str]:
     if ranked := metrics.get("ranking"):
         yield (
             f"Scores beside realised returns, {ranked['candidates']} candidates of {ranked['states']} states: "
-            f"Spearman {ranked['spearman']:.2f} within a state, the chosen one above the median in "
+            f"Spearman {ranked['spearman']:.2f} within a state ({ranked['by_video']:.2f} by the video's score), "
+            f"the chosen one above the median in "
             f"{100 * ranked['beats_median']:.0f}%, regret {ranked['regret']:.3f} of a deviation of "
             f"{ranked['deviation']:.3f}."
         )

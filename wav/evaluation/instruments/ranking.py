@@ -1,7 +1,9 @@
 """Ranking: do scores rank candidates as executing them does, and does searching harder pay.
 
 From states along the scripted expert's episodes every candidate's actions are executed for real, and the return of
-Table 2 that they reach is compared with the score that the planner gave. Shapes as in :mod:`wav.planning.types`.
+Table 2 that they reach is compared with the score that the planner gave. A candidate is a video and *one* of its value
+samples, what line 11 of Algorithm 1 chooses among, so that what is executed is what was scored; how the score of the
+video, phi over N samples, ranks the same executions stands beside. Shapes as in :mod:`wav.planning.types`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
 from wav.planning.scores import phi
-from wav.planning.types import Gaussian, RowKey, SeededNoise, pick
+from wav.planning.types import Gaussian, RowKey, SeededNoise
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +36,7 @@ Execute = Callable[[Sequence[tuple["Branch", NDArray[np.float32]]]], Sequence[ND
 class Candidates:
     """Candidates of one state, drawn from N(0, I)."""
 
-    actions: NDArray[np.float32]  #: (M, A, 7) in the environment's units, each decoded on its best value sample.
+    actions: NDArray[np.float32]  #: (M, A, 7) in the environment's units, each decoded on its first value sample.
     values: Tensor  #: (1, M, N, A, Cv) normalised.
 
 
@@ -47,7 +49,7 @@ def candidates(policy: Policy, branch: Branch, count: int, seed: int = 0) -> Can
     with torch.inference_mode():
         draws = noise("act.video", shapes.video), noise("act.value", shapes.value or ())
         (search,) = planner.search(policy.context([branch.seen]), noise, *(Gaussian.standard(z) for z in draws))
-        z_value = pick(search.z_value[0], search.scores[0].argmax(1, keepdim=True))[:, 0]
+        z_value = search.z_value[0, :, 0]
         z_action = noise("act.action", shapes.action)
         for rows in torch.arange(count).split(policy.batch_size):
             context = policy.context([branch.seen] * len(rows))
@@ -70,37 +72,38 @@ def ranking(policy: Policy, branches: Sequence[Branch], execute: Execute, count:
     (:func:`wav.evaluation.instruments.executed.all_returns`). The policy has a value expert.
 
     Returns:
-        ``spearman``: rank correlation within a state between score and realised return, averaged over states;
-        ``deviation``: standard deviation of the realised returns within a state; ``regret``: best realised return less
-        the chosen candidate's; ``beats_median``: how often the chosen one is above its state's median; ``searches``:
-        see :func:`searches`.
+        ``spearman``: rank correlation within a state between a candidate's score and its realised return, averaged over
+        states, and ``by_video``, the same for the score of its video; ``deviation``: standard deviation of the realised
+        returns within a state; ``regret``: best realised return less the chosen candidate's; ``beats_median``: how
+        often the chosen one is above its state's median; ``searches``: see :func:`searches`.
     """
     found = [candidates(policy, branch, count) for branch in branches]
     realised = np.stack(execute([(branch, each.actions) for branch, each in zip(branches, found, strict=True)]))
-    samples = policy.planner.value_samples
-    judged = scores(policy, found, samples)
-    chosen = _chosen(realised, judged)
-    correlations = [spearmanr(one, two).statistic for one, two in zip(judged, realised, strict=True)]
+    judged = {samples: scores(policy, found, samples) for samples in (1, policy.planner.value_samples)}
+    chosen = _chosen(realised, judged[1])
     return {
         "states": len(branches),
         "candidates": count,
-        "spearman": float(np.nan_to_num(correlations).mean()),
+        "spearman": _correlation(judged[1], realised),
+        "by_video": _correlation(judged[policy.planner.value_samples], realised),
         "deviation": float(realised.std(1).mean()),
         "regret": float((realised.max(1) - chosen).mean()),
         "beats_median": float((chosen > np.median(realised, 1)).mean()),
-        "searches": [
-            row
-            for N in dict.fromkeys((1, samples))
-            for row in searches(realised, judged if samples == N else scores(policy, found, N), N)
-        ],
+        "searches": [row for N, points in judged.items() for row in searches(realised, points, N)],
     }
+
+
+def _correlation(judged: NDArray[np.float64], realised: NDArray[np.float64]) -> float:
+    """Spearman's rank correlation within a state, averaged over states; 0 where all are alike."""
+    each = [spearmanr(one, two).statistic for one, two in zip(judged, realised, strict=True)]
+    return float(np.nan_to_num(each).mean())
 
 
 def searches(realised: NDArray[np.float64], judged: NDArray[np.float64], N: int) -> Iterator[dict[str, float]]:
     """Whether searching harder pays, or finds what the score is wrong about.
 
-    ``realised`` are the returns (states, M) of all candidates, ``judged`` their scores of ``N`` value samples each.
-    (They all act on the best of all their samples.)
+    ``realised`` are the returns (states, M) of all candidates, ``judged`` their scores: of the value sample that they
+    are executed on (``N`` = 1), or of their video by ``N`` samples.
 
     Yields:
         per number M of candidates: ``gain``, the chosen one's realised return less the mean candidate's, in mean, and
