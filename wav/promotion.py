@@ -183,7 +183,7 @@ def evaluation_identity(settings: Settings, code: str, versions: Mapping[str, st
     """
     data, protocol = settings.data, settings.eval_libero
     scene = {"suite": data.suite, "tasks": sorted(data.tasks), "render": data.render, "control_hz": data.control_hz}
-    names = ("episodes_per_task", "execute_steps", "batch_size", "budget", "seed")
+    names = ("episodes_per_task", "first_state", "execute_steps", "batch_size", "budget", "seed")
     chosen = {name: getattr(protocol, name) for name in names} | {"variant": judged_variant(settings)}
     return canonical_digest({"code": code, "versions": dict(versions), "scene": scene, "protocol": chosen})
 

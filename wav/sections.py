@@ -321,6 +321,7 @@ class EvalLiberoSettings(Section):
     """Closed-loop evaluation (on data.suites)."""
 
     episodes_per_task: int = Field(25, ge=1, le=50)
+    first_state: int = Field(0, ge=0, le=950)  # no demonstration begins below 1000
     variants: tuple[Variant, ...] = Field(VARIANTS, min_length=1)
     execute_steps: int = Field(8, ge=1, le=10000)
     batch_size: int = Field(8, ge=1, le=100000)

@@ -191,7 +191,8 @@ def test_start_refuses_other_data():
 
 
 def test_episodes_are_disjoint_from_demonstrations_and_unknown_tasks_are_refused():
-    episodes = build_episodes(DATA, settings(episodes_per_task=50).eval_libero)
+    episodes = build_episodes(DATA, settings(episodes_per_task=50, first_state=950).eval_libero)
+    assert {e.init_index for e in episodes if e.variant == "planned"} == set(range(950, 1000))
     assert max(e.init_index for e in episodes) < settings().ingest.first_index
     with pytest.raises(ConfigError, match="lift_red_cube"):
         build_episodes(DATA.model_copy(update={"tasks": ("lift_read_cube",)}), settings().eval_libero)
