@@ -13,7 +13,7 @@ from wav.planning.scores import SCORES
 MODES = ("none", "future", "value", "both")
 #: The base and what decides most, then the paper's Fig. 4, 6 and 7 (K, M, N), one shot against iterations, its Fig. 5.
 AXES = ("base", "execute_steps", "coupling", "steps", "score", "passes", "act_on", "phi", "gate")
-AXES = (*AXES, "K", "M", "N", "budget", "alpha", "beta", "K1", "K2")
+AXES = (*AXES, "K", "M", "N", "budget", "alpha", "beta", "K1", "K2", "score_steps")
 EXECUTED = (1, 2, 3, 5, 8)
 
 
@@ -80,6 +80,7 @@ def sweeps(base: PlannerSettings) -> dict[str, dict[Any, dict[str, Any]]]:
         "beta": field("beta", (0.1, 0.2, 0.5, 1.0)),
         "K1": field("video_elites", sorted({1, base.video_elites, base.video_samples // 2, base.video_samples})),
         "K2": field("value_elites", sorted({1, base.value_elites, most // 2, most})),
+        "score_steps": field("score_steps", (n for n in (2, 5) if n < base.denoise_steps)),
     }
 
 
