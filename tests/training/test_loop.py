@@ -242,6 +242,7 @@ def test_store_that_is_down_is_named_before_training(spec_of, start, monkeypatch
 def test_s3_objects_are_recorded_with_their_versions(spec_of, start, s3_server) -> None:
     spec = replace(spec_of(), store=f"s3://{s3_server.bucket}/loop", endpoint=s3_server.endpoint)
     log = finish(start(spec))
+    assert spec.paths.output.is_dir(), log
     info = json.loads((spec.paths.output / "checkpoint.json").read_text())
     store = open_store(spec.store, spec.endpoint)
     assert info["objects"], log
