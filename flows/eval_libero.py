@@ -88,8 +88,7 @@ def expert_states(run: StageRun) -> list[Branch]:
     None, and the log says why, where the expert solves no episode of the suite's tasks.
     """
     data, settings, workers = run.settings.data, run.settings.eval_libero, run.runtime.workers
-    indices = range(settings.first_state, settings.first_state + settings.ranked_states)
-    found = branches(data, indices, POINTS, settings.execute_steps, workers)
+    found = branches(data, settings.states(settings.ranked_states), POINTS, settings.execute_steps, workers)
     if settings.ranked_states and not found:
         run.logger.warning("instruments: the scripted expert solved no episode of %s: no ranking", data.suite)
     return found

@@ -335,6 +335,10 @@ class EvalLiberoSettings(Section):
     video_chunks: int = Field(2, ge=1, le=1000)
     seed: int = 7
 
+    def states(self, count: int) -> range:
+        """The first ``count`` initial states of an evaluation."""
+        return range(self.first_state, self.first_state + count)
+
 
 class ExportSettings(Section):
     """The self-contained policy folder."""

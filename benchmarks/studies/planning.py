@@ -259,9 +259,9 @@ class Study:
 
     def rank(self, policy: Policy, count: int) -> dict[str, Any]:
         """Scores beside what executing ``count`` candidates returned, from the same states in every cell."""
-        settings, workers, first = self.source.settings, self.runtime.workers, self.protocol.first_state
+        settings, workers = self.source.settings, self.runtime.workers
         self.branches = self.branches or branches(
-            settings.data, range(first, first + self.states), 2, self.protocol.execute_steps, workers
+            settings.data, self.protocol.states(self.states), 2, self.protocol.execute_steps, workers
         )
         executed = functools.partial(all_returns, settings.data, settings.label_rewards, workers)
         return ranking(policy, self.branches, executed, count)

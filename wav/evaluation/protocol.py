@@ -123,14 +123,12 @@ def build_episodes(data: DataSettings, settings: EvalLiberoSettings) -> tuple[Ep
         return EpisodeSpec(*common, steps, settings.seed, row, record, within)
 
     episodes: list[EpisodeSpec] = []
-    states = range(settings.first_state, settings.first_state + settings.episodes_per_task)
     for variant in settings.variants:
-        cells = [(index, task) for index in states for task in names]
+        cells = [(index, task) for index in settings.states(settings.episodes_per_task) for task in names]
         episodes += [episode(t, i, variant, t, n < settings.videos) for n, (i, t) in enumerate(cells)]
     for variant in SWAPPED_VARIANTS:
         if variant in settings.variants:
-            swapped = range(settings.first_state, settings.first_state + settings.swapped_episodes)
-            cells = [(index, task) for index in swapped for task in names]
+            cells = [(index, task) for index in settings.states(settings.swapped_episodes) for task in names]
             pairs = [(i, t, _other_task(t, names, specs)) for i, t in cells]
             episodes += [episode(t, i, variant, other, False) for i, t, other in pairs if other is not None]
     return tuple(episodes)

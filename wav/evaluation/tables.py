@@ -91,7 +91,7 @@ def findings(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"Scores beside realised returns, {ranked['candidates']} candidates of {ranked['states']} states: "
             f"Spearman {ranked['spearman']:.2f} within a state ({ranked['by_video']:.2f} by the video's score), "
-            f"the chosen one above the median in "
+            "the chosen one above the median in "
             f"{100 * ranked['beats_median']:.0f}%, regret {ranked['regret']:.3f} of a deviation of "
             f"{ranked['deviation']:.3f}."
         )
